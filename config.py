@@ -1,0 +1,45 @@
+# Settings of migrena. Python, loaded from beside migrena.py or by -c FILE; every name may be left out.
+# A variable MIGRENA_<NAME> wins over this file, a flag wins over both. Keep passwords from others: chmod 600 config.py
+
+# --- the clouds -------------------------------------------------------------------------------------------------------
+# What keystoneauth takes: auth_url, username, password, project_name, user_domain_name, project_domain_name, or, with
+# auth_type, the options of any of its plugins (v3applicationcredential, v3token, ...). region_name, interface, cacert,
+# verify, cert, key and timeout go to the connection. Old credentials with tenant_name work. An admin is needed on both
+# sides: only admins are told on which hypervisor an instance is. Instead of these: --src-cloud and --dst-cloud with
+# clouds.yaml, or variables SRC_OS_AUTH_URL, DST_OS_AUTH_URL and so on.
+SRC_CREDS = {}
+DST_CREDS = {}
+SRC_CLOUD = ""  # a name in clouds.yaml
+DST_CLOUD = ""
+DST_GLANCE_ENDPOINT = ""  # the destination's Glance, where its catalog names an address that does not fit
+
+# --- the hypervisors --------------------------------------------------------------------------------------------------
+# Nova's host names and how each is reached: an address, or a dictionary with address, port, user, key, and nbd_address
+# (where the other hypervisor reaches this one, if the disks shall take another network). Hosts that are not named here
+# are reached as ~/.ssh/config and the resolver say.
+#   HOSTS = {"cmp-a1": "192.0.2.11", "cmp-b1": {"address": "192.0.2.12", "user": "operator", "nbd_address": "198.51.100.12"}}
+HOSTS = {}
+SSH_USER = ""  # empty: what ~/.ssh/config says, else root
+SSH_PORT = 0  # 0: what ~/.ssh/config says, else 22
+SSH_KEY = ""  # empty: what ~/.ssh/config says, the agent, the usual files
+SSH_CONFIG = "~/.ssh/config"
+KNOWN_HOSTS = ""  # empty: what ~/.ssh/config says, else ~/.ssh/known_hosts; a host key that is not in it is refused
+SUDO = "auto"  # yes, no, or auto: unless the user is root
+DISK_PATH = "/var/lib/nova/instances/%s/disk"  # %s stands for the instance's id
+
+# --- the copy ---------------------------------------------------------------------------------------------------------
+TRANSPORT = "auto"  # nbd (nbd-server, nbd-client), qemu (qemu-nbd, qemu-img), or auto
+TLS = True  # with certificates made for the run
+VERIFY = True  # compare the digests of both ends before the copy takes its place
+NBD_SERVER_PORT = "2666-2697"  # on the source's hypervisor: a port, or a range of which the first free one is taken
+NBD_DEVICE = ""  # on the destination's hypervisor, as in /dev/nbd15; empty: the first that is free
+LIMIT_RATE = 0  # bytes per second at most, as in "50M"; 0: no limit
+CHUNK = "1G"  # copied by one qemu-img, and then proven
+STALL_TIMEOUT = 120  # seconds without progress after which a copy has failed
+
+# --- migrena itself ---------------------------------------------------------------------------------------------------
+STATE_FOLDER = ""  # journals and locks; empty: ~/.local/state/migrena
+VERBOSE = False
+QUIET = False
+JSON = False
+DEBUG = False

@@ -1,0 +1,2874 @@
+#!/usr/bin/env python3
+"""migrena: moves an instance, with its disk, from one OpenStack cloud to another.
+
+    ./migrena.py -s SRC_UUID -d DST_NAME -f FLAVOR -i IMAGE [-e EXTRA] [-a [all|src|dst]]
+
+The data goes from hypervisor to hypervisor; this machine only steers, over SSH and the clouds' APIs:
+
+    source hypervisor                                   destination hypervisor
+    disk (overlay) --read only--> nbd-server  ==TLS==>  nbd-client --> /dev/nbdN --> qemu-img --> new file
+                                  or qemu-nbd ==TLS============================> qemu-img --> new file
+    digest of every MiB  <------------ must be equal ------------>  digest of every MiB
+                                                        rebase onto this cloud's own base, check, swap in
+
+The source is opened read-only, always. The new file lies beside the destination's fresh disk and takes its place
+only when the digests of both ends are equal. A failed run deletes the destination that it made and puts the source
+back as it was found.
+
+Map of the rooms; each uses only rooms above it:
+
+     1 Errors      what can go wrong, in words for the operator
+     2 Settings    one row per option: flag, variable, name in config.py, help
+     3 Plans       facts and decisions; nothing here touches the world
+     4 Screen      what the operator sees
+     5 Journal     what was done, the lock on a source, and how to undo
+     6 Host        one hypervisor over SSH
+     7 Cloud       one OpenStack cloud: Nova and Glance
+     8 Disks       images, exports, attachments, ranges, digests
+     9 Copy        survey, refuse, execute
+    10 Door        command line, signals, exit codes
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import functools
+import hashlib
+import inspect
+import ipaddress
+import json
+import logging
+import os
+import re
+import runpy
+import secrets
+import shlex
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+import traceback
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, TypeVar
+
+if TYPE_CHECKING:  # `--help` must not wait for these; each is imported where it is first needed
+    import paramiko
+
+VERSION: Final = "1.0.0"
+MiB: Final = 1024**2
+GiB: Final = 1024**3
+T = TypeVar("T")
+
+
+# ---- 1. Errors -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One thing that stands in the way, and what the operator can do about it."""
+
+    problem: str
+    way_out: str = ""
+
+
+class MigrenaError(Exception):
+    """A run that cannot go on: what happened and where, and what to do next."""
+
+    exit_code = 1
+
+    def __init__(self, problem: str, way_out: str = "") -> None:
+        super().__init__(problem)
+        self.reasons: tuple[Reason, ...] = (Reason(problem, way_out),)
+
+
+class UsageError(MigrenaError):
+    """The command line, a variable or config.py is wrong; nothing was touched."""
+
+    exit_code = 2
+
+
+class Refused(MigrenaError):
+    """The run was refused before anything was touched; carries every reason at once."""
+
+    exit_code = 3
+
+    def __init__(self, reasons: Sequence[Reason]) -> None:
+        super().__init__(reasons[0].problem)
+        self.reasons = tuple(reasons)
+
+
+class HostError(MigrenaError):
+    """A hypervisor cannot be reached, or the connection to it broke."""
+
+
+class CommandError(HostError):
+    """A command on a hypervisor failed: names host, command, exit status and what it said."""
+
+    def __init__(self, host: str, words: Sequence[str], status: int, said: str) -> None:
+        self.said = said.strip()
+        outcome = "was ended" if status < 0 else f"ended with status {status}"
+        super().__init__(f"{host}: `{shorten(shlex.join(words))}` {outcome}: {self.said or 'it said nothing'}")
+
+
+class CloudError(MigrenaError):
+    """A cloud's API answered with an error; `code` is the HTTP status, 0 where there was none."""
+
+    def __init__(self, problem: str, way_out: str = "", code: int = 0) -> None:
+        super().__init__(problem, way_out)
+        self.code = code
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same question may be answered a little later."""
+        return self.code == 0 or self.code == 429 or self.code >= 500
+
+
+class Interrupted(BaseException):
+    """SIGINT, SIGTERM or SIGHUP: unwinds the same scopes as any failure."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.number = number
+
+
+def shorten(text: str, limit: int = 300) -> str:
+    """The text, on one line, its middle left out where it is longer than `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[: limit // 2]} … {line[-limit // 2 :]}"
+
+
+# ---- 2. Settings -----------------------------------------------------------------------------------------------------
+
+SIZE_UNITS: Final = {"": 1, "K": 1024, "M": MiB, "G": GiB, "T": 1024 * GiB}
+
+
+def size(value: object) -> int:
+    """Bytes from `50M`, `1.5GiB` or a plain number; the units are powers of 1024."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?(?:/s)?\s*", str(value), re.IGNORECASE)
+    if not match:
+        raise ValueError("is no size; write it as 500K, 50M or 1G")
+    return int(float(match[1]) * SIZE_UNITS[match[2].upper()])
+
+
+def words_of(*allowed: str) -> Callable[[object], str]:
+    """A reader that lets only these words pass."""
+
+    def read(value: object) -> str:
+        if value not in allowed:
+            raise ValueError(f"is none of {', '.join(allowed)}{did_you_mean(str(value), allowed)}")
+        return str(value)
+
+    return read
+
+
+def text(value: object) -> str:
+    """Plain text without control characters."""
+    if not isinstance(value, (str, Path)):
+        raise ValueError("is no text")
+    if any(ord(sign) < 32 or ord(sign) == 127 for sign in str(value)):
+        raise ValueError("has control characters in it")
+    return str(value)
+
+
+def yes_no(value: object) -> bool:
+    """True or False, also from the words that people write in variables."""
+    known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if str(value).lower() not in known:
+        raise ValueError("is neither yes nor no")
+    return known[str(value).lower()]
+
+
+def seconds(value: object) -> int:
+    """A whole number of seconds, at least one."""
+    if not re.fullmatch(r"[1-9]\d{0,8}", str(value)):
+        raise ValueError("is no number of seconds")
+    return int(str(value))
+
+
+def ports(value: object) -> range:
+    """TCP ports from `2666` or `2666-2697`."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(value).strip())
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 0 < first <= last < 65536:
+        raise ValueError("is no TCP port and no range of ports as in 2666-2697")
+    return range(first, last + 1)
+
+
+def port(value: object) -> int:
+    """One TCP port; 0 stands for none given."""
+    if str(value) not in ("", "0"):
+        return ports(value)[0]
+    return 0
+
+
+def disk_path(value: object) -> str:
+    """Where Nova keeps an instance's root disk, `%s` standing for the instance's id."""
+    path = text(value)
+    if path.count("%s") != 1 or path.count("%") != 1 or not path.startswith("/"):
+        raise ValueError("must be an absolute path with one %s in it, as in /var/lib/nova/instances/%s/disk")
+    return path
+
+
+def literal(value: object) -> dict[str, Any]:
+    """A dictionary, from itself or from its text as a Python literal or JSON; nothing is ever evaluated."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value.strip() or "{}")
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            with contextlib.suppress(ValueError):
+                value = json.loads(str(value))
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError("is no dictionary; write it as \"{'nics': [{'net-id': 'ID'}]}\"")
+    return value
+
+
+@dataclass(frozen=True)
+class HostEntry:
+    """How one hypervisor is reached: a row of HOSTS; what is empty comes from ~/.ssh/config or the defaults."""
+
+    address: str = ""
+    port: int = 0
+    user: str = ""
+    key: str = ""
+    nbd_address: str = ""  # where this host is reached by the other hypervisor; empty: where SSH reached it
+
+
+def ip_address(value: object) -> str:
+    """An IP address, or nothing; names will not do where nbd-server listens and where a certificate speaks for it."""
+    return str(ipaddress.ip_address(text(value))) if value else ""
+
+
+def hosts(value: object) -> dict[str, HostEntry]:
+    """The map from Nova's host names to addresses; a row is an address or a dictionary."""
+    readers: dict[str, Callable[[object], Any]] = {"address": text, "port": port, "user": text, "key": text, "nbd_address": ip_address}
+    entries = {}
+    for name, given in literal(value).items():
+        row = given if isinstance(given, dict) else {"address": given}
+        for key in row.keys() - readers.keys():
+            raise ValueError(f"has an unknown entry {key!r} for {name}{did_you_mean(str(key), readers)}")
+        entries[name] = HostEntry(**{key: readers[key](entry) for key, entry in row.items()})
+    return entries
+
+
+def start_words(value: object) -> str:
+    """What `-a` names: all, src, dst, or several with commas between."""
+    chosen = {word.strip() for word in str(value).split(",")} - {""}
+    if chosen - {"all", "src", "dst"}:
+        raise ValueError("names what is none of all, src, dst")
+    return "all" if "all" in chosen or len(chosen) == 2 else "".join(chosen)
+
+
+def option(default: T, *flags: str, read: Callable[[Any], T], help: str, config: bool = True, **more: Any) -> T:
+    """One row of the table of settings; `more` goes to argparse as it is."""
+    metadata = {"flags": flags, "read": read, "help": help, "config": config, "more": more}
+    row: T = field(default_factory=lambda: default, metadata=metadata)
+    return row
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that was asked for. A row gives the flag, MIGRENA_NAME, NAME in config.py, the reader and the help."""
+
+    src_uid: str = option("", "-s", "--src-uid", "--src-uuid", read=text, config=False, metavar="UUID",
+                          help="the source instance's id")
+    dst_name: str = option("", "-d", "--dst-name", read=text, config=False, metavar="NAME",
+                           help="name of the new instance in the destination")
+    flavor: str = option("", "-f", "--flavor", read=text, config=False, metavar="FLAVOR",
+                         help="its flavor, name or id (left out: matched from the source)")
+    image: str = option("", "-i", "--image-id", read=text, config=False, metavar="IMAGE",
+                        help="its image, name or id (left out: the one with the same content)")
+    extra_args: dict[str, Any] = option({}, "-e", "--extra-args", read=literal, config=False, metavar="EXTRA",
+                                        help="more arguments of Nova's create, a Python literal or JSON: "
+                                        "\"{'nics': [{'net-id': 'ID'}], 'security_groups': ['default']}\"")
+    start_after: str = option("", "-a", "--start-after", read=start_words, config=False, nargs="?", const="all",
+                              metavar="all|src|dst", help="start these afterwards; -a alone means all, nothing without it")
+    root_only: bool = option(False, "--root-only", read=yes_no, config=False, action="store_true",
+                             help="go on although volumes, ephemeral disks or a config drive would stay behind")
+    transport: str = option("auto", "--transport", read=words_of("auto", "nbd", "qemu"), metavar="auto|nbd|qemu",
+                            help="nbd: nbd-server and nbd-client; qemu: qemu-nbd and qemu-img; auto picks")
+    tls: bool = option(True, "--no-tls", read=yes_no, action="store_false",
+                       help="send the disk in clear; only the destination's address is let in")
+    verify: bool = option(True, "--no-verify", read=yes_no, action="store_false",
+                          help="leave out the comparison of both ends' digests")
+    limit_rate: int = option(0, "--limit-rate", read=size, metavar="RATE", help="bytes per second at most, as in 50M")
+    src_cloud: str = option("", "--src-cloud", read=text, metavar="NAME", help="the source's name in clouds.yaml")
+    dst_cloud: str = option("", "--dst-cloud", read=text, metavar="NAME", help="the destination's name in clouds.yaml")
+    dry_run: bool = option(False, "-n", "--dry-run", read=yes_no, config=False, action="store_true",
+                           help="print the plan, change nothing")
+    verbose: bool = option(False, "-v", "--verbose", read=yes_no, action="store_true", help="show every remote command")
+    quiet: bool = option(False, "-q", "--quiet", read=yes_no, action="store_true", help="say nothing unless something is wrong")
+    json: bool = option(False, "--json", read=yes_no, action="store_true", help="print a report as JSON on standard output")
+    debug: bool = option(False, "--debug", read=yes_no, action="store_true", help="show tracebacks and the libraries' logs")
+    src_creds: dict[str, Any] = option({}, read=literal, help="the source's credentials, as keystoneauth names them")
+    dst_creds: dict[str, Any] = option({}, read=literal, help="the destination's credentials")
+    dst_glance_endpoint: str = option("", read=text, help="the destination's Glance, where its catalog does not fit")
+    disk_path: str = option("/var/lib/nova/instances/%s/disk", read=disk_path, help="an instance's root disk on a hypervisor")
+    nbd_device: str = option("", read=text, help="the device nbd-client takes; empty: the first that is free")
+    nbd_server_port: range = option(range(2666, 2698), read=ports, help="the port of the export, or a range of them")
+    hosts: dict[str, HostEntry] = option({}, read=hosts, help="Nova's host names and how each is reached")
+    ssh_user: str = option("", read=text, help="user on the hypervisors; empty: ~/.ssh/config, else root")
+    ssh_port: int = option(0, read=port, help="port of their sshd; 0: ~/.ssh/config, else 22")
+    ssh_key: str = option("", read=text, help="private key; empty: ~/.ssh/config, the agent, the usual files")
+    ssh_config: str = option("~/.ssh/config", read=text, help="OpenSSH client configuration to honour")
+    known_hosts: str = option("", read=text, help="the hypervisors' host keys; empty: ~/.ssh/config, else ~/.ssh/known_hosts")
+    sudo: str = option("auto", read=words_of("auto", "yes", "no"), help="use sudo on the hypervisors; auto: unless root")
+    state_folder: str = option("", read=text, help="journals and locks; empty: ~/.local/state/migrena")
+    chunk: int = option(GiB, read=size, help="bytes copied by one qemu-img, a multiple of 1 MiB")
+    stall_timeout: int = option(120, read=seconds, help="seconds without progress after which a copy has failed")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` where a known word is near, else nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def config_names() -> dict[str, dataclasses.Field[Any]]:
+    """The names that config.py may set, each with its row."""
+    return {row.name.upper(): row for row in dataclasses.fields(Settings) if row.metadata["config"]}
+
+
+def read_config(path: Path) -> dict[str, object]:
+    """The values that a config.py sets; raises UsageError where it cannot be read or names what is unknown."""
+    known = config_names()
+    try:
+        found = runpy.run_path(str(path))
+    except SyntaxError as error:
+        raise UsageError(f"{path}, line {error.lineno}: {error.msg}") from error
+    except (Exception, SystemExit) as error:  # whatever an operator's file does wrong is told as its fault, not as ours
+        raise UsageError(f"{path}: {type(error).__name__}: {error}") from error
+    values = {name: value for name, value in found.items() if name.isupper() and not name.startswith("_")}
+    for name in values.keys() - known.keys():
+        raise UsageError(f"{path}: unknown setting {name}{did_you_mean(name, known)}", f"known: {', '.join(known)}")
+    return {known[name].name: value for name, value in values.items()}
+
+
+def read_value(row: dataclasses.Field[Any], value: object, origin: str) -> Any:
+    """The value of one setting; raises UsageError that names where it came from."""
+    try:
+        return row.metadata["read"](value)
+    except (ValueError, TypeError) as error:
+        shown = "" if "creds" in row.name else f" {shorten(repr(value), 80)}"
+        raise UsageError(f"{origin}:{shown} {error}") from error
+
+
+def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: Mapping[str, object]) -> Settings:
+    """Settings: built-in default < config.py < MIGRENA_NAME < flag. Raises UsageError for a value that cannot be."""
+    values = {}
+    for row in dataclasses.fields(Settings):
+        variable = f"MIGRENA_{row.name.upper()}"
+        if row.name in flags:
+            values[row.name] = read_value(row, flags[row.name], row.metadata["flags"][-1])
+        elif variable in environment:
+            values[row.name] = read_value(row, environment[variable], variable)
+        elif row.name in config:
+            values[row.name] = read_value(row, config[row.name], f"{row.name.upper()} in config.py")
+    settings = Settings(**values)
+    if settings.chunk < MiB or settings.chunk % MiB:
+        raise UsageError(f"CHUNK: {settings.chunk} is no multiple of 1 MiB")
+    if settings.nbd_device and not re.fullmatch(r"/dev/nbd\d+", settings.nbd_device):
+        raise UsageError(f"NBD_DEVICE: {settings.nbd_device!r} is no /dev/nbdN")
+    return settings
+
+
+# Which keys of a credentials dictionary are not for the auth plugin, and what they mean to the session or the clients.
+SESSION_KEYS: Final = ("region_name", "interface", "endpoint_type", "verify", "insecure", "cacert", "cert", "key", "timeout",
+                       "compute_api_version", "identity_api_version", "image_api_version", "auth_type")
+
+
+def credentials(side: str, settings: Settings, environment: Mapping[str, str]) -> dict[str, Any]:
+    """The credentials of `src` or `dst`: clouds.yaml by --SIDE-cloud, else SIDE_OS_* variables, else config.py."""
+    name: str = getattr(settings, f"{side}_cloud")
+    prefix = f"{side.upper()}_OS_"
+    from_environment = {key[len(prefix) :].lower(): value for key, value in environment.items() if key.startswith(prefix)}
+    if name:
+        found = cloud_from_yaml(name, environment)
+    elif "auth_url" in from_environment:
+        found = from_environment
+    else:
+        found = dict(getattr(settings, f"{side}_creds"))
+    if not found.get("auth_url"):
+        raise UsageError(f"no credentials for the {'source' if side == 'src' else 'destination'} cloud",
+                         f"fill in {side.upper()}_CREDS in config.py, or give --{side}-cloud or {prefix}AUTH_URL and the like")
+    return modern(found)
+
+
+def modern(found: dict[str, Any]) -> dict[str, Any]:
+    """Credentials as Keystone v3 wants them: tenants become projects, v2.0 leaves the address, domains are filled in."""
+    renamed = {"tenant_name": "project_name", "tenant_id": "project_id", "api_key": "password"}
+    creds = {renamed.get(key, key): value for key, value in found.items() if value not in (None, "")}
+    creds["auth_url"] = re.sub(r"/v2\.0/?$", "", str(creds["auth_url"]))
+    if creds.get("auth_type", "password") in ("password", "v3password", "v2password"):
+        creds["auth_type"] = str(creds.get("auth_type", "password")).replace("v2", "v3")
+        if "user_id" not in creds and not {"user_domain_id", "user_domain_name"} & creds.keys():
+            creds["user_domain_id"] = "default"
+        if "project_name" in creds and not {"project_domain_id", "project_domain_name"} & creds.keys():
+            creds["project_domain_id"] = "default"
+    return creds
+
+
+def cloud_from_yaml(name: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    """One cloud of clouds.yaml (and secure.yaml beside it), flattened; raises UsageError where there is none."""
+    import yaml
+
+    named = environment.get("OS_CLIENT_CONFIG_FILE")
+    places = [Path(named)] if named else [folder / "clouds.yaml" for folder in (
+        Path.cwd(), Path.home() / ".config/openstack", Path("/etc/openstack"))]
+    for path in places:
+        if not path.is_file():
+            continue
+        try:
+            clouds = yaml.safe_load(path.read_text())["clouds"]
+            secure = path.with_name("secure.yaml")
+            hidden = yaml.safe_load(secure.read_text())["clouds"] if secure.is_file() else {}
+            entry = {**clouds.get(name, {}), **{k: v for k, v in hidden.get(name, {}).items() if k != "auth"}}
+            auth = {**entry.pop("auth", {}), **hidden.get(name, {}).get("auth", {})}
+        except yaml.MarkedYAMLError as error:  # its own text quotes the line, which may hold a password
+            line = error.problem_mark.line + 1 if error.problem_mark else 0
+            raise UsageError(f"{path} or secure.yaml beside it is no YAML: {error.problem} at line {line}") from None
+        except (yaml.YAMLError, OSError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(f"{path} cannot be read as clouds.yaml: {type(error).__name__}") from None
+        if name not in clouds:
+            raise UsageError(f"{path} has no cloud {name!r}{did_you_mean(name, clouds)}", f"it has: {', '.join(clouds)}")
+        return {**{key: entry[key] for key in SESSION_KEYS if key in entry}, **auth}
+    raise UsageError("no clouds.yaml was found", f"looked at: {', '.join(map(str, places))}")
+
+
+# ---- 3. Plans --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flavor:
+    """A flavor's sizes: ram in MiB, disk and ephemeral in GiB, swap in MiB; `id` is empty where Nova hides it."""
+
+    name: str
+    vcpus: int
+    ram: int
+    disk: int
+    ephemeral: int
+    swap: int
+    id: str = ""
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """What must be equal for two flavors to be the same machine."""
+        return (self.vcpus, self.ram, self.disk, self.ephemeral, self.swap)
+
+
+@dataclass(frozen=True)
+class Image:
+    """A Glance image; `digest` is its os_hash_value, else its checksum, else empty."""
+
+    id: str
+    name: str
+    status: str
+    os_hash: str
+    checksum: str
+
+    def equals(self, other: Image) -> bool:
+        """Whether Glance's digests prove that both stored files are the same."""
+        return bool(self.os_hash and self.os_hash == other.os_hash) or bool(self.checksum and self.checksum == other.checksum)
+
+
+@dataclass(frozen=True)
+class Server:
+    """What Nova tells of an instance; `host` is empty for those who are no admins."""
+
+    id: str
+    name: str
+    status: str
+    task: str
+    power: int
+    host: str
+    hypervisor: str
+    locked: bool
+    lock_reason: str
+    metadata: Mapping[str, str]
+    image: str
+    flavor: Flavor
+    volumes: tuple[str, ...]
+    config_drive: bool
+    fixed_addresses: frozenset[str]
+    fault: str
+
+    @property
+    def is_running(self) -> bool:
+        """Started, with nothing under way."""
+        return self.status == "ACTIVE" and not self.task and self.power == 1
+
+    @property
+    def is_stopped(self) -> bool:
+        """Stopped, with nothing under way: SHUTOFF alone also shows while a start opens the disk."""
+        return self.status == "SHUTOFF" and not self.task and self.power == 4
+
+
+@dataclass(frozen=True)
+class DiskImage:
+    """One file of a disk's chain: sizes in bytes, `size` as the guest sees it, `length` as the file has it."""
+
+    path: str
+    format: str
+    size: int
+    length: int
+    allocated: int
+    backing: str = ""
+    backing_format: str = ""
+    flaws: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Disk:
+    """An instance's root disk: its chain from the overlay down, and what else was seen beside it."""
+
+    chain: tuple[DiskImage, ...]
+    guest_bytes: int = 0  # what a copy of the guest's view would hold, by qemu-img measure
+    beside: tuple[str, ...] = ()  # names of further disks in the instance's folder
+    has_nvram: bool = False
+    has_tpm: bool = False
+    direct_io: bool = True  # whether the file system can open it around the page cache
+
+    @property
+    def top(self) -> DiskImage:
+        """The file that the guest writes to."""
+        return self.chain[0]
+
+    @property
+    def base(self) -> DiskImage | None:
+        """The one backing file, or None where there is none or more than one."""
+        return self.chain[1] if len(self.chain) == 2 else None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stretch of the disk, in bytes; where `holds_bytes` is false there is nothing in it to copy."""
+
+    offset: int
+    length: int
+    holds_bytes: bool
+
+
+def chunks(length: int, extents: Sequence[tuple[int, int]], limit: int) -> tuple[Chunk, ...]:
+    """`length` bytes tiled with chunks of at most `limit`, the holes between the extents (offset, length) left whole."""
+    tiles, at = [], 0
+    for offset, held in extents:
+        start, end = max(at, offset // MiB * MiB), min(length, -(-(offset + held) // MiB) * MiB)
+        if start > at:
+            tiles.append(Chunk(at, start - at, False))
+        tiles += [Chunk(part, min(limit, end - part), True) for part in range(start, end, limit)]
+        at = max(at, end)
+    return (*tiles, Chunk(at, length - at, False)) if at < length else tuple(tiles)
+
+
+@dataclass(frozen=True)
+class DiskJob:
+    """All that two hypervisors need in order to move one disk from one to the other."""
+
+    run: str
+    source: DiskImage
+    fresh: DiskImage  # the disk that Nova made in the destination and that the copy replaces
+    whole_file: bool  # True: the file's own bytes, its base being equal; False: what the guest sees
+    transport: str  # nbd or qemu
+    tls: bool
+    verify: bool
+    ports: range
+    device: str
+    limit_rate: int  # bytes per second, 0 without a limit
+    chunk: int
+    stall: int  # seconds
+    source_direct: bool
+    fresh_direct: bool
+    with_python: bool  # whether both hosts can run the digest program
+
+    @property
+    def new(self) -> str:
+        """The file the copy is written to, beside the fresh disk; its name tells whose it is."""
+        return f"{self.fresh.path}.migrena-{self.run}"
+
+    @property
+    def kept(self) -> str:
+        """Where the fresh disk is kept until the run has succeeded."""
+        return f"{self.new}-fresh"
+
+    @property
+    def length(self) -> int:
+        """Bytes that the copy goes through: the file's length, or the disk's size as the guest sees it."""
+        return self.source.length if self.whole_file else self.source.size
+
+    @property
+    def export_format(self) -> str:
+        """What qemu-nbd is told the source is; raw hands out the file as it lies there."""
+        return "raw" if self.whole_file else self.source.format
+
+    @property
+    def new_format(self) -> str:
+        """The format of the new file while it is being written."""
+        return "raw" if self.whole_file else self.fresh.format
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A disk that has arrived: bytes that were held, the digest of both ends (empty without proof), seconds it took."""
+
+    held: int
+    digest: str
+    seconds: float
+
+
+def over_quota(limits: Mapping[str, int], flavor: Flavor) -> list[str]:
+    """What of a project's quota one more instance of this flavor would exceed; limits as Nova names them, -1 for none."""
+    needs = (("Instances", "Instances", "instances", 1), ("TotalCores", "Cores", "cores", flavor.vcpus), ("TotalRAMSize", "RAM", "MiB of RAM", flavor.ram))
+    exceeded = []
+    for most_name, used_name, what, need in needs:
+        most, used = limits.get(f"maxTotal{most_name.removeprefix('Total')}", -1), limits.get(f"total{used_name}Used", 0)
+        if 0 <= most < used + need:
+            exceeded.append(f"{used} of {most} {what} are used, {need} more are needed")
+    return exceeded
+
+
+def view(source: Disk, fresh: Disk, bases_equal: bool) -> tuple[bool, str]:
+    """Whether the file itself is copied (else the guest's view), and why, in words for the operator."""
+    formats = (source.top.format, fresh.top.format)
+    if formats == ("raw", "raw"):
+        return True, "both disks are raw"
+    if formats != ("qcow2", "qcow2"):
+        return False, f"the source is {formats[0]}, the destination {formats[1]}"
+    if len(source.chain) == 1 and len(fresh.chain) == 1:
+        return True, "both disks are qcow2 without a base"
+    if len(source.chain) > 2 or len(fresh.chain) > 2:
+        return False, "a chain has more than one base"
+    if not source.base or not fresh.base:
+        return False, "only one of the disks has a base"
+    if not bases_equal:
+        return False, "the bases are not proven equal"
+    return True, "both bases have the same content"
+
+
+def pick_transport(wanted: str, lacking: Sequence[str], top: DiskImage, whole_file: bool) -> tuple[str, str]:
+    """nbd or qemu, and why; `lacking` names what nbd would need and a host does not have."""
+    if wanted != "auto":
+        return wanted, "as asked for"
+    if lacking:
+        return "qemu", f"missing for nbd: {', '.join(lacking)}"
+    if not whole_file:
+        return "qemu", "the guest's view is read through qemu-nbd"
+    if top.length % 512:
+        return "qemu", f"the file's {top.length:,} bytes are no multiple of 512"
+    if top.allocated < top.length * 9 // 10:
+        return "qemu", "the file is sparse, and its holes stay off the wire"
+    return "nbd", "nbd-server and nbd-client are at hand"
+
+
+def human(count: float) -> str:
+    """Bytes for people: `1.8 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def span(seconds: float) -> str:
+    """Seconds for people: `1:02:03`, or `4.2 s` below a minute."""
+    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+
+
+# ---- 4. Screen -------------------------------------------------------------------------------------------------------
+
+
+class Screen:
+    """What the operator sees, on standard error; bold and bars on a terminal, stamped lines elsewhere."""
+
+    def __init__(self, *, quiet: bool = False, verbose: bool = False, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.is_terminal = self.stream.isatty()
+        self.quiet, self.verbose = quiet, verbose
+        self.warnings: list[str] = []
+        self.seconds: dict[str, float] = {}  # of each step, for the report
+        self._lock = threading.Lock()
+        self._has_status = False
+
+    def step(self, title: str) -> contextlib.AbstractContextManager[None]:
+        """A scope for one step of the run: says its title, and afterwards keeps the seconds it took."""
+        self.say(f"\033[1m{title}\033[0m" if self.is_terminal else title)
+        return self._timed(title)
+
+    @contextlib.contextmanager
+    def _timed(self, title: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[title.rstrip(".")] = round(time.monotonic() - began, 2)
+
+    def note(self, line: str) -> None:
+        """A fact below the step."""
+        self.say(f"  {line}")
+
+    def warn(self, line: str) -> None:
+        """What the operator should know afterwards too; shown even when quiet, and kept for the report."""
+        self.warnings.append(line)
+        self.say(f"  warning: {line}", always=True)
+
+    def trace(self, line: str) -> None:
+        """A remote command, for those who want to see each."""
+        if self.verbose:
+            self.say(f"    {shorten(line, 400)}")
+
+    def say(self, line: str, *, always: bool = False) -> None:
+        """One line; only the important ones when quiet."""
+        if self.quiet and not always:
+            return
+        with self._lock:
+            self._wipe()
+            stamp = "" if self.is_terminal else datetime.now().strftime("%Y-%m-%d %H:%M:%S ")
+            print(f"{stamp}{line}", file=self.stream, flush=True)
+
+    def status(self, line: str) -> None:
+        """What is being waited for: overwrites itself on a terminal, is left out elsewhere."""
+        if self.is_terminal and not self.quiet:
+            with self._lock:
+                self._wipe()
+                print(f"  {line}", end="", file=self.stream, flush=True)
+                self._has_status = True
+
+    def _wipe(self) -> None:
+        if self._has_status:
+            print("\r\033[K", end="", file=self.stream)
+            self._has_status = False
+
+    @contextlib.contextmanager
+    def progress(self, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar in bytes with rate and time left, or a line now and then; yields what takes the bytes done so far."""
+        if self.quiet or not self.is_terminal:
+            yield Milestones(self, total)
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, file=self.stream, dynamic_ncols=True,
+                  bar_format="  {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} left]") as bar:
+            def show(done: int) -> None:
+                bar.update(done - bar.n)
+
+            yield show
+
+
+class Milestones:
+    """Progress for a log: a line at each tenth, but not twice in two seconds, and at least one a minute."""
+
+    def __init__(self, screen: Screen, total: int) -> None:
+        self.screen, self.total = screen, max(total, 1)
+        self.began = self.said = time.monotonic()
+        self.tenth = 0
+
+    def __call__(self, done: int) -> None:
+        now, tenth = time.monotonic(), done * 10 // self.total
+        if now - self.said < (60 if tenth == self.tenth else 2):
+            return
+        self.tenth, self.said = tenth, now
+        rate = done / max(now - self.began, 0.001)
+        left = span((self.total - done) / rate) if rate else "?"
+        self.screen.note(f"{done * 100 // self.total}% {human(done)} of {human(self.total)}, {human(rate)}/s, {left} left")
+
+
+# ---- 5. Journal ------------------------------------------------------------------------------------------------------
+
+
+def state_folder(settings: Settings, environment: Mapping[str, str]) -> Path:
+    """The folder of journals and locks, made where it is missing, for this user's eyes only."""
+    base = Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local/state")
+    folder = Path(settings.state_folder).expanduser() if settings.state_folder else base / "migrena"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError("it cannot be written to")
+    except OSError as error:
+        raise UsageError(f"the state folder {folder} cannot be used: {error}", "name another one in STATE_FOLDER") from error
+    return folder
+
+
+class Journal:
+    """One run's file of JSON lines: the intent before each act and its result after, each on the disk before going on."""
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self.path = folder / f"{run}.jsonl"
+        self._file = open(self.path, "a", encoding="utf-8", opener=functools.partial(os.open, mode=0o600))
+
+    def write(self, event: str, **facts: object) -> None:
+        """One line, on the disk when this returns."""
+        stamp = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        self._file.write(json.dumps({"at": stamp, "event": event, **facts}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def act(self, act: str, **facts: object) -> Iterator[dict[str, object]]:
+        """Writes the intent, lets the act happen, writes its result: done with what was put into the dictionary, or failed."""
+        self.write("intent", act=act, **facts)
+        result: dict[str, object] = {}
+        try:
+            yield result
+        except BaseException as error:
+            self.write("failed", act=act, error=str(error))
+            raise
+        self.write("done", act=act, **result)
+
+    def close(self) -> None:
+        """Nothing more will be written."""
+        self._file.close()
+
+
+@contextlib.contextmanager
+def only_run_of(folder: Path, source: str) -> Iterator[None]:
+    """Holds the lock on one source instance; raises Refused while another run on this machine holds it."""
+    with open(folder / f"source-{source}.lock", "a+", encoding="utf-8", opener=functools.partial(os.open, mode=0o600)) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise Refused([Reason(f"another run is moving {source} just now (process {lock.read().strip() or 'unknown'})",
+                                  "wait for its end")]) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def last_rate(folder: Path, clouds: Sequence[str]) -> float:
+    """Bytes per second of the last run between these clouds, by its journal; 0.0 where there was none."""
+    for path in sorted(folder.glob("*.jsonl"), reverse=True):
+        for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+            with contextlib.suppress(ValueError, TypeError, AttributeError):
+                entry = json.loads(line)
+                if entry.get("event") == "finished" and entry.get("clouds") == list(clouds) and entry.get("rate", 0) > 0:
+                    return float(entry["rate"])
+    return 0.0
+
+
+class Undo:
+    """How to unmake what was made, newest first: a failing step is kept in `left` and does not stop the others."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
+        self.left: list[str] = []
+        self.doing = ""  # what is being undone, for a second Ctrl-C
+        self._steps: list[tuple[str, Callable[[], None], bool]] = []
+
+    def always(self, what: str, action: Callable[[], None]) -> None:
+        """To be done at the end of the run, however it ends."""
+        self._steps.append((what, action, True))
+
+    def on_failure(self, what: str, action: Callable[[], None]) -> None:
+        """To be done only if the run fails."""
+        self._steps.append((what, action, False))
+
+    def __enter__(self) -> Undo:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind and self._steps:
+            self.screen.say(f"Undo: {error}" if isinstance(error, Interrupted) else "The run failed; undo.", always=True)
+        for what, action, is_cleanup in reversed(self._steps):
+            if not kind and not is_cleanup:
+                continue
+            self.doing = what
+            if kind:
+                self.screen.note(what)
+            try:
+                action()
+            except Exception as mishap:
+                self.left.append(f"{what} did not succeed: {shorten(str(mishap))}")
+        self.doing = ""
+
+
+# ---- 6. Host ---------------------------------------------------------------------------------------------------------
+
+# A lease ties what runs on a hypervisor to our SSH channel, which is its standard input: we send a dot every few seconds,
+# and whatever ends the dots (the end of the scope, kill -9 of migrena, a cut network) ends the process by its pid.
+HOLD: Final = 'hold() { while [ "$(timeout 60 head -c 1)" = . ]; do :; done; }\n'
+BEAT: Final = 5.0  # seconds between dots
+LEFT_BEHIND: Final = 9  # exit status of a lease that could not undo what it had done
+
+LEASED_COMMAND: Final = HOLD + """
+exec 3<&0
+"$@" </dev/null 3<&- & child=$!
+{ hold <&3; kill "$child"; sleep 3; kill -9 "$child"; } >/dev/null 2>&1 & watch=$!
+wait "$child"; status=$?
+kill "$watch" 2>/dev/null
+exit "$status"
+"""
+
+# $1 is the pid file: the daemon serves when it is there. nbd-server forks away from us, qemu-nbd stays our child.
+LEASED_DAEMON: Final = """
+pidfile=$1; shift
+rm -f -- "$pidfile"
+"$@" </dev/null & child=$!
+n=0
+while [ ! -s "$pidfile" ]; do
+  kill -0 "$child" 2>/dev/null || wait "$child" || exit
+  n=$((n + 1))
+  [ "$n" -lt 300 ] || { kill "$child" 2>/dev/null; echo "did not serve within 15 s" >&2; exit 1; }
+  sleep 0.05
+done
+read -r pid < "$pidfile"
+echo ready
+while [ "$(timeout 60 head -c 1)" = . ]; do
+  kill -0 "$pid" 2>/dev/null || { echo "ended by itself" >&2; exit 1; }
+done
+kill "$pid" 2>/dev/null
+n=0
+while kill -0 "$pid" 2>/dev/null && [ "$n" -lt 80 ]; do
+  n=$((n + 1)); [ "$n" = 40 ] && kill -9 "$pid" 2>/dev/null
+  sleep 0.05
+done
+"""
+
+LEASED_FOLDER: Final = HOLD + """
+umask 077
+for place in /run /tmp; do folder=$(mktemp -d "$place/migrena-$1-XXXXXX" 2>/dev/null) && break; done
+[ -n "$folder" ] || { echo "no private folder can be made in /run or /tmp" >&2; exit 1; }
+echo "$folder"
+hold
+rm -rf -- "$folder"
+"""
+
+PRIVATE_FILE: Final = 'umask 077; cat > "$1"'
+LACKING: Final = 'for tool; do command -v "$tool" >/dev/null || echo "$tool"; done'
+
+
+def connect(name: str, settings: Settings, screen: Screen) -> Host:
+    """A hypervisor by Nova's name for it; raises HostError that says what ssh would say, and what to do."""
+    import paramiko
+
+    logging.getLogger("paramiko").setLevel(logging.DEBUG if settings.debug else logging.CRITICAL)
+    entry = settings.hosts.get(name, HostEntry())
+    target = Target.of(entry.address or name, entry, settings)
+    try:
+        client = target.open()
+    except socket.gaierror as error:
+        raise HostError(f"{name}: {target.host} does not resolve", f"add HOSTS = {{'{name}': 'ADDRESS'}} to config.py") from error
+    except paramiko.BadHostKeyException as error:
+        raise HostError(f"{name}: the host key of {target} is another than the known one",
+                        f"find out why; if that is right: ssh-keygen -R {target.known_as}") from error
+    except (paramiko.PasswordRequiredException, paramiko.AuthenticationException) as error:
+        raise HostError(f"{name}: {target} refuses the key of user {target.user}: {error}",
+                        "set user and key in HOSTS, SSH_USER and SSH_KEY, or load the key into the agent") from error
+    except (paramiko.SSHException, EOFError, OSError) as error:
+        raise HostError(f"{name}: no SSH connection to {target}: {error}", "check address and port in HOSTS") from error
+    host = Host(name, client, entry.nbd_address, screen)
+    try:
+        host.become(settings.sudo)
+    except BaseException:
+        host.close()
+        raise
+    return host
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an SSH connection goes, after ~/.ssh/config had its say."""
+
+    host: str
+    port: int
+    user: str
+    keys: tuple[str, ...]
+    use_agent: bool
+    known_hosts: tuple[str, ...]
+    proxy: str  # the command whose standard input and output stand for the connection, or empty
+
+    @classmethod
+    def of(cls, alias: str, entry: HostEntry, settings: Settings) -> Target:
+        """The target that an alias stands for. Settings of ours win over ~/.ssh/config, which wins over the defaults."""
+        path = Path(settings.ssh_config).expanduser()
+        found = _ssh_lookup(path, alias)
+        host, port = found.get("hostname", alias), entry.port or settings.ssh_port or int(found.get("port", 22))
+        key = entry.key or settings.ssh_key
+        proxy, jumps = found.get("proxycommand", "none"), found.get("proxyjump", "none")
+        if jumps != "none":  # OpenSSH itself knows best how its hops are reached
+            *before, last = jumps.split(",")
+            proxy = shlex.join(["ssh", "-F", str(path), "-o", "BatchMode=yes", *(["-J", ",".join(before)] if before else []),
+                                "-W", f"[{host}]:{port}", f"ssh://{last.removeprefix('ssh://')}"])
+        return cls(
+            host=host, port=port, user=entry.user or settings.ssh_user or found.get("user", "root"),
+            keys=(str(Path(key).expanduser()),) if key else tuple(found.get("identityfile", ())),
+            use_agent=not key and found.get("identitiesonly", "no") != "yes", known_hosts=_known_hosts(settings, found),
+            proxy="" if proxy == "none" else f"setsid {proxy}",  # a Ctrl-C is for us: the connection is still needed to undo
+        )
+
+    @property
+    def known_as(self) -> str:
+        """The name of this target in known_hosts."""
+        return self.host if self.port == 22 else f"[{self.host}]:{self.port}"
+
+    def __str__(self) -> str:
+        return f"{self.host} port {self.port}"
+
+    def open(self) -> paramiko.SSHClient:
+        """A connection to a host whose key is known. Raises what paramiko and sockets raise."""
+        import paramiko
+
+        client = paramiko.SSHClient()
+        for path in self.known_hosts:
+            with contextlib.suppress(FileNotFoundError):
+                client.load_host_keys(path)
+        client.set_missing_host_key_policy(_UnknownKey(self))  # type: ignore[arg-type]  # paramiko asks for this one method
+        keys: Any = list(self.keys) or None
+        through: Any = paramiko.ProxyCommand(self.proxy) if self.proxy else None
+        client.connect(self.host, self.port, self.user, key_filename=keys, timeout=20, banner_timeout=30, auth_timeout=30,
+                       allow_agent=self.use_agent, look_for_keys=not self.keys, sock=through)
+        _transport(client).set_keepalive(15)
+        return client
+
+
+class _UnknownKey:
+    """Refuses a host whose key nobody has vouched for, with the command that would accept it."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def missing_host_key(self, client: object, hostname: str, key: paramiko.PKey) -> NoReturn:
+        """Called by paramiko, which names it so."""
+        known = shlex.quote(self.target.known_hosts[0])
+        raise HostError(f"{self.target}: the host key ({key.get_name()} {key.fingerprint}) is not known",
+                        f"compare it on the host, then: ssh-keyscan -p {self.target.port} {shlex.quote(self.target.host)} >> {known}")
+
+
+def _ssh_lookup(path: Path, alias: str) -> dict[str, Any]:
+    import paramiko
+
+    if not path.is_file():
+        return {}
+    try:
+        return dict(paramiko.SSHConfig.from_path(str(path)).lookup(alias))
+    except (paramiko.ConfigParseError, ImportError, OSError) as error:
+        raise UsageError(f"{path} cannot be read: {error}", "name another one in SSH_CONFIG") from error
+
+
+def _known_hosts(settings: Settings, found: Mapping[str, Any]) -> tuple[str, ...]:
+    if settings.known_hosts:
+        return (str(Path(settings.known_hosts).expanduser()),)
+    users = str(found.get("userknownhostsfile", "~/.ssh/known_hosts")).split()
+    return (*(str(Path(path).expanduser()) for path in users), "/etc/ssh/ssh_known_hosts")
+
+
+def _transport(client: paramiko.SSHClient) -> paramiko.Transport:
+    transport = client.get_transport()
+    if transport is None:
+        raise EOFError("the SSH connection is closed")
+    return transport
+
+
+class Host:
+    """One hypervisor: commands as words in, text out. One SSH connection carries them all."""
+
+    def __init__(self, name: str, client: paramiko.SSHClient, nbd_address: str, screen: Screen) -> None:
+        self.name = name
+        self.unconfirmed: list[str] = []  # leases whose end the host did not confirm
+        self._client = client
+        self._screen = screen
+        self._prefix: tuple[str, ...] = ()
+        self._leases: set[Lease] = set()
+        self._closing = threading.Event()
+        try:
+            seen = self.run("printenv", "SSH_CONNECTION").split()
+        except CommandError:
+            seen = []
+        self.nbd_address = nbd_address or (seen[2] if len(seen) == 4 else _transport(client).getpeername()[0])
+        threading.Thread(target=self._beat, name=f"dots to {name}", daemon=True).start()
+
+    def become(self, sudo: str) -> None:
+        """Takes root's rights by sudo where it is asked for or needed; raises HostError where they are denied."""
+        if sudo == "no" or (sudo == "auto" and self.run("id", "-u").strip() == "0"):
+            return
+        try:
+            self.run("sudo", "-n", "true")
+        except CommandError as error:
+            user = self.run("id", "-un").strip()
+            raise HostError(f"{self.name}: user {user} may not use sudo without a password: {error.said}",
+                            f"add a line to sudoers there: {user} ALL=(root) NOPASSWD: ALL") from error
+        self._prefix = ("sudo", "-n")
+
+    def run(self, *words: str, stdin: bytes = b"", seconds: float = 60.0) -> str:
+        """What a short command prints; raises CommandError when it fails and HostError after `seconds` of silence."""
+        with self._wall(words):
+            self._screen.trace(f"{self.name}$ {shlex.join(words)}")
+            channel = self._start(words, seconds)
+            said = bytearray()
+            reader = threading.Thread(target=_drain, args=(channel, said), daemon=True)
+            reader.start()
+            if stdin:
+                channel.sendall(stdin)
+            channel.shutdown_write()
+            printed = b"".join(iter(functools.partial(channel.recv, 65536), b""))
+            reader.join(seconds)
+            status = channel.recv_exit_status()
+            channel.close()
+        if status != 0:
+            raise CommandError(self.name, words, status, said.decode(errors="replace"))
+        return printed.decode("utf-8", "surrogateescape")
+
+    def script(self, script: str, *values: str, stdin: bytes = b"") -> str:
+        """What one of our constant shell scripts prints; the values reach it as "$@"."""
+        return self.run("sh", "-c", script, "migrena", *values, stdin=stdin)
+
+    def succeeds(self, *words: str) -> bool:
+        """Whether a command ends with status 0."""
+        try:
+            self.run(*words)
+        except CommandError:
+            return False
+        return True
+
+    def work(self, *words: str, stall: float, heard: Callable[[str], None] | None = None) -> str:
+        """What a long command prints, under a lease; `heard` gets each piece as it comes. Ends it after `stall` s of silence."""
+        with self.lease(LEASED_COMMAND, *words) as lease:
+            pieces = []
+            for piece in iter(functools.partial(lease.read, stall), ""):
+                pieces.append(piece)
+                if heard:
+                    heard(piece)
+            lease.check()
+        return "".join(pieces)
+
+    @contextlib.contextmanager
+    def lease(self, script: str, *words: str, given: Sequence[str] = ()) -> Iterator[Lease]:
+        """A script that holds a command for as long as the scope and our channel do; `given` reaches it before the words."""
+        with self._wall(words):
+            self._screen.trace(f"{self.name}$ {shlex.join(words)}")
+            lease = Lease(self, self._start(("sh", "-c", script, "migrena", *given, *words), 30.0), words)
+        self._leases.add(lease)
+        try:
+            yield lease
+        finally:
+            self._leases.discard(lease)
+            lease.close()
+
+    @contextlib.contextmanager
+    def private_folder(self, run: str) -> Iterator[str]:
+        """The path of a folder that only root reads and that is gone when the scope or migrena ends."""
+        with self.lease(LEASED_FOLDER, "mktemp", "-d", given=(run,)) as lease:
+            yield lease.line(15.0)
+
+    def end_work(self) -> None:
+        """Ends every lease at once, for threads that wait on one; what they were doing fails."""
+        for lease in list(self._leases):
+            lease.release()
+
+    def close(self) -> None:
+        """Ends the connection, and with it every lease."""
+        self._closing.set()
+        self._client.close()
+
+    def _start(self, words: Sequence[str], seconds: float) -> paramiko.Channel:
+        line = shlex.join((*self._prefix, *words))
+        channel = _transport(self._client).open_session(timeout=30)
+        channel.settimeout(seconds)
+        channel.exec_command(line)
+        return channel
+
+    @contextlib.contextmanager
+    def _wall(self, words: Sequence[str]) -> Iterator[None]:
+        """Exceptions of paramiko and of sockets stop here."""
+        import paramiko
+
+        try:
+            yield
+        except TimeoutError as error:
+            raise HostError(f"{self.name}: `{shorten(shlex.join(words))}` made no progress and was given up") from error
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise HostError(f"{self.name}: the SSH connection broke at `{shorten(shlex.join(words))}`: {error}") from error
+
+    def _beat(self) -> None:
+        while not self._closing.wait(BEAT):
+            for lease in list(self._leases):
+                lease.beat()
+
+
+class Lease:
+    """A process on a hypervisor that lives only as long as our channel to it; made by Host.lease()."""
+
+    def __init__(self, host: Host, channel: paramiko.Channel, words: Sequence[str]) -> None:
+        self._host, self._channel, self._words = host, channel, words
+        self._said = bytearray()
+        self._reader = threading.Thread(target=_drain, args=(channel, self._said), daemon=True)
+        self._reader.start()
+        self.beat()
+
+    def beat(self) -> None:
+        """One more dot: go on."""
+        with contextlib.suppress(OSError, EOFError):
+            self._channel.send(b".")
+
+    def read(self, seconds: float) -> str:
+        """The next piece of what it prints, empty at its end; raises HostError after `seconds` of silence."""
+        with self._host._wall(self._words):
+            self._channel.settimeout(seconds)
+            return self._channel.recv(65536).decode("utf-8", "surrogateescape")
+
+    def line(self, seconds: float) -> str:
+        """The line by which it says that it is ready; raises CommandError if it ends without one."""
+        said = ""
+        while not said.endswith("\n"):
+            piece = self.read(seconds)
+            if not piece:
+                self.check()
+                raise CommandError(self._host.name, self._words, 0, "it ended without a word")
+            said += piece
+        return said.strip()
+
+    def check(self, *, is_running: bool = False) -> None:
+        """Raises CommandError if it failed, or, where it should be running, if it ended at all."""
+        if is_running and not self._channel.exit_status_ready():
+            return
+        status = self._channel.recv_exit_status()
+        self._reader.join(5.0)
+        if status != 0 or is_running:
+            raise CommandError(self._host.name, self._words, status, self._said.decode(errors="replace"))
+
+    def release(self) -> None:
+        """No more dots: it ends by itself."""
+        with contextlib.suppress(OSError, EOFError):
+            self._channel.shutdown_write()
+
+    def close(self) -> None:
+        """Ends it and waits for the host to confirm that; what is not confirmed is kept in Host.unconfirmed."""
+        self.release()
+        if self._channel.status_event.wait(15.0) and self._channel.exit_status == LEFT_BEHIND:
+            self._host.unconfirmed.append(f"{self._host.name}: {self._said.decode(errors='replace').strip()}")
+        elif self._channel.exit_status == -1:
+            self._host.unconfirmed.append(f"{self._host.name} did not confirm the end of `{shorten(shlex.join(self._words), 120)}`"
+                                          " (it ends by itself when the connection does)")
+        self._channel.close()
+
+
+def _drain(channel: paramiko.Channel, into: bytearray, most: int = 16384) -> None:
+    """Reads a channel's standard error to its end: left unread, it would block standard output too."""
+    with contextlib.suppress(OSError, EOFError):
+        while piece := channel.recv_stderr(8192):
+            into += piece
+            del into[:-most]
+
+
+# ---- 7. Cloud --------------------------------------------------------------------------------------------------------
+
+MARK: Final = "migrena:run"  # key in a server's metadata: the run that is moving it, or that made it
+ORIGIN: Final = "migrena:source"  # key in the destination's metadata: the id of the instance that it was copied from
+UNCHANGED_LIMIT: Final = 1800.0  # seconds that Nova may show no change before we stop waiting; a big image loads slowly
+OUTAGE_LIMIT: Final = 120.0  # seconds of errors from the API that a wait lives through
+OWN_ARGUMENTS: Final = frozenset({"self", "name", "image", "flavor", "reservation_id", "min_count", "max_count",
+                                  "block_device_mapping", "block_device_mapping_v2"})  # not for -e: ours, or not one instance
+
+
+def check_extra(extra: Mapping[str, Any]) -> None:
+    """Raises UsageError where `-e` names what novaclient's servers.create does not take, or what would break the copy."""
+    from novaclient.v2.servers import ServerManager
+
+    known = set(inspect.signature(ServerManager.create).parameters) - OWN_ARGUMENTS
+    for name in extra:
+        if name in OWN_ARGUMENTS:
+            raise UsageError(f"-e: {name} cannot be given: migrena makes one instance from one image")
+        if name not in known:
+            raise UsageError(f"-e: Nova's create knows no argument {name!r}{did_you_mean(name, known)}", f"known: {', '.join(sorted(known))}")
+    if not isinstance(extra.get("meta", {}), dict):
+        raise UsageError("-e: meta must be a dictionary")
+
+
+class Cloud:
+    """One OpenStack cloud, as far as a copy needs it. Every method raises CloudError, whatever the libraries raise."""
+
+    def __init__(self, label: str, creds: Mapping[str, Any], glance_endpoint: str = "") -> None:
+        self.label = label
+        self.url = str(creds["auth_url"])
+        with self._wall("sign in"):
+            self._open(dict(creds), glance_endpoint)
+
+    def _open(self, creds: dict[str, Any], glance_endpoint: str) -> None:
+        from glanceclient import Client as GlanceClient
+        from keystoneauth1 import loading, session
+        from novaclient import api_versions
+        from novaclient import client as nova_client
+
+        own = {key: creds.pop(key) for key in SESSION_KEYS if key in creds}
+        loader: Any = loading.get_plugin_loader(own.get("auth_type", "password"))
+        known = {option.dest for option in loader.get_options()}
+        for key in creds.keys() - known:
+            raise UsageError(f"credentials of the {self.label} cloud: unknown entry {key!r}{did_you_mean(key, known)}",
+                             f"known: {', '.join(sorted(known))}")
+        verify = own.get("cacert") or (own.get("verify", True) and not own.get("insecure"))
+        cert = (own["cert"], own["key"]) if "cert" in own and "key" in own else own.get("cert")
+        auth = loader.load_from_options(**creds)
+        opened = session.Session(auth=auth, verify=verify, cert=cert, timeout=float(own.get("timeout", 60)), app_name="migrena")
+        auth.get_access(opened)  # a wrong password shows here, and not in the middle
+        region, interface = own.get("region_name"), str(own.get("interface", own.get("endpoint_type", "public"))).removesuffix("URL")
+        nova = nova_client.Client("2.1", session=opened, region_name=region, endpoint_type=interface)
+        newest = api_versions.discover_version(nova, api_versions.APIVersion("2.latest"))
+        self._nova: Any = nova_client.Client(newest, session=opened, region_name=region, endpoint_type=interface)
+        self._version = (newest.ver_major, newest.ver_minor)
+        self._glance: Any = GlanceClient("2", session=opened, endpoint=glance_endpoint or None, region_name=region, interface=interface)
+
+    @contextlib.contextmanager
+    def _wall(self, act: str) -> Iterator[None]:
+        """Exceptions of the OpenStack libraries stop here."""
+        import requests
+        from glanceclient import exc as glance_exceptions
+        from keystoneauth1 import exceptions as auth_exceptions
+        from novaclient import exceptions as nova_exceptions
+
+        try:
+            yield
+        except auth_exceptions.Unauthorized as error:
+            raise CloudError(f"{self.label} cloud: {self.url} refuses the credentials: {shorten(str(error))}",
+                             "check user, password, project and domains", 401) from error
+        except auth_exceptions.EndpointNotFound as error:
+            raise CloudError(f"{self.label} cloud: {shorten(str(error))}", "check region_name and interface in the credentials", 404) from error
+        except (auth_exceptions.ClientException, nova_exceptions.ClientException, glance_exceptions.ClientException,
+                requests.RequestException) as error:
+            code = getattr(error, "http_status", None) or getattr(error, "code", None)
+            code = code if isinstance(code, int) else 0 if isinstance(error, auth_exceptions.ConnectionError) else 400
+            way_out = "check auth_url, and whether this machine reaches it" if act == "sign in" else ""
+            raise CloudError(f"{self.label} cloud: {act}: {shorten(str(error)) or type(error).__name__}", way_out, code) from error
+
+    def server(self, id: str) -> Server:
+        """An instance by its id."""
+        with self._wall(f"show server {id}"):
+            return self._read(self._nova.servers.get(id).to_dict())
+
+    def servers_named(self, name: str) -> list[Server]:
+        """The instances of this project that have exactly this name."""
+        with self._wall("list servers"):
+            found = self._nova.servers.list(search_opts={"name": f"^{re.escape(name)}$"})
+            return [self._read(server.to_dict()) for server in found if server.name == name]
+
+    @functools.cached_property
+    def _flavors(self) -> dict[str, Flavor]:
+        return {flavor.id: flavor for flavor in self.flavors()}
+
+    def _read(self, raw: Mapping[str, Any]) -> Server:
+        addresses = [entry for entries in raw.get("addresses", {}).values() for entry in entries]
+        return Server(
+            id=raw["id"], name=raw["name"], status=raw["status"],
+            task=raw.get("OS-EXT-STS:task_state") or "", power=int(raw.get("OS-EXT-STS:power_state") or 0),
+            host=raw.get("OS-EXT-SRV-ATTR:host") or "", hypervisor=raw.get("OS-EXT-SRV-ATTR:hypervisor_hostname") or "",
+            locked=bool(raw.get("locked")), lock_reason=raw.get("locked_reason") or "", metadata=raw.get("metadata") or {},
+            image=(raw.get("image") or {}).get("id", ""), flavor=self._flavor_of(raw.get("flavor") or {}),
+            volumes=tuple(volume["id"] for volume in raw.get("os-extended-volumes:volumes_attached") or ()),
+            config_drive=bool(raw.get("config_drive")),
+            fixed_addresses=frozenset(entry["addr"] for entry in addresses if entry.get("OS-EXT-IPS:type", "fixed") == "fixed"),
+            fault=(raw.get("fault") or {}).get("message", ""),
+        )
+
+    def _flavor_of(self, raw: Mapping[str, Any]) -> Flavor:
+        if "vcpus" not in raw:  # before microversion 2.47 a server names only its flavor's id, which may be gone by now
+            return self._flavors.get(str(raw.get("id", "")), Flavor("", 0, 0, 0, 0, 0))
+        return Flavor(name=raw.get("original_name") or raw.get("name", ""), id=str(raw.get("id") or ""), vcpus=raw["vcpus"], ram=raw["ram"],
+                      disk=raw["disk"], ephemeral=raw.get("ephemeral", raw.get("OS-FLV-EXT-DATA:ephemeral")) or 0, swap=int(raw.get("swap") or 0))
+
+    def flavors(self) -> list[Flavor]:
+        """All flavors, the private ones too."""
+        with self._wall("list flavors"):
+            return [self._flavor_of(flavor.to_dict()) for flavor in self._nova.flavors.list(is_public=None)]
+
+    def images(self) -> list[Image]:
+        """All images that these credentials see."""
+        with self._wall("list images"):
+            return [self._image(raw) for raw in self._glance.images.list()]
+
+    def image(self, id: str) -> Image | None:
+        """An image by its id, or None where it is gone."""
+        from glanceclient import exc
+
+        with self._wall(f"show image {id}"):
+            try:
+                return self._image(self._glance.images.get(id))
+            except exc.HTTPNotFound:
+                return None
+
+    @staticmethod
+    def _image(raw: Mapping[str, Any]) -> Image:
+        return Image(raw["id"], raw.get("name") or "", raw.get("status") or "", raw.get("os_hash_value") or "", raw.get("checksum") or "")
+
+    def sees_hosts(self) -> bool:
+        """Whether these credentials are an admin's, who is told on which host an instance is."""
+        try:
+            with self._wall("list hypervisors"):
+                self._nova.hypervisors.list(detailed=False)
+        except CloudError as error:
+            if error.code in (401, 403):
+                return False
+            raise
+        return True
+
+    def limits(self) -> dict[str, int]:
+        """This project's quota and what is used of it, by Nova's names."""
+        with self._wall("show limits"):
+            return {limit.name: limit.value for limit in self._nova.limits.get().absolute}
+
+    def create(self, name: str, image: str, flavor: str, extra: Mapping[str, Any], marks: Mapping[str, str]) -> str:
+        """The id of a new instance that is being built; its metadata holds the marks too."""
+        extra = {**extra, "meta": {**extra.get("meta", {}), **marks}}
+        if self._version >= (2, 37):
+            extra.setdefault("nics", "auto")
+        with self._wall(f"create server {name}"):
+            return str(self._nova.servers.create(name, image, flavor, **extra).id)
+
+    def delete(self, id: str) -> None:
+        """Deletes an instance and waits until it is gone; raises CloudError when Nova cannot, or has not after half an hour."""
+        asked, limit = False, time.monotonic() + UNCHANGED_LIMIT
+        for _ in self._polls():
+            try:
+                with self._wall(f"delete server {id}"):
+                    if not asked:
+                        self._nova.servers.delete(id)
+                        asked = True
+                server = self.server(id)
+            except CloudError as error:
+                if error.code == 404:
+                    return
+                if time.monotonic() > limit or (error.code != 409 and not error.may_pass):
+                    raise
+                continue
+            if server.status == "DELETED":
+                return
+            if time.monotonic() > limit or (server.status == "ERROR" and server.task != "deleting"):
+                raise CloudError(f"{self.label} cloud: server {id} cannot be deleted: {server.fault or 'Nova gives no reason'}")
+
+    def stop(self, id: str) -> None:
+        """Asks Nova to stop an instance; one that is stopped already is left alone."""
+        with self._wall(f"stop server {id}"):
+            if not self.server(id).is_stopped:
+                self._nova.servers.stop(id)
+
+    def start(self, id: str, changed: Callable[[Server], None]) -> Server:
+        """An instance that was started; raises CloudError with the reason from os-instance-actions: Nova accepts a start that fails."""
+        with self._wall(f"start server {id}"):
+            if not self.server(id).is_running:
+                self._nova.servers.start(id)
+
+        def settled(server: Server) -> bool:
+            return server.is_running or (server.is_stopped and bool(self.why_failed(id, "start")))
+
+        server = self.wait(id, settled, changed)
+        if not server.is_running:
+            raise CloudError(f"{self.label} cloud: server {id} did not start: {self.why_failed(id, 'start')}")
+        return server
+
+    def why_failed(self, id: str, action: str) -> str:
+        """Why the latest such action failed, from os-instance-actions; empty while it runs or where it did not fail."""
+        with self._wall(f"show actions of server {id}"):
+            latest = next((entry for entry in self._nova.instance_action.list(id) if entry.action == action), None)
+            events = self._nova.instance_action.get(id, latest.request_id).events if latest else []
+        failed = [event for event in events or [] if event.get("result") == "Error"]
+        return str(failed[0].get("details") or failed[0].get("traceback") or "Nova gives no details") if failed else ""
+
+    def lock(self, id: str, reason: str) -> None:
+        """Locks an instance against its users; admins are not held by that."""
+        with self._wall(f"lock server {id}"):
+            self._nova.servers.lock(id, **({"reason": reason} if self._version >= (2, 73) else {}))
+
+    def unlock(self, id: str) -> None:
+        """Takes the lock off an instance."""
+        with self._wall(f"unlock server {id}"):
+            self._nova.servers.unlock(id)
+
+    def mark(self, id: str, run: str) -> None:
+        """Writes into an instance's metadata which run moves it."""
+        with self._wall(f"mark server {id}"):
+            self._nova.servers.set_meta(id, {MARK: run})
+
+    def unmark(self, id: str) -> None:
+        """Takes our mark out of an instance's metadata."""
+        with self._wall(f"unmark server {id}"):
+            self._nova.servers.delete_meta(id, [MARK])
+
+    def wait(self, id: str, ready: Callable[[Server], bool], changed: Callable[[Server], None]) -> Server:
+        """The instance when `ready` says so. Raises CloudError when it goes to ERROR, and when nothing changes for half an hour."""
+        last, since, outage = ("", ""), time.monotonic(), 0.0
+        for _ in self._polls():
+            try:
+                server = self.server(id)
+                if ready(server):
+                    return server
+                outage = 0.0
+            except CloudError as error:
+                outage = outage or time.monotonic()
+                if not error.may_pass or time.monotonic() - outage > OUTAGE_LIMIT:
+                    raise
+                continue
+            changed(server)
+            if server.status == "ERROR":
+                raise CloudError(f"{self.label} cloud: server {id} went to ERROR: {server.fault or 'Nova gives no reason'}")
+            if (server.status, server.task) != last:
+                last, since = (server.status, server.task), time.monotonic()
+            if time.monotonic() - since > UNCHANGED_LIMIT:
+                raise CloudError(f"{self.label} cloud: server {id} has been {' '.join(last)} for {span(UNCHANGED_LIMIT)}")
+        raise AssertionError("polls never end")
+
+    @staticmethod
+    def _polls() -> Iterator[float]:
+        """Turns of a loop, each a little later than the one before: 0.2 s apart at first, 2 s in the end."""
+        pause = 0.2
+        while True:
+            yield pause
+            time.sleep(pause)
+            pause = min(pause * 1.3, 2.0)
+
+
+# ---- 8. Disks --------------------------------------------------------------------------------------------------------
+
+# Each tool with the packages that bring it: Debian's, and those of RPM distributions.
+PACKAGES: Final = {"qemu-img": ("qemu-utils", "qemu-img"), "qemu-nbd": ("qemu-utils", "qemu-img"),
+                   "nbd-server": ("nbd-server", "nbd"), "nbd-client": ("nbd-client", "nbd"), "modprobe": ("kmod", "kmod"),
+                   "python3": ("python3", "python3"), "timeout": ("coreutils", "coreutils"), "ss": ("iproute2", "iproute"),
+                   "ip": ("iproute2", "iproute")}
+NEEDED: Final = ("qemu-img", "qemu-nbd", "timeout", "ss", "ip")  # on both hosts, whatever the transport
+
+# Runs on a hypervisor: `map|digest WHERE OFFSET LENGTH`. WHERE is a file, or unix:SOCKET of a qemu-nbd. `map` prints the
+# stretches that hold bytes, `digest` the sha256 of each block of 1 MiB that is not all zeros, with the block's number.
+BLOCKS: Final = r"""
+import hashlib, json, os, socket, struct, subprocess, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+BLOCK, HOLE = 1 << 20, 64 << 20  # a hole of this size is worth a chunk of its own
+verb, where, offset, length = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+end, local, zeros = offset + length, threading.local(), bytes(BLOCK)
+
+class File:
+    def __init__(self, path):
+        self.fd = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)  # what is read must come from the disk
+    def extents(self):
+        at = offset
+        while at < end:
+            try:
+                start = os.lseek(self.fd, at, os.SEEK_DATA)
+            except OSError:
+                return
+            at = os.lseek(self.fd, start, os.SEEK_HOLE)
+            if start < end:
+                yield start, min(at, end)
+    def read(self, at, count):
+        piece = os.pread(self.fd, count, at)
+        while len(piece) < count:
+            more = os.pread(self.fd, count - len(piece), at + len(piece))
+            if not more:
+                sys.exit("%s ends at byte %d" % (where, at + len(piece)))
+            piece += more
+        return piece
+
+class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project), reading only, one connection a thread
+    def __init__(self, path):
+        self.path = path
+    def extents(self):
+        map_of = ["qemu-img", "map", "--output=json", "--image-opts", "--start-offset=%d" % offset, "--max-length=%d" % length,
+                  "driver=raw,file.driver=nbd,file.server.type=unix,file.server.path=" + self.path]
+        for part in json.loads(subprocess.check_output(map_of, stdin=subprocess.DEVNULL)):
+            if part["data"] and not part["zero"] and part["start"] < end:
+                yield max(part["start"], offset), min(part["start"] + part["length"], end)
+    def connection(self):
+        if not hasattr(local, "link"):
+            link = local.link = socket.socket(socket.AF_UNIX)
+            link.connect(self.path)
+            self.exactly(link, 18)
+            link.sendall(struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(">II", 1, 0))
+            self.exactly(link, 10)
+        return local.link
+    def exactly(self, link, count):
+        piece = bytearray(count)
+        view = memoryview(piece)
+        while view:
+            got = link.recv_into(view)
+            if not got:
+                sys.exit("the export ended")
+            view = view[got:]
+        return piece
+    def read(self, at, count):
+        link = self.connection()
+        link.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, at, at, count))
+        magic, error, handle = struct.unpack(">IIQ", self.exactly(link, 16))
+        if magic != 0x67446698 or error:
+            sys.exit("the export cannot be read at byte %d: error %d" % (at, error))
+        return self.exactly(link, count)
+
+def digest(block):
+    piece = disk.read(block * BLOCK, min(BLOCK, end - block * BLOCK))
+    return "" if piece == zeros[:len(piece)] else hashlib.sha256(piece).hexdigest()
+
+disk = Export(where[5:]) if where.startswith("unix:") else File(where)
+if verb == "map":
+    last = None
+    for start, stop in disk.extents():
+        if last and start - last[1] < HOLE:
+            last[1] = stop
+        else:
+            if last:
+                print(last[0], last[1] - last[0])
+            last = [start, stop]
+    if last:
+        print(last[0], last[1] - last[0])
+else:
+    blocks = sorted({block for start, stop in disk.extents() for block in range(start // BLOCK, -(-stop // BLOCK))})
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for at in range(0, len(blocks), 256):
+            for block, found in zip(blocks[at:], pool.map(digest, blocks[at:at + 256])):
+                if found:
+                    print(block, found)
+            print(".", flush=True)  # a sign of life, all zeros or not
+sys.stdout.flush()
+os._exit(0)  # the threads' connections need no farewell
+"""
+
+# Listens on ADDRESS PORT, lets connections from CLIENT in and nobody else's (the kernel drops them by a socket filter, see
+# bpf(4) and socket(7)), and becomes the given command, which finds the listening socket as systemd would hand it over.
+LISTEN_FOR_ONE: Final = r"""
+import ctypes, os, socket, struct, sys
+address, port, client = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+family = socket.AF_INET6 if ":" in client else socket.AF_INET
+words = struct.unpack(">%dI" % (4 if family == socket.AF_INET6 else 1), socket.inet_pton(family, client))
+source_field = 8 if family == socket.AF_INET6 else 12
+code = b"".join(struct.pack("HBBIHBBI", 0x20, 0, 0, 0xFFF00000 + source_field + 4 * n, 0x15, 0, 2 * (len(words) - n) - 1, word)
+                for n, word in enumerate(words)) + struct.pack("HBBIHBBI", 6, 0, 0, 0xFFFFFFFF, 6, 0, 0, 0)
+kept = ctypes.create_string_buffer(code)
+listener = socket.socket(family)
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+listener.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", len(code) // 8, ctypes.addressof(kept)))
+listener.bind((address, port))
+listener.listen(16)
+os.dup2(listener.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execvp(sys.argv[4], sys.argv[4:])
+"""
+
+# $1 device or empty, $2 a file for what nbd-client says, then nbd-client's words. Prints the device and holds it.
+LEASED_DEVICE: Final = HOLD + """
+device=$1; said=$2; shift 2
+state=/sys/block/${device#/dev/}
+[ -e /sys/block/nbd0 ] || modprobe nbd || exit
+if [ -n "$device" ]; then
+  [ -b "$device" ] || { echo "$device does not exist" >&2; exit 1; }
+  [ "$(cat "$state/size")" = 0 ] && [ ! -e "$state/pid" ] || { echo "$device is in use by someone else" >&2; exit 1; }
+fi
+timeout 20 "$@" ${device:+"$device"} </dev/null >"$said" 2>&1 || { cat "$said" >&2; echo "nbd-client did not connect" >&2; exit 1; }
+[ -n "$device" ] || device=$(sed -n 's,.*Connected \\(/dev/nbd[0-9]*\\).*,\\1,p' "$said")
+[ -b "$device" ] || { cat "$said" >&2; exit 1; }
+state=/sys/block/${device#/dev/}
+echo "$device $(cat "$state/size")"
+hold
+nbd-client -d "$device" >/dev/null 2>&1
+n=0
+while [ "$(cat "$state/size")" != 0 ] && [ "$n" -lt 100 ]; do n=$((n + 1)); sleep 0.05; done
+[ "$n" -lt 100 ] || { echo "$device stays attached" >&2; exit 9; }
+"""
+
+# $1 the disk, $2 the new file, $3 where the old one is kept. There is a disk at $1 at every moment.
+SWAP_IN: Final = """
+set -e
+chown --reference="$1" -- "$2"
+chmod --reference="$1" -- "$2"
+if command -v selinuxenabled >/dev/null && selinuxenabled; then chcon --reference="$1" -- "$2"; fi
+sync "$2"
+ln -- "$1" "$3"
+mv -fT -- "$2" "$1"
+sync "$(dirname "$1")"
+"""
+
+
+def tools_lacking(host: Host, tools: Sequence[str]) -> list[str]:
+    """Which of these tools a host does not have."""
+    return host.script(LACKING, *tools).split()
+
+
+def where_from(tool: str) -> str:
+    """The packages that bring a tool."""
+    debian, rpm = PACKAGES[tool]
+    return f"{tool} (Debian: {debian}, RPM: {rpm})"
+
+
+def disk_format(host: Host, path: str, domain: ElementTree.Element | None) -> str:
+    """The format Nova uses for a disk: by disk.info, else by the domain. Never by a look into the file, which a guest could forge."""
+    with contextlib.suppress(CommandError, ValueError, AttributeError):
+        known = json.loads(host.run("cat", f"{path}.info")).get(path)
+        if known in ("raw", "qcow2"):
+            return str(known)
+    for disk in domain.iter("disk") if domain is not None else ():
+        source, driver = disk.find("source"), disk.find("driver")
+        if source is not None and driver is not None and source.get("file") == path:
+            return driver.get("type", "")
+    raise HostError(f"{host.name}: neither {path}.info nor libvirt tells the format of {path}",
+                    "only disks that Nova keeps as files (qcow2, raw, flat) can be copied")
+
+
+def disk_chain(host: Host, path: str, format: str, *, shared: bool) -> tuple[DiskImage, ...]:
+    """A disk and its bases, by qemu-img info; `shared` also while a guest runs on it, else a running guest raises CommandError."""
+    force = ("-U",) if shared else ()
+    nodes = json.loads(host.run("qemu-img", "info", "--output=json", "--backing-chain", *force, "-f", format, path))
+    lengths = host.run("stat", "-L", "-c", "%s", "--", *(node["filename"] for node in nodes)).split()
+    return tuple(_disk_image(node, int(length)) for node, length in zip(nodes, lengths, strict=True))
+
+
+def _disk_image(node: Mapping[str, Any], length: int) -> DiskImage:
+    details = node.get("format-specific", {}).get("data", {})
+    flaws = {"internal snapshots": node.get("snapshots"), "encryption": node.get("encrypted") or details.get("encrypt"),
+             "an external data file": details.get("data-file"), "the mark that it is corrupt": details.get("corrupt")}
+    return DiskImage(path=node["filename"], format=node["format"], size=node["virtual-size"], length=length, allocated=node["actual-size"],
+                     backing=node.get("full-backing-filename", node.get("backing-filename", "")),
+                     backing_format=node.get("backing-filename-format", ""), flaws=tuple(flaw for flaw, found in flaws.items() if found))
+
+
+def survey_disk(host: Host, instance: str, path: str, *, shared: bool) -> Disk:
+    """All that can be known about an instance's root disk by looking; raises HostError for LVM, Ceph and disks that are not there."""
+    domain = None
+    with contextlib.suppress(CommandError, ElementTree.ParseError):
+        domain = ElementTree.fromstring(host.run("virsh", "--connect", "qemu:///system", "dumpxml", instance))
+    if not host.succeeds("test", "-f", path):
+        raise HostError(*_no_file(host, path, domain))
+    chain = disk_chain(host, path, disk_format(host, path, domain), shared=shared)
+    folder = path.rpartition("/")[0]
+    names = host.run("ls", "-A", "--", folder).split("\n")
+    measured = json.loads(host.run("qemu-img", "measure", "--output=json", "-U", "-O", "qcow2", "-f", chain[0].format, path, seconds=600))
+    return Disk(
+        chain=chain, guest_bytes=int(measured["required"]),
+        beside=tuple(sorted(name for name in names if re.fullmatch(r"disk\.(local|eph\d+|config|swap)", name))),
+        has_nvram=domain is not None and domain.find("os/nvram") is not None,
+        has_tpm=domain is not None and domain.find("devices/tpm") is not None,
+        direct_io=host.succeeds("dd", f"if={path}", "of=/dev/null", "iflag=direct", "bs=4096", "count=1"),
+    )
+
+
+def _no_file(host: Host, path: str, domain: ElementTree.Element | None) -> tuple[str, str]:
+    """What stands where the disk's file should be, and the way out."""
+    for disk in domain.iter("disk") if domain is not None else ():
+        source = disk.find("source")
+        if source is not None and disk.get("device") == "disk":
+            if source.get("protocol") == "rbd":
+                return (f"{host.name}: the disk is on Ceph ({source.get('name')}), which migrena does not copy yet",
+                        "make a snapshot of the instance and carry the image, or use rbd export and import")
+            if source.get("dev"):
+                return (f"{host.name}: the disk is an LVM volume ({source.get('dev')}), which migrena does not copy yet",
+                        "make a snapshot of the instance and carry the image")
+            if source.get("file"):
+                return f"{host.name}: the disk is {source.get('file')}, not {path}", "set DISK_PATH in config.py to that, with %s for the id"
+    return f"{host.name}: there is no file {path}", "set DISK_PATH in config.py to where Nova keeps the instances' disks"
+
+
+def free_space(host: Host, path: str) -> int:
+    """Bytes that are free for root on the file system of a path."""
+    blocks, block = host.run("stat", "-f", "-c", "%a %S", "--", path).split()
+    return int(blocks) * int(block)
+
+
+def same_content(one: tuple[Host, DiskImage], other: tuple[Host, DiskImage], stall: float) -> bool:
+    """Whether two files hold the same bytes, by the digests of all their blocks, both hosts at work at once."""
+    if (one[1].length, one[1].format) != (other[1].length, other[1].format):
+        return False
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(digests, host, image.path, 0, image.length, stall) for host, image in (one, other)]
+        return found[0].result() == found[1].result()
+
+
+def digests(host: Host, where: str, offset: int, length: int, stall: float) -> dict[int, str]:
+    """sha256 of each block of 1 MiB that is not all zeros, by its number; `where` is a file or unix:SOCKET of a qemu-nbd."""
+    printed = host.work("python3", "-c", BLOCKS, "digest", where, str(offset), str(length), stall=stall)
+    return {int(number): found for number, _, found in (line.partition(" ") for line in printed.splitlines()) if found}
+
+
+def digest_of_chunk(host: Host, where: str, offset: int, length: int, stall: float) -> dict[int, str]:
+    """The same as one digest of the whole stretch of a file, for hosts without python3."""
+    count = "dd if=\"$1\" iflag=skip_bytes,count_bytes skip=\"$2\" count=\"$3\" bs=1M status=none | sha256sum"
+    return {offset // MiB: host.work("sh", "-c", count, "migrena", where, str(offset), str(length), stall=max(stall, 3600)).split()[0]}
+
+
+@contextlib.contextmanager
+def held(host: Host, path: str, folder: str) -> Iterator[Lease]:
+    """Holds qemu's lock on a disk: nobody had it open for writing when the scope began, and no guest can start on it within.
+
+    Raises CommandError where somebody has it open. A raw node takes no such lock by itself; blkdebug asks for it (see
+    `unshare-child-perms` in qemu's block-core.json) and serves nobody: its socket lies in our private folder.
+    """
+    image = f"driver=blkdebug,image.driver=file,image.filename={quoted(path)},unshare-child-perms.0=write,unshare-child-perms.1=resize"
+    words = ("qemu-nbd", "-r", "-t", "-k", f"{folder}/hold.sock", f"--pid-file={folder}/hold.pid", "--image-opts", image)
+    with host.lease(LEASED_DAEMON, *words, given=(f"{folder}/hold.pid",)) as lease:
+        lease.line(30.0)
+        yield lease
+
+
+def quoted(value: str) -> str:
+    """A value within qemu's option lists, where a comma is written twice."""
+    return value.replace(",", ",,")
+
+
+@dataclass(frozen=True)
+class Export:
+    """A disk that is being served over NBD: where, under which name, and the process that serves it."""
+
+    address: str
+    port: int
+    name: str
+    lease: Lease
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Both hosts of a copy, each with its private folder, and the address the destination comes from."""
+
+    source: Host
+    destination: Host
+    source_folder: str
+    destination_folder: str
+    client_address: str
+
+
+def route_address(host: Host, to: str) -> str:
+    """The address a host uses when it connects to another."""
+    with contextlib.suppress(CommandError, ValueError, KeyError, IndexError):
+        return str(json.loads(host.run("ip", "-json", "route", "get", to))[0]["prefsrc"])
+    return host.nbd_address
+
+
+def certificates(server: str) -> dict[str, dict[str, bytes]]:
+    """PEM files for `server` and `client`, made for this run alone: a CA and one certificate each, valid for longer than any copy."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    def certificate(who: str, key: ec.EllipticCurvePrivateKey, issuer: str, issuer_key: ec.EllipticCurvePrivateKey) -> bytes:
+        now = datetime.now(timezone.utc)
+        purpose = ExtendedKeyUsageOID.SERVER_AUTH if who == "server" else ExtendedKeyUsageOID.CLIENT_AUTH
+        builder = (x509.CertificateBuilder()
+                   .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"migrena {who}")]))
+                   .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"migrena {issuer}")]))
+                   .public_key(key.public_key()).serial_number(x509.random_serial_number())
+                   .not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=30))
+                   .add_extension(x509.BasicConstraints(ca=who == "CA", path_length=None), critical=True))
+        if who != "CA":
+            builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+            builder = builder.add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(server))]), critical=False)
+        return builder.sign(issuer_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    authority = ec.generate_private_key(ec.SECP256R1())
+    ca = certificate("CA", authority, "CA", authority)
+    files = {}
+    for who in ("server", "client"):
+        key = ec.generate_private_key(ec.SECP256R1())
+        private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        files[who] = {"ca-cert.pem": ca, f"{who}-cert.pem": certificate(who, key, "CA", authority), f"{who}-key.pem": private}
+    return files
+
+
+def place_certificates(ends: Ends) -> None:
+    """Puts this run's certificates into both hosts' private folders."""
+    files = certificates(ends.source.nbd_address)
+    for host, folder, who in ((ends.source, ends.source_folder, "server"), (ends.destination, ends.destination_folder, "client")):
+        for name, content in files[who].items():
+            host.script(PRIVATE_FILE, f"{folder}/{name}", stdin=content)
+
+
+@contextlib.contextmanager
+def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[Export]:
+    """A file of the source, served read-only to the destination alone, on the first port of the job's that is free."""
+    host, name, failure = ends.source, f"migrena-{secrets.token_hex(8)}", None
+    for number in job.ports:
+        if host.run("ss", "-Hltn", f"sport = :{number}").strip():
+            failure = HostError(f"{host.name}: port {number} is taken", "set NBD_SERVER_PORT to a free one, or a range as in 2666-2697")
+            continue
+        place = Export(ends.source.nbd_address, number, name, None)  # type: ignore[arg-type]  # the lease comes with its start
+        by_nbd_server = job.transport == "nbd" and format == "raw"
+        words = nbd_server(ends, job, place, path) if by_nbd_server else qemu_nbd(ends, job, place, path, format)
+        with contextlib.ExitStack() as stack:
+            try:
+                lease = stack.enter_context(host.lease(LEASED_DAEMON, *words, given=(f"{ends.source_folder}/{number}.pid",)))
+                lease.line(30.0)
+            except CommandError as error:
+                if "in use" not in error.said:
+                    raise
+                failure = error
+                continue
+            yield dataclasses.replace(place, lease=lease)
+            return
+    raise failure or HostError(f"{host.name}: no port to export on")
+
+
+def nbd_server(ends: Ends, job: DiskJob, place: Export, path: str) -> tuple[str, ...]:
+    """The words that start nbd-server on a file; its configuration and list of clients are written before, see nbd-server(5)."""
+    folder = ends.source_folder
+    tls = {"force_tls": "true", "certfile": f"{folder}/server-cert.pem", "keyfile": f"{folder}/server-key.pem",
+           "cacertfile": f"{folder}/ca-cert.pem"} if job.tls else {}
+    sections: dict[str, dict[str, object]] = {"generic": {"listenaddr": place.address, "port": place.port, "allowlist": "false", **tls},
+                place.name: {"exportname": path, "readonly": "true", "authfile": f"{folder}/clients"}}
+    lines = [line for title, entries in sections.items() for line in (f"[{title}]", *(f"{key} = {value}" for key, value in entries.items()))]
+    ends.source.script(PRIVATE_FILE, f"{folder}/clients", stdin=f"{ends.client_address}\n".encode())
+    ends.source.script(PRIVATE_FILE, f"{folder}/{place.port}.conf", stdin="\n".join((*lines, "")).encode())
+    return ("nbd-server", "-C", f"{folder}/{place.port}.conf", "-p", f"{folder}/{place.port}.pid")
+
+
+def qemu_nbd(ends: Ends, job: DiskJob, place: Export, path: str, format: str) -> tuple[str, ...]:
+    """The words that start qemu-nbd on a disk; it stays in the foreground, as a child of its lease."""
+    folder = ends.source_folder
+    cache = ("--cache=none", "--aio=native") if job.source_direct else ("--cache=writeback",)
+    words = ("qemu-nbd", "-r", "-t", "-e", "8", "-x", place.name, f"--pid-file={folder}/{place.port}.pid", *cache, "-f", format)
+    if job.tls:
+        creds = ("--object", f"tls-creds-x509,id=t,dir={folder},endpoint=server,verify-peer=yes", "--tls-creds", "t")
+        return (*words, "-b", place.address, "-p", str(place.port), *creds, path)
+    return ("python3", "-c", LISTEN_FOR_ONE, place.address, str(place.port), ends.client_address, *words, path)
+
+
+@contextlib.contextmanager
+def reached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The export as qemu-img reads it at the destination: options before the images, and the node, `length` bytes long."""
+    if job.transport == "nbd":
+        with attached(ends, job, export, length) as device:
+            yield (), f"driver=host_device,filename={device},cache.direct=on"
+        return
+    node = f"driver=nbd,server.type=inet,server.host={export.address},server.port={export.port},export={export.name}"
+    creds = ("--object", f"tls-creds-x509,id=t,dir={ends.destination_folder},endpoint=client,verify-peer=yes")
+    yield (creds, f"{node},tls-creds=t") if job.tls else ((), node)
+
+
+@contextlib.contextmanager
+def attached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[str]:
+    """The /dev/nbdN of the destination that the export is attached to; detached, and its end awaited, with the scope."""
+    folder = ends.destination_folder
+    tls = ("-certfile", f"{folder}/client-cert.pem", "-keyfile", f"{folder}/client-key.pem", "-cacertfile", f"{folder}/ca-cert.pem",
+           "-tlshostname", export.address) if job.tls else ()
+    words = ("nbd-client", "-N", export.name, "-R", "-timeout", "30", *tls, export.address, str(export.port))
+    with ends.destination.lease(LEASED_DEVICE, *words, given=(job.device, f"{folder}/attached")) as lease:
+        device, sectors = lease.line(60.0).split()
+        if int(sectors) * 512 != length // 512 * 512:  # an unconnected device has size 0, and reading it succeeds
+            raise HostError(f"{ends.destination.name}: {device} shows {int(sectors) * 512:,} bytes of the export's {length:,}")
+        yield device
+
+
+def rehearse(ends: Ends, job: DiskJob) -> None:
+    """Sends 1 MiB of random bytes the whole way while the source still runs: ports, certificates, tools and device are proven by it."""
+    sample, arrived = f"{ends.source_folder}/sample", f"{ends.destination_folder}/sample"
+    content = secrets.token_bytes(MiB)
+    ends.source.script(PRIVATE_FILE, sample, stdin=content)
+    trial = dataclasses.replace(job, source_direct=False)
+    try:
+        with exported(ends, trial, sample, "raw") as export, reached(ends, trial, export, MiB) as (options, node):
+            ends.destination.work("timeout", "30", "qemu-img", "convert", *options, "--image-opts", "-O", "raw", _cut(node, 0, MiB), arrived, stall=40)
+    except CommandError as error:
+        raise HostError(f"{ends.destination.name} cannot read from {ends.source.name} at {ends.source.nbd_address}: {error}",
+                        "see that the port is open between the hosts (NBD_SERVER_PORT), and set nbd_address in HOSTS if the "
+                        "traffic takes another network") from error
+    sums = [host.run("sha256sum", path).split()[0] for host, path in ((ends.source, sample), (ends.destination, arrived))]
+    if sums[0] != sums[1]:
+        raise HostError(f"what {ends.source.name} sends is not what arrives at {ends.destination.name}: the rehearsal's digests differ")
+    ends.source.run("rm", "-f", "--", sample)
+    ends.destination.run("rm", "-f", "--", arrived)
+
+
+def _cut(node: str, offset: int, length: int) -> str:
+    """A stretch of a node, as an image of its own."""
+    return f"driver=raw,offset={offset},size={length}," + ",".join(f"file.{entry}" for entry in node.split(",") if entry)
+
+
+def _whole_sectors(length: int) -> int:
+    """The length as qemu sees it: rounded up to 512."""
+    return -(-length // 512) * 512
+
+
+def move_disk(ends: Ends, job: DiskJob, progress: Callable[[int], contextlib.AbstractContextManager[Callable[[int], None]]],
+              check: Callable[[], None] = lambda: None) -> Moved:
+    """Brings the source's disk into the destination's place and proves it; `check` is called between chunks and may raise.
+
+    Raises HostError when a host, a command or the proof fails. The source's lock is held for as long as the export lives.
+    """
+    began = time.monotonic()
+    source, destination = ends.source, ends.destination
+    before = source.run("stat", "-c", "%s %Y %Z", "--", job.source.path)
+    with contextlib.ExitStack() as stack:
+        hold = stack.enter_context(held(source, job.source.path, ends.source_folder))
+        export = stack.enter_context(exported(ends, job, job.source.path, job.export_format))
+        readable = stack.enter_context(seen_by_guest(ends, source, job.source, job.whole_file))
+        options, node = stack.enter_context(reached(ends, job, export, job.length))
+        tiles = tiles_of(source, readable, job)
+        make_new(destination, job)
+        compared = stack.enter_context(Comparison(ends, job, readable))
+        with progress(sum(tile.length for tile in tiles if tile.holds_bytes)) as show:
+            done = 0
+            for tile in tiles:
+                if tile.holds_bytes:
+                    copy_chunk(ends, job, (options, node), tile, lambda part, done=done: show(done + part))  # type: ignore[misc]
+                    done += tile.length
+                    show(done)
+                compared.add(tile)
+                check()
+                hold.check(is_running=True)
+                export.lease.check(is_running=True)
+        copy_tail(ends, job)
+        digest = compared.finish()
+    if source.run("stat", "-c", "%s %Y %Z", "--", job.source.path) != before:
+        raise HostError(f"{source.name}: {job.source.path} was changed while it was being copied")
+    held_bytes = sum(tile.length for tile in tiles if tile.holds_bytes)
+    return Moved(min(held_bytes, job.source.allocated) if job.whole_file else held_bytes, digest, time.monotonic() - began)
+
+
+def tiles_of(source: Host, readable: str, job: DiskJob) -> tuple[Chunk, ...]:
+    """The chunks of a job, after a look at where the source holds bytes; all of it where the host cannot tell."""
+    if not job.with_python:
+        return chunks(job.length, [(0, job.length)], job.chunk)
+    lines = source.work("python3", "-c", BLOCKS, "map", readable, "0", str(job.length), stall=600).splitlines()
+    extents = [(int(start), int(count)) for start, count in map(str.split, lines)]
+    limit = min(job.chunk, max(job.limit_rate * 60 // MiB, 1) * MiB) if job.limit_rate else job.chunk
+    return chunks(job.length, extents, limit)
+
+
+@contextlib.contextmanager
+def seen_by_guest(ends: Ends, host: Host, image: DiskImage, whole_file: bool) -> Iterator[str]:
+    """What the digest program reads: the file itself, or unix:SOCKET of a qemu-nbd that shows what the guest sees."""
+    if whole_file or image.format == "raw":
+        yield image.path
+        return
+    folder = ends.source_folder if host is ends.source else ends.destination_folder
+    words = ("qemu-nbd", "-r", "-t", "-e", "8", "-k", f"{folder}/guest.sock", f"--pid-file={folder}/guest.pid", "-f", image.format, image.path)
+    with host.lease(LEASED_DAEMON, *words, given=(f"{folder}/guest.pid",)) as lease:
+        lease.line(30.0)
+        yield f"unix:{folder}/guest.sock"
+
+
+def make_new(destination: Host, job: DiskJob) -> None:
+    """Makes the empty file that the copy is written to, readable for root alone."""
+    if job.new_format == "raw":
+        destination.script('umask 077; rm -f -- "$1"; truncate -s "$2" -- "$1"', job.new, str(_whole_sectors(job.length)))
+    else:
+        destination.script('umask 077; rm -f -- "$2"; qemu-img create -q -f "$1" -- "$2" "$3"', job.new_format, job.new, str(job.source.size))
+
+
+def copy_chunk(ends: Ends, job: DiskJob, reader: tuple[tuple[str, ...], str], tile: Chunk, show: Callable[[int], None]) -> None:
+    """One chunk from the export into the same place of the new file; raises HostError when nothing moves for the job's stall time."""
+    options, node = reader
+    available = job.length // 512 * 512 if job.transport == "nbd" and job.whole_file else _whole_sectors(job.length)
+    length = min(tile.offset + tile.length, available) - tile.offset
+    if tile.offset + tile.length == job.length:
+        length = available - tile.offset
+    if length <= 0:
+        return
+    node_of_new = f"driver=file,filename={quoted(job.new)}"
+    if job.new_format != "raw":
+        node_of_new = f"driver={job.new_format},file.driver=file,file.filename={quoted(job.new)}"
+    rate = ("-r", str(job.limit_rate)) if job.limit_rate else ()
+    cache = ("-T", "none", "-t", "none") if job.fresh_direct else ()
+
+    def heard(said: str) -> None:
+        if shares := re.findall(r"\((\d+\.\d+)/100%\)", said):
+            show(int(tile.length * float(shares[-1]) / 100))
+
+    ends.destination.work("qemu-img", "convert", "-p", "-n", "-m", "16", "-W", *cache, *rate, *options, "--image-opts", "--target-image-opts",
+                          _cut(node, tile.offset, length), _cut(node_of_new, tile.offset, length), stall=job.stall, heard=heard)
+
+
+def copy_tail(ends: Ends, job: DiskJob) -> None:
+    """Gives the new file its exact length, with the last bytes that a block device, rounded down to 512, does not show."""
+    if job.new_format != "raw":
+        return
+    tail = job.length % 512
+    if tail and job.whole_file and job.transport == "nbd":
+        text_of_tail = ends.source.script('tail -c "$1" -- "$2" | base64', str(tail), job.source.path)
+        ends.destination.script('base64 -d | dd of="$1" bs=1 seek="$2" conv=notrunc status=none', job.new, str(job.length - tail),
+                                stdin=text_of_tail.encode())
+    ends.destination.run("truncate", "-s", str(job.length), "--", job.new)
+
+
+class Comparison:
+    """The proof: both hosts digest each chunk that has arrived, while later ones still flow."""
+
+    def __init__(self, ends: Ends, job: DiskJob, readable: str) -> None:
+        self.ends, self.job, self.readable = ends, job, readable
+        self._pools = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
+        self._stack = contextlib.ExitStack()
+        self._tiles: list[Chunk] = []
+        self._of_source: list[Future[dict[int, str]]] = []
+        self._of_new: list[Future[dict[int, str]]] = []
+
+    def __enter__(self) -> Comparison:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind:  # the threads wait on hosts that may never answer
+            for pool in self._pools:
+                pool.shutdown(wait=False, cancel_futures=True)
+            self.ends.source.end_work()
+            self.ends.destination.end_work()
+        for pool in self._pools:
+            pool.shutdown()
+        self._stack.close()
+
+    def add(self, tile: Chunk) -> None:
+        """A chunk has arrived; raises HostError for an earlier one whose digests are there and differ."""
+        if not self.job.verify:
+            return
+        self._tiles.append(tile)
+        self._of_source.append(self._submit(0, tile, self.readable))
+        if self.job.new_format == "raw":  # only a file that is nobody's image can be read while it is being written,
+            for earlier in self._tiles[len(self._of_new) : -1]:  # and the last chunk has its exact length in the end only
+                self._of_new.append(self._submit(1, earlier, self.job.new))
+        for number, (one, other) in enumerate(zip(self._of_source, self._of_new, strict=False)):
+            if one.done() and other.done():
+                self._compare(number)
+
+    def finish(self) -> str:
+        """The digest of the whole, which both ends agree on; empty where no proof was asked for. Raises HostError where they differ."""
+        if not self.job.verify:
+            return ""
+        new = dataclasses.replace(self.job.fresh, path=self.job.new, format=self.job.new_format)
+        place = self._stack.enter_context(seen_by_guest(self.ends, self.ends.destination, new, self.job.whole_file))
+        self._of_new += [self._submit(1, tile, place) for tile in self._tiles[len(self._of_new) :]]
+        whole = hashlib.sha256()
+        for number, one in enumerate(self._of_source):
+            self._compare(number)
+            whole.update("".join(f"{block} {found}\n" for block, found in sorted(one.result().items())).encode())
+        return whole.hexdigest()
+
+    def _submit(self, end: int, tile: Chunk, place: str) -> Future[dict[int, str]]:
+        how = digests if self.job.with_python else digest_of_chunk
+        host = (self.ends.source, self.ends.destination)[end]
+        return self._pools[end].submit(how, host, place, tile.offset, tile.length, self.job.stall)
+
+    def _compare(self, number: int) -> None:
+        tile, one, other = self._tiles[number], self._of_source[number].result(), self._of_new[number].result()
+        if one != other:
+            blocks = sorted({block for block, _ in one.items() ^ other.items()})
+            raise HostError(f"the copy is not the source: {len(blocks)} blocks of 1 MiB differ between byte {tile.offset:,} and "
+                            f"{tile.offset + tile.length:,}, the first one at {blocks[0] * MiB:,}",
+                            "nothing was put in place; run it again, and have disks and network of both hosts checked")
+
+
+def settle_disk(host: Host, job: DiskJob) -> None:
+    """Rebases the new file onto the destination's own base, checks it, grows it to the fresh disk's size and swaps it in."""
+    if job.whole_file and job.fresh.backing:
+        host.run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", job.fresh.backing_format, "-b", job.fresh.backing, job.new)
+    if job.fresh.format == "qcow2":
+        check_qcow2(host, job)
+    if job.fresh.size > job.source.size:
+        host.run("qemu-img", "resize", "-q", "-f", job.fresh.format, job.new, str(job.fresh.size))
+    host.script(SWAP_IN, job.fresh.path, job.new, job.kept)
+
+
+def check_qcow2(host: Host, job: DiskJob) -> None:
+    """Raises HostError unless the new file is sound, stands on the right base and shows the source's size."""
+    try:
+        host.work("qemu-img", "check", "-q", "-f", "qcow2", job.new, stall=3600)
+    except CommandError as error:
+        if "leaked" not in error.said:  # leaked clusters only waste space, and came with the source
+            raise
+    top, *below = disk_chain(host, job.new, "qcow2", shared=False)
+    wanted = job.fresh.backing if job.whole_file else ""
+    if top.size != job.source.size or top.backing != wanted or len(below) != bool(wanted):
+        raise HostError(f"{host.name}: {job.new} shows {top.size:,} bytes on base {top.backing or 'none'}; "
+                        f"{job.source.size:,} on {wanted or 'none'} were expected")
+
+
+# ---- 9. Copy ---------------------------------------------------------------------------------------------------------
+
+# What an operator does about a source in these states; only ACTIVE and SHUTOFF can be copied.
+STATE_WAYS: Final = {
+    "PAUSED": "openstack server unpause", "SUSPENDED": "openstack server resume", "SHELVED": "openstack server unshelve",
+    "SHELVED_OFFLOADED": "openstack server unshelve", "RESCUE": "openstack server unrescue",
+    "VERIFY_RESIZE": "openstack server resize confirm", "ERROR": "find out why, then openstack server set --state active",
+}
+FLAW_WAYS: Final = {
+    "internal snapshots": "they would be lost: delete them with qemu-img snapshot -d, or copy a snapshot of the instance",
+    "encryption": "its key is not in the disk: carry it as an image with its secret",
+    "an external data file": "convert the disk to a plain qcow2 first",
+    "the mark that it is corrupt": "repair it with qemu-img check -r all after taking a backup",
+}
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """The source as it was found; what could not be found out is None, and told in `problems`."""
+
+    cloud: Cloud | None
+    server: Server | None = None
+    host: Host | None = None
+    disk: Disk | None = None
+    image: Image | None = None
+    lacking: tuple[str, ...] = ()
+    problems: tuple[Reason, ...] = ()
+
+
+@dataclass(frozen=True)
+class DestinationFacts:
+    """The destination as it was found; what could not be found out is empty, and told in `problems`."""
+
+    cloud: Cloud | None
+    same_name: tuple[Server, ...] = ()
+    flavors: tuple[Flavor, ...] = ()
+    images: tuple[Image, ...] = ()
+    sees_hosts: bool = True
+    limits: Mapping[str, int] = field(default_factory=dict)
+    problems: tuple[Reason, ...] = ()
+
+
+def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, stack: contextlib.ExitStack) -> SourceFacts:
+    """Looks at the source instance, its host and its disk; connections are closed by the stack."""
+    facts, problems = SourceFacts(None), list[Reason]()
+    try:
+        facts = dataclasses.replace(facts, cloud=(cloud := Cloud("source", creds)))
+        facts = dataclasses.replace(facts, server=(server := cloud.server(settings.src_uid)))
+        if not settings.image:
+            facts = dataclasses.replace(facts, image=cloud.image(server.image) if server.image else None)
+        if server.host:
+            host = connect(server.host if server.host in settings.hosts else server.hypervisor, settings, screen)
+            stack.callback(host.close)
+            facts = dataclasses.replace(facts, host=host, lacking=tuple(tools_lacking(host, list(PACKAGES))))
+            facts = dataclasses.replace(facts, disk=look_at_disk(host, server, settings, facts.lacking))
+    except UsageError:
+        raise
+    except CloudError as error:
+        no_such = error.code == 404 and facts.cloud and not facts.server
+        problems.append(Reason(f"source cloud: there is no server {settings.src_uid}", "see: openstack server list --all-projects")
+                        if no_such else error.reasons[0])
+    except MigrenaError as error:
+        problems += error.reasons
+    return dataclasses.replace(facts, problems=tuple(problems))
+
+
+def look_at_disk(host: Host, server: Server, settings: Settings, lacking: Sequence[str]) -> Disk | None:
+    """The source's disk, or None where it cannot be read for a reason that is told otherwise; a stopped one must not be in use."""
+    if "qemu-img" in lacking or not server.image or server.status not in ("ACTIVE", "SHUTOFF"):
+        return None
+    path = settings.disk_path % server.id
+    try:
+        return survey_disk(host, server.id, path, shared=server.status == "ACTIVE")
+    except CommandError as error:
+        if "lock" not in error.said:
+            raise
+        raise HostError(f"{host.name}: {path} is in use although the instance is {server.status}: {error.said}",
+                        "find out who has it open (virsh list, lsof) and end that first") from error
+
+
+def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> DestinationFacts:
+    """Looks at what the destination cloud has: the name, flavors, images, and whether it tells hosts."""
+    facts, problems = DestinationFacts(None), list[Reason]()
+    try:
+        cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
+        facts = DestinationFacts(cloud, tuple(cloud.servers_named(settings.dst_name)), tuple(cloud.flavors()), tuple(cloud.images()),
+                                 cloud.sees_hosts(), cloud.limits())
+    except CloudError as error:
+        problems += error.reasons
+    return dataclasses.replace(facts, problems=tuple(problems))
+
+
+def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -> Flavor:
+    """The flavor that was named, else the source's by its name, else the only one of its sizes; raises Refused with the nearest."""
+    if wanted:
+        found = [flavor for flavor in flavors if wanted == flavor.id] or [flavor for flavor in flavors if wanted == flavor.name]
+        what = f"flavor {wanted!r}"
+    elif source:
+        named = [flavor for flavor in flavors if flavor.name == source.flavor.name]
+        found = named or [flavor for flavor in flavors if source.flavor.vcpus and flavor.sizes == source.flavor.sizes]
+        what = f"flavor like the source's {source.flavor.name!r}"
+    else:
+        raise Refused([Reason("no flavor can be matched while the source is unknown", "name one with -f")])
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise Refused([Reason(f"destination cloud: more than one {what}: {', '.join(f'{f.name} ({f.id})' for f in found)}", "give its id with -f")])
+    near = difflib.get_close_matches(wanted or (source.flavor.name if source else ""), [f.name for f in flavors], n=5, cutoff=0.3)
+    raise Refused([Reason(f"destination cloud: there is no {what}", f"name one with -f; nearest: {', '.join(near or [f.name for f in flavors[:5]]) or 'none'}")])
+
+
+def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Image:
+    """The image that was named, else one whose digest proves it the source's; raises Refused with the candidates or the nearest."""
+    if wanted:
+        found = [image for image in images if image.id == wanted] or [image for image in images if image.name == wanted]
+        if len(found) > 1:
+            raise Refused([Reason(f"destination cloud: {len(found)} images are named {wanted!r}: {', '.join(image.id for image in found)}",
+                                  "give the id with -i")])
+    elif source is None:
+        raise Refused([Reason("the source's image is gone, so that none can be matched", "name one with -i")])
+    else:  # whichever of several equal ones: their content is the same
+        found = sorted((image for image in images if image.status == "active" and image.equals(source)), key=lambda image: image.name != source.name)
+    if not found:
+        name = wanted or (source.name if source else "")
+        near = difflib.get_close_matches(name, [image.name for image in images], n=5, cutoff=0.3)
+        what = f"image {wanted!r}" if wanted else f"image with the content of the source's {name!r}"
+        raise Refused([Reason(f"destination cloud: there is no {what}",
+                              f"name one with -i; nearest: {', '.join(near or [image.name for image in images[:5]]) or 'none'}")])
+    if found[0].status != "active":
+        raise Refused([Reason(f"destination cloud: image {found[0].name!r} is {found[0].status}, not active", "name another one with -i")])
+    return found[0]
+
+
+def refuse(settings: Settings, source: SourceFacts, destination: DestinationFacts) -> list[Reason]:
+    """Everything that stands in the way, as far as it can be known before anything is touched; empty where nothing does."""
+    reasons = [*source.problems, *destination.problems]
+    if source.server:
+        reasons += refuse_server(source.server, settings)
+        if source.host:
+            reasons += refuse_tools(source.host.name, source.lacking, settings, "nbd-server")
+    if source.disk:
+        reasons += refuse_disk(source.disk, settings)
+    if destination.cloud and not destination.problems:
+        reasons += refuse_destination(settings, source, destination)
+    return reasons
+
+
+def refuse_server(server: Server, settings: Settings) -> Iterator[Reason]:
+    """What about the source instance itself stands in the way."""
+    if server.status not in ("ACTIVE", "SHUTOFF"):
+        way = STATE_WAYS.get(server.status, "")
+        yield Reason(f"the source is {server.status}; only ACTIVE or SHUTOFF can be copied", f"{way} {server.id}" if way.startswith("open") else way)
+    if server.task:
+        yield Reason(f"the source has a task under way: {server.task}", "wait for its end")
+    if server.locked:
+        yield Reason(f"the source is locked{f': {server.lock_reason}' if server.lock_reason else ''}", f"openstack server unlock {server.id}")
+    if MARK in server.metadata:
+        yield Reason(f"run {server.metadata[MARK]} is moving the source, or was killed while it did",
+                     f"if it is over: openstack server unset --property {MARK} {server.id}")
+    if not server.host:
+        yield Reason("source cloud: these credentials are not told on which host the instance is", "use an admin's credentials")
+    if not server.image:
+        yield Reason("the source boots from a volume, which no hypervisor's disk holds", "move the volume with Cinder (backup, or transfer of an image)")
+    left = "--root-only goes on and leaves it behind"
+    if server.image and server.volumes and not settings.root_only:
+        yield Reason(f"volumes are attached: {', '.join(server.volumes)}", f"detach them, or {left}")
+    if server.flavor.ephemeral and not settings.root_only:
+        yield Reason(f"the source has an ephemeral disk of {server.flavor.ephemeral} GiB, and only the root disk is copied", left)
+    if server.config_drive and not settings.root_only:
+        yield Reason("the source has a config drive, and only the root disk is copied", f"give 'config_drive': True in -e for a new one; {left}")
+
+
+def refuse_tools(host: str, lacking: Sequence[str], settings: Settings, nbd_tool: str) -> Iterator[Reason]:
+    """Which tools a host would have to have."""
+    needed = [*NEEDED, *([nbd_tool] if settings.transport == "nbd" else ())]
+    for tool in needed:
+        if tool in lacking:
+            yield Reason(f"{host}: {tool} is missing", f"install {where_from(tool)}")
+    if "python3" in lacking and not settings.tls and settings.transport != "nbd":
+        yield Reason(f"{host}: python3 is missing, without which qemu-nbd cannot tell who connects", "leave out --no-tls, or use --transport nbd")
+
+
+def refuse_disk(disk: Disk, settings: Settings) -> Iterator[Reason]:
+    """What about the source's disk stands in the way."""
+    for image in disk.chain:
+        for flaw in image.flaws:
+            yield Reason(f"{image.path} has {flaw}", FLAW_WAYS[flaw])
+    if disk.has_tpm:
+        yield Reason("the source has a TPM, whose secrets stay behind", "move what they protect first, then remove hw:tpm_version")
+    if disk.top.format not in ("qcow2", "raw"):
+        yield Reason(f"{disk.top.path} is {disk.top.format}; only qcow2 and raw can be copied")
+    stays = [name for name in disk.beside if not name.endswith("swap") and not name.endswith("config")]
+    if stays and not settings.root_only:
+        yield Reason(f"further disks lie beside the root disk: {', '.join(stays)}", "--root-only goes on and leaves them behind")
+
+
+def refuse_destination(settings: Settings, source: SourceFacts, destination: DestinationFacts) -> list[Reason]:
+    """What about the destination cloud stands in the way."""
+    reasons = [Reason(f"destination cloud: the name {settings.dst_name!r} is taken by {server.id}", "choose another one with -d")
+               for server in destination.same_name]
+    if not destination.sees_hosts:
+        reasons.append(Reason("destination cloud: these credentials are not told on which host an instance is", "use an admin's credentials"))
+    try:
+        flavor = pick_flavor(settings.flavor, destination.flavors, source.server)
+        if source.disk and 0 < flavor.disk * GiB < source.disk.top.size:
+            reasons.append(Reason(f"flavor {flavor.name} has a disk of {flavor.disk} GiB, the source's has {human(source.disk.top.size)}",
+                                  "name a larger one with -f"))
+        reasons += [Reason(f"destination cloud: the quota is exceeded: {exceeded}", "delete what is not needed, or have the quota raised")
+                    for exceeded in over_quota(destination.limits, flavor)]
+    except Refused as refusal:
+        reasons += refusal.reasons
+    try:
+        if settings.image or (source.server and source.server.image):
+            pick_image(settings.image, destination.images, source.image)
+    except Refused as refusal:
+        reasons += refusal.reasons
+    return reasons
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done, and with what; only the choice of the destination's host is Nova's."""
+
+    run: str
+    server: Server
+    disk: Disk
+    flavor: Flavor
+    image: Image
+    left_behind: tuple[str, ...]
+
+    @property
+    def was_running(self) -> bool:
+        """Whether the source ran when it was found."""
+        return self.server.status == "ACTIVE"
+
+
+def make_plan(settings: Settings, source: SourceFacts, destination: DestinationFacts) -> Plan:
+    """The plan for facts that nothing was refused for."""
+    if not source.server or not source.disk:
+        raise AssertionError("nothing was refused, yet the source is not known")
+    server, disk = source.server, source.disk
+    left = [f"volume {id}" for id in server.volumes]
+    left += [f"ephemeral disk {name}" for name in disk.beside if re.search(r"local|eph", name)]
+    left += ["the config drive"] if server.config_drive else []
+    run = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    return Plan(run, server, disk, pick_flavor(settings.flavor, destination.flavors, server),
+                pick_image(settings.image, destination.images, source.image), tuple(left))
+
+
+@dataclass
+class Report:
+    """What happened, for --json: sizes in bytes, durations in seconds."""
+
+    run: str = ""
+    result: str = "failed"
+    source: dict[str, object] = field(default_factory=dict)
+    destination: dict[str, object] = field(default_factory=dict)
+    copy: dict[str, object] = field(default_factory=dict)
+    started: list[str] = field(default_factory=list)
+    downtime_seconds: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    left_behind: list[str] = field(default_factory=list)  # of the instance, in the source cloud: volumes and the like
+    not_undone: list[str] = field(default_factory=list)
+    error: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One copy under way: everything its steps share."""
+
+    settings: Settings
+    screen: Screen
+    journal: Journal
+    undo: Undo
+    report: Report
+    plan: Plan
+    source: Cloud
+    destination: Cloud
+    source_host: Host
+
+    def changed(self, server: Server) -> None:
+        """Shows what Nova is doing."""
+        self.screen.status(f"Current status: {server.status} {server.task}")
+
+
+def execute(run: Run) -> str:
+    """The id of the new instance, its disk copied, proven and in place. Raises MigrenaError; what was done is in `run.undo`."""
+    claim_source(run)
+    new = create_destination(run)
+    with contextlib.ExitStack() as stack:
+        host = connect_destination(run, new, stack)
+        ends = stack.enter_context(both_ends(run, host))
+        job = prepare(run, ends, new)
+        stopped_at = stop_source(run)
+        job = look_again(run, ends, job)
+        transfer(run, ends, job)
+        title = f"{'Rebase backing file, check' if job.whole_file and job.fresh.backing else 'Check'} and swap in the disk."
+        with run.screen.step(title), run.journal.act("swap in", new=job.new):
+            settle_disk(host, job)
+        release_source(run)
+        start_named(run, new, stopped_at)
+        host.run("rm", "-f", "--", job.kept)
+    return new.id
+
+
+def claim_source(run: Run) -> None:
+    """Marks the source in Nova, so that runs from other machines see that it is being moved."""
+    id, plan = run.plan.server.id, run.plan
+    run.undo.always(f"check that nothing of ours is left on {run.source_host.name}", lambda: confirm_all_ended(run.source_host))
+    run.undo.always(f"take the mark off source {id}", lambda: run.source.unmark(id))
+    with run.journal.act("mark source", server=id):
+        run.source.mark(id, plan.run)
+
+
+def create_destination(run: Run) -> Server:
+    """The new instance, ACTIVE. From here on a failure deletes it, even one in the middle of the request that makes it."""
+    plan, settings = run.plan, run.settings
+    with run.screen.step("Create new instance in the target environment."):
+        for line in (f"Name: {settings.dst_name}", f"Flavor: {plan.flavor.name}, ID: {plan.flavor.id}",
+                     f"Image: {plan.image.name}, ID: {plan.image.id}", *(f"{key}: {value}" for key, value in settings.extra_args.items())):
+            run.screen.note(line)
+        run.undo.on_failure(f"delete destination {settings.dst_name}", lambda: delete_made(run))
+        with run.journal.act("create destination", name=settings.dst_name) as result:
+            marks = {MARK: plan.run, ORIGIN: plan.server.id}
+            id = run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, settings.extra_args, marks)
+            result["server"] = id
+        new = run.destination.wait(id, lambda server: server.is_running, run.changed)
+        run.screen.note(f"Done. Current status: {new.status}, ID: {id}")
+    run.report.destination |= {"cloud": run.destination.url, "id": id, "name": new.name, "host": new.hypervisor}
+    return new
+
+
+def delete_made(run: Run) -> None:
+    """Deletes what this run made in the destination: the servers of that name that carry its mark."""
+    for server in run.destination.servers_named(run.settings.dst_name):
+        if server.metadata.get(MARK) == run.plan.run:
+            with run.journal.act("delete destination", server=server.id):
+                run.destination.delete(server.id)
+
+
+def connect_destination(run: Run, new: Server, stack: contextlib.ExitStack) -> Host:
+    """The hypervisor that Nova chose, with all the tools a copy needs."""
+    if not new.host:
+        raise CloudError("destination cloud: these credentials are not told on which host the instance is", "use an admin's credentials")
+    host = connect(new.host if new.host in run.settings.hosts else new.hypervisor, run.settings, run.screen)
+    stack.callback(host.close)
+    run.undo.always(f"check that nothing of ours is left on {host.name}", lambda: confirm_all_ended(host))
+    reasons = list(refuse_tools(host.name, tools_lacking(host, list(PACKAGES)), run.settings, "nbd-client"))
+    if reasons:
+        raise HostError(reasons[0].problem, reasons[0].way_out)
+    return host
+
+
+@contextlib.contextmanager
+def both_ends(run: Run, destination: Host) -> Iterator[Ends]:
+    """Both hosts with a private folder each, and certificates in them where TLS is wanted."""
+    source = run.source_host
+    with source.private_folder(run.plan.run) as one, destination.private_folder(run.plan.run) as other:
+        ends = Ends(source, destination, one, other, route_address(destination, source.nbd_address))
+        if run.settings.tls:
+            place_certificates(ends)
+        yield ends
+
+
+def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
+    """The whole plan of the transfer, rehearsed, with the destination stopped; all of it while the source still runs."""
+    with run.screen.step("Stop destination instance."), run.journal.act("stop destination", server=new.id):
+        path = run.settings.disk_path % new.id
+        fresh = survey_disk(ends.destination, new.id, path, shared=True)
+        run.destination.stop(new.id)
+        run.destination.wait(new.id, lambda server: server.is_stopped, run.changed)
+        run.screen.note("Done. Current status: SHUTOFF")
+    with run.screen.step("Compare bases, space and the way between the hypervisors."):
+        job = plan_job(run, ends, fresh)
+        refuse_job(ends, job, run.plan.disk)
+        rehearse(ends, job)
+        run.screen.note(f"Done. 1 MiB went from {ends.source.nbd_address} to {ends.client_address} and was proven.")
+    return job
+
+
+def plan_job(run: Run, ends: Ends, fresh: Disk) -> DiskJob:
+    """What will be copied and how, from both disks; says it on the screen and in the report."""
+    settings, disk, host = run.settings, run.plan.disk, ends.destination
+    missing = {end: set(tools_lacking(end, list(PACKAGES))) for end in (ends.source, host)}
+    lacking = [f"{tool} on {end.name}" for end, tool in ((ends.source, "nbd-server"), (host, "nbd-client"), (host, "modprobe"))
+               if tool in missing[end]]
+    if not lacking and not host.succeeds("sh", "-c", "[ -e /sys/block/nbd0 ] || modprobe -n -q nbd"):
+        lacking = [f"the module nbd on {host.name}"]
+    with_python = not any("python3" in tools for tools in missing.values())
+    equal = bool(with_python and disk.base and fresh.base and disk.top.backing_format
+                 and same_content((ends.source, disk.base), (host, fresh.base), settings.stall_timeout))
+    whole_file, why_view = view(disk, fresh, equal)
+    transport, why_transport = pick_transport(settings.transport, lacking, disk.top, whole_file)
+    if transport == "nbd" and lacking:
+        raise HostError(f"--transport nbd cannot work: missing is {', '.join(lacking)}", "use --transport qemu, or install what is missing")
+    if not whole_file and settings.verify and not with_python:
+        raise HostError("python3 is missing on a host, without which the guest's view cannot be proven", "install it, or give --no-verify")
+    run.screen.note(f"Copy {'the file' if whole_file else 'what the guest sees'}: {why_view}.")
+    run.screen.note(f"Transport {transport}{' with TLS' if settings.tls else ' in clear'}: {why_transport}.")
+    run.report.copy |= {"view": "file" if whole_file else "guest", "why_view": why_view, "transport": transport,
+                        "why_transport": why_transport, "tls": settings.tls}
+    return DiskJob(
+        run=run.plan.run, source=disk.top, fresh=fresh.top, whole_file=whole_file, transport=transport, tls=settings.tls,
+        verify=settings.verify, ports=settings.nbd_server_port, device=settings.nbd_device, limit_rate=settings.limit_rate,
+        chunk=settings.chunk, stall=settings.stall_timeout, source_direct=disk.direct_io, fresh_direct=fresh.direct_io, with_python=with_python,
+    )
+
+
+def refuse_job(ends: Ends, job: DiskJob, disk: Disk) -> None:
+    """Raises HostError where the destination's host or disk cannot take the copy."""
+    if job.fresh.format not in ("qcow2", "raw"):
+        raise HostError(f"{ends.destination.name}: {job.fresh.path} is {job.fresh.format}; only qcow2 and raw can be copied to")
+    if job.fresh.size < job.source.size:
+        raise HostError(f"the new instance's disk of {human(job.fresh.size)} is smaller than the source's {human(job.source.size)}",
+                        "name a larger flavor with -f")
+    need = space_needed(job.source, disk, job.whole_file)
+    free = free_space(ends.destination, job.fresh.path)
+    if free < need:
+        raise HostError(f"{ends.destination.name}: {human(free)} are free beside {job.fresh.path}, {human(need)} are needed",
+                        "free space there, or have Nova choose another host with availability_zone in -e")
+
+
+def space_needed(top: DiskImage, disk: Disk, whole_file: bool) -> int:
+    """Bytes that the new file takes at the destination, with room for a running source to grow a little."""
+    return (top.allocated if whole_file else disk.guest_bytes) * 102 // 100 + 64 * MiB
+
+
+def stop_source(run: Run) -> float:
+    """Stops the source and locks it against its users; gives the moment, by the monotonic clock, at which it was asked to stop."""
+    id = run.plan.server.id
+    with run.screen.step("Stop source instance."), run.journal.act("stop source", server=id, was_running=run.plan.was_running):
+        if run.plan.was_running:
+            run.undo.on_failure(f"start source {id} again", lambda: restart_source(run))
+        asked = time.monotonic()
+        run.source.stop(id)
+        run.source.wait(id, lambda server: server.is_stopped, run.changed)
+        run.undo.on_failure(f"unlock source {id}", lambda: run.source.unlock(id))
+        run.source.lock(id, f"migrena run {run.plan.run}")
+        run.screen.note("Done. Current status: SHUTOFF")
+    return asked
+
+
+def restart_source(run: Run) -> None:
+    """Starts the source again, also from the middle of a stop."""
+    id = run.plan.server.id
+    with run.journal.act("start source", server=id):
+        run.source.wait(id, lambda server: not server.task, run.changed)
+        run.source.start(id, run.changed)
+
+
+def look_again(run: Run, ends: Ends, job: DiskJob) -> DiskJob:
+    """The job for the disk as it is now that the source has stopped and nobody has it open."""
+    chain = disk_chain(ends.source, job.source.path, job.source.format, shared=False)
+    planned = run.plan.disk.chain
+    if [(image.path, image.format, image.size) for image in chain] != [(image.path, image.format, image.size) for image in planned]:
+        raise HostError(f"{ends.source.name}: {job.source.path} was replaced since it was looked at")
+    for flaw in chain[0].flaws:
+        raise HostError(f"{chain[0].path} has {flaw}", FLAW_WAYS[flaw])
+    return dataclasses.replace(job, source=chain[0])
+
+
+def transfer(run: Run, ends: Ends, job: DiskJob) -> None:
+    """Copies and proves. A half-made file goes with the destination, whose whole folder Nova deletes."""
+    with run.screen.step("Migrate disk to destination instance."), run.journal.act("copy", new=job.new, length=job.length) as result:
+        run.screen.note(f"{ends.source.name}:{job.source.path}")
+        run.screen.note(f"-> {ends.destination.name}:{job.fresh.path}")
+        moved = move_disk(ends, job, run.screen.progress, SourceWatch(run))
+        rate = moved.held / max(moved.seconds, 0.001)
+        proof = f"both ends have digest {moved.digest[:16]}…" if moved.digest else "not proven, as asked for with --no-verify"
+        run.screen.note(f"Done. {human(moved.held)} in {span(moved.seconds)}, {human(rate)}/s; {proof}")
+        result |= {"held": moved.held, "digest": moved.digest}
+    run.report.copy |= {"verified": bool(moved.digest), "digest": moved.digest, "bytes": moved.held, "length": job.length,
+                        "seconds": round(moved.seconds, 2), "rate": round(rate)}
+    run.journal.write("finished", clouds=[run.source.url, run.destination.url], rate=round(rate) if moved.held > MiB else 0)
+
+
+class SourceWatch:
+    """Called between chunks: raises CloudError when the source does not stay stopped. Asks Nova every ten seconds at most."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self._asked = run, time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._asked < 10:
+            return
+        self._asked = time.monotonic()
+        try:
+            server = self.run.source.server(self.run.plan.server.id)
+        except CloudError as error:
+            if error.may_pass:  # the image lock holds while the API is away
+                return
+            raise
+        if not server.is_stopped:
+            raise CloudError(f"the source is {server.status} {server.task} in the middle of the copy: somebody started it",
+                             "find out who, and run migrena again")
+
+
+def release_source(run: Run) -> None:
+    """Takes our lock off the source."""
+    with run.journal.act("unlock source", server=run.plan.server.id):
+        run.source.unlock(run.plan.server.id)
+
+
+def start_named(run: Run, new: Server, stopped_at: float) -> None:
+    """Starts what -a names, the destination first: with it the downtime ends. Warns when both run with one address."""
+    wanted = run.settings.start_after
+    running: dict[str, Server] = {}
+    for side, cloud, id in (("dst", run.destination, new.id), ("src", run.source, run.plan.server.id)):
+        if wanted in ("all", side):
+            name = "destination" if side == "dst" else "source"
+            with run.screen.step(f"Start {name} instance."), run.journal.act(f"start {name}", server=id):
+                running[side] = cloud.start(id, run.changed)
+                run.screen.note(f"Done. Current status: {running[side].status}")
+            run.report.started.append(name)
+        if side == "dst":
+            run.report.downtime_seconds = round(time.monotonic() - stopped_at, 2) if run.plan.was_running else None
+    if len(running) == 2 and (shared := running["src"].fixed_addresses & running["dst"].fixed_addresses):
+        run.screen.warn(f"source and destination both run with address {', '.join(sorted(shared))}")
+
+
+def confirm_all_ended(host: Host) -> None:
+    """Raises HostError where the end of something of ours on a host was not confirmed."""
+    if host.unconfirmed:
+        raise HostError("; ".join(host.unconfirmed))
+
+
+def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, destination: DestinationFacts, known_rate: float) -> Iterator[str]:
+    """The plan in words, for the dry run."""
+    top = plan.disk.top
+    yield f"source       {plan.server.name} {plan.server.id}, {plan.server.status}, on {plan.server.hypervisor}"
+    yield f"  disk       {top.path}: {top.format}, {human(top.size)} to the guest, {human(top.allocated)} in the file"
+    for base in plan.disk.chain[1:]:
+        yield f"  base       {base.path}: {base.format}, {human(base.length)}"
+    yield f"destination  {settings.dst_name}, flavor {plan.flavor.name}, image {plan.image.name} ({plan.image.id}), on the host that Nova chooses"
+    transport, why = pick_transport(settings.transport, [tool for tool in ("nbd-server",) if tool in source.lacking], top, True)
+    yield f"transport    {transport}{' with TLS' if settings.tls else ' in clear'}: {why} (the destination's host may lack something)"
+    amounts = {"the file": top.allocated} if top.format == "raw" or not plan.disk.base else {
+        "the file, if the bases are equal": top.allocated, "what the guest sees, if they are not": plan.disk.guest_bytes}
+    rates = {f"{human(known_rate)}/s, as in the last run": known_rate} if known_rate else {"1 Gbit/s": 1.25e8, "10 Gbit/s": 1.25e9}
+    if settings.limit_rate:
+        rates = {f"{human(settings.limit_rate)}/s, the limit": float(settings.limit_rate)}
+    for what, amount in amounts.items():
+        yield f"to move      {human(amount)}: {what}"
+        yield f"  space      {human(space_needed(top, plan.disk, amount == top.allocated))} at the destination"
+        for name, rate in rates.items():
+            yield f"  downtime   about {span(amount / rate)} at {name}, and the time to stop and start" if plan.was_running else f"  duration   about {span(amount / rate)} at {name}"
+    yield f"afterwards   {'start ' + settings.start_after if settings.start_after else 'nothing is started'}"
+
+
+# ---- 10. Door --------------------------------------------------------------------------------------------------------
+
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+EXIT_CODES: Final = """exit codes:
+  0  done                            3  refused, nothing was touched
+  1  failed and rolled back          4  failed, and something is left behind (it is listed)
+  2  usage or config.py is wrong     128+n  ended by signal n, and rolled back"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, made from the rows of Settings."""
+    made = argparse.ArgumentParser(
+        prog="migrena.py", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES, allow_abbrev=False,
+        description="Moves an instance, with its disk, from one OpenStack cloud to another: from hypervisor to hypervisor,\n"
+                    "the source read-only, the copy proven. The source is never deleted.")
+    made.add_argument("--version", action="version", version=f"migrena {VERSION}")
+    made.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help="settings (default: config.py beside migrena.py)")
+    for row in dataclasses.fields(Settings):
+        if row.metadata["flags"]:
+            made.add_argument(*row.metadata["flags"], dest=row.name, default=argparse.SUPPRESS, help=row.metadata["help"], **row.metadata["more"])
+    return made
+
+
+def load_settings(arguments: Sequence[str], environment: Mapping[str, str], screen: Screen) -> Settings:
+    """Everything the operator asked for; raises UsageError for what cannot be. Warns of a config.py that tells passwords to others."""
+    flags = vars(parser().parse_args(arguments))
+    named = flags.pop("config", environment.get("MIGRENA_CONFIG"))
+    path = Path(named).expanduser() if named else Path(__file__).resolve().with_name("config.py")
+    if named and not path.is_file():
+        raise UsageError(f"there is no file {path}", "name the settings with -c FILE")
+    config = read_config(path) if path.is_file() else {}
+    settings = settle(flags, environment, config)
+    secret = any("password" in key or "secret" in key or key == "api_key" for creds in (settings.src_creds, settings.dst_creds) for key in creds)
+    if secret and {"src_creds", "dst_creds"} & config.keys() and path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+        screen.warn(f"{path} holds a password and others can read it: chmod 600 {shlex.quote(str(path))}")
+    for flag, value in (("-s", settings.src_uid), ("-d", settings.dst_name)):
+        if not value.strip():
+            raise UsageError(f"{flag} is missing", "./migrena.py -s SRC_UUID -d DST_NAME [-f FLAVOR] [-i IMAGE]; --help tells all")
+    if not re.fullmatch(r"[0-9a-fA-F]{8}-?([0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}", settings.src_uid):
+        raise UsageError(f"-s: {settings.src_uid!r} is no instance id", "take it from: openstack server list --all-projects")
+    return settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of one call of migrena."""
+    environment, screen, report = os.environ, Screen(), Report()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    wants_json = wants_traceback = False
+    undo = Undo(screen)
+    try:
+        with signals(undo):
+            settings = load_settings(arguments, environment, screen)
+            wants_json, wants_traceback = settings.json, settings.debug
+            screen.quiet, screen.verbose = settings.quiet, settings.verbose
+            if settings.debug:
+                logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(name)s %(message)s")
+            code = copy(settings, environment, undo, report)
+    except MigrenaError as error:
+        code = show_failure(error.reasons, error.exit_code, screen, report)
+        wants_traceback and traceback.print_exc()  # type: ignore[func-returns-value]
+    except Interrupted as error:
+        code = show_failure([Reason(str(error))], 128 + error.number, screen, report)
+    if undo.left:
+        report.not_undone = undo.left
+        for line in undo.left:
+            screen.say(f"left behind: {line}", always=True)
+        code = 4
+    if wants_json:
+        report.warnings, report.seconds = screen.warnings, screen.seconds
+        print(json.dumps(dataclasses.asdict(report), indent=2))
+    return code
+
+
+def show_failure(reasons: Sequence[Reason], code: int, screen: Screen, report: Report) -> int:
+    """Tells every reason with its way out; gives the exit code back."""
+    report.result = {2: "usage", 3: "refused"}.get(code, "failed")
+    report.error = [dataclasses.asdict(reason) for reason in reasons]
+    for reason in reasons:
+        screen.say(f"{'refused' if code == 3 else 'error'}: {reason.problem}", always=True)
+        if reason.way_out:
+            screen.say(f"  try: {reason.way_out}", always=True)
+    return code
+
+
+@contextlib.contextmanager
+def signals(undo: Undo) -> Iterator[None]:
+    """Within, SIGINT, SIGTERM and SIGHUP raise Interrupted; a further one is only answered: what is being undone must be undone."""
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        for each in SIGNALS:
+            signal.signal(each, on_further_signal)
+        raise Interrupted(number)
+
+    def on_further_signal(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"\nstill undoing{': ' + undo.doing if undo.doing else ' what was begun'}; please wait\n".encode())
+
+    before = {each: signal.signal(each, on_signal) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def copy(settings: Settings, environment: Mapping[str, str], undo: Undo, report: Report) -> int:
+    """The job without a word in first place: survey, refuse, and then the plan is printed or executed."""
+    check_extra(settings.extra_args)
+    creds = {side: credentials(side, settings, environment) for side in ("src", "dst")}
+    folder, screen = state_folder(settings, environment), undo.screen
+    with contextlib.ExitStack() as stack:
+        with ThreadPoolExecutor(2) as pool:
+            looking = pool.submit(survey_source, settings, creds["src"], screen, stack)
+            other = pool.submit(survey_destination, settings, creds["dst"])
+            source, destination = looking.result(), other.result()
+        if reasons := refuse(settings, source, destination):
+            raise Refused(reasons)
+        plan = make_plan(settings, source, destination)
+        if not source.cloud or not destination.cloud or not source.host:
+            raise AssertionError("nothing was refused, yet something is not known")
+        report.run, report.left_behind = plan.run, list(plan.left_behind)
+        report.source = {"cloud": source.cloud.url, "id": plan.server.id, "name": plan.server.name, "host": plan.server.hypervisor}
+        tell_what_stays(screen, plan)
+        if settings.dry_run:
+            report.result = "planned"
+            known_rate = last_rate(folder, [source.cloud.url, destination.cloud.url])
+            for line in plan_lines(settings, plan, source, destination, known_rate):
+                screen.say(line, always=True)
+            return 0
+        stack.enter_context(only_run_of(folder, plan.server.id))
+        journal = Journal(folder, plan.run)
+        stack.callback(journal.close)
+        journal.write("run", source=plan.server.id, name=settings.dst_name, clouds=[source.cloud.url, destination.cloud.url])
+        with undo:
+            id = execute(Run(settings, screen, journal, undo, report, plan, source.cloud, destination.cloud, source.host))
+    report.result = "done"
+    if not settings.json:
+        print(id)
+    return 0
+
+
+def tell_what_stays(screen: Screen, plan: Plan) -> None:
+    """Warns of what the new instance will not have."""
+    for what in plan.left_behind:
+        screen.warn(f"{what} stays behind, as asked for with --root-only")
+    if plan.server.flavor.swap or "disk.swap" in plan.disk.beside:
+        screen.note("The swap disk is not copied: Nova makes a new one.")
+    if plan.disk.has_nvram:
+        screen.warn("the source boots by UEFI: its NVRAM (boot entries) is not copied, and Nova makes a new one")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
