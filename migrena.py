@@ -629,10 +629,10 @@ class Moved:
 
 def over_quota(limits: Mapping[str, int], flavor: Flavor) -> list[str]:
     """What of a project's quota one more instance of this flavor would exceed; limits as Nova names them, -1 for none."""
-    needs = (("Instances", "Instances", "instances", 1), ("TotalCores", "Cores", "cores", flavor.vcpus), ("TotalRAMSize", "RAM", "MiB of RAM", flavor.ram))
     exceeded = []
-    for most_name, used_name, what, need in needs:
-        most, used = limits.get(f"maxTotal{most_name.removeprefix('Total')}", -1), limits.get(f"total{used_name}Used", 0)
+    for most_key, used_key, what, need in (("Instances", "Instances", "instances", 1), ("Cores", "Cores", "cores", flavor.vcpus),
+                                           ("RAMSize", "RAM", "MiB of RAM", flavor.ram)):
+        most, used = limits.get(f"maxTotal{most_key}", -1), limits.get(f"total{used_key}Used", 0)
         if 0 <= most < used + need:
             exceeded.append(f"{used} of {most} {what} are used, {need} more are needed")
     return exceeded
@@ -903,8 +903,8 @@ LEFT_BEHIND: Final = 9  # exit status of a lease that could not undo what it had
 
 LEASED_COMMAND: Final = HOLD + """
 exec 3<&0
-"$@" </dev/null 3<&- & child=$!
-{ hold <&3; kill "$child"; sleep 3; kill -9 "$child"; } >/dev/null 2>&1 & watch=$!
+setsid "$@" </dev/null 3<&- & child=$!
+{ hold <&3; kill -- "-$child"; sleep 3; kill -s KILL -- "-$child"; } >/dev/null 2>&1 & watch=$!
 wait "$child"; status=$?
 kill "$watch" 2>/dev/null
 exit "$status"
@@ -919,7 +919,7 @@ n=0
 while [ ! -s "$pidfile" ]; do
   kill -0 "$child" 2>/dev/null || wait "$child" || exit
   n=$((n + 1))
-  [ "$n" -lt 300 ] || { kill "$child" 2>/dev/null; echo "did not serve within 15 s" >&2; exit 1; }
+  [ "$n" -lt 1200 ] || { kill "$child" 2>/dev/null; echo "did not serve within 60 s" >&2; exit 1; }
   sleep 0.05
 done
 read -r pid < "$pidfile"
@@ -1104,7 +1104,7 @@ class Host:
         """What a short command prints; raises CommandError when it fails and HostError after `seconds` of silence."""
         with self._wall(words):
             self._screen.trace(f"{self.name}$ {shlex.join(words)}")
-            channel = self._start(words, seconds)
+            channel = self._start(("timeout", "-k", "5", str(seconds), *words), seconds + 15)
             said = bytearray()
             reader = threading.Thread(target=_drain, args=(channel, said), daemon=True)
             reader.start()
@@ -1115,6 +1115,8 @@ class Host:
             reader.join(seconds)
             status = channel.recv_exit_status()
             channel.close()
+            if status in (124, 137):
+                raise TimeoutError
         if status != 0:
             raise CommandError(self.name, words, status, said.decode(errors="replace"))
         return printed.decode("utf-8", "surrogateescape")
@@ -1175,7 +1177,7 @@ class Host:
         line = shlex.join((*self._prefix, *words))
         channel = _transport(self._client).open_session(timeout=30)
         channel.settimeout(seconds)
-        channel.exec_command(line)
+        channel.exec_command(line.encode("utf-8", "surrogateescape"))
         return channel
 
     @contextlib.contextmanager
@@ -1659,7 +1661,7 @@ if [ -n "$device" ]; then
   [ -b "$device" ] || { echo "$device does not exist" >&2; exit 1; }
   [ "$(cat "$state/size")" = 0 ] && [ ! -e "$state/pid" ] || { echo "$device is in use by someone else" >&2; exit 1; }
 fi
-timeout 20 "$@" ${device:+"$device"} </dev/null >"$said" 2>&1 || { cat "$said" >&2; echo "nbd-client did not connect" >&2; exit 1; }
+timeout 60 "$@" ${device:+"$device"} </dev/null >"$said" 2>&1 || { cat "$said" >&2; echo "nbd-client did not connect" >&2; exit 1; }
 [ -n "$device" ] || device=$(sed -n 's,.*Connected \\(/dev/nbd[0-9]*\\).*,\\1,p' "$said")
 [ -b "$device" ] || { cat "$said" >&2; exit 1; }
 state=/sys/block/${device#/dev/}
@@ -1799,7 +1801,7 @@ def held(host: Host, path: str, folder: str) -> Iterator[Lease]:
     image = f"driver=blkdebug,image.driver=file,image.filename={quoted(path)},unshare-child-perms.0=write,unshare-child-perms.1=resize"
     words = ("qemu-nbd", "-r", "-t", "-k", f"{folder}/hold.sock", f"--pid-file={folder}/hold.pid", "--image-opts", image)
     with host.lease(LEASED_DAEMON, *words, given=(f"{folder}/hold.pid",)) as lease:
-        lease.line(30.0)
+        lease.line(90.0)
         yield lease
 
 
@@ -1889,7 +1891,7 @@ def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[Expor
         with contextlib.ExitStack() as stack:
             try:
                 lease = stack.enter_context(host.lease(LEASED_DAEMON, *words, given=(f"{ends.source_folder}/{number}.pid",)))
-                lease.line(30.0)
+                lease.line(90.0)
             except CommandError as error:
                 if "in use" not in error.said:
                     raise
@@ -1944,7 +1946,7 @@ def attached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[
            "-tlshostname", export.address) if job.tls else ()
     words = ("nbd-client", "-N", export.name, "-R", "-timeout", "30", *tls, export.address, str(export.port))
     with ends.destination.lease(LEASED_DEVICE, *words, given=(job.device, f"{folder}/attached")) as lease:
-        device, sectors = lease.line(60.0).split()
+        device, sectors = lease.line(90.0).split()
         if int(sectors) * 512 != length // 512 * 512:  # an unconnected device has size 0, and reading it succeeds
             raise HostError(f"{ends.destination.name}: {device} shows {int(sectors) * 512:,} bytes of the export's {length:,}")
         yield device
@@ -1958,7 +1960,8 @@ def rehearse(ends: Ends, job: DiskJob) -> None:
     trial = dataclasses.replace(job, source_direct=False)
     try:
         with exported(ends, trial, sample, "raw") as export, reached(ends, trial, export, MiB) as (options, node):
-            ends.destination.work("timeout", "30", "qemu-img", "convert", *options, "--image-opts", "-O", "raw", _cut(node, 0, MiB), arrived, stall=40)
+            words = ("qemu-img", "convert", *options, "--image-opts", "-O", "raw", _cut(node, 0, MiB), arrived)
+            ends.destination.work("timeout", "60", *words, stall=90)
     except CommandError as error:
         raise HostError(f"{ends.destination.name} cannot read from {ends.source.name} at {ends.source.nbd_address}: {error}",
                         "see that the port is open between the hosts (NBD_SERVER_PORT), and set nbd_address in HOSTS if the "
@@ -2035,7 +2038,7 @@ def seen_by_guest(ends: Ends, host: Host, image: DiskImage, whole_file: bool) ->
     folder = ends.source_folder if host is ends.source else ends.destination_folder
     words = ("qemu-nbd", "-r", "-t", "-e", "8", "-k", f"{folder}/guest.sock", f"--pid-file={folder}/guest.pid", "-f", image.format, image.path)
     with host.lease(LEASED_DAEMON, *words, given=(f"{folder}/guest.pid",)) as lease:
-        lease.line(30.0)
+        lease.line(90.0)
         yield f"unix:{folder}/guest.sock"
 
 
@@ -2177,7 +2180,7 @@ def check_qcow2(host: Host, job: DiskJob) -> None:
 STATE_WAYS: Final = {
     "PAUSED": "openstack server unpause", "SUSPENDED": "openstack server resume", "SHELVED": "openstack server unshelve",
     "SHELVED_OFFLOADED": "openstack server unshelve", "RESCUE": "openstack server unrescue",
-    "VERIFY_RESIZE": "openstack server resize confirm", "ERROR": "find out why, then openstack server set --state active",
+    "VERIFY_RESIZE": "openstack server resize confirm", "ERROR": "openstack server set --state active",
 }
 FLAW_WAYS: Final = {
     "internal snapshots": "they would be lost: delete them with qemu-img snapshot -d, or copy a snapshot of the instance",
@@ -2263,6 +2266,11 @@ def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> Destinat
     return dataclasses.replace(facts, problems=tuple(problems))
 
 
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The known names that look like this one, else some of them."""
+    return ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[:5]) or "none"
+
+
 def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -> Flavor:
     """The flavor that was named, else the source's by its name, else the only one of its sizes; raises Refused with the nearest."""
     if wanted:
@@ -2278,8 +2286,8 @@ def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -
         return found[0]
     if found:
         raise Refused([Reason(f"destination cloud: more than one {what}: {', '.join(f'{f.name} ({f.id})' for f in found)}", "give its id with -f")])
-    near = difflib.get_close_matches(wanted or (source.flavor.name if source else ""), [f.name for f in flavors], n=5, cutoff=0.3)
-    raise Refused([Reason(f"destination cloud: there is no {what}", f"name one with -f; nearest: {', '.join(near or [f.name for f in flavors[:5]]) or 'none'}")])
+    near = nearest(wanted or (source.flavor.name if source else ""), [flavor.name for flavor in flavors])
+    raise Refused([Reason(f"destination cloud: there is no {what}", f"name one with -f; nearest: {near}")])
 
 
 def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Image:
@@ -2295,10 +2303,8 @@ def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Im
         found = sorted((image for image in images if image.status == "active" and image.equals(source)), key=lambda image: image.name != source.name)
     if not found:
         name = wanted or (source.name if source else "")
-        near = difflib.get_close_matches(name, [image.name for image in images], n=5, cutoff=0.3)
         what = f"image {wanted!r}" if wanted else f"image with the content of the source's {name!r}"
-        raise Refused([Reason(f"destination cloud: there is no {what}",
-                              f"name one with -i; nearest: {', '.join(near or [image.name for image in images[:5]]) or 'none'}")])
+        raise Refused([Reason(f"destination cloud: there is no {what}", f"name one with -i; nearest: {nearest(name, [i.name for i in images])}")])
     if found[0].status != "active":
         raise Refused([Reason(f"destination cloud: image {found[0].name!r} is {found[0].status}, not active", "name another one with -i")])
     return found[0]
@@ -2321,8 +2327,8 @@ def refuse(settings: Settings, source: SourceFacts, destination: DestinationFact
 def refuse_server(server: Server, settings: Settings) -> Iterator[Reason]:
     """What about the source instance itself stands in the way."""
     if server.status not in ("ACTIVE", "SHUTOFF"):
-        way = STATE_WAYS.get(server.status, "")
-        yield Reason(f"the source is {server.status}; only ACTIVE or SHUTOFF can be copied", f"{way} {server.id}" if way.startswith("open") else way)
+        way = f"{STATE_WAYS[server.status]} {server.id}" if server.status in STATE_WAYS else "bring it to one of them"
+        yield Reason(f"the source is {server.status}; only ACTIVE or SHUTOFF can be copied", way)
     if server.task:
         yield Reason(f"the source has a task under way: {server.task}", "wait for its end")
     if server.locked:
@@ -2333,7 +2339,7 @@ def refuse_server(server: Server, settings: Settings) -> Iterator[Reason]:
     if not server.host:
         yield Reason("source cloud: these credentials are not told on which host the instance is", "use an admin's credentials")
     if not server.image:
-        yield Reason("the source boots from a volume, which no hypervisor's disk holds", "move the volume with Cinder (backup, or transfer of an image)")
+        yield Reason("the source boots from a volume, which no hypervisor's disk holds", "move the volume with Cinder, as a backup or an image")
     left = "--root-only goes on and leaves it behind"
     if server.image and server.volumes and not settings.root_only:
         yield Reason(f"volumes are attached: {', '.join(server.volumes)}", f"detach them, or {left}")
@@ -2717,7 +2723,8 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, destination:
         yield f"to move      {human(amount)}: {what}"
         yield f"  space      {human(space_needed(top, plan.disk, amount == top.allocated))} at the destination"
         for name, rate in rates.items():
-            yield f"  downtime   about {span(amount / rate)} at {name}, and the time to stop and start" if plan.was_running else f"  duration   about {span(amount / rate)} at {name}"
+            kind, also = ("downtime", ", and the time to stop and start") if plan.was_running else ("duration", "")
+            yield f"  {kind}   about {span(amount / rate)} at {name}{also}"
     yield f"afterwards   {'start ' + settings.start_after if settings.start_after else 'nothing is started'}"
 
 

@@ -1,0 +1,160 @@
+"""`python3 tests/lab`: two OpenStack clouds on this machine, to try migrena on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # so that `lab` is a package, however we were started
+
+from lab.clouds import IMAGES_TYPES, Clouds, Options, credentials, purge
+from lab.processes import LabError, say
+from lab.settings import COMPUTES, Cloud
+
+
+def up(words: argparse.Namespace) -> None:
+    """Start whatever does not run."""
+    if os.geteuid():
+        raise LabError("namespaces, bridges and Debian packages need root")
+    kept = Options.kept()
+    if kept and words.kind and words.kind != kept.kind:
+        raise LabError(f"the clouds here have hypervisors of kind {kept.kind}; `purge` them first")
+    if kept and words.computes and words.computes < kept.computes:
+        raise LabError("hypervisors can be added but not taken away; `purge` the clouds first")
+    kind = words.kind or (kept.kind if kept else "ns")
+    clouds = Clouds(Options(kind, words.computes or (kept.computes if kept else 1), kept.images if kept else {}))
+    clouds.up()
+    print(f"\nA server to move:  {_self()} server src victim\n"
+          f"Then try:          ./migrena.py -c {clouds.config} -s $({_self()} id src victim) -d arrived -f tiny -i guest "
+          f"-e \"{{'nics': 'auto'}}\" -a\n"
+          f"And look:          {_self()} console dst arrived\n"
+          f"In the end:        {_self()} down   (or purge, to delete the data too)")
+
+
+def _self() -> str:
+    return f"python3 {os.path.relpath(Path(__file__).parent)}"
+
+
+def down(_: argparse.Namespace) -> None:
+    """Stop what `up` has started; the data stays."""
+    Clouds(Options.kept() or Options()).down()
+
+
+def clear(words: argparse.Namespace) -> None:
+    """Stop everything and delete the clouds' data."""
+    purge(words.all)
+    say("the clouds are gone")
+
+
+def status(_: argparse.Namespace) -> None:
+    """Say what runs."""
+    state = Clouds(Options.kept() or Options()).state()
+    for name, process in state:
+        print(f"{name:20} pid {process.pid:<8} {'runs' if process.alive() else 'HAS ENDED'}")
+    if not state:
+        print("the clouds are not up")
+    if any(not process.alive() for _, process in state):
+        raise LabError("not all runs that was started; `up` starts the rest again, the logs are in "
+                       f"{Clouds.running().folder}/log")
+
+
+def env(words: argparse.Namespace) -> None:
+    """Print shell variables for OpenStack's own clients: eval "$(... env src)"."""
+    values = {**credentials(Cloud(words.cloud), words.user), "identity_api_version": "3", "region_name": "RegionOne"}
+    for name, value in values.items():
+        print(f"export OS_{name.upper()}={value}")
+
+
+def server(words: argparse.Namespace) -> None:
+    """Create a server, wait until it is ACTIVE, print its id."""
+    api = Clouds.running().api(words.cloud, words.user)
+    print(api.create(words.name, words.image, words.flavor, words.network))
+
+
+def identity(words: argparse.Namespace) -> None:
+    """Print a server's id."""
+    print(Clouds.running().api(words.cloud).need("nova", "servers", words.name))
+
+
+def console(words: argparse.Namespace) -> None:
+    """Print what a server has written to its serial console."""
+    api = Clouds.running().api(words.cloud)
+    print(api.console(api.need("nova", "servers", words.name)), end="")
+
+
+def delete(words: argparse.Namespace) -> None:
+    """Delete a server and wait until it is gone."""
+    api = Clouds.running().api(words.cloud)
+    api.delete(api.need("nova", "servers", words.name))
+
+
+def image(words: argparse.Namespace) -> None:
+    """Upload a public image, print its id."""
+    print(Clouds.running().api(words.cloud).upload(words.name, words.file, words.format))
+
+
+def images_type(words: argparse.Namespace) -> None:
+    """Choose what new disks on a hypervisor are, and restart its nova-compute."""
+    Clouds.running().set_images_type(words.host, words.type)
+
+
+def enter(words: argparse.Namespace) -> None:
+    """Run a command as root on a hypervisor."""
+    done = Clouds.running().host(words.host).run(*words.argv, check=False)
+    sys.stdout.write(done.stdout)
+    sys.stderr.write(done.stderr)
+    raise SystemExit(done.returncode)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="tests/lab", description=__doc__)
+    jobs = top.add_subparsers(required=True, metavar="JOB")
+
+    def job(name: str, function: object, *arguments: str) -> argparse.ArgumentParser:
+        made = jobs.add_parser(name, help=str(function.__doc__).rstrip("."), description=function.__doc__)
+        made.set_defaults(job=function)
+        for argument in arguments:
+            made.add_argument(argument, choices={"cloud": ("src", "dst"), "host": COMPUTES}.get(argument))
+        return made
+
+    start = job("up", up)
+    start.add_argument("--kind", choices=("ns", "vm"), help="hypervisors as namespaces (quick) or virtual machines")
+    start.add_argument("--computes", type=int, choices=(1, 2), help="hypervisors in each cloud")
+    job("down", down)
+    job("purge", clear).add_argument("--all", action="store_true", help="also what makes the next start quick")
+    job("status", status)
+    job("env", env, "cloud").add_argument("--user", choices=("admin", "demo"), default="admin")
+    create = job("server", server, "cloud", "name")
+    for option, value in (("--image", "guest"), ("--flavor", "tiny"), ("--network", "net1"), ("--user", "admin")):
+        create.add_argument(option, default=value)
+    job("id", identity, "cloud", "name")
+    job("console", console, "cloud", "name")
+    job("delete", delete, "cloud", "name")
+    upload = job("image", image, "cloud", "name")
+    upload.add_argument("file", type=Path)
+    upload.add_argument("--format", default="qcow2", help="of the file (default: qcow2)")
+    job("images-type", images_type, "host").add_argument("type", choices=IMAGES_TYPES)
+    job("enter", enter, "host").add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND")
+    return top
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do one job; 1 if it failed."""
+    words = parser().parse_args(argv)
+    try:
+        words.job(words)
+    except LabError as error:
+        say(f"FAILED: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted; `status` says what runs, `down` ends it")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

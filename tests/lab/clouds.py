@@ -1,0 +1,357 @@
+"""The two clouds "src" and "dst": from nothing to servers that boot, and away again.
+
+    lab = Clouds.running()
+    server = lab.api("src", "demo").create("victim")
+    lab.host("src-cmp1").run("virsh", "list")
+
+Everything is kept in the folder `clouds` of the lab's own; what was started is written down there with pids and start
+times. A second `up` starts only what does not run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Final
+
+from lab.api import Api, ApiError, patiently
+from lab.guest import PACKAGES, guest_image
+from lab.hosts import Host, Lab, claim
+from lab.orders import Spec
+from lab.packages import HOSTS, MACHINES, install
+from lab.processes import (
+    LabError,
+    Process,
+    alone,
+    command,
+    home,
+    logged,
+    say,
+)
+from lab.roster import Roster
+from lab.settings import (
+    CLOUDS,
+    COMPUTES,
+    GO,
+    NETWORK,
+    PASSWORD,
+    PORTS,
+    TENANTS,
+    Cloud,
+    compute_role,
+    nova_compute,
+    write_controller,
+)
+from lab.stores import STORES, in_parallel, prepare_databases, start_stores
+
+CONTROLLERS: Final = (
+    "keystone", "glance-api", "placement-api", "nova-api", "nova-conductor", "nova-scheduler", "neutron-common",
+    "mariadb-server", "rabbitmq-server", "memcached", "python3-pymysql",
+    "uwsgi-core", "uwsgi-plugin-python3")
+HYPERVISORS: Final = ("nova-compute-qemu", "neutron-linuxbridge-agent", "libvirt-daemon-system", "libvirt-clients",
+                      "qemu-system-x86", "ebtables", "iptables")
+FLAVORS: Final[Mapping[str, Mapping[str, int]]] = {
+    "tiny": {"vcpus": 1, "ram": 128, "disk": 1},
+    "small": {"vcpus": 1, "ram": 192, "disk": 2},
+    "large": {"vcpus": 1, "ram": 256, "disk": 12},
+    "ephemeral": {"vcpus": 1, "ram": 128, "disk": 1, "OS-FLV-EXT-DATA:ephemeral": 1},
+}
+SERVICES: Final = {"glance": ("image", ""), "placement": ("placement", ""), "nova": ("compute", "/v2.1"),
+                   "neutron": ("network", "")}
+PATIENCE: Final = {"ns": 180.0, "vm": 900.0}  # seconds for a nova-compute to report
+IMAGES_TYPES: Final = ("qcow2", "raw", "flat")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the clouds are made of; kept with them."""
+
+    kind: str = "ns"
+    computes: int = 1  # hypervisors in each cloud
+    images: Mapping[str, str] = field(default_factory=dict)  # hypervisor: images_type, where it is not qcow2
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The names of the hypervisors that are to run."""
+        return COMPUTES[:2 * self.computes]
+
+    @classmethod
+    def kept(cls) -> Options | None:
+        """Those of the clouds that were made here; None if there are none."""
+        path = home() / "clouds" / "options.json"
+        return cls(**json.loads(path.read_text())) if path.exists() else None
+
+    def keep(self) -> None:
+        """Write them down."""
+        path = home() / "clouds" / "options.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self)))
+
+
+class Clouds:
+    """The two clouds of this machine, running or to be started."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.folder = home() / "clouds"
+        self.roster = Roster(self.folder)
+        self.spec = Spec(self.folder / "hosts", COMPUTES, options.kind, NETWORK, disk="40G", memory=2048, image="compute",
+                         keep=True)
+
+    @classmethod
+    def running(cls) -> Clouds:
+        """The clouds that are up. Raises LabError if they are not."""
+        options = Options.kept()
+        if not options or not cls(options).roster.processes:
+            raise LabError("the clouds are not up; run `python3 tests/lab up`")
+        return cls(options)
+
+    def api(self, cloud: str, user: str = "admin") -> Api:
+        """REST access to a cloud as `admin` or `demo`, in the project of the same name."""
+        return Api(Cloud(cloud), user, user)
+
+    @property
+    def lab(self) -> Lab:
+        """The hypervisors. Raises LabError if there are none."""
+        lab = Lab.recorded(self.spec.tag)
+        if not lab:
+            raise LabError("the hypervisors do not run")
+        return lab
+
+    def host(self, name: str) -> Host:
+        """The hypervisor of this name."""
+        return self.lab[name]
+
+    @property
+    def config(self) -> Path:
+        """The config.py for migrena that fits these clouds."""
+        return self.folder / "config.py"
+
+    # ---- up ----
+
+    def up(self) -> None:
+        """Bring up whatever does not run. Raises LabError with the cause and the log."""
+        install((*HOSTS, *MACHINES, *PACKAGES, *CONTROLLERS, *HYPERVISORS))
+        with alone("clouds"):
+            self.options.keep()
+            for cloud in CLOUDS:
+                write_controller(cloud)
+            self._start_hosts()
+            say(f"{len(self.options.hosts)} hypervisors of kind {self.options.kind} answer on SSH")
+            start_stores(self.roster)
+            say("MariaDB, RabbitMQ and memcached run")
+            prepare_databases(self.roster)
+            say("the databases are ready")
+            in_parallel(self._controller, CLOUDS)
+            say("the controllers' APIs answer")
+            in_parallel(self._await_computes, CLOUDS)
+            say("the hypervisors have reported")
+            in_parallel(self._resources, CLOUDS)
+            self._write_config()
+            say("both clouds are up")
+
+    def _start_hosts(self) -> None:
+        """The hypervisors' machines with libvirtd, and the controllers' addresses beside them."""
+        before = Lab.recorded(self.spec.tag) or claim(self.spec, None)
+        lab = Lab(self.spec, None, {host.name: host.process for host in before})
+        lab.up({name: compute_role(cloud, self.spec, name, self.options.images.get(name, "qcow2"))
+                for cloud in CLOUDS for name in cloud.computes if name in self.options.hosts})
+        present = command("ip", "-o", "addr", "show", "dev", self.spec.tag)
+        for cloud in CLOUDS:
+            if f" {cloud.address}/" not in present:
+                command("ip", "addr", "add", f"{cloud.address}/24", "dev", self.spec.tag)
+
+    def _controller(self, cloud: Cloud) -> None:
+        """Start one cloud's services, make its accounts meanwhile, and return when all its APIs answer."""
+        etc, name = cloud.etc, cloud.name
+        self._wsgi(cloud, "keystone", "keystone-wsgi-public", {
+            "OS_KEYSTONE_CONFIG_DIR": etc / "keystone", "OS_KEYSTONE_CONFIG_FILES": etc / "keystone/keystone.conf"})
+        self._wsgi(cloud, "placement", "placement-api", {"OS_PLACEMENT_CONFIG_DIR": etc / "placement"})
+        self._accounts(cloud)
+        self.roster.start(f"{name}-glance", ["glance-api", "--config-file", etc / "glance/glance-api.conf"],
+                          place=(cloud.address, PORTS["glance"]))
+        for part, place in (("api", (cloud.address, PORTS["nova"])), ("conductor", None), ("scheduler", None)):
+            self.roster.start(f"{name}-nova-{part}", [f"nova-{part}", "--config-file", etc / "nova/nova.conf"], place=place)
+        # Not under uWSGI as Debian would have it: there its threads stop to talk with RabbitMQ after a minute of quiet.
+        self.roster.start(f"{name}-neutron", [
+            "neutron-server", "--config-file", etc / "neutron/neutron.conf", "--config-file", etc / "neutron/ml2_conf.ini",
+        ], place=(cloud.address, PORTS["neutron"]))
+        for service in ("placement", "glance", "neutron"):
+            self.roster.await_listening(f"{name}-{service}", (cloud.address, PORTS[service]))
+        self.roster.await_listening(f"{name}-nova-api", (cloud.address, PORTS["nova"]))
+
+    def _wsgi(self, cloud: Cloud, service: str, script: str, env: Mapping[str, str | Path]) -> None:
+        """Start a service that Debian runs under uWSGI."""
+        place = (cloud.address, PORTS[service])
+        self.roster.start(f"{cloud.name}-{service}", [
+            "uwsgi_python3", "--plugin", "python3", "--http-socket", f"{place[0]}:{place[1]}", "--master", "--lazy-apps",
+            "--wsgi-file", f"/usr/bin/{script}", "--need-app", "--die-on-term", "--no-orphans", "--processes", "1",
+            "--threads", "8", "--enable-threads", "--buffer-size", "65535", "--add-header", "Connection: close",
+        ], {key: str(value) for key, value in env.items()}, place)
+
+    def _accounts(self, cloud: Cloud) -> None:
+        """Users, projects, roles and the catalogue, once."""
+        marker = cloud.folder / "accounts.done"
+        self.roster.await_listening(f"{cloud.name}-keystone", (cloud.address, PORTS["keystone"]))
+        if marker.exists():
+            return
+        url = f"{cloud.url('keystone')}/v3"
+        logged(["keystone-manage", "--config-file", cloud.etc / "keystone/keystone.conf", "bootstrap",
+                "--bootstrap-password", PASSWORD, "--bootstrap-region-id", "RegionOne",
+                *(word for kind in ("public", "internal", "admin") for word in (f"--bootstrap-{kind}-url", url))],
+               self.roster.log(f"{cloud.name}-bootstrap"))
+        api = self.api(cloud.name)
+        service = api.ensure("keystone", "projects", "service", domain_id="default")
+        api.ensure("keystone", "roles", "service")
+        for name, (kind, path) in SERVICES.items():
+            _grant(api, service, name, "admin", "service")
+            entry = api.ensure("keystone", "services", name, type=kind)
+            for interface in ("public", "internal", "admin"):
+                api.call("POST", "keystone", "/endpoints", {"endpoint": {
+                    "service_id": entry, "interface": interface, "region_id": "RegionOne", "url": cloud.url(name) + path}})
+        demo = api.ensure("keystone", "projects", "demo", domain_id="default")
+        _grant(api, demo, "demo", "member")
+        _grant(api, demo, "admin", "admin")
+        marker.touch()
+
+    # ---- the hypervisors' services ----
+
+    def _await_computes(self, cloud: Cloud) -> None:
+        """Let the hypervisors' services start, and return when Nova and Neutron have heard of them all since then."""
+        names = [name for name in cloud.computes if name in self.options.hosts]
+        since = ""  # what they said before counts only if they have not been started anew
+        for name in names:
+            if self.host(name).run("test", "-e", GO, check=False).returncode:
+                since = datetime.now(timezone.utc).isoformat(" ")
+                self.host(name).run("touch", GO)
+        api = self.api(cloud.name)
+        logs = self.host(names[0]).folder / "data/var/log" if self.options.kind == "ns" else "/var/log inside the machine"
+        patiently(f"nova-compute and the network agent on {', '.join(names)}; see {logs}",
+                  lambda: all(self._reported(api, name, since) for name in names), PATIENCE[self.options.kind])
+
+    def _reported(self, api: Api, host: str, since: str) -> bool:
+        """True if Nova and Neutron have heard of this hypervisor since then, and Nova knows its cell."""
+        try:
+            services = api.call("GET", "nova", f"/os-services?binary=nova-compute&host={host}")["services"]
+            mapped = api.call("GET", "nova", "/os-hypervisors")["hypervisors"]
+            agents = api.call("GET", "neutron", f"/agents?host={host}")["agents"]
+        except ApiError as error:
+            if error.status < 500:
+                raise
+            return False  # a service that still wakes up
+        heard = [(entry["updated_at"] or "").replace("T", " ") for entry in services if entry["state"] == "up"]
+        heard_of = [entry["heartbeat_timestamp"] for entry in agents if entry["alive"]]
+        known = self.spec.fqdn(host) in (entry["hypervisor_hostname"] for entry in mapped)
+        return known and any(time >= since for time in heard) and any(time >= since for time in heard_of)
+
+    def set_images_type(self, host: str, images_type: str) -> None:
+        """Let new disks on this hypervisor be qcow2, raw or flat; returns when its nova-compute runs again."""
+        if host not in self.options.hosts or images_type not in IMAGES_TYPES:
+            raise LabError(f"one of {', '.join(self.options.hosts)} and one of {', '.join(IMAGES_TYPES)}, please")
+        self.options = replace(self.options, images={**self.options.images, host: images_type})
+        self.options.keep()
+        cloud = next(cloud for cloud in CLOUDS if host in cloud.computes)
+        text = nova_compute(cloud, self.spec, host, images_type)
+        self.host(host).run("sh", "-c", "cat >/etc/nova/nova.conf", input=text)
+        self.restart(host, "nova-compute")
+
+    def restart(self, host: str, service: str) -> None:
+        """Restart nova-compute (or another service) of a hypervisor; returns when Nova sees it alive again."""
+        machine, cloud = self.host(host), next(cloud for cloud in CLOUDS if host in cloud.computes)
+        api = self.api(cloud.name)
+
+        def seen() -> dict[str, str]:
+            return {entry["host"]: entry["updated_at"]
+                    for entry in api.call("GET", "nova", "/os-services?binary=nova-compute")["services"]}
+
+        pid = machine.run("cat", f"/run/lab/{service}.pid").stdout.strip()
+        machine.run("kill", pid)
+        patiently(f"{service} on {host} to end", lambda: pid not in machine.run("ls", "/proc").stdout.split(), 60)
+        before = seen()[host]
+        patiently(f"{service} on {host} to report", lambda: seen()[host] != before, PATIENCE[self.options.kind])
+
+    # ---- what users find ----
+
+    def _resources(self, cloud: Cloud) -> None:
+        """Flavors, a network and images, as far as they are missing."""
+        api = self.api(cloud.name)
+        for name, sizes in FLAVORS.items():
+            api.ensure("nova", "flavors", name, **sizes)
+        network = api.ensure("neutron", "networks", "net1", shared=True, **{
+            "provider:network_type": "flat", "provider:physical_network": "physnet1"})
+        api.ensure("neutron", "subnets", "subnet1", network_id=network, ip_version=4, cidr=TENANTS[cloud.name],
+                   enable_dhcp=False, gateway_ip=None)
+        if not api.find("glance", "images", "guest"):
+            api.upload("guest", guest_image())
+        if cloud.name == "dst" and not api.find("glance", "images", "guest-other"):
+            api.upload("guest-other", _other_content(guest_image()))
+
+    def _write_config(self) -> None:
+        """Write migrena's config.py for these clouds, 0600."""
+        key, known = self.spec.key, self.spec.known_hosts
+        hosts = {name: {"address": self.spec.address(name), "user": "root", "key": str(key)} for name in self.options.hosts}
+        values: dict[str, object] = {f"{cloud.name.upper()}_CREDS": credentials(cloud, "admin") for cloud in CLOUDS}
+        values |= {"HOSTS": hosts, "KNOWN_HOSTS": str(known), "DISK_PATH": "/var/lib/nova/instances/%s/disk"}
+        self.config.touch(mode=0o600)
+        self.config.write_text("# Written by tests/lab for its two clouds.\n"
+                               + "".join(f"{name} = {value!r}\n" for name, value in values.items()))
+
+    # ---- down ----
+
+    def down(self) -> None:
+        """End all that was started, and nothing else; the clouds' data stays."""
+        with alone("clouds"):
+            lab = Lab.recorded(self.spec.tag)
+            if not lab and not self.roster.processes:
+                say("the clouds are not up")
+                return
+            if lab:
+                say("ending the hypervisors")
+                lab.down()
+            say("ending the controllers")
+            self.roster.stop([name for name in self.roster.processes if name not in STORES], seconds=5)
+            for name in STORES:
+                self.roster.stop([name], seconds=30)
+            say("the clouds are down; their data is kept")
+
+    def state(self) -> list[tuple[str, Process]]:
+        """Every program and hypervisor that was started."""
+        lab = Lab.recorded(self.spec.tag)
+        return [*sorted(self.roster.processes.items()), *((host.name, host.process) for host in lab or ())]
+
+
+def credentials(cloud: Cloud, user: str) -> dict[str, str]:
+    """What logs a user in, in the words of keystoneauth."""
+    return {"auth_url": f"{cloud.url('keystone')}/v3", "username": user, "password": PASSWORD, "project_name": user,
+            "user_domain_name": "Default", "project_domain_name": "Default"}
+
+
+def _grant(api: Api, project: str, user: str, *roles: str) -> None:
+    """Give a user roles in a project; the user is made when there is none of that name."""
+    identity = api.ensure("keystone", "users", user, password=PASSWORD, domain_id="default")
+    for role in roles:
+        number = api.need("keystone", "roles", role)
+        api.call("PUT", "keystone", f"/projects/{project}/users/{identity}/roles/{number}")
+
+
+def _other_content(image: Path) -> Path:
+    """A guest that boots like the other but is not equal: some bytes behind its last partition differ."""
+    other = image.with_name(image.name.replace("guest-", "other-"))
+    if not other.exists():
+        draft = other.with_suffix(".new")
+        shutil.copy(image, draft)
+        command("qemu-io", "-f", "qcow2", "-c", "write -P 0x5a 127M 512k", draft)
+        draft.rename(other)
+    return other
+
+
+def purge(everything: bool = False) -> None:
+    """End the clouds and delete their data; with `everything` also what is kept to make the next start quick."""
+    Clouds(Options.kept() or Options()).down()
+    for name in ("clouds", *(["cache", "log"] if everything else [])):
+        if (home() / name).exists():
+            shutil.rmtree(home() / name)

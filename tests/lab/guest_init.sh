@@ -1,0 +1,50 @@
+#!/bin/busybox sh
+# Process 1 of the lab's guest. Its second partition keeps: boots (a number), and records, one line each:
+# sequence number, md5 of "record NUMBER". What it has to say goes to the serial console in lines that begin with GUEST.
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+for module in $(cat /modules/order); do insmod "/modules/$module" 2>/dev/null; done
+say() { echo "GUEST $*" >/dev/ttyS0; }
+digest() { echo "record $1" | md5sum | cut -d' ' -f1; }
+
+tries=0 # the disk appears a moment after its driver
+while [ ! -b /dev/vda2 ] && [ $tries -lt 100 ]; do tries=$((tries + 1)); sleep 0.1; done
+mount -t ext4 -o noatime /dev/vda2 /mnt || say "mount failed"
+cd /mnt || exit 1
+
+boots=$(($(cat boots 2>/dev/null || echo 0) + 1))
+echo $boots >boots
+# Every line must carry the number after the one before it; the newest line must carry its own checksum as well.
+newest=$(tail -n 1 records 2>/dev/null)
+last=${newest%% *}
+gaps=$(awk '$1 != NR || length($2) != 32 {n++} END {print n + 0}' records 2>/dev/null || echo 0)
+[ -z "$last" ] && last=0
+[ "$last" = 0 ] || [ "${newest#* }" = "$(digest "$last")" ] || gaps=$((gaps + 1))
+sync
+say "boots=$boots last=$last broken=$gaps base=$(md5sum base.bin | cut -c1-12)"
+
+mkdir -p /etc/acpi/PWRF # the folder that acpid looks into when the power button is pressed
+cat >/etc/acpi/PWRF/00000080 <<'X'
+#!/bin/busybox sh
+kill "$(cat /writer)"
+cd /
+sync
+echo "GUEST powers off after record $(tail -n 1 /mnt/records | cut -d' ' -f1)" >/dev/ttyS0
+umount /mnt
+poweroff -f
+X
+chmod 755 /etc/acpi/PWRF/00000080
+
+(
+	while :; do
+		last=$((last + 1))
+		echo "$last $(digest $last)" | dd of=records oflag=append conv=notrunc,fsync 2>/dev/null
+		[ $((last % 20)) = 0 ] && say "wrote=$last"
+		sleep 0.2
+	done
+) &
+echo $! >/writer
+exec acpid -d >/dev/null 2>&1

@@ -1,0 +1,333 @@
+"""The configuration files of the clouds' services, written as tables.
+
+What is set here differs from Debian's defaults for one of three reasons: two clouds share a machine, the machine is
+small (one worker each), or something has to be named (addresses, passwords, databases).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from lab.orders import File, Role, Service, Spec
+from lab.processes import home
+
+PASSWORD: Final = "lab-only"  # every account's; the clouds are reachable from this machine alone
+NETWORK: Final = "10.80.0.0/24"
+ADDRESSES: Final = {"src": "10.80.0.1", "dst": "10.80.0.2"}  # of the clouds' APIs
+COMPUTES: Final = ("src-cmp1", "dst-cmp1", "src-cmp2", "dst-cmp2")  # .11 to .14
+TENANTS: Final = {"src": "10.90.1.0/24", "dst": "10.90.2.0/24"}
+PORTS: Final = {"keystone": 5000, "glance": 9292, "placement": 8778, "nova": 8774, "neutron": 9696}
+DATABASES: Final = ("keystone", "glance", "placement", "nova_api", "nova", "nova_cell0", "neutron")
+BUS: Final = (ADDRESSES["src"], 5672)
+EPMD_PORT: Final = 4388
+DIST_PORT: Final = 25688
+
+Ini = Mapping[str, Mapping[str, object]]
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """One of the two clouds: where it lives and what it is made of."""
+
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """All that belongs to this cloud's controller."""
+        return home() / "clouds" / self.name
+
+    @property
+    def etc(self) -> Path:
+        """Its configuration files."""
+        return self.folder / "etc"
+
+    @property
+    def address(self) -> str:
+        """Where its APIs listen."""
+        return ADDRESSES[self.name]
+
+    @property
+    def computes(self) -> tuple[str, ...]:
+        """The names of its hypervisors, whether they run or not."""
+        return tuple(name for name in COMPUTES if name.startswith(self.name))
+
+    def url(self, service: str) -> str:
+        """The address of one of its APIs."""
+        return f"http://{self.address}:{PORTS[service]}"
+
+    def database(self, name: str) -> str:
+        """What SQLAlchemy needs to reach one of its databases."""
+        return f"mysql+pymysql://lab:{PASSWORD}@localhost/{name}_{self.name}?unix_socket={socket()}&charset=utf8"
+
+    @property
+    def bus(self) -> str:
+        """What oslo.messaging needs to reach its virtual host on RabbitMQ."""
+        return f"rabbit://lab:{PASSWORD}@{BUS[0]}:{BUS[1]}/{self.name}"
+
+
+CLOUDS: Final = (Cloud("src"), Cloud("dst"))
+
+
+def socket() -> Path:
+    """MariaDB's socket; it listens nowhere else."""
+    return home() / "clouds" / "mariadb" / "socket"
+
+
+def ini(sections: Ini) -> str:
+    """The text of an oslo.config file."""
+    return "\n".join(f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in keys.items())
+                     for name, keys in sections.items())
+
+
+def _login(cloud: Cloud, service: str) -> dict[str, object]:
+    """How a service logs in to Keystone."""
+    return {
+        "auth_type": "password", "auth_url": f"{cloud.url('keystone')}/v3", "region_name": "RegionOne",
+        "username": service, "password": PASSWORD, "project_name": "service",
+        "user_domain_name": "Default", "project_domain_name": "Default",
+    }
+
+
+def _guard(cloud: Cloud, service: str) -> dict[str, object]:
+    """How a service checks the tokens that it is shown."""
+    return {**_login(cloud, service), "www_authenticate_uri": cloud.url("keystone"),
+            "memcached_servers": f"{cloud.address}:11211", "memcache_security_strategy": "None"}
+
+
+def _database(cloud: Cloud, name: str) -> dict[str, object]:
+    return {"connection": cloud.database(name), "max_pool_size": 5}
+
+
+def _paths(cloud: Cloud, service: str) -> dict[str, dict[str, object]]:
+    """Where locks and policies are; the configuration files are not in /etc, so these must be told."""
+    return {"oslo_concurrency": {"lock_path": cloud.folder / "lock"},
+            "oslo_policy": {"policy_dirs": f"/etc/{service}/policy.d"}}
+
+
+def _keystone(cloud: Cloud) -> Ini:
+    return {
+        "DEFAULT": {"use_stderr": True},
+        "database": _database(cloud, "keystone"),
+        "token": {"expiration": 86400},
+        "fernet_tokens": {"key_repository": cloud.folder / "fernet"},
+        "credential": {"key_repository": cloud.folder / "credential"},
+        # One memcached for each cloud: on a common one, two Keystones answer with each other's ids.
+        "cache": {"enabled": True, "backend": "dogpile.cache.memcached", "memcache_servers": f"{cloud.address}:11211"},
+        **_paths(cloud, "keystone"),
+    }
+
+
+def _glance(cloud: Cloud) -> Ini:
+    return {
+        "DEFAULT": {"bind_host": cloud.address, "workers": 0, "use_stderr": True, "enabled_backends": "",
+                    "node_staging_uri": f"file://{cloud.folder}/staging"},
+        "database": _database(cloud, "glance"),
+        "keystone_authtoken": _guard(cloud, "glance"),
+        "paste_deploy": {"flavor": "keystone", "config_file": "/etc/glance/glance-api-paste.ini"},
+        "glance_store": {"stores": "file", "default_store": "file", "filesystem_store_datadir": cloud.folder / "images"},
+        **_paths(cloud, "glance"),
+    }
+
+
+def _placement(cloud: Cloud) -> Ini:
+    return {
+        "DEFAULT": {"use_stderr": True},
+        "api": {"auth_strategy": "keystone"},
+        "placement_database": _database(cloud, "placement"),
+        "keystone_authtoken": _guard(cloud, "placement"),
+        **_paths(cloud, "placement"),
+    }
+
+
+def _nova_common(cloud: Cloud) -> dict[str, dict[str, object]]:
+    """What Nova's controller and its hypervisors share."""
+    return {
+        "api": {"auth_strategy": "keystone"},
+        "keystone_authtoken": _guard(cloud, "nova"),
+        "service_user": {"send_service_user_token": True, **_login(cloud, "nova")},
+        "placement": _login(cloud, "placement"),
+        "neutron": {**_login(cloud, "neutron"), "service_metadata_proxy": True,
+                    "metadata_proxy_shared_secret": PASSWORD},
+        "glance": {"region_name": "RegionOne"},
+        "vnc": {"enabled": False},
+        "spice": {"enabled": False},
+        "oslo_messaging_notifications": {"driver": "noop"},
+    }
+
+
+def _nova(cloud: Cloud) -> Ini:
+    return {
+        "DEFAULT": {"use_stderr": True, "my_ip": cloud.address, "host": f"{cloud.name}-ctl", "transport_url": cloud.bus,
+                    "state_path": cloud.folder / "nova", "enabled_apis": "osapi_compute", "shutdown_timeout": 5,
+                    "osapi_compute_listen": cloud.address, "osapi_compute_workers": 1},
+        "wsgi": {"api_paste_config": "/etc/nova/api-paste.ini"},
+        "database": _database(cloud, "nova"),
+        "api_database": _database(cloud, "nova_api"),
+        "conductor": {"workers": 1},
+        "scheduler": {"workers": 1, "discover_hosts_in_cells_interval": 5},
+        "filter_scheduler": {"track_instance_changes": False,
+                             "enabled_filters": "ComputeFilter,ComputeCapabilitiesFilter,ImagePropertiesFilter"},
+        **_nova_common(cloud),
+        **_paths(cloud, "nova"),
+    }
+
+
+def nova_compute(cloud: Cloud, spec: Spec, host: str, images_type: str) -> str:
+    """The hypervisor's own nova.conf; `images_type` is qcow2, raw or flat."""
+    return ini({
+        "DEFAULT": {"my_ip": spec.address(host), "host": host, "transport_url": cloud.bus, "state_path": "/var/lib/nova",
+                    "log_file": "/var/log/nova/nova-compute.log", "compute_driver": "libvirt.LibvirtDriver",
+                    "resume_guests_state_on_host_boot": True, "reserved_host_memory_mb": 256, "report_interval": 5,
+                    "shutdown_timeout": 10, "vif_plugging_timeout": 60},
+        "libvirt": {"virt_type": "qemu", "cpu_mode": "none", "images_type": images_type, "inject_partition": -2,
+                    "live_migration_inbound_addr": spec.address(host)},
+        "oslo_concurrency": {"lock_path": "/var/lib/nova/lock"},
+        "oslo_policy": {"policy_dirs": "/etc/nova/policy.d"},
+        **_nova_common(cloud),
+    })
+
+
+def _neutron(cloud: Cloud) -> Ini:
+    return {
+        "DEFAULT": {"use_stderr": True, "transport_url": cloud.bus, "state_path": cloud.folder / "neutron",
+                    "core_plugin": "ml2", "service_plugins": "", "bind_host": cloud.address,
+                    "api_workers": 0, "rpc_workers": 0, "rpc_state_report_workers": 0,  # all in one process
+                    "api_paste_config": "/usr/share/neutron-common/api-paste.ini", "api_extensions_path": "",
+                    "dhcp_agent_notification": False},
+        "experimental": {"linuxbridge": True},  # since Zed the mechanism must be asked for by this name
+        "nova": _login(cloud, "nova"),
+        "placement": _login(cloud, "placement"),
+        "database": _database(cloud, "neutron"),
+        "keystone_authtoken": _guard(cloud, "neutron"),
+        **_paths(cloud, "neutron"),
+    }
+
+
+def _ml2() -> Ini:
+    return {
+        "ml2": {"type_drivers": "flat", "tenant_network_types": "", "mechanism_drivers": "linuxbridge",
+                "extension_drivers": "port_security"},
+        "ml2_type_flat": {"flat_networks": "physnet1"},
+    }
+
+
+def _agent(cloud: Cloud, host: str) -> Ini:
+    return {
+        "DEFAULT": {"state_path": "/var/lib/neutron", "host": host, "transport_url": cloud.bus, "core_plugin": "ml2",
+                    # A question asked before Neutron listens is lost: ask again soon, not after a minute.
+                    "rpc_response_timeout": 20, "log_file": "/var/log/neutron/agent.log"},
+        "experimental": {"linuxbridge": True},
+        "agent": {"root_helper": "sudo /usr/bin/neutron-rootwrap /etc/neutron/rootwrap.conf",
+                  "root_helper_daemon": "sudo /usr/bin/neutron-rootwrap-daemon /etc/neutron/rootwrap.conf",
+                  "report_interval": 10},
+        "oslo_concurrency": {"lock_path": "/var/lib/neutron/lock"},
+    }
+
+
+def _bridges() -> Ini:
+    return {
+        "linux_bridge": {"physical_interface_mappings": "physnet1:tenant0"},
+        "vxlan": {"enable_vxlan": False},
+        "securitygroup": {"enable_security_group": True, "firewall_driver": "iptables", "enable_ipset": False},
+    }
+
+
+def write_controller(cloud: Cloud) -> None:
+    """Write the configuration of the cloud's controller, 0600: passwords are in it."""
+    files: dict[str, Ini] = {
+        "keystone/keystone.conf": _keystone(cloud), "glance/glance-api.conf": _glance(cloud),
+        "placement/placement.conf": _placement(cloud), "nova/nova.conf": _nova(cloud),
+        "neutron/neutron.conf": _neutron(cloud), "neutron/ml2_conf.ini": _ml2(),
+    }
+    for name, sections in files.items():
+        path = cloud.etc / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.write_text(ini(sections))
+    for name in ("lock", "images", "staging", "nova", "neutron", "log"):
+        (cloud.folder / name).mkdir(exist_ok=True)
+    for name in ("fernet", "credential"):  # what `keystone-manage fernet_setup` and `credential_setup` would make
+        folder = cloud.folder / name
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for key in ("0", "1"):
+            if not (folder / key).exists():
+                (folder / key).touch(mode=0o600)
+                (folder / key).write_bytes(base64.urlsafe_b64encode(os.urandom(32)))
+
+
+def write_bus(folder: Path) -> dict[str, str]:
+    """Write RabbitMQ's configuration and say what environment it needs: one account, one virtual host a cloud."""
+    folder.mkdir(parents=True, exist_ok=True)
+    salt = b"mgra"
+    digest = base64.b64encode(salt + hashlib.sha256(salt + PASSWORD.encode()).digest()).decode()
+    (folder / "definitions.json").write_text(json.dumps({
+        "users": [{"name": "lab", "password_hash": digest, "tags": "",
+                   "hashing_algorithm": "rabbit_password_hashing_sha256"}],
+        "vhosts": [{"name": cloud.name} for cloud in CLOUDS],
+        "permissions": [{"user": "lab", "vhost": cloud.name, "configure": ".*", "write": ".*", "read": ".*"}
+                        for cloud in CLOUDS],
+    }))
+    (folder / "rabbitmq.conf").write_text(
+        f"listeners.tcp.1 = {BUS[0]}:{BUS[1]}\nloopback_users = none\nload_definitions = {folder}/definitions.json\n"
+        "vm_memory_high_watermark.absolute = 512MB\ndisk_free_limit.absolute = 100MB\n"
+        "log.console = true\nlog.console.level = warning\nlog.file = false\n")
+    (folder / "enabled_plugins").write_text("[].\n")
+    return {
+        "HOME": str(folder), "RABBITMQ_NODENAME": "migrena-lab@localhost", "ERL_EPMD_PORT": str(EPMD_PORT),
+        "ERL_EPMD_ADDRESS": "127.0.0.1", "RABBITMQ_DIST_PORT": str(DIST_PORT), "RABBITMQ_CONF_ENV_FILE": "/dev/null",
+        "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"), "RABBITMQ_MNESIA_BASE": str(folder / "mnesia"),
+        "RABBITMQ_LOG_BASE": str(folder / "log"), "RABBITMQ_PID_FILE": str(folder / "pid"),
+        "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
+        # +sbwt none: an idle broker must not spin on one of two cores
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1} +sbwt none",
+    }
+
+
+GO: Final = "/run/lab/go"  # nova-compute and the agent wait for this: before the APIs answer they only burn time
+
+
+def compute_role(cloud: Cloud, spec: Spec, host: str, images_type: str) -> Role:
+    """What makes a host a hypervisor of this cloud."""
+    identity = uuid.uuid5(uuid.NAMESPACE_DNS, f"{host}.{spec.folder}")
+    files = [
+        File("/etc/nova/nova.conf", nova_compute(cloud, spec, host, images_type), 0o640, "nova"),
+        File("/etc/nova/nova-compute.conf", ""),  # Debian's would overrule virt_type
+        File("/etc/neutron/neutron.conf", ini(_agent(cloud, host)), 0o640, "neutron"),
+        File("/etc/neutron/plugins/ml2/linuxbridge_agent.ini", ini(_bridges())),
+        # Live migration goes from libvirtd to libvirtd; in here plain TCP without a password will do.
+        File("/etc/libvirt/libvirtd.conf", f'listen_tls = 0\nlisten_tcp = 1\nauth_tcp = "none"\nhost_uuid = "{identity}"\n'
+             'unix_sock_group = "libvirt"\nunix_sock_rw_perms = "0770"\nauth_unix_ro = "none"\nauth_unix_rw = "none"\n'),
+        File("/etc/libvirt/qemu.conf", 'security_driver = "none"\ncgroup_controllers = [ ]\n'),
+    ]
+    setup = [
+        *([["modprobe", "-a", "tun", "br_netfilter"]] if spec.kind == "vm" else []),  # udev's and systemd's work elsewhere
+        ["rm", "-f", "/etc/libvirt/qemu/networks/autostart/default.xml"],
+        # libvirt asks every emulator it finds what it can do: leave it one
+        ["find", "/usr/bin/", "-name", "qemu-system-*", "!", "-name", "qemu-system-x86_64", "-delete"],
+        ["ip", "link", "add", "tenant0", "type", "veth", "peer", "name", "tenant0-end"],
+        ["ip", "link", "set", "tenant0", "up"],
+        ["ip", "link", "set", "tenant0-end", "up"],
+    ]
+    return Role(files, _compute_services(), setup)
+
+
+def _compute_services() -> list[Service]:
+    """The programs of a hypervisor, in the order in which they start."""
+    agent = ["/usr/bin/neutron-linuxbridge-agent", "--config-file", "/etc/neutron/neutron.conf",
+             "--config-file", "/etc/neutron/plugins/ml2/linuxbridge_agent.ini"]
+    return [
+        Service("virtlogd", ["/usr/sbin/virtlogd"]),
+        Service("libvirtd", ["/usr/sbin/libvirtd", "--listen"], after="/run/libvirt/virtlogd-sock"),
+        Service("neutron-agent", agent, "neutron", {"HOME": "/var/lib/neutron"}, GO,
+                ("/var/log/neutron", "/var/lib/neutron/lock")),
+        Service("nova-compute", ["/usr/bin/nova-compute", "--config-file", "/etc/nova/nova.conf"], "nova",
+                {"HOME": "/var/lib/nova"}, GO, ("/var/log/nova", "/var/lib/nova", "/var/lib/nova/lock")),
+    ]

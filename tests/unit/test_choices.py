@@ -1,0 +1,144 @@
+"""-f and -i take a name or an id; left out, they are matched from the source. What is ambiguous is refused with the candidates."""
+
+from __future__ import annotations
+
+import pytest
+
+from migrena import Flavor, Image, Reason, Refused, pick_flavor, pick_image
+from unit.makers import a_flavor, a_server, an_image
+
+SMALL = a_flavor(id="1", name="small")
+LARGE = a_flavor(id="2", name="large", vcpus=4, ram=8192, disk=80)
+TWIN = a_flavor(id="3", name="small")
+TRICKY = a_flavor(id="small", name="9")  # its id is another one's name
+DEBIAN, UBUNTU = an_image(id="a", name="debian"), an_image(id="b", name="ubuntu", os_hash="hash-2", checksum="sum-2")
+
+
+def refusal(caught: pytest.ExceptionInfo[Refused]) -> Reason:
+    """The one reason."""
+    (reason,) = caught.value.reasons
+    assert caught.value.exit_code == 3
+    return reason
+
+
+@pytest.mark.parametrize(("wanted", "flavors", "picked"), [
+    ("small", [SMALL, LARGE], SMALL), ("2", [SMALL, LARGE], LARGE), ("3", [SMALL, TWIN], TWIN), ("small", [SMALL, TRICKY], TRICKY),
+    ("9", [SMALL, TRICKY], TRICKY),
+])
+def test_a_flavor_is_taken_by_its_id_and_else_by_its_name(wanted: str, flavors: list[Flavor], picked: Flavor) -> None:
+    assert pick_flavor(wanted, flavors, None) == picked
+
+
+def test_an_ambiguous_flavor_is_refused_with_the_candidates() -> None:
+    with pytest.raises(Refused) as caught:
+        pick_flavor("small", [SMALL, LARGE, TWIN], a_server())
+    assert "(1)" in refusal(caught).problem and "(3)" in refusal(caught).problem
+    assert "-f" in refusal(caught).way_out
+
+
+def test_a_missing_flavor_is_refused_with_the_nearest() -> None:
+    with pytest.raises(Refused) as caught:
+        pick_flavor("smal", [LARGE, SMALL], a_server())
+    assert "there is no flavor 'smal'" in refusal(caught).problem
+    assert "nearest: small" in refusal(caught).way_out
+
+
+def test_a_cloud_without_flavors_says_so() -> None:
+    with pytest.raises(Refused) as caught:
+        pick_flavor("small", [], None)
+    assert "none" in refusal(caught).way_out
+
+
+def test_a_flavor_that_is_left_out_is_the_one_of_the_same_name() -> None:
+    other = a_flavor(id="7", name="same sizes")
+    assert pick_flavor("", [other, LARGE, SMALL], a_server(flavor=a_flavor(id="", name="small", vcpus=99))) == SMALL
+
+
+@pytest.mark.parametrize("different", [{"vcpus": 2}, {"ram": 513}, {"disk": 11}, {"ephemeral": 1}, {"swap": 1}])
+def test_a_flavor_that_is_left_out_is_else_the_only_one_of_the_same_sizes(different: dict[str, int]) -> None:
+    wanted = a_flavor(id="", name="gone by now")
+    assert pick_flavor("", [LARGE, a_flavor(id="4", name="almost", **different), SMALL], a_server(flavor=wanted)) == SMALL
+    with pytest.raises(Refused) as caught:
+        pick_flavor("", [LARGE, a_flavor(id="4", name="almost", **different)], a_server(flavor=wanted))
+    assert "'gone by now'" in refusal(caught).problem
+
+
+def test_two_flavors_of_the_same_sizes_are_refused_with_both() -> None:
+    with pytest.raises(Refused) as caught:
+        pick_flavor("", [SMALL, TWIN], a_server(flavor=a_flavor(id="", name="gone")))
+    assert "(1)" in refusal(caught).problem and "(3)" in refusal(caught).problem
+
+
+def test_a_source_flavor_of_unknown_sizes_matches_nothing_by_sizes() -> None:
+    unknown = Flavor("", 0, 0, 0, 0, 0)
+    with pytest.raises(Refused):
+        pick_flavor("", [Flavor("zero", 0, 0, 0, 0, 0, "0")], a_server(flavor=unknown))
+
+
+def test_no_flavor_is_matched_to_an_unknown_source() -> None:
+    with pytest.raises(Refused, match="while the source is unknown"):
+        pick_flavor("", [SMALL], None)
+
+
+@pytest.mark.parametrize(("wanted", "picked"), [("debian", DEBIAN), ("a", DEBIAN), ("b", UBUNTU), ("ubuntu", UBUNTU)])
+def test_an_image_is_taken_by_its_id_and_else_by_its_name(wanted: str, picked: Image) -> None:
+    assert pick_image(wanted, [UBUNTU, DEBIAN], None) == picked
+
+
+def test_an_ambiguous_image_is_refused_with_the_ids() -> None:
+    with pytest.raises(Refused) as caught:
+        pick_image("debian", [DEBIAN, an_image(id="c", name="debian")], None)
+    assert "a, c" in refusal(caught).problem
+    assert "-i" in refusal(caught).way_out
+
+
+def test_a_missing_image_is_refused_with_the_nearest() -> None:
+    with pytest.raises(Refused) as caught:
+        pick_image("debain", [UBUNTU, DEBIAN], None)
+    assert "there is no image 'debain'" in refusal(caught).problem
+    assert "nearest: debian" in refusal(caught).way_out
+
+
+@pytest.mark.parametrize("status", ["queued", "saving", "deactivated", "killed"])
+def test_an_image_that_is_not_active_is_refused(status: str) -> None:
+    with pytest.raises(Refused, match=f"is {status}, not active"):
+        pick_image("debian", [an_image(status=status)], None)
+
+
+def test_an_image_that_is_left_out_is_the_one_with_the_same_hash() -> None:
+    renamed = an_image(id="z", name="other name", checksum="")
+    assert pick_image("", [UBUNTU, renamed], an_image(checksum="")) == renamed
+
+
+def test_an_image_that_is_left_out_is_else_the_one_with_the_same_checksum() -> None:
+    old = an_image(id="z", name="other name", os_hash="")
+    assert pick_image("", [UBUNTU, old], DEBIAN) == old
+
+
+def test_of_several_equal_images_the_one_of_the_same_name_is_taken() -> None:
+    copy = an_image(id="z", name="a copy")
+    assert pick_image("", [copy, DEBIAN, UBUNTU], an_image(id="elsewhere")) == DEBIAN
+
+
+def test_images_without_any_digest_are_not_equal() -> None:
+    with pytest.raises(Refused, match="there is no image with the content of the source's 'debian'"):
+        pick_image("", [an_image(id="z", os_hash="", checksum="")], an_image(os_hash="", checksum=""))
+
+
+def test_an_equal_image_that_is_not_active_is_not_taken() -> None:
+    with pytest.raises(Refused, match="there is no image"):
+        pick_image("", [an_image(status="queued")], DEBIAN)
+
+
+def test_a_source_image_that_was_deleted_matches_none_and_the_way_out_is_to_name_one() -> None:
+    with pytest.raises(Refused, match="the source's image is gone") as caught:
+        pick_image("", [DEBIAN], None)
+    assert "-i" in refusal(caught).way_out
+
+
+def test_a_source_image_that_was_deleted_does_not_matter_where_one_is_named() -> None:
+    assert pick_image("debian", [DEBIAN], None) == DEBIAN
+
+
+def test_a_source_flavor_that_was_deleted_does_not_matter_where_one_is_named() -> None:
+    assert pick_flavor("small", [SMALL], a_server(flavor=Flavor("", 0, 0, 0, 0, 0))) == SMALL

@@ -1,0 +1,166 @@
+"""The rules of this house, as far as a machine can see them; each has a control that shows it failing."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import symtable
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import REPOSITORY, SCRIPT
+
+TEXT = SCRIPT.read_text(encoding="utf-8")
+FUNCTION_LINES, CLASS_LINES, FILE_LINES = 45, 250, 2500
+AT_THE_TOP = {"migrena.py", "config.py", "README.md", "requirements.txt", "LICENSE", "tests"}
+# Put together here, so that this file is not where they are found.
+FORBIDDEN = ("p" + "kill", "kill" + "all", "Auto" + "AddPolicy", "StrictHost" + "KeyChecking=no")
+
+
+def rooms_on_the_map(text: str) -> list[tuple[int, str]]:
+    """The rooms that the module's docstring lists."""
+    docstring = ast.get_docstring(ast.parse(text)) or ""
+    return [(int(number), name) for number, name in re.findall(r"^ +(\d+) ([A-Z]\w+)  +\S", docstring, re.MULTILINE)]
+
+
+def banners(text: str) -> list[tuple[int, str]]:
+    """The rooms whose banners stand in the file, all of one width."""
+    lines = [line for line in text.splitlines() if line.startswith("# ----")]
+    found = [re.fullmatch(r"# ---- (\d+)\. (\w+) -+", line) for line in lines]
+    assert all(found), "a banner is not like the others"
+    assert len({len(line) for line in lines}) == 1, "a banner is wider than the others"
+    return [(int(match[1]), match[2]) for match in found if match]
+
+
+def test_the_map_of_rooms_is_that_of_the_banners() -> None:
+    assert rooms_on_the_map(TEXT) == banners(TEXT)
+    assert [number for number, _ in banners(TEXT)] == list(range(1, len(banners(TEXT)) + 1))
+    assert [name for _, name in banners(TEXT)][::len(banners(TEXT)) - 1] == ["Errors", "Door"]
+
+
+@pytest.mark.parametrize(("there", "instead"), [("# ---- 6. Host -----", "# ---- 6. Guest ----"), ("     6 Host ", "     6 Hosts ")])
+def test_control_a_room_that_is_not_as_the_map_says_is_noticed(there: str, instead: str) -> None:
+    assert there in TEXT
+    changed = TEXT.replace(there, instead, 1)
+    assert rooms_on_the_map(changed) != banners(changed)
+
+
+@pytest.mark.parametrize("banner", ["# ---- 6. Host --", "# ---- 6: Host -----"])
+def test_control_a_banner_that_is_not_like_the_others_is_noticed(banner: str) -> None:
+    with pytest.raises(AssertionError, match="a banner is"):
+        banners(re.sub(r"# ---- 6\. Host -----", banner, TEXT, count=1))
+
+
+def scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    """Every function and class, however deep."""
+    for child in table.get_children():
+        yield child
+        yield from scopes(child)
+
+
+def looks_downstairs(text: str) -> list[str]:
+    """Names that a room uses although they are defined in a room below it."""
+    starts = [number for number, line in enumerate(text.splitlines(), 1) if line.startswith("# ----")]
+
+    def room(line: int) -> int:
+        return sum(line >= start for start in starts)
+
+    places = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            places[node.name] = room(node.lineno)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            places[node.target.id] = room(node.lineno)
+    table = symtable.symtable(text, "migrena.py", "exec")
+    return [f"{scope.get_name()} (line {scope.get_lineno()}) uses {symbol.get_name()}" for scope in scopes(table)
+            for symbol in scope.get_symbols()
+            if symbol.is_global() and symbol.is_referenced() and places.get(symbol.get_name(), 0) > room(scope.get_lineno())]
+
+
+def test_a_room_uses_only_rooms_above_it() -> None:
+    assert looks_downstairs(TEXT) == []
+
+
+def test_control_a_room_that_uses_one_below_it_is_noticed() -> None:
+    changed = TEXT.replace('    line = " ".join(text.split())\n', '    line = str(certificates("x"))\n', 1)
+    assert [line.partition(" (")[0] for line in looks_downstairs(changed)] == ["shorten"]
+
+
+def too_long(text: str) -> list[str]:
+    """Functions and classes that no screen holds."""
+    sizes = [(node.name, (node.end_lineno or 0) - node.lineno + 1, CLASS_LINES if isinstance(node, ast.ClassDef) else FUNCTION_LINES)
+             for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    return [f"{name} has {size} lines, {most} is the limit" for name, size, most in sizes if size > most]
+
+
+def python_files() -> list[Path]:
+    """Every Python file of the project."""
+    return [REPOSITORY / name for name in files() if name.endswith(".py")]
+
+
+def files() -> list[str]:
+    """Every file of the project: those that git has or would take, or all where there is no git."""
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(words, cwd=REPOSITORY, check=False, capture_output=True, text=True)
+    if listed.returncode == 0:
+        return [name for name in listed.stdout.splitlines() if (REPOSITORY / name).is_file()]
+    paths = (path.relative_to(REPOSITORY) for path in REPOSITORY.rglob("*") if path.is_file())
+    return [str(path) for path in paths if not {".git", ".venv", "__pycache__"} & set(path.parts)]
+
+
+def test_every_function_fits_on_a_screen_and_every_class_on_a_few() -> None:
+    assert {path.name: long for path in {*python_files(), SCRIPT} if (long := too_long(path.read_text(encoding="utf-8")))} == {}
+
+
+def test_control_a_function_or_class_that_is_too_long_is_noticed() -> None:
+    assert too_long("def f():\n" + "    pass\n" * FUNCTION_LINES) == ["f has 46 lines, 45 is the limit"]
+    assert too_long("class C:\n" + "    pass\n" * CLASS_LINES) == ["C has 251 lines, 250 is the limit"]
+    assert too_long("def f():\n" + "    pass\n" * (FUNCTION_LINES - 1)) == []
+
+
+def test_the_file_is_one_that_can_be_read() -> None:
+    assert TEXT.count("\n") < FILE_LINES
+
+
+def with_forbidden_words(texts: dict[str, str]) -> list[str]:
+    """Where a word stands that no part of this project may use."""
+    return [f"{name}: {word}" for name, text in texts.items() for word in FORBIDDEN if re.search(rf"\b{re.escape(word)}\b", text)]
+
+
+def test_nothing_ends_processes_by_name_or_trusts_every_host() -> None:
+    code = {name: (REPOSITORY / name).read_text(encoding="utf-8", errors="replace") for name in files() if not name.endswith(".md")}
+    assert "tests/run" in code
+    assert with_forbidden_words({**code, "migrena.py": TEXT}) == []
+
+
+def test_control_every_forbidden_word_is_noticed() -> None:
+    assert len(with_forbidden_words({"x": "\n".join(f"run({word})" for word in FORBIDDEN)})) == len(FORBIDDEN)
+    assert with_forbidden_words({"x": "skillallowed, StrictHostKeyChecking=yes"}) == []
+
+
+def strays(names: list[str]) -> set[str]:
+    """What lies at the top and has no business there; hidden files are free."""
+    return {name.partition("/")[0] for name in names} - AT_THE_TOP - {name for name in names if name.startswith(".")} - {".ci", ".git"}
+
+
+def test_nothing_else_lies_at_the_top() -> None:
+    assert strays(files()) == set()
+
+
+def test_what_belongs_at_the_top_lies_there() -> None:
+    assert {name for name in AT_THE_TOP if not (REPOSITORY / name).exists()} == set()
+
+
+def test_control_a_stray_file_is_noticed() -> None:
+    assert strays(["migrena.py", "tests/run", ".gitignore", ".ci/run", "notes.txt", "src/x.py"]) == {"notes.txt", "src"}
+
+
+def test_the_commands_can_be_run() -> None:
+    assert all((REPOSITORY / name).stat().st_mode & 0o111 == 0o111 for name in ("migrena.py", "tests/run", ".ci/run"))
+
+
+def test_ci_calls_the_one_test_command() -> None:
+    assert re.search(r"tests/run\b", (REPOSITORY / ".ci/run").read_text())

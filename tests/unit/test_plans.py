@@ -1,0 +1,145 @@
+"""Decisions are made of facts alone: chunks, the view that is copied, the transport, the quota."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from migrena import Chunk, Disk, DiskImage, chunks, human, over_quota, pick_transport, space_needed, span, view
+from unit.makers import a_base, a_disk, a_flavor, an_overlay
+
+MiB = 1024**2
+
+
+@st.composite
+def disks(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]], int]:
+    """A length, extents within it (ascending, apart from each other) and a limit; lengths and offsets are any number of bytes."""
+    edges = sorted(draw(st.sets(st.one_of(st.integers(0, 40 * MiB), st.integers(0, 40).map(lambda n: n * MiB)), max_size=16)))
+    extents = [(start, stop - start) for start, stop in zip(edges[::2], edges[1::2], strict=False)]
+    length = draw(st.integers(max([1, *edges]), max([1, *edges]) + 9 * MiB))
+    return length, extents, draw(st.integers(1, 20)) * MiB
+
+
+@given(disks())
+def test_chunks_tile_the_disk_exactly_and_in_order(disk: tuple[int, list[tuple[int, int]], int]) -> None:
+    length, extents, limit = disk
+    tiles = chunks(length, extents, limit)
+    assert tiles[0].offset == 0
+    assert tiles[-1].offset + tiles[-1].length == length
+    assert all(one.offset + one.length == other.offset for one, other in pairwise(tiles))
+    assert all(tile.length > 0 for tile in tiles)
+
+
+@given(disks())
+def test_no_chunk_that_is_copied_is_longer_than_the_limit(disk: tuple[int, list[tuple[int, int]], int]) -> None:
+    length, extents, limit = disk
+    assert all(tile.length <= limit and tile.offset % MiB == 0 for tile in chunks(length, extents, limit) if tile.holds_bytes)
+
+
+def touches(tile: Chunk, offset: int, held: int) -> bool:
+    return tile.offset < offset + held and offset < tile.offset + tile.length
+
+
+@given(disks())
+def test_every_byte_that_is_held_is_copied_and_a_whole_mib_of_hole_is_not(disk: tuple[int, list[tuple[int, int]], int]) -> None:
+    length, extents, limit = disk
+    tiles = chunks(length, extents, limit)
+    for offset, held in extents:
+        assert all(tile.holds_bytes for tile in tiles if touches(tile, offset, held))
+    for tile in tiles:
+        for block in range(tile.offset, tile.offset + tile.length, MiB) if tile.holds_bytes else ():
+            assert any(touches(Chunk(block, MiB, True), *extent) for extent in extents)
+
+
+def test_control_a_disk_without_extents_is_one_hole() -> None:
+    assert chunks(5 * MiB + 1, [], MiB) == (Chunk(0, 5 * MiB + 1, False),)
+
+
+def test_a_disk_that_is_full_is_copied_from_end_to_end() -> None:
+    assert chunks(2 * MiB + 7, [(0, 2 * MiB + 7)], 2 * MiB) == (Chunk(0, 2 * MiB, True), Chunk(2 * MiB, 7, True))
+
+
+RAW = DiskImage("/d", "raw", size=MiB, length=MiB, allocated=MiB)
+FLAT = an_overlay(backing="", backing_format="")
+LVM = DiskImage("/d", "lvm", size=MiB, length=MiB, allocated=MiB)
+DEEP = (an_overlay(), an_overlay(path="/middle"), a_base())
+
+
+@pytest.mark.parametrize(("source", "fresh", "bases_equal", "whole_file", "why"), [
+    (a_disk(), a_disk(), True, True, "both bases have the same content"),
+    (a_disk(), a_disk(), False, False, "the bases are not proven equal"),
+    (Disk((RAW,)), Disk((RAW,)), False, True, "both disks are raw"),
+    (Disk((FLAT,)), Disk((FLAT,)), False, True, "both disks are qcow2 without a base"),
+    (Disk((RAW,)), a_disk(), False, False, "the source is raw, the destination qcow2"),
+    (a_disk(), Disk((RAW,)), False, False, "the source is qcow2, the destination raw"),
+    (Disk((FLAT,)), a_disk(), True, False, "only one of the disks has a base"),
+    (a_disk(), Disk((FLAT,)), True, False, "only one of the disks has a base"),
+    (Disk(DEEP), a_disk(), True, False, "a chain has more than one base"),
+    (a_disk(), Disk(DEEP), True, False, "a chain has more than one base"),
+])
+def test_the_file_is_copied_only_where_it_means_the_same_at_the_other_end(
+        source: Disk, fresh: Disk, bases_equal: bool, whole_file: bool, why: str) -> None:
+    assert view(source, fresh, bases_equal) == (whole_file, why)
+
+
+@pytest.mark.parametrize(("lacking", "top", "whole_file", "transport", "why"), [
+    ([], an_overlay(), True, "nbd", "at hand"),
+    (["nbd-client on cmp2"], an_overlay(), True, "qemu", "missing for nbd: nbd-client on cmp2"),
+    ([], an_overlay(), False, "qemu", "guest's view"),
+    ([], an_overlay(length=196_640, allocated=196_640), True, "qemu", "196,640 bytes are no multiple of 512"),
+    ([], an_overlay(allocated=10 * MiB), True, "qemu", "sparse"),
+])
+def test_auto_takes_nbd_where_it_serves_and_says_why(lacking: list[str], top: DiskImage, whole_file: bool, transport: str, why: str) -> None:
+    picked, reason = pick_transport("auto", lacking, top, whole_file)
+    assert picked == transport
+    assert why in reason
+
+
+@pytest.mark.parametrize("wanted", ["nbd", "qemu"])
+def test_a_transport_that_was_asked_for_is_taken(wanted: str) -> None:
+    assert pick_transport(wanted, ["nbd-client on cmp2"], an_overlay(length=7), False) == (wanted, "as asked for")
+
+
+LIMITS = {"maxTotalInstances": 10, "totalInstancesUsed": 9, "maxTotalCores": 8, "totalCoresUsed": 4, "maxTotalRAMSize": 4096, "totalRAMUsed": 0}
+
+
+@pytest.mark.parametrize(("different", "flavor", "exceeded"), [
+    ({}, {}, []),
+    ({"totalInstancesUsed": 10}, {}, ["10 of 10 instances are used, 1 more are needed"]),
+    ({}, {"vcpus": 4}, []),
+    ({}, {"vcpus": 5}, ["4 of 8 cores are used, 5 more are needed"]),
+    ({}, {"ram": 4096}, []),
+    ({}, {"ram": 4097}, ["0 of 4096 MiB of RAM are used, 4097 more are needed"]),
+    ({"maxTotalInstances": -1, "maxTotalCores": -1, "maxTotalRAMSize": -1}, {"vcpus": 500, "ram": 10**9}, []),
+    ({"maxTotalInstances": 0, "totalInstancesUsed": 0}, {"vcpus": 5, "ram": 4097}, ["instances", "cores", "MiB of RAM"]),
+])
+def test_a_quota_is_told_before_it_is_exceeded(different: dict[str, int], flavor: dict[str, int], exceeded: list[str]) -> None:
+    told = over_quota({**LIMITS, **different}, a_flavor(**flavor))
+    assert len(told) == len(exceeded)
+    assert all(part in line for part, line in zip(exceeded, told, strict=True))
+
+
+def test_a_cloud_that_tells_no_quota_has_none() -> None:
+    assert over_quota({}, a_flavor(vcpus=10**6)) == []
+
+
+def test_the_space_is_that_of_what_is_copied_with_room_to_grow() -> None:
+    disk = a_disk(guest_bytes=5 * MiB)
+    assert 5 * MiB < space_needed(disk.top, disk, False) < 80 * MiB
+    assert disk.top.allocated < space_needed(disk.top, disk, True) < disk.top.allocated * 11 // 10
+
+
+@pytest.mark.parametrize(("count", "shown"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536 * MiB, "1.5 GiB"), (3 * 1024**4, "3.0 TiB"),
+                                              (5000 * 1024**4, "5000.0 TiB")])
+def test_bytes_are_shown_for_people(count: int, shown: str) -> None:
+    assert human(count) == shown
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, "0.0 s"), (59.94, "59.9 s"), (60, "0:01:00"), (3723.4, "1:02:03")])
+def test_seconds_are_shown_for_people(seconds: float, shown: str) -> None:
+    assert span(seconds) == shown
+
+

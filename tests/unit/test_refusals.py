@@ -1,0 +1,236 @@
+"""All reasons to refuse are told at once, before anything is touched, each with its way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from migrena import (
+    FLAW_WAYS,
+    MARK,
+    NEEDED,
+    PACKAGES,
+    Cloud,
+    DestinationFacts,
+    Disk,
+    Reason,
+    SourceFacts,
+    make_plan,
+    refuse,
+    refuse_destination,
+    refuse_disk,
+    refuse_server,
+    refuse_tools,
+)
+from unit.makers import UUID, GiB, a_base, a_disk, a_flavor, a_server, an_image, an_overlay, some_settings
+
+STATES = ["BUILD", "DELETED", "ERROR", "HARD_REBOOT", "MIGRATING", "PASSWORD", "PAUSED", "REBOOT", "REBUILD", "RESCUE", "RESIZE", "REVERT_RESIZE",
+          "SHELVED", "SHELVED_OFFLOADED", "SOFT_DELETED", "SUSPENDED", "UNKNOWN", "VERIFY_RESIZE"]
+WITH_A_WAY = {"PAUSED": "unpause", "SUSPENDED": "resume", "SHELVED": "unshelve", "SHELVED_OFFLOADED": "unshelve", "RESCUE": "unrescue",
+              "VERIFY_RESIZE": "resize confirm", "ERROR": "set --state active"}
+NEVER_ASKED = object.__new__(Cloud)  # the facts are there already
+UNKNOWN = DestinationFacts(None)
+
+
+def a_source(**different: Any) -> SourceFacts:
+    """A source that nothing speaks against."""
+    return SourceFacts(**{"cloud": NEVER_ASKED, "server": a_server(), "disk": a_disk(), "image": an_image(), **different})
+
+
+def a_destination(**different: Any) -> DestinationFacts:
+    """A destination that nothing speaks against."""
+    return DestinationFacts(**{"cloud": NEVER_ASKED, "flavors": (a_flavor(),), "images": (an_image(),), **different})
+
+
+def only(reasons: list[Reason]) -> Reason:
+    """The one reason there is."""
+    assert len(reasons) == 1, reasons
+    return reasons[0]
+
+
+def about(what: str, reasons: list[Reason]) -> list[Reason]:
+    """The reasons that name this."""
+    return [reason for reason in reasons if what in reason.problem]
+
+
+@pytest.mark.parametrize("different", [{}, {"status": "SHUTOFF", "power": 4}, {"metadata": {"owner": "me"}}])
+def test_control_nothing_speaks_against_a_source_in_order(different: dict[str, Any]) -> None:
+    assert refuse(some_settings(), a_source(server=a_server(**different)), a_destination()) == []
+
+
+@pytest.mark.parametrize("status", STATES)
+def test_a_source_in_any_other_state_is_refused_by_name(status: str) -> None:
+    reason = only(list(refuse_server(a_server(status=status), some_settings())))
+    assert f"is {status};" in reason.problem
+    assert WITH_A_WAY.get(status, "") in reason.way_out
+
+
+@pytest.mark.parametrize("status", WITH_A_WAY)
+def test_the_way_out_of_a_state_is_a_whole_command(status: str) -> None:
+    reason = only(list(refuse_server(a_server(status=status), some_settings())))
+    assert "openstack server " in reason.way_out
+    assert reason.way_out.endswith(f" {UUID}")
+
+
+@pytest.mark.parametrize("task", ["powering-off", "image_snapshot", "resize_prep", "migrating", "deleting"])
+def test_a_source_with_a_task_under_way_is_refused(task: str) -> None:
+    assert task in only(list(refuse_server(a_server(task=task), some_settings()))).problem
+
+
+def test_a_locked_source_is_refused_with_the_lock_s_reason_and_the_command_that_unlocks() -> None:
+    reason = only(list(refuse_server(a_server(locked=True, lock_reason="audit"), some_settings())))
+    assert "locked: audit" in reason.problem
+    assert reason.way_out == f"openstack server unlock {UUID}"
+    assert "locked" in only(list(refuse_server(a_server(locked=True), some_settings()))).problem
+
+
+def test_a_source_that_another_run_has_marked_is_refused() -> None:
+    reason = only(list(refuse_server(a_server(metadata={MARK: "20260101T000000-abc"}), some_settings())))
+    assert "20260101T000000-abc" in reason.problem
+    assert reason.way_out.endswith(f"openstack server unset --property {MARK} {UUID}")
+
+
+def test_credentials_that_are_not_told_the_host_are_refused() -> None:
+    assert "admin" in only(list(refuse_server(a_server(host="", hypervisor=""), some_settings()))).way_out
+
+
+def test_a_source_that_boots_from_a_volume_is_refused_even_with_root_only() -> None:
+    for settings in (some_settings(), some_settings(root_only=True)):
+        assert "boots from a volume" in only(list(refuse_server(a_server(image="", volumes=("v1",)), settings))).problem
+
+
+@pytest.mark.parametrize(("different", "names"), [
+    ({"volumes": ("v1", "v2")}, "v1, v2"), ({"flavor": a_flavor(ephemeral=5)}, "ephemeral disk of 5 GiB"), ({"config_drive": True}, "config drive"),
+])
+def test_what_would_stay_behind_is_refused_unless_root_only_is_given(different: dict[str, Any], names: str) -> None:
+    reason = only(list(refuse_server(a_server(**different), some_settings())))
+    assert names in reason.problem
+    assert "--root-only" in reason.way_out
+    assert list(refuse_server(a_server(**different), some_settings(root_only=True))) == []
+
+
+def test_further_disks_beside_the_root_disk_are_refused_unless_root_only_is_given() -> None:
+    disk = a_disk(beside=("disk.eph0", "disk.local"))
+    assert "disk.eph0, disk.local" in only(list(refuse_disk(disk, some_settings()))).problem
+    assert list(refuse_disk(disk, some_settings(root_only=True))) == []
+
+
+def test_swap_stops_nothing() -> None:
+    server = a_server(flavor=a_flavor(swap=512))
+    assert refuse(some_settings(), a_source(server=server, disk=a_disk(beside=("disk.swap",))), a_destination(flavors=(server.flavor,))) == []
+
+
+def test_with_root_only_the_plan_lists_what_stays_behind() -> None:
+    server = a_server(volumes=("v1", "v2"), config_drive=True, flavor=a_flavor(ephemeral=1))
+    source = a_source(server=server, disk=a_disk(beside=("disk.config", "disk.eph0", "disk.local", "disk.swap")))
+    plan = make_plan(some_settings(root_only=True), source, a_destination(flavors=(server.flavor,)))
+    assert plan.left_behind == ("volume v1", "volume v2", "ephemeral disk disk.eph0", "ephemeral disk disk.local", "the config drive")
+
+
+@pytest.mark.parametrize("flaw", FLAW_WAYS)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_disk_with_a_flaw_anywhere_in_its_chain_is_refused(flaw: str, place: int) -> None:
+    chain = [an_overlay(), a_base()]
+    chain[place] = [an_overlay, a_base][place](flaws=(flaw,))
+    reason = only(list(refuse_disk(Disk(tuple(chain)), some_settings())))
+    assert reason.problem == f"{chain[place].path} has {flaw}"
+    assert reason.way_out
+
+
+def test_the_flaws_are_those_that_the_issue_names() -> None:
+    assert set(FLAW_WAYS) >= {"internal snapshots", "encryption", "an external data file"}
+
+
+def test_a_tpm_is_refused() -> None:
+    assert "TPM" in only(list(refuse_disk(a_disk(has_tpm=True), some_settings()))).problem
+
+
+@pytest.mark.parametrize("format", ["vmdk", "luks", "qed"])
+def test_a_format_that_nova_does_not_make_is_refused(format: str) -> None:
+    assert f"is {format}" in only(list(refuse_disk(a_disk(an_overlay(format=format)), some_settings()))).problem
+
+
+@pytest.mark.parametrize("tool", NEEDED)
+def test_a_missing_tool_is_named_with_its_packages(tool: str) -> None:
+    reason = only(list(refuse_tools("cmp1", [tool], some_settings(), "nbd-server")))
+    assert reason.problem == f"cmp1: {tool} is missing"
+    assert all(package in reason.way_out for package in ("Debian: ", "RPM: ", *PACKAGES[tool]))
+
+
+@pytest.mark.parametrize(("transport", "refused"), [("auto", False), ("qemu", False), ("nbd", True)])
+@pytest.mark.parametrize("tool", ["nbd-server", "nbd-client"])
+def test_the_tools_of_nbd_are_needed_only_where_nbd_is_asked_for(transport: str, refused: bool, tool: str) -> None:
+    assert len(list(refuse_tools("cmp1", [tool], some_settings(transport=transport), tool))) == refused
+
+
+def test_without_python_only_a_clear_export_of_qemu_is_refused() -> None:
+    assert list(refuse_tools("cmp1", ["python3"], some_settings(), "nbd-server")) == []
+    assert list(refuse_tools("cmp1", ["python3"], some_settings(tls=False, transport="nbd"), "nbd-server")) == []
+    assert "python3" in only(list(refuse_tools("cmp1", ["python3"], some_settings(tls=False), "nbd-server"))).problem
+
+
+def test_a_name_that_is_taken_is_refused_with_each_that_has_it() -> None:
+    reasons = refuse_destination(some_settings(), a_source(), a_destination(same_name=(a_server(id="x"), a_server(id="y"))))
+    assert [reason.problem for reason in reasons] == [f"destination cloud: the name 'new' is taken by {id}" for id in "xy"]
+
+
+def test_destination_credentials_that_are_no_admin_s_are_refused() -> None:
+    assert "admin" in only(refuse_destination(some_settings(), a_source(), a_destination(sees_hosts=False))).way_out
+
+
+def test_a_flavor_with_a_smaller_disk_than_the_guest_sees_is_refused() -> None:
+    reason = only(refuse_destination(some_settings(flavor="tiny"), a_source(), a_destination(flavors=(a_flavor(name="tiny", disk=9),))))
+    assert "9 GiB" in reason.problem and "10.0 GiB" in reason.problem
+
+
+def test_a_flavor_whose_disk_is_a_byte_too_small_is_refused_and_one_that_fits_is_not() -> None:
+    for size, refused in ((10 * GiB, False), (10 * GiB + 1, True)):
+        source = a_source(disk=a_disk(an_overlay(size=size), a_base()))
+        assert bool(refuse_destination(some_settings(), source, a_destination())) is refused
+
+
+def test_a_flavor_whose_disk_is_as_large_as_the_image_is_not_refused_beforehand() -> None:
+    flavor = a_flavor(disk=0)
+    assert refuse_destination(some_settings(), a_source(server=a_server(flavor=flavor)), a_destination(flavors=(flavor,))) == []
+
+
+def test_a_quota_that_would_be_exceeded_is_refused() -> None:
+    limits = {"maxTotalInstances": 1, "totalInstancesUsed": 1}
+    assert "quota" in only(refuse_destination(some_settings(), a_source(), a_destination(limits=limits))).problem
+
+
+def test_a_missing_flavor_and_a_missing_image_are_told_together() -> None:
+    reasons = refuse_destination(some_settings(flavor="x", image="y"), a_source(), a_destination())
+    assert ["'x'" in reasons[0].problem, "'y'" in reasons[1].problem] == [True, True]
+
+
+def test_an_image_is_not_looked_for_where_the_source_has_none() -> None:
+    source = a_source(server=a_server(image=""), image=None)
+    assert about("image", refuse_destination(some_settings(), source, a_destination())) == []
+
+
+def test_all_reasons_come_at_once() -> None:
+    server = a_server(status="PAUSED", task="migrating", locked=True, metadata={MARK: "r"}, host="", volumes=("v1",), config_drive=True,
+                      flavor=a_flavor(ephemeral=1))
+    disk = a_disk(an_overlay(flaws=("internal snapshots",)), a_base(flaws=("encryption",)), has_tpm=True, beside=("disk.eph0",))
+    source = a_source(server=server, disk=disk, problems=(Reason("source: trouble"),))
+    destination = a_destination(same_name=(a_server(id="x"),), sees_hosts=False, limits={"maxTotalCores": 0})
+    reasons = refuse(some_settings(flavor="none such", image="none such"), source, destination)
+    assert [next(word for word in words if word in reason.problem) for reason, words in zip(reasons, (
+        ["trouble"], ["PAUSED"], ["task"], ["locked"], ["run r"], ["host"], ["v1"], ["ephemeral"], ["config drive"], ["internal snapshots"],
+        ["encryption"], ["TPM"], ["disk.eph0"], ["taken"], ["destination cloud: these credentials"], ["flavor"], ["image"]), strict=True)]
+    assert all(reason.way_out for reason in reasons[1:])
+
+
+def test_what_could_not_be_found_out_is_told_and_the_rest_is_still_looked_at() -> None:
+    source = SourceFacts(NEVER_ASKED, problems=(Reason("source cloud: there is no server"),))
+    destination = a_destination(same_name=(a_server(id="x"),))
+    reasons = refuse(some_settings(flavor="small", image="debian"), source, destination)
+    assert ["no server" in reasons[0].problem, "taken" in reasons[1].problem] == [True, True]
+
+
+def test_an_unreachable_destination_does_not_hide_what_is_wrong_with_the_source() -> None:
+    destination = DestinationFacts(None, problems=(Reason("destination cloud: sign in: refused"),))
+    reasons = refuse(some_settings(), a_source(server=a_server(locked=True)), destination)
+    assert ["sign in" in reasons[0].problem, "locked" in reasons[1].problem] == [True, True]

@@ -1,0 +1,221 @@
+"""Settings: built-in default < config.py < MIGRENA_* variable < flag."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import migrena
+from conftest import REPOSITORY
+from migrena import Screen, Settings, UsageError, config_names, load_settings, parser, read_config, settle
+from unit.makers import UUID
+
+# For each setting: what may be written for it, and what that means. No two may mean the same, nor the default.
+SAMPLES: dict[str, tuple[tuple[object, Any], ...]] = {
+    "src_uid": (("a", "a"), ("b", "b"), ("c", "c")),
+    "extra_args": (({"a": 1}, {"a": 1}), ("{'b': 1}", {"b": 1}), ('{"c": 1}', {"c": 1})),
+    "start_after": (("src", "src"), ("dst", "dst"), ("all", "all")),
+    "limit_rate": ((5, 5), ("6K", 6144), ("7M", 7 * 1024**2)),
+    "transport": (("nbd", "nbd"), ("qemu", "qemu"), ("nbd", "nbd")),
+    "nbd_server_port": ((2700, range(2700, 2701)), ("2701", range(2701, 2702)), ("2702-2703", range(2702, 2704))),
+    "nbd_device": (("/dev/nbd1", "/dev/nbd1"), ("/dev/nbd2", "/dev/nbd2"), ("/dev/nbd3", "/dev/nbd3")),
+    "disk_path": (("/a/%s", "/a/%s"), ("/b/%s", "/b/%s"), ("/c/%s", "/c/%s")),
+    "hosts": (({"a": "b"}, {"a": migrena.HostEntry("b")}), ("{'c': 'd'}", {"c": migrena.HostEntry("d")}),
+              ({"e": "f"}, {"e": migrena.HostEntry("f")})),
+    "sudo": (("yes", "yes"), ("no", "no"), ("yes", "yes")),
+    "chunk": (("1M", 1024**2), ("2M", 2 * 1024**2), ("3M", 3 * 1024**2)),
+    "tls": ((False, False), ("no", False), (False, False)),
+    "verify": ((False, False), ("0", False), (False, False)),
+}
+ROWS = {row.name: row for row in dataclasses.fields(Settings)}
+
+
+def samples(name: str) -> tuple[tuple[object, Any], ...]:
+    """Three things to write for a setting, with what they mean."""
+    if name in SAMPLES:
+        return SAMPLES[name]
+    default = getattr(Settings(), name)
+    if isinstance(default, bool):
+        return ((True, True), ("yes", True), (True, True))
+    if isinstance(default, int):
+        return ((31, 31), ("32", 32), (33, 33))
+    return SAMPLES["extra_args"] if isinstance(default, dict) else SAMPLES["src_uid"]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_flag_wins_over_a_variable_wins_over_config_wins_over_the_default(name: str) -> None:
+    (in_config, from_config), (in_variable, from_variable), (in_flag, from_flag) = samples(name)
+    variable = {f"MIGRENA_{name.upper()}": str(in_variable)}
+    assert getattr(settle({}, {}, {name: in_config}), name) == from_config != getattr(Settings(), name)
+    assert getattr(settle({}, variable, {name: in_config}), name) == from_variable != getattr(Settings(), name)
+    if ROWS[name].metadata["flags"]:
+        assert getattr(settle({name: in_flag}, variable, {name: in_config}), name) == from_flag
+
+
+def test_settling_nothing_gives_the_defaults() -> None:
+    assert settle({}, {"MIGRENA_UNHEARD_OF": "x", "PATH": "/bin"}, {}) == Settings()
+
+
+@pytest.mark.parametrize(("flags", "environment", "config", "complaint"), [
+    ({"limit_rate": "fast"}, {}, {}, "--limit-rate: 'fast' is no size"),
+    ({}, {"MIGRENA_LIMIT_RATE": "fast"}, {}, "MIGRENA_LIMIT_RATE: 'fast' is no size"),
+    ({}, {}, {"limit_rate": "fast"}, "LIMIT_RATE in config.py: 'fast' is no size"),
+    ({}, {}, {"transport": "quemu"}, r"TRANSPORT in config.py: 'quemu' is none of auto, nbd, qemu; did you mean qemu\?"),
+    ({}, {}, {"chunk": "1K"}, "CHUNK: 1024 is no multiple of 1 MiB"),
+    ({}, {}, {"chunk": 1024**2 + 1}, "CHUNK: 1048577 is no multiple of 1 MiB"),
+    ({}, {}, {"chunk": 0}, "CHUNK: 0 is no multiple of 1 MiB"),
+    ({}, {}, {"nbd_device": "/dev/sda"}, "NBD_DEVICE: '/dev/sda' is no /dev/nbdN"),
+    ({}, {}, {"nbd_device": "/dev/nbd0p1"}, "NBD_DEVICE: '/dev/nbd0p1' is no /dev/nbdN"),
+    ({}, {}, {"nbd_device": "nbd0"}, "NBD_DEVICE: 'nbd0' is no /dev/nbdN"),
+    ({}, {}, {"nbd_server_port": 0}, "NBD_SERVER_PORT in config.py: 0 is no TCP port"),
+    ({}, {}, {"stall_timeout": "soon"}, "STALL_TIMEOUT in config.py: 'soon' "),
+    ({}, {}, {"stall_timeout": None}, "STALL_TIMEOUT in config.py: None "),
+    ({}, {}, {"stall_timeout": 0}, "STALL_TIMEOUT"),
+    ({}, {}, {"stall_timeout": -5}, "STALL_TIMEOUT"),
+    ({"extra_args": "[1]"}, {}, {}, "--extra-args: '\\[1\\]' is no dictionary"),
+    ({"start_after": "both"}, {}, {}, "--start-after: 'both' names what is none of all, src, dst"),
+])
+def test_a_value_that_cannot_be_is_refused_with_the_place_it_came_from(
+        flags: dict[str, object], environment: dict[str, str], config: dict[str, object], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint) as caught:
+        settle(flags, environment, config)
+    assert caught.value.exit_code == 2
+
+
+def written(folder: Path, content: str) -> Path:
+    path = folder / "config.py"
+    path.write_text(content)
+    return path
+
+
+def test_config_gives_its_capital_names_and_nothing_else(tmp_path: Path) -> None:
+    content = "import os\nfrom pathlib import Path\nhere = 1\n_PRIVATE = 2\nTRANSPORT = 'nbd'\nCHUNK = 4 * 1024**2\ndef helper(): pass\n"
+    assert read_config(written(tmp_path, content)) == {"transport": "nbd", "chunk": 4 * 1024**2}
+
+
+def test_an_unknown_setting_is_answered_with_the_known_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"config.py: unknown setting NBD_SERVR_PORT; did you mean NBD_SERVER_PORT\?") as caught:
+        read_config(written(tmp_path, "NBD_SERVR_PORT = 1\n"))
+    assert "DISK_PATH" in caught.value.reasons[0].way_out
+
+
+@pytest.mark.parametrize("name", ["SRC_UID", "DST_NAME", "EXTRA_ARGS", "DRY_RUN", "START_AFTER", "ROOT_ONLY"])
+def test_what_belongs_to_one_run_cannot_stand_in_config(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=f"unknown setting {name}"):
+        read_config(written(tmp_path, f"{name} = ''\n"))
+
+
+def test_a_syntax_error_is_told_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"config\.py, line 2: "):
+        read_config(written(tmp_path, "CHUNK = 1\nTRANSPORT = = 'nbd'\n"))
+
+
+@pytest.mark.parametrize(("content", "complaint"), [
+    ("X = 1/0", "ZeroDivisionError: division by zero"), ("import nothing_like_it", "ModuleNotFoundError"), ("raise SystemExit(7)", "config.py"),
+    ("CHUNK = chunk", "NameError: name 'chunk' is not defined"),
+])
+def test_a_mishap_in_config_is_told_as_its_fault(tmp_path: Path, content: str, complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        read_config(written(tmp_path, content))
+
+
+def test_config_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.py"
+    path.write_bytes(b"\xff\xfe\x00CHUNK")
+    with pytest.raises(UsageError, match=re.escape(str(path))):
+        read_config(path)
+
+
+def test_config_is_loaded_by_its_path_and_never_by_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoy = tmp_path / "elsewhere"
+    decoy.mkdir()
+    written(decoy, "TRANSPORT = 'nbd'\n")
+    monkeypatch.syspath_prepend(str(decoy))
+    monkeypatch.chdir(decoy)
+    assert read_config(written(tmp_path, "TRANSPORT = 'qemu'\n")) == {"transport": "qemu"}
+    assert "config" not in sys.modules
+
+
+def test_the_source_has_no_import_of_config() -> None:
+    assert not re.search(r"^\s*(import|from)\s+config\b", (REPOSITORY / "migrena.py").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("mode", "warns"), [(0o600, False), (0o640, True), (0o644, True), (0o604, True)])
+def test_a_config_with_a_password_that_others_can_read_gets_a_warning(tmp_path: Path, mode: int, warns: bool) -> None:
+    path = written(tmp_path, "SRC_CREDS = {'auth_url': 'http://192.0.2.1:5000/v3', 'username': 'u', 'password': 'hunter2'}\n")
+    path.chmod(mode)
+    screen = Screen(quiet=True, stream=io.StringIO())
+    load_settings(["-c", str(path), "-s", UUID, "-d", "new"], {}, screen)
+    assert [str(path) in line and "chmod 600" in line for line in screen.warnings] == [True] * warns
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("creds", ["DST_CREDS = {'password': 'hunter2'}", "SRC_CREDS = {'application_credential_secret': 'hunter2'}",
+                                   "SRC_CREDS = \"{'api_key': 'hunter2'}\""])
+def test_the_warning_comes_for_either_cloud_and_any_kind_of_secret(tmp_path: Path, creds: str) -> None:
+    path = written(tmp_path, creds)
+    path.chmod(0o644)
+    screen = Screen(quiet=True, stream=io.StringIO())
+    load_settings(["-c", str(path), "-s", UUID, "-d", "new"], {}, screen)
+    assert len(screen.warnings) == 1
+
+
+def test_long_names_are_the_ones_that_users_know() -> None:
+    flags = {flag for action in parser()._actions for flag in action.option_strings}
+    assert flags >= {"--src-uid", "--src-uuid", "--dst-name", "--flavor", "--image-id", "--extra-args", "--start-after", "--config", "--dry-run",
+                     "-s", "-d", "-f", "-i", "-e", "-a", "-c", "-n", "-v", "-q", "--json", "--debug", "--transport", "--no-tls",
+                     "--limit-rate", "--no-verify", "--src-cloud", "--dst-cloud", "--root-only"}
+
+
+@pytest.mark.parametrize(("words", "meant"), [([], ""), (["-a"], "all"), (["-a", "dst"], "dst"), (["--start-after", "src,dst"], "all")])
+def test_a_alone_means_all_and_without_it_nothing_is_started(tmp_path: Path, words: list[str], meant: str) -> None:
+    path = written(tmp_path, "")
+    settings = load_settings(["-c", str(path), "-s", UUID, "-d", "new", *words], {}, Screen(stream=io.StringIO()))
+    assert settings.start_after == meant
+
+
+def names_in(content: str) -> set[str]:
+    """The settings that a config.py sets, or shows behind a #."""
+    return set(re.findall(r"^(?:#\s?)?([A-Z][A-Z_]+)\s*=", content, re.MULTILINE))
+
+
+def test_every_setting_stands_in_config_and_none_besides() -> None:
+    assert names_in((REPOSITORY / "config.py").read_text()) == set(config_names())
+
+
+def test_control_a_config_that_lacks_a_setting_is_noticed() -> None:
+    assert names_in("CHUNK = 1\n# TRANSPORT = 'auto'\n#SUDO = 1\nlower = 2\n") == {"CHUNK", "TRANSPORT", "SUDO"} != set(config_names())
+
+
+def test_config_is_shipped_with_the_defaults() -> None:
+    shipped = settle({}, {}, read_config(REPOSITORY / "config.py"))
+    filled_in = {"src_creds", "dst_creds", "hosts"}
+    different = {name for name in ROWS if getattr(shipped, name) != getattr(Settings(), name)}
+    assert different <= filled_in
+
+
+def missing_in_readme(content: str) -> list[str]:
+    """Flags and settings that README's tables do not show."""
+    rows = "\n".join(line for line in content.splitlines() if line.lstrip().startswith("|"))
+    wanted = {flag for row in ROWS.values() for flag in row.metadata["flags"]} | set(config_names())
+    return sorted(word for word in wanted if f"`{word}" not in rows and f"`{word}`" not in rows)
+
+
+def test_every_flag_and_setting_stands_in_a_table_of_readme() -> None:
+    assert missing_in_readme((REPOSITORY / "README.md").read_text()) == []
+
+
+def test_control_a_flag_that_readme_lacks_is_noticed() -> None:
+    assert "--no-tls" in missing_in_readme("| `-s`, `--src-uid` | x |\n\n--no-tls in the text only\n")
+
+
+def test_readme_tells_every_exit_code() -> None:
+    content = (REPOSITORY / "README.md").read_text()
+    assert all(re.search(rf"\|\s*`?{code}`?\s*\|", content) for code in ("0", "1", "2", "3", "4", "128.{0,3}n"))

@@ -1,0 +1,58 @@
+"""SIGINT, SIGTERM and SIGHUP unwind the same scopes as any failure; a further one is only answered."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from conftest import REPOSITORY
+
+DRIVER = """
+import signal, sys
+sys.path.insert(0, sys.argv[1])
+from migrena import Interrupted, Screen, Undo, signals
+
+def slow_step():
+    print("undoing", flush=True)
+    print(sys.stdin.readline().strip(), flush=True)
+
+undo = Undo(Screen())
+try:
+    with signals(undo), undo:
+        undo.always("tidy up", lambda: print("tidied", flush=True))
+        undo.on_failure("delete the destination", slow_step)
+        print("working", flush=True)
+        while True:
+            signal.pause()
+except Interrupted as error:
+    print("ended by", error.number, flush=True)
+print("handlers are back:", signal.getsignal(signal.SIGINT) is signal.default_int_handler, flush=True)
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("further", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_during_the_undoing_is_answered_and_stops_nothing(first: signal.Signals, further: signal.Signals) -> None:
+    words = [sys.executable, "-c", DRIVER, str(REPOSITORY)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout and process.stderr
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(first)
+        assert process.stdout.readline() == "undoing\n"
+        process.send_signal(further)
+        said = iter(process.stderr.readline, "")
+        assert any("still undoing: delete the destination; please wait" in line for line in said)
+        process.stdin.write("undone\n")
+        process.stdin.close()
+        assert process.stdout.read() == f"undone\ntidied\nended by {first.value}\nhandlers are back: True\n"
+        process.stderr.read()
+    assert process.returncode == 0
+
+
+def test_without_a_signal_nothing_is_undone_and_the_handlers_are_put_back() -> None:
+    calm = DRIVER.replace("while True:\n            signal.pause()", "pass").replace("error.number", "0")
+    done = subprocess.run([sys.executable, "-c", calm, str(REPOSITORY)], check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.stdout == "working\ntidied\nhandlers are back: True\n"
