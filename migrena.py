@@ -1798,16 +1798,20 @@ def held(host: Host, path: str, folder: str) -> Iterator[Lease]:
     Raises CommandError where somebody has it open. A raw node takes no such lock by itself; blkdebug asks for it (see
     `unshare-child-perms` in qemu's block-core.json) and serves nobody: its socket lies in our private folder.
     """
-    image = f"driver=blkdebug,image.driver=file,image.filename={quoted(path)},unshare-child-perms.0=write,unshare-child-perms.1=resize"
-    words = ("qemu-nbd", "-r", "-t", "-k", f"{folder}/hold.sock", f"--pid-file={folder}/hold.pid", "--image-opts", image)
+    node = {"driver": "blkdebug", "image.driver": "file", "image.filename": path, "unshare-child-perms.0": "write",
+            "unshare-child-perms.1": "resize"}
+    words = ("qemu-nbd", "-r", "-t", "-k", f"{folder}/hold.sock", f"--pid-file={folder}/hold.pid", "--image-opts", image_opts(node))
     with host.lease(LEASED_DAEMON, *words, given=(f"{folder}/hold.pid",)) as lease:
         lease.line(90.0)
         yield lease
 
 
-def quoted(value: str) -> str:
-    """A value within qemu's option lists, where a comma is written twice."""
-    return value.replace(",", ",,")
+Node = dict[str, str]  # one of qemu's block nodes, option by option
+
+
+def image_opts(node: Node) -> str:
+    """A node as one word for --image-opts, where a comma within a value is written twice."""
+    return ",".join(f"{key}={value.replace(',', ',,')}" for key, value in node.items())
 
 
 @dataclass(frozen=True)
@@ -1927,15 +1931,15 @@ def qemu_nbd(ends: Ends, job: DiskJob, place: Export, path: str, format: str) ->
 
 
 @contextlib.contextmanager
-def reached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[tuple[tuple[str, ...], str]]:
+def reached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[tuple[tuple[str, ...], Node]]:
     """The export as qemu-img reads it at the destination: options before the images, and the node, `length` bytes long."""
     if job.transport == "nbd":
         with attached(ends, job, export, length) as device:
-            yield (), f"driver=host_device,filename={device},cache.direct=on"
+            yield (), {"driver": "host_device", "filename": device, "cache.direct": "on"}
         return
-    node = f"driver=nbd,server.type=inet,server.host={export.address},server.port={export.port},export={export.name}"
+    node = {"driver": "nbd", "server.type": "inet", "server.host": export.address, "server.port": str(export.port), "export": export.name}
     creds = ("--object", f"tls-creds-x509,id=t,dir={ends.destination_folder},endpoint=client,verify-peer=yes")
-    yield (creds, f"{node},tls-creds=t") if job.tls else ((), node)
+    yield (creds, {**node, "tls-creds": "t"}) if job.tls else ((), node)
 
 
 @contextlib.contextmanager
@@ -1973,9 +1977,9 @@ def rehearse(ends: Ends, job: DiskJob) -> None:
     ends.destination.run("rm", "-f", "--", arrived)
 
 
-def _cut(node: str, offset: int, length: int) -> str:
-    """A stretch of a node, as an image of its own."""
-    return f"driver=raw,offset={offset},size={length}," + ",".join(f"file.{entry}" for entry in node.split(",") if entry)
+def _cut(node: Node, offset: int, length: int) -> str:
+    """A stretch of a node as an image of its own, for --image-opts."""
+    return image_opts({"driver": "raw", "offset": str(offset), "size": str(length), **{f"file.{key}": value for key, value in node.items()}})
 
 
 def _whole_sectors(length: int) -> int:
@@ -2050,7 +2054,7 @@ def make_new(destination: Host, job: DiskJob) -> None:
         destination.script('umask 077; rm -f -- "$2"; qemu-img create -q -f "$1" -- "$2" "$3"', job.new_format, job.new, str(job.source.size))
 
 
-def copy_chunk(ends: Ends, job: DiskJob, reader: tuple[tuple[str, ...], str], tile: Chunk, show: Callable[[int], None]) -> None:
+def copy_chunk(ends: Ends, job: DiskJob, reader: tuple[tuple[str, ...], Node], tile: Chunk, show: Callable[[int], None]) -> None:
     """One chunk from the export into the same place of the new file; raises HostError when nothing moves for the job's stall time."""
     options, node = reader
     available = job.length // 512 * 512 if job.transport == "nbd" and job.whole_file else _whole_sectors(job.length)
@@ -2059,9 +2063,9 @@ def copy_chunk(ends: Ends, job: DiskJob, reader: tuple[tuple[str, ...], str], ti
         length = available - tile.offset
     if length <= 0:
         return
-    node_of_new = f"driver=file,filename={quoted(job.new)}"
+    node_of_new = {"driver": "file", "filename": job.new}
     if job.new_format != "raw":
-        node_of_new = f"driver={job.new_format},file.driver=file,file.filename={quoted(job.new)}"
+        node_of_new = {"driver": job.new_format, "file.driver": "file", "file.filename": job.new}
     rate = ("-r", str(job.limit_rate)) if job.limit_rate else ()
     cache = ("-T", "none", "-t", "none") if job.fresh_direct else ()
 
