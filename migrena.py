@@ -51,7 +51,9 @@ import shlex
 import signal
 import socket
 import stat
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -955,25 +957,46 @@ def connect(name: str, settings: Settings, screen: Screen) -> Host:
     logging.getLogger("paramiko").setLevel(logging.DEBUG if settings.debug else logging.CRITICAL)
     entry = settings.hosts.get(name, HostEntry())
     target = Target.of(entry.address or name, entry, settings)
-    try:
-        client = target.open()
-    except socket.gaierror as error:
-        raise HostError(f"{name}: {target.host} does not resolve", f"add HOSTS = {{'{name}': 'ADDRESS'}} to config.py") from error
-    except paramiko.BadHostKeyException as error:
-        raise HostError(f"{name}: the host key of {target} is another than the known one",
-                        f"find out why; if that is right: ssh-keygen -R {target.known_as}") from error
-    except (paramiko.PasswordRequiredException, paramiko.AuthenticationException) as error:
-        raise HostError(f"{name}: {target} refuses the key of user {target.user}: {error}",
-                        "set user and key in HOSTS, SSH_USER and SSH_KEY, or load the key into the agent") from error
-    except (paramiko.SSHException, EOFError, OSError) as error:
-        raise HostError(f"{name}: no SSH connection to {target}: {error}", "check address and port in HOSTS") from error
-    host = Host(name, client, entry.nbd_address, screen)
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            client = target.open(stack)
+        except socket.gaierror as error:
+            raise HostError(f"{name}: {target.host} does not resolve", f"add HOSTS = {{'{name}': 'ADDRESS'}} to config.py") from error
+        except paramiko.BadHostKeyException as error:
+            known = shlex.join(["-f", target.known_hosts[0], "-R", target.known_as])
+            raise HostError(f"{name}: the host key of {target} is another than the known one",
+                            f"find out why; if that is right: ssh-keygen {known}") from error
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            if isinstance(error, paramiko.AuthenticationException) or "No authentication methods" in str(error):
+                raise HostError(f"{name}: {target} refuses the key of user {target.user}: {error}",
+                                "set user and key in HOSTS, SSH_USER and SSH_KEY, or load the key into the agent") from error
+            raise HostError(f"{name}: no SSH connection to {target}: {error}", "check address and port in HOSTS") from error
+        host = Host(name, client, entry.nbd_address, screen, stack.pop_all())
+        stack.callback(host.close)
         host.become(settings.sudo)
-    except BaseException:
-        host.close()
-        raise
+        stack.pop_all()
     return host
+
+
+@contextlib.contextmanager
+def proxied(command: str) -> Iterator[socket.socket]:
+    """A socket to the standard input and output of a command; raises HostError with the command's own words when it ends."""
+    ours, theirs = socket.socketpair()
+    words = shlex.split(command)  # in a session of its own: a Ctrl-C is for us, and the connection is still needed to undo
+    pipe = theirs.fileno()
+    with tempfile.TemporaryFile() as said, subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=said, start_new_session=True) as process:
+        theirs.close()
+        try:
+            yield ours
+        except Exception as error:
+            ours.close()
+            if process.wait(10):
+                said.seek(0)
+                raise HostError(f"`{shorten(command)}`: {shorten(said.read().decode(errors='replace'))}", "check the jump host with ssh") from error
+            raise
+        finally:
+            ours.close()
+            process.terminate()
 
 
 @dataclass(frozen=True)
@@ -1004,7 +1027,7 @@ class Target:
             host=host, port=port, user=entry.user or settings.ssh_user or found.get("user", "root"),
             keys=(str(Path(key).expanduser()),) if key else tuple(found.get("identityfile", ())),
             use_agent=not key and found.get("identitiesonly", "no") != "yes", known_hosts=_known_hosts(settings, found),
-            proxy="" if proxy == "none" else f"setsid {proxy}",  # a Ctrl-C is for us: the connection is still needed to undo
+            proxy="" if proxy == "none" else proxy,
         )
 
     @property
@@ -1015,17 +1038,18 @@ class Target:
     def __str__(self) -> str:
         return f"{self.host} port {self.port}"
 
-    def open(self) -> paramiko.SSHClient:
-        """A connection to a host whose key is known. Raises what paramiko and sockets raise."""
+    def open(self, stack: contextlib.ExitStack) -> paramiko.SSHClient:
+        """A connection to a host whose key is known, closed by the stack. Raises what paramiko and sockets raise."""
         import paramiko
 
+        through: Any = stack.enter_context(proxied(self.proxy)) if self.proxy else None
         client = paramiko.SSHClient()
+        stack.callback(client.close)
         for path in self.known_hosts:
             with contextlib.suppress(FileNotFoundError):
                 client.load_host_keys(path)
         client.set_missing_host_key_policy(_UnknownKey(self))  # type: ignore[arg-type]  # paramiko asks for this one method
         keys: Any = list(self.keys) or None
-        through: Any = paramiko.ProxyCommand(self.proxy) if self.proxy else None
         client.connect(self.host, self.port, self.user, key_filename=keys, timeout=20, banner_timeout=30, auth_timeout=30,
                        allow_agent=self.use_agent, look_for_keys=not self.keys, sock=through)
         _transport(client).set_keepalive(15)
@@ -1073,11 +1097,10 @@ def _transport(client: paramiko.SSHClient) -> paramiko.Transport:
 class Host:
     """One hypervisor: commands as words in, text out. One SSH connection carries them all."""
 
-    def __init__(self, name: str, client: paramiko.SSHClient, nbd_address: str, screen: Screen) -> None:
+    def __init__(self, name: str, client: paramiko.SSHClient, nbd_address: str, screen: Screen, stack: contextlib.ExitStack) -> None:
         self.name = name
         self.unconfirmed: list[str] = []  # leases whose end the host did not confirm
-        self._client = client
-        self._screen = screen
+        self._client, self._screen, self._stack = client, screen, stack
         self._prefix: tuple[str, ...] = ()
         self._leases: set[Lease] = set()
         self._closing = threading.Event()
@@ -1171,7 +1194,7 @@ class Host:
     def close(self) -> None:
         """Ends the connection, and with it every lease."""
         self._closing.set()
-        self._client.close()
+        self._stack.close()
 
     def _start(self, words: Sequence[str], seconds: float) -> paramiko.Channel:
         line = shlex.join((*self._prefix, *words))
@@ -1697,6 +1720,23 @@ def where_from(tool: str) -> str:
     return f"{tool} (Debian: {debian}, RPM: {rpm})"
 
 
+Node = dict[str, str]  # one of qemu's block nodes, option by option
+
+
+def image_opts(node: Node) -> str:
+    """A node as one word for --image-opts, where a comma within a value is written twice."""
+    return ",".join(f"{key}={value.replace(',', ',,')}" for key, value in node.items())
+
+
+def locked(path: str) -> str:
+    """A file for --image-opts that opens only while nobody writes to it, and keeps others from writing while it is open.
+
+    A raw node asks for no such lock by itself, so that blkdebug does: see `unshare-child-perms` in qemu's block-core.json.
+    """
+    return image_opts({"driver": "blkdebug", "image.driver": "file", "image.filename": path, "unshare-child-perms.0": "write",
+                       "unshare-child-perms.1": "resize"})
+
+
 def disk_format(host: Host, path: str, domain: ElementTree.Element | None) -> str:
     """The format Nova uses for a disk: by disk.info, else by the domain. Never by a look into the file, which a guest could forge."""
     with contextlib.suppress(CommandError, ValueError, AttributeError):
@@ -1735,6 +1775,8 @@ def survey_disk(host: Host, instance: str, path: str, *, shared: bool) -> Disk:
         domain = ElementTree.fromstring(host.run("virsh", "--connect", "qemu:///system", "dumpxml", instance))
     if not host.succeeds("test", "-f", path):
         raise HostError(*_no_file(host, path, domain))
+    if not shared:
+        host.run("qemu-img", "info", "--image-opts", locked(path))
     chain = disk_chain(host, path, disk_format(host, path, domain), shared=shared)
     folder = path.rpartition("/")[0]
     names = host.run("ls", "-A", "--", folder).split("\n")
@@ -1795,23 +1837,12 @@ def digest_of_chunk(host: Host, where: str, offset: int, length: int, stall: flo
 def held(host: Host, path: str, folder: str) -> Iterator[Lease]:
     """Holds qemu's lock on a disk: nobody had it open for writing when the scope began, and no guest can start on it within.
 
-    Raises CommandError where somebody has it open. A raw node takes no such lock by itself; blkdebug asks for it (see
-    `unshare-child-perms` in qemu's block-core.json) and serves nobody: its socket lies in our private folder.
+    Raises CommandError where somebody has it open. The qemu-nbd serves nobody: its socket lies in our private folder.
     """
-    node = {"driver": "blkdebug", "image.driver": "file", "image.filename": path, "unshare-child-perms.0": "write",
-            "unshare-child-perms.1": "resize"}
-    words = ("qemu-nbd", "-r", "-t", "-k", f"{folder}/hold.sock", f"--pid-file={folder}/hold.pid", "--image-opts", image_opts(node))
+    words = ("qemu-nbd", "-r", "-t", "-k", f"{folder}/hold.sock", f"--pid-file={folder}/hold.pid", "--image-opts", locked(path))
     with host.lease(LEASED_DAEMON, *words, given=(f"{folder}/hold.pid",)) as lease:
         lease.line(90.0)
         yield lease
-
-
-Node = dict[str, str]  # one of qemu's block nodes, option by option
-
-
-def image_opts(node: Node) -> str:
-    """A node as one word for --image-opts, where a comma within a value is written twice."""
-    return ",".join(f"{key}={value.replace(',', ',,')}" for key, value in node.items())
 
 
 @dataclass(frozen=True)
