@@ -1449,25 +1449,24 @@ class Cloud:
             return str(self._nova.servers.create(name, image, flavor, **extra).id)
 
     def delete(self, id: str) -> None:
-        """Deletes an instance and waits until it is gone; raises CloudError when Nova cannot, or has not after half an hour."""
-        asked, limit = False, time.monotonic() + UNCHANGED_LIMIT
+        """Deletes an instance and waits until it is gone; raises CloudError when Nova fails five times, or has not in half an hour."""
+        asked, limit = 0, time.monotonic() + UNCHANGED_LIMIT
         for _ in self._polls():
             try:
-                with self._wall(f"delete server {id}"):
-                    if not asked:
-                        self._nova.servers.delete(id)
-                        asked = True
                 server = self.server(id)
+                if server.status == "DELETED":
+                    return
+                if server.task != "deleting" and asked < 5:  # one that falls into ERROR on the way is asked for again
+                    asked += 1
+                    with self._wall(f"delete server {id}"):
+                        self._nova.servers.delete(id)
+                elif server.task != "deleting" or time.monotonic() > limit:
+                    raise CloudError(f"{self.label} cloud: server {id} is not deleted: {server.fault or 'Nova gives no reason'}", code=400)
             except CloudError as error:
                 if error.code == 404:
                     return
                 if time.monotonic() > limit or (error.code != 409 and not error.may_pass):
                     raise
-                continue
-            if server.status == "DELETED":
-                return
-            if time.monotonic() > limit or (server.status == "ERROR" and server.task != "deleting"):
-                raise CloudError(f"{self.label} cloud: server {id} cannot be deleted: {server.fault or 'Nova gives no reason'}")
 
     def stop(self, id: str) -> None:
         """Asks Nova to stop an instance; one that is stopped already is left alone."""
