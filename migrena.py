@@ -95,6 +95,13 @@ class MigrenaError(Exception):
         super().__init__(problem)
         self.reasons: tuple[Reason, ...] = (Reason(problem, way_out),)
 
+    @classmethod
+    def of(cls, reasons: Sequence[Reason]) -> MigrenaError:
+        """One error for several reasons, of which none is left out."""
+        error = cls(reasons[0].problem)
+        error.reasons = tuple(reasons)
+        return error
+
 
 class UsageError(MigrenaError):
     """The command line, a variable or config.py is wrong; nothing was touched."""
@@ -106,10 +113,6 @@ class Refused(MigrenaError):
     """The run was refused before anything was touched; carries every reason at once."""
 
     exit_code = 3
-
-    def __init__(self, reasons: Sequence[Reason]) -> None:
-        super().__init__(reasons[0].problem)
-        self.reasons = tuple(reasons)
 
 
 class HostError(MigrenaError):
@@ -472,7 +475,7 @@ class Flavor:
 
 @dataclass(frozen=True)
 class Image:
-    """A Glance image; `digest` is its os_hash_value, else its checksum, else empty."""
+    """A Glance image; `os_hash` is Glance's os_hash_value, empty like `checksum` where it has none."""
 
     id: str
     name: str
@@ -579,17 +582,11 @@ class DiskJob:
     """All that two hypervisors need in order to move one disk from one to the other."""
 
     run: str
+    settings: Settings
     source: DiskImage
     fresh: DiskImage  # the disk that Nova made in the destination and that the copy replaces
     whole_file: bool  # True: the file's own bytes, its base being equal; False: what the guest sees
     transport: str  # nbd or qemu
-    tls: bool
-    verify: bool
-    ports: range
-    device: str
-    limit_rate: int  # bytes per second, 0 without a limit
-    chunk: int
-    stall: int  # seconds
     source_direct: bool
     fresh_direct: bool
     with_python: bool  # whether both hosts can run the digest program
@@ -642,35 +639,30 @@ def over_quota(limits: Mapping[str, int], flavor: Flavor) -> list[str]:
 
 def view(source: Disk, fresh: Disk, bases_equal: bool) -> tuple[bool, str]:
     """Whether the file itself is copied (else the guest's view), and why, in words for the operator."""
-    formats = (source.top.format, fresh.top.format)
-    if formats == ("raw", "raw"):
-        return True, "both disks are raw"
-    if formats != ("qcow2", "qcow2"):
-        return False, f"the source is {formats[0]}, the destination {formats[1]}"
-    if len(source.chain) == 1 and len(fresh.chain) == 1:
-        return True, "both disks are qcow2 without a base"
-    if len(source.chain) > 2 or len(fresh.chain) > 2:
-        return False, "a chain has more than one base"
-    if not source.base or not fresh.base:
-        return False, "only one of the disks has a base"
-    if not bases_equal:
-        return False, "the bases are not proven equal"
-    return True, "both bases have the same content"
+    source_format, fresh_format = source.top.format, fresh.top.format
+    rules = (  # the first that holds
+        (source_format == fresh_format == "raw", True, "both disks are raw"),
+        (not source_format == fresh_format == "qcow2", False, f"the source is {source_format}, the destination {fresh_format}"),
+        (len(source.chain) == len(fresh.chain) == 1, True, "both disks are qcow2 without a base"),
+        (len(source.chain) > 2 or len(fresh.chain) > 2, False, "a chain has more than one base"),
+        (not source.base or not fresh.base, False, "only one of the disks has a base"),
+        (not bases_equal, False, "the bases are not proven equal"),
+        (True, True, "both bases have the same content"),
+    )
+    return next((whole_file, why) for holds, whole_file, why in rules if holds)
 
 
 def pick_transport(wanted: str, lacking: Sequence[str], top: DiskImage, whole_file: bool) -> tuple[str, str]:
     """nbd or qemu, and why; `lacking` names what nbd would need and a host does not have."""
-    if wanted != "auto":
-        return wanted, "as asked for"
-    if lacking:
-        return "qemu", f"missing for nbd: {', '.join(lacking)}"
-    if not whole_file:
-        return "qemu", "the guest's view is read through qemu-nbd"
-    if top.length % 512:
-        return "qemu", f"the file's {top.length:,} bytes are no multiple of 512"
-    if top.allocated < top.length * 9 // 10:
-        return "qemu", "the file is sparse, and its holes stay off the wire"
-    return "nbd", "nbd-server and nbd-client are at hand"
+    rules = (  # the first that holds
+        (wanted != "auto", wanted, "as asked for"),
+        (lacking, "qemu", f"missing for nbd: {', '.join(lacking)}"),
+        (not whole_file, "qemu", "the guest's view is read through qemu-nbd"),
+        (top.length % 512, "qemu", f"the file's {top.length:,} bytes are no multiple of 512"),
+        (top.allocated < top.length * 9 // 10, "qemu", "the file is sparse, and its holes stay off the wire"),
+        (True, "nbd", "nbd-server and nbd-client are at hand"),
+    )
+    return next((transport, why) for holds, transport, why in rules if holds)
 
 
 def human(count: float) -> str:
@@ -702,13 +694,10 @@ class Screen:
         self._lock = threading.Lock()
         self._has_status = False
 
-    def step(self, title: str) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def step(self, title: str) -> Iterator[None]:
         """A scope for one step of the run: says its title, and afterwards keeps the seconds it took."""
         self.say(f"\033[1m{title}\033[0m" if self.is_terminal else title)
-        return self._timed(title)
-
-    @contextlib.contextmanager
-    def _timed(self, title: str) -> Iterator[None]:
         began = time.monotonic()
         try:
             yield
@@ -840,8 +829,8 @@ def only_run_of(folder: Path, source: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
-            raise Refused([Reason(f"another run is moving {source} just now (process {lock.read().strip() or 'unknown'})",
-                                  "wait for its end")]) from error
+            raise Refused(f"another run is moving {source} just now (process {lock.read().strip() or 'unknown'})",
+                          "wait for its end") from error
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -1018,6 +1007,7 @@ class Target:
         found = _ssh_lookup(path, alias)
         host, port = found.get("hostname", alias), entry.port or settings.ssh_port or int(found.get("port", 22))
         key = entry.key or settings.ssh_key
+        known = [*found.get("userknownhostsfile", "~/.ssh/known_hosts").split(), "/etc/ssh/ssh_known_hosts"]
         proxy, jumps = found.get("proxycommand", "none"), found.get("proxyjump", "none")
         if jumps != "none":  # OpenSSH itself knows best how its hops are reached
             *before, last = jumps.split(",")
@@ -1026,8 +1016,8 @@ class Target:
         return cls(
             host=host, port=port, user=entry.user or settings.ssh_user or found.get("user", "root"),
             keys=(str(Path(key).expanduser()),) if key else tuple(found.get("identityfile", ())),
-            use_agent=not key and found.get("identitiesonly", "no") != "yes", known_hosts=_known_hosts(settings, found),
-            proxy="" if proxy == "none" else proxy,
+            use_agent=not key and found.get("identitiesonly", "no") != "yes", proxy="" if proxy == "none" else proxy,
+            known_hosts=tuple(str(Path(path).expanduser()) for path in ([settings.known_hosts] if settings.known_hosts else known)),
         )
 
     @property
@@ -1048,25 +1038,17 @@ class Target:
         for path in self.known_hosts:
             with contextlib.suppress(FileNotFoundError):
                 client.load_host_keys(path)
-        client.set_missing_host_key_policy(_UnknownKey(self))  # type: ignore[arg-type]  # paramiko asks for this one method
+        client.set_missing_host_key_policy(self)  # type: ignore[arg-type]  # paramiko asks for the one method below
         keys: Any = list(self.keys) or None
         client.connect(self.host, self.port, self.user, key_filename=keys, timeout=20, banner_timeout=30, auth_timeout=30,
                        allow_agent=self.use_agent, look_for_keys=not self.keys, sock=through)
         _transport(client).set_keepalive(15)
         return client
 
-
-class _UnknownKey:
-    """Refuses a host whose key nobody has vouched for, with the command that would accept it."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-
     def missing_host_key(self, client: object, hostname: str, key: paramiko.PKey) -> NoReturn:
-        """Called by paramiko, which names it so."""
-        known = shlex.quote(self.target.known_hosts[0])
-        raise HostError(f"{self.target}: the host key ({key.get_name()} {key.fingerprint}) is not known",
-                        f"compare it on the host, then: ssh-keyscan -p {self.target.port} {shlex.quote(self.target.host)} >> {known}")
+        """Called by paramiko for a host whose key nobody has vouched for: refuses it, with the command that would accept it."""
+        raise HostError(f"{self}: the host key ({key.get_name()} {key.fingerprint}) is not known", "compare it on the host, then: "
+                        f"ssh-keyscan -p {self.port} {shlex.quote(self.host)} >> {shlex.quote(self.known_hosts[0])}")
 
 
 def _ssh_lookup(path: Path, alias: str) -> dict[str, Any]:
@@ -1078,13 +1060,6 @@ def _ssh_lookup(path: Path, alias: str) -> dict[str, Any]:
         return dict(paramiko.SSHConfig.from_path(str(path)).lookup(alias))
     except (paramiko.ConfigParseError, ImportError, OSError) as error:
         raise UsageError(f"{path} cannot be read: {error}", "name another one in SSH_CONFIG") from error
-
-
-def _known_hosts(settings: Settings, found: Mapping[str, Any]) -> tuple[str, ...]:
-    if settings.known_hosts:
-        return (str(Path(settings.known_hosts).expanduser()),)
-    users = str(found.get("userknownhostsfile", "~/.ssh/known_hosts")).split()
-    return (*(str(Path(path).expanduser()) for path in users), "/etc/ssh/ssh_known_hosts")
 
 
 def _transport(client: paramiko.SSHClient) -> paramiko.Transport:
@@ -1186,10 +1161,22 @@ class Host:
         with self.lease(LEASED_FOLDER, "mktemp", "-d", given=(run,)) as lease:
             yield lease.line(15.0)
 
+    @contextlib.contextmanager
+    def daemon(self, pidfile: str, *words: str) -> Iterator[Lease]:
+        """A daemon that writes its pid when it serves, held for as long as the scope; raises CommandError where it does not serve."""
+        with self.lease(LEASED_DAEMON, *words, given=(pidfile,)) as lease:
+            lease.line(90.0)
+            yield lease
+
     def end_work(self) -> None:
         """Ends every lease at once, for threads that wait on one; what they were doing fails."""
         for lease in list(self._leases):
             lease.release()
+
+    def confirm_all_ended(self) -> None:
+        """Raises HostError where the end of something of ours was not confirmed."""
+        if self.unconfirmed:
+            raise HostError("; ".join(self.unconfirmed))
 
     def close(self) -> None:
         """Ends the connection, and with it every lease."""
@@ -1583,11 +1570,8 @@ class File:
                 yield start, min(at, end)
     def read(self, at, count):
         piece = os.pread(self.fd, count, at)
-        while len(piece) < count:
-            more = os.pread(self.fd, count - len(piece), at + len(piece))
-            if not more:
-                sys.exit("%s ends at byte %d" % (where, at + len(piece)))
-            piece += more
+        if len(piece) < count:
+            sys.exit("%s ends at byte %d" % (where, at + len(piece)))
         return piece
 
 class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project), reading only, one connection a thread
@@ -1599,30 +1583,24 @@ class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project),
         for part in json.loads(subprocess.check_output(map_of, stdin=subprocess.DEVNULL)):
             if part["data"] and not part["zero"] and part["start"] < end:
                 yield max(part["start"], offset), min(part["start"] + part["length"], end)
-    def connection(self):
-        if not hasattr(local, "link"):
-            link = local.link = socket.socket(socket.AF_UNIX)
-            link.connect(self.path)
-            self.exactly(link, 18)
-            link.sendall(struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(">II", 1, 0))
-            self.exactly(link, 10)
-        return local.link
-    def exactly(self, link, count):
-        piece = bytearray(count)
-        view = memoryview(piece)
-        while view:
-            got = link.recv_into(view)
-            if not got:
-                sys.exit("the export ended")
-            view = view[got:]
+    def answer(self, question, count):
+        local.link.write(question)
+        local.link.flush()
+        piece = local.link.read(count)
+        if len(piece) < count:
+            sys.exit("the export ended")
         return piece
     def read(self, at, count):
-        link = self.connection()
-        link.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, at, at, count))
-        magic, error, handle = struct.unpack(">IIQ", self.exactly(link, 16))
+        if not hasattr(local, "link"):
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(self.path)
+            local.link = connection.makefile("rwb")
+            self.answer(b"", 18)
+            self.answer(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, 0), 10)
+        magic, error = struct.unpack(">II8x", self.answer(struct.pack(">IHHQQI", 0x25609513, 0, 0, at, at, count), 16))
         if magic != 0x67446698 or error:
             sys.exit("the export cannot be read at byte %d: error %d" % (at, error))
-        return self.exactly(link, count)
+        return self.answer(b"", count)
 
 def digest(block):
     piece = disk.read(block * BLOCK, min(BLOCK, end - block * BLOCK))
@@ -1630,16 +1608,14 @@ def digest(block):
 
 disk = Export(where[5:]) if where.startswith("unix:") else File(where)
 if verb == "map":
-    last = None
+    held = []
     for start, stop in disk.extents():
-        if last and start - last[1] < HOLE:
-            last[1] = stop
+        if held and start - held[-1][1] < HOLE:
+            held[-1][1] = stop
         else:
-            if last:
-                print(last[0], last[1] - last[0])
-            last = [start, stop]
-    if last:
-        print(last[0], last[1] - last[0])
+            held.append([start, stop])
+    for start, stop in held:
+        print(start, stop - start)
 else:
     blocks = sorted({block for start, stop in disk.extents() for block in range(start // BLOCK, -(-stop // BLOCK))})
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -1711,12 +1687,6 @@ sync "$(dirname "$1")"
 def tools_lacking(host: Host, tools: Sequence[str]) -> list[str]:
     """Which of these tools a host does not have."""
     return host.script(LACKING, *tools).split()
-
-
-def where_from(tool: str) -> str:
-    """The packages that bring a tool."""
-    debian, rpm = PACKAGES[tool]
-    return f"{tool} (Debian: {debian}, RPM: {rpm})"
 
 
 Node = dict[str, str]  # one of qemu's block nodes, option by option
@@ -1832,26 +1802,22 @@ def digest_of_chunk(host: Host, where: str, offset: int, length: int, stall: flo
     return {offset // MiB: host.work("sh", "-c", count, "migrena", where, str(offset), str(length), stall=max(stall, 3600)).split()[0]}
 
 
-@contextlib.contextmanager
-def held(host: Host, path: str, folder: str) -> Iterator[Lease]:
+def held(host: Host, path: str, folder: str) -> contextlib.AbstractContextManager[Lease]:
     """Holds qemu's lock on a disk: nobody had it open for writing when the scope began, and no guest can start on it within.
 
     Raises CommandError where somebody has it open. The qemu-nbd serves nobody: its socket lies in our private folder.
     """
-    words = ("qemu-nbd", "-r", "-t", "-k", f"{folder}/hold.sock", f"--pid-file={folder}/hold.pid", "--image-opts", locked(path))
-    with host.lease(LEASED_DAEMON, *words, given=(f"{folder}/hold.pid",)) as lease:
-        lease.line(90.0)
-        yield lease
+    pidfile = f"{folder}/hold.pid"
+    return host.daemon(pidfile, "qemu-nbd", "-r", "-t", "-k", f"{folder}/hold.sock", f"--pid-file={pidfile}", "--image-opts", locked(path))
 
 
 @dataclass(frozen=True)
 class Export:
-    """A disk that is being served over NBD: where, under which name, and the process that serves it."""
+    """Where a disk is served over NBD, and under which name."""
 
     address: str
     port: int
     name: str
-    lease: Lease
 
 
 @dataclass(frozen=True)
@@ -1879,28 +1845,25 @@ def certificates(server: str) -> dict[str, dict[str, bytes]]:
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-    def certificate(who: str, key: ec.EllipticCurvePrivateKey, issuer: str, issuer_key: ec.EllipticCurvePrivateKey) -> bytes:
+    purposes = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
+    keys = {who: ec.generate_private_key(ec.SECP256R1()) for who in ("CA", *purposes)}
+    names = {who: x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"migrena {who}")]) for who in keys}
+
+    def certificate(who: str) -> bytes:
         now = datetime.now(timezone.utc)
-        purpose = ExtendedKeyUsageOID.SERVER_AUTH if who == "server" else ExtendedKeyUsageOID.CLIENT_AUTH
-        builder = (x509.CertificateBuilder()
-                   .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"migrena {who}")]))
-                   .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"migrena {issuer}")]))
-                   .public_key(key.public_key()).serial_number(x509.random_serial_number())
+        builder = (x509.CertificateBuilder().subject_name(names[who]).issuer_name(names["CA"])
+                   .public_key(keys[who].public_key()).serial_number(x509.random_serial_number())
                    .not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=30))
                    .add_extension(x509.BasicConstraints(ca=who == "CA", path_length=None), critical=True))
         if who != "CA":
-            builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+            builder = builder.add_extension(x509.ExtendedKeyUsage([purposes[who]]), critical=False)
             builder = builder.add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(server))]), critical=False)
-        return builder.sign(issuer_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        return builder.sign(keys["CA"], hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
-    authority = ec.generate_private_key(ec.SECP256R1())
-    ca = certificate("CA", authority, "CA", authority)
-    files = {}
-    for who in ("server", "client"):
-        key = ec.generate_private_key(ec.SECP256R1())
-        private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        files[who] = {"ca-cert.pem": ca, f"{who}-cert.pem": certificate(who, key, "CA", authority), f"{who}-key.pem": private}
-    return files
+    ca = certificate("CA")
+    private = {who: key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+               for who, key in keys.items()}
+    return {who: {"ca-cert.pem": ca, f"{who}-cert.pem": certificate(who), f"{who}-key.pem": private[who]} for who in purposes}
 
 
 def place_certificates(ends: Ends) -> None:
@@ -1912,26 +1875,25 @@ def place_certificates(ends: Ends) -> None:
 
 
 @contextlib.contextmanager
-def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[Export]:
-    """A file of the source, served read-only to the destination alone, on the first port of the job's that is free."""
+def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple[Export, Lease]]:
+    """A file of the source, served read-only to the destination alone, on the first port of the job's that is free, and who serves it."""
     host, name, failure = ends.source, f"migrena-{secrets.token_hex(8)}", None
-    for number in job.ports:
+    for number in job.settings.nbd_server_port:
         if host.run("ss", "-Hltn", f"sport = :{number}").strip():
             failure = HostError(f"{host.name}: port {number} is taken", "set NBD_SERVER_PORT to a free one, or a range as in 2666-2697")
             continue
-        place = Export(ends.source.nbd_address, number, name, None)  # type: ignore[arg-type]  # the lease comes with its start
+        place = Export(host.nbd_address, number, name)
         by_nbd_server = job.transport == "nbd" and format == "raw"
         words = nbd_server(ends, job, place, path) if by_nbd_server else qemu_nbd(ends, job, place, path, format)
         with contextlib.ExitStack() as stack:
             try:
-                lease = stack.enter_context(host.lease(LEASED_DAEMON, *words, given=(f"{ends.source_folder}/{number}.pid",)))
-                lease.line(90.0)
+                lease = stack.enter_context(host.daemon(f"{ends.source_folder}/{number}.pid", *words))
             except CommandError as error:
                 if "in use" not in error.said:
                     raise
                 failure = error
                 continue
-            yield dataclasses.replace(place, lease=lease)
+            yield place, lease
             return
     raise failure or HostError(f"{host.name}: no port to export on")
 
@@ -1940,7 +1902,7 @@ def nbd_server(ends: Ends, job: DiskJob, place: Export, path: str) -> tuple[str,
     """The words that start nbd-server on a file; its configuration and list of clients are written before, see nbd-server(5)."""
     folder = ends.source_folder
     tls = {"force_tls": "true", "certfile": f"{folder}/server-cert.pem", "keyfile": f"{folder}/server-key.pem",
-           "cacertfile": f"{folder}/ca-cert.pem"} if job.tls else {}
+           "cacertfile": f"{folder}/ca-cert.pem"} if job.settings.tls else {}
     sections: dict[str, dict[str, object]] = {"generic": {"listenaddr": place.address, "port": place.port, "allowlist": "false", **tls},
                 place.name: {"exportname": path, "readonly": "true", "authfile": f"{folder}/clients"}}
     lines = [line for title, entries in sections.items() for line in (f"[{title}]", *(f"{key} = {value}" for key, value in entries.items()))]
@@ -1954,7 +1916,7 @@ def qemu_nbd(ends: Ends, job: DiskJob, place: Export, path: str, format: str) ->
     folder = ends.source_folder
     cache = ("--cache=none", "--aio=native") if job.source_direct else ("--cache=writeback",)
     words = ("qemu-nbd", "-r", "-t", "-e", "8", "-x", place.name, f"--pid-file={folder}/{place.port}.pid", *cache, "-f", format)
-    if job.tls:
+    if job.settings.tls:
         creds = ("--object", f"tls-creds-x509,id=t,dir={folder},endpoint=server,verify-peer=yes", "--tls-creds", "t")
         return (*words, "-b", place.address, "-p", str(place.port), *creds, path)
     return ("python3", "-c", LISTEN_FOR_ONE, place.address, str(place.port), ends.client_address, *words, path)
@@ -1969,7 +1931,7 @@ def reached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[t
         return
     node = {"driver": "nbd", "server.type": "inet", "server.host": export.address, "server.port": str(export.port), "export": export.name}
     creds = ("--object", f"tls-creds-x509,id=t,dir={ends.destination_folder},endpoint=client,verify-peer=yes")
-    yield (creds, {**node, "tls-creds": "t"}) if job.tls else ((), node)
+    yield (creds, {**node, "tls-creds": "t"}) if job.settings.tls else ((), node)
 
 
 @contextlib.contextmanager
@@ -1977,9 +1939,9 @@ def attached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[
     """The /dev/nbdN of the destination that the export is attached to; detached, and its end awaited, with the scope."""
     folder = ends.destination_folder
     tls = ("-certfile", f"{folder}/client-cert.pem", "-keyfile", f"{folder}/client-key.pem", "-cacertfile", f"{folder}/ca-cert.pem",
-           "-tlshostname", export.address) if job.tls else ()
+           "-tlshostname", export.address) if job.settings.tls else ()
     words = ("nbd-client", "-N", export.name, "-R", "-timeout", "30", *tls, export.address, str(export.port))
-    with ends.destination.lease(LEASED_DEVICE, *words, given=(job.device, f"{folder}/attached")) as lease:
+    with ends.destination.lease(LEASED_DEVICE, *words, given=(job.settings.nbd_device, f"{folder}/attached")) as lease:
         device, sectors = lease.line(90.0).split()
         if int(sectors) * 512 != length // 512 * 512:  # an unconnected device has size 0, and reading it succeeds
             raise HostError(f"{ends.destination.name}: {device} shows {int(sectors) * 512:,} bytes of the export's {length:,}")
@@ -1993,7 +1955,7 @@ def rehearse(ends: Ends, job: DiskJob) -> None:
     ends.source.script(PRIVATE_FILE, sample, stdin=content)
     trial = dataclasses.replace(job, source_direct=False)
     try:
-        with exported(ends, trial, sample, "raw") as export, reached(ends, trial, export, MiB) as (options, node):
+        with exported(ends, trial, sample, "raw") as (export, _), reached(ends, trial, export, MiB) as (options, node):
             words = ("qemu-img", "convert", *options, "--image-opts", "-O", "raw", _cut(node, 0, MiB), arrived)
             ends.destination.work("timeout", "60", *words, stall=90)
     except CommandError as error:
@@ -2028,7 +1990,7 @@ def move_disk(ends: Ends, job: DiskJob, progress: Callable[[int], contextlib.Abs
     before = source.run("stat", "-c", "%s %Y %Z", "--", job.source.path)
     with contextlib.ExitStack() as stack:
         hold = stack.enter_context(held(source, job.source.path, ends.source_folder))
-        export = stack.enter_context(exported(ends, job, job.source.path, job.export_format))
+        export, serving = stack.enter_context(exported(ends, job, job.source.path, job.export_format))
         readable = stack.enter_context(seen_by_guest(ends, source, job.source, job.whole_file))
         options, node = stack.enter_context(reached(ends, job, export, job.length))
         tiles = tiles_of(source, readable, job)
@@ -2044,7 +2006,7 @@ def move_disk(ends: Ends, job: DiskJob, progress: Callable[[int], contextlib.Abs
                 compared.add(tile)
                 check()
                 hold.check(is_running=True)
-                export.lease.check(is_running=True)
+                serving.check(is_running=True)
         copy_tail(ends, job)
         digest = compared.finish()
     if source.run("stat", "-c", "%s %Y %Z", "--", job.source.path) != before:
@@ -2056,11 +2018,11 @@ def move_disk(ends: Ends, job: DiskJob, progress: Callable[[int], contextlib.Abs
 def tiles_of(source: Host, readable: str, job: DiskJob) -> tuple[Chunk, ...]:
     """The chunks of a job, after a look at where the source holds bytes; all of it where the host cannot tell."""
     if not job.with_python:
-        return chunks(job.length, [(0, job.length)], job.chunk)
+        return chunks(job.length, [(0, job.length)], job.settings.chunk)
     lines = source.work("python3", "-c", BLOCKS, "map", readable, "0", str(job.length), stall=600).splitlines()
     extents = [(int(start), int(count)) for start, count in map(str.split, lines)]
-    limit = min(job.chunk, max(job.limit_rate * 60 // MiB, 1) * MiB) if job.limit_rate else job.chunk
-    return chunks(job.length, extents, limit)
+    rate, limit = job.settings.limit_rate, job.settings.chunk
+    return chunks(job.length, extents, min(limit, max(rate * 60 // MiB, 1) * MiB) if rate else limit)
 
 
 @contextlib.contextmanager
@@ -2071,32 +2033,30 @@ def seen_by_guest(ends: Ends, host: Host, image: DiskImage, whole_file: bool) ->
         return
     folder = ends.source_folder if host is ends.source else ends.destination_folder
     words = ("qemu-nbd", "-r", "-t", "-e", "8", "-k", f"{folder}/guest.sock", f"--pid-file={folder}/guest.pid", "-f", image.format, image.path)
-    with host.lease(LEASED_DAEMON, *words, given=(f"{folder}/guest.pid",)) as lease:
-        lease.line(90.0)
+    with host.daemon(f"{folder}/guest.pid", *words):
         yield f"unix:{folder}/guest.sock"
 
 
 def make_new(destination: Host, job: DiskJob) -> None:
     """Makes the empty file that the copy is written to, readable for root alone."""
+    create: tuple[str, ...] = ("qemu-img", "create", "-q", "-f", job.new_format, job.new, str(job.source.size))
     if job.new_format == "raw":
-        destination.script('umask 077; rm -f -- "$1"; truncate -s "$2" -- "$1"', job.new, str(_whole_sectors(job.length)))
-    else:
-        destination.script('umask 077; rm -f -- "$2"; qemu-img create -q -f "$1" -- "$2" "$3"', job.new_format, job.new, str(job.source.size))
+        create = ("truncate", "-s", str(_whole_sectors(job.length)), job.new)
+    destination.script('umask 077; rm -f -- "$1"; shift; "$@"', job.new, *create)
 
 
 def copy_chunk(ends: Ends, job: DiskJob, reader: tuple[tuple[str, ...], Node], tile: Chunk, show: Callable[[int], None]) -> None:
     """One chunk from the export into the same place of the new file; raises HostError when nothing moves for the job's stall time."""
     options, node = reader
     available = job.length // 512 * 512 if job.transport == "nbd" and job.whole_file else _whole_sectors(job.length)
-    length = min(tile.offset + tile.length, available) - tile.offset
-    if tile.offset + tile.length == job.length:
-        length = available - tile.offset
+    is_last = tile.offset + tile.length == job.length
+    length = available - tile.offset if is_last else tile.length
     if length <= 0:
         return
     node_of_new = {"driver": "file", "filename": job.new}
     if job.new_format != "raw":
         node_of_new = {"driver": job.new_format, "file.driver": "file", "file.filename": job.new}
-    rate = ("-r", str(job.limit_rate)) if job.limit_rate else ()
+    rate = ("-r", str(job.settings.limit_rate)) if job.settings.limit_rate else ()
     cache = ("-T", "none", "-t", "none") if job.fresh_direct else ()
 
     def heard(said: str) -> None:
@@ -2104,7 +2064,7 @@ def copy_chunk(ends: Ends, job: DiskJob, reader: tuple[tuple[str, ...], Node], t
             show(int(tile.length * float(shares[-1]) / 100))
 
     ends.destination.work("qemu-img", "convert", "-p", "-n", "-m", "16", "-W", *cache, *rate, *options, "--image-opts", "--target-image-opts",
-                          _cut(node, tile.offset, length), _cut(node_of_new, tile.offset, length), stall=job.stall, heard=heard)
+                          _cut(node, tile.offset, length), _cut(node_of_new, tile.offset, length), stall=job.settings.stall_timeout, heard=heard)
 
 
 def copy_tail(ends: Ends, job: DiskJob) -> None:
@@ -2145,7 +2105,7 @@ class Comparison:
 
     def add(self, tile: Chunk) -> None:
         """A chunk has arrived; raises HostError for an earlier one whose digests are there and differ."""
-        if not self.job.verify:
+        if not self.job.settings.verify:
             return
         self._tiles.append(tile)
         self._of_source.append(self._submit(0, tile, self.readable))
@@ -2158,7 +2118,7 @@ class Comparison:
 
     def finish(self) -> str:
         """The digest of the whole, which both ends agree on; empty where no proof was asked for. Raises HostError where they differ."""
-        if not self.job.verify:
+        if not self.job.settings.verify:
             return ""
         new = dataclasses.replace(self.job.fresh, path=self.job.new, format=self.job.new_format)
         place = self._stack.enter_context(seen_by_guest(self.ends, self.ends.destination, new, self.job.whole_file))
@@ -2172,7 +2132,7 @@ class Comparison:
     def _submit(self, end: int, tile: Chunk, place: str) -> Future[dict[int, str]]:
         how = digests if self.job.with_python else digest_of_chunk
         host = (self.ends.source, self.ends.destination)[end]
-        return self._pools[end].submit(how, host, place, tile.offset, tile.length, self.job.stall)
+        return self._pools[end].submit(how, host, place, tile.offset, tile.length, self.job.settings.stall_timeout)
 
     def _compare(self, number: int) -> None:
         tile, one, other = self._tiles[number], self._of_source[number].result(), self._of_new[number].result()
@@ -2300,47 +2260,49 @@ def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> Destinat
     return dataclasses.replace(facts, problems=tuple(problems))
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The known names that look like this one, else some of them."""
-    return ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[:5]) or "none"
+def none_such(what: str, flag: str, name: str, known: Sequence[Flavor | Image]) -> Refused:
+    """The refusal for what is not there, with the known names that look like it, else some of them."""
+    names = [one.name for one in known]
+    near = ", ".join(difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]) or "none"
+    return Refused(f"destination cloud: there is no {what}", f"name one with {flag}; nearest: {near}")
 
 
 def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -> Flavor:
     """The flavor that was named, else the source's by its name, else the only one of its sizes; raises Refused with the nearest."""
     if wanted:
-        found = [flavor for flavor in flavors if wanted == flavor.id] or [flavor for flavor in flavors if wanted == flavor.name]
-        what = f"flavor {wanted!r}"
+        name, what = wanted, f"flavor {wanted!r}"
+        found = [flavor for flavor in flavors if flavor.id == wanted] or [flavor for flavor in flavors if flavor.name == wanted]
     elif source:
-        named = [flavor for flavor in flavors if flavor.name == source.flavor.name]
-        found = named or [flavor for flavor in flavors if source.flavor.vcpus and flavor.sizes == source.flavor.sizes]
-        what = f"flavor like the source's {source.flavor.name!r}"
+        name, what = source.flavor.name, f"flavor like the source's {source.flavor.name!r}"
+        found = [flavor for flavor in flavors if flavor.name == name]
+        found = found or [flavor for flavor in flavors if source.flavor.vcpus and flavor.sizes == source.flavor.sizes]
     else:
-        raise Refused([Reason("no flavor can be matched while the source is unknown", "name one with -f")])
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise Refused([Reason(f"destination cloud: more than one {what}: {', '.join(f'{f.name} ({f.id})' for f in found)}", "give its id with -f")])
-    near = nearest(wanted or (source.flavor.name if source else ""), [flavor.name for flavor in flavors])
-    raise Refused([Reason(f"destination cloud: there is no {what}", f"name one with -f; nearest: {near}")])
+        raise Refused("no flavor can be matched while the source is unknown", "name one with -f")
+    if len(found) > 1:
+        raise Refused(f"destination cloud: more than one {what}: {', '.join(f'{f.name} ({f.id})' for f in found)}", "give its id with -f")
+    if not found:
+        raise none_such(what, "-f", name, flavors)
+    return found[0]
 
 
 def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Image:
     """The image that was named, else one whose digest proves it the source's; raises Refused with the candidates or the nearest."""
     if wanted:
+        name, what = wanted, f"image {wanted!r}"
         found = [image for image in images if image.id == wanted] or [image for image in images if image.name == wanted]
         if len(found) > 1:
-            raise Refused([Reason(f"destination cloud: {len(found)} images are named {wanted!r}: {', '.join(image.id for image in found)}",
-                                  "give the id with -i")])
-    elif source is None:
-        raise Refused([Reason("the source's image is gone, so that none can be matched", "name one with -i")])
-    else:  # whichever of several equal ones: their content is the same
-        found = sorted((image for image in images if image.status == "active" and image.equals(source)), key=lambda image: image.name != source.name)
+            raise Refused(f"destination cloud: {len(found)} images are named {wanted!r}: {', '.join(image.id for image in found)}",
+                          "give the id with -i")
+    elif source:
+        name, what = source.name, f"image with the content of the source's {source.name!r}"
+        found = [image for image in images if image.status == "active" and image.equals(source)]
+        found.sort(key=lambda image: image.name != name)  # whichever of several: their content is the same
+    else:
+        raise Refused("the source's image is gone, so that none can be matched", "name one with -i")
     if not found:
-        name = wanted or (source.name if source else "")
-        what = f"image {wanted!r}" if wanted else f"image with the content of the source's {name!r}"
-        raise Refused([Reason(f"destination cloud: there is no {what}", f"name one with -i; nearest: {nearest(name, [i.name for i in images])}")])
+        raise none_such(what, "-i", name, images)
     if found[0].status != "active":
-        raise Refused([Reason(f"destination cloud: image {found[0].name!r} is {found[0].status}, not active", "name another one with -i")])
+        raise Refused(f"destination cloud: image {found[0].name!r} is {found[0].status}, not active", "name another one with -i")
     return found[0]
 
 
@@ -2388,7 +2350,8 @@ def refuse_tools(host: str, lacking: Sequence[str], settings: Settings, nbd_tool
     needed = [*NEEDED, *([nbd_tool] if settings.transport == "nbd" else ())]
     for tool in needed:
         if tool in lacking:
-            yield Reason(f"{host}: {tool} is missing", f"install {where_from(tool)}")
+            debian, rpm = PACKAGES[tool]
+            yield Reason(f"{host}: {tool} is missing", f"install {tool} (Debian: {debian}, RPM: {rpm})")
     if "python3" in lacking and not settings.tls and settings.transport != "nbd":
         yield Reason(f"{host}: python3 is missing, without which qemu-nbd cannot tell who connects", "leave out --no-tls, or use --transport nbd")
 
@@ -2511,7 +2474,8 @@ def execute(run: Run) -> str:
         title = f"{'Rebase backing file, check' if job.whole_file and job.fresh.backing else 'Check'} and swap in the disk."
         with run.screen.step(title), run.journal.act("swap in", new=job.new):
             settle_disk(host, job)
-        release_source(run)
+        with run.journal.act("unlock source", server=run.plan.server.id):
+            run.source.unlock(run.plan.server.id)
         start_named(run, new, stopped_at)
         host.run("rm", "-f", "--", job.kept)
     return new.id
@@ -2520,7 +2484,7 @@ def execute(run: Run) -> str:
 def claim_source(run: Run) -> None:
     """Marks the source in Nova, so that runs from other machines see that it is being moved."""
     id, plan = run.plan.server.id, run.plan
-    run.undo.always(f"check that nothing of ours is left on {run.source_host.name}", lambda: confirm_all_ended(run.source_host))
+    run.undo.always(f"check that nothing of ours is left on {run.source_host.name}", run.source_host.confirm_all_ended)
     run.undo.always(f"take the mark off source {id}", lambda: run.source.unmark(id))
     with run.journal.act("mark source", server=id):
         run.source.mark(id, plan.run)
@@ -2558,10 +2522,9 @@ def connect_destination(run: Run, new: Server, stack: contextlib.ExitStack) -> H
         raise CloudError("destination cloud: these credentials are not told on which host the instance is", "use an admin's credentials")
     host = connect(new.host if new.host in run.settings.hosts else new.hypervisor, run.settings, run.screen)
     stack.callback(host.close)
-    run.undo.always(f"check that nothing of ours is left on {host.name}", lambda: confirm_all_ended(host))
-    reasons = list(refuse_tools(host.name, tools_lacking(host, list(PACKAGES)), run.settings, "nbd-client"))
-    if reasons:
-        raise HostError(reasons[0].problem, reasons[0].way_out)
+    run.undo.always(f"check that nothing of ours is left on {host.name}", host.confirm_all_ended)
+    if reasons := list(refuse_tools(host.name, tools_lacking(host, list(PACKAGES)), run.settings, "nbd-client")):
+        raise HostError.of(reasons)
     return host
 
 
@@ -2613,11 +2576,8 @@ def plan_job(run: Run, ends: Ends, fresh: Disk) -> DiskJob:
     run.screen.note(f"Transport {transport}{' with TLS' if settings.tls else ' in clear'}: {why_transport}.")
     run.report.copy |= {"view": "file" if whole_file else "guest", "why_view": why_view, "transport": transport,
                         "why_transport": why_transport, "tls": settings.tls}
-    return DiskJob(
-        run=run.plan.run, source=disk.top, fresh=fresh.top, whole_file=whole_file, transport=transport, tls=settings.tls,
-        verify=settings.verify, ports=settings.nbd_server_port, device=settings.nbd_device, limit_rate=settings.limit_rate,
-        chunk=settings.chunk, stall=settings.stall_timeout, source_direct=disk.direct_io, fresh_direct=fresh.direct_io, with_python=with_python,
-    )
+    return DiskJob(run.plan.run, settings, source=disk.top, fresh=fresh.top, whole_file=whole_file, transport=transport,
+                   source_direct=disk.direct_io, fresh_direct=fresh.direct_io, with_python=with_python)
 
 
 def refuse_job(ends: Ends, job: DiskJob, disk: Disk) -> None:
@@ -2709,12 +2669,6 @@ class SourceWatch:
                              "find out who, and run migrena again")
 
 
-def release_source(run: Run) -> None:
-    """Takes our lock off the source."""
-    with run.journal.act("unlock source", server=run.plan.server.id):
-        run.source.unlock(run.plan.server.id)
-
-
 def start_named(run: Run, new: Server, stopped_at: float) -> None:
     """Starts what -a names, the destination first: with it the downtime ends. Warns when both run with one address."""
     wanted = run.settings.start_after
@@ -2730,12 +2684,6 @@ def start_named(run: Run, new: Server, stopped_at: float) -> None:
             run.report.downtime_seconds = round(time.monotonic() - stopped_at, 2) if run.plan.was_running else None
     if len(running) == 2 and (shared := running["src"].fixed_addresses & running["dst"].fixed_addresses):
         run.screen.warn(f"source and destination both run with address {', '.join(sorted(shared))}")
-
-
-def confirm_all_ended(host: Host) -> None:
-    """Raises HostError where the end of something of ours on a host was not confirmed."""
-    if host.unconfirmed:
-        raise HostError("; ".join(host.unconfirmed))
 
 
 def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, destination: DestinationFacts, known_rate: float) -> Iterator[str]:
@@ -2876,7 +2824,7 @@ def copy(settings: Settings, environment: Mapping[str, str], undo: Undo, report:
             other = pool.submit(survey_destination, settings, creds["dst"])
             source, destination = looking.result(), other.result()
         if reasons := refuse(settings, source, destination):
-            raise Refused(reasons)
+            raise Refused.of(reasons)
         plan = make_plan(settings, source, destination)
         if not source.cloud or not destination.cloud or not source.host:
             raise AssertionError("nothing was refused, yet something is not known")
