@@ -276,9 +276,12 @@ def start_words(value: object) -> str:
     return "all" if "all" in chosen or len(chosen) == 2 else "".join(chosen)
 
 
-def option(default: T, *flags: str, read: Callable[[Any], T], help: str, config: bool = True, **more: Any) -> T:
-    """One row of the table of settings; `more` goes to argparse as it is."""
-    metadata = {"flags": flags, "read": read, "help": help, "config": config, "more": more}
+def option(default: T, *flags: str, help: str, read: Callable[[Any], T] | None = None, config: bool = True, **more: Any) -> T:
+    """One row of the table of settings, text or yes-or-no unless it has a reader; `more` goes to argparse as it is."""
+    is_switch = isinstance(default, bool)
+    if flags and is_switch:
+        more["action"] = "store_false" if default else "store_true"
+    metadata = {"flags": flags, "read": read or (yes_no if is_switch else text), "help": help, "config": config, "more": more}
     row: T = field(default_factory=lambda: default, metadata=metadata)
     return row
 
@@ -287,50 +290,45 @@ def option(default: T, *flags: str, read: Callable[[Any], T], help: str, config:
 class Settings:
     """Everything that was asked for. A row gives the flag, MIGRENA_NAME, NAME in config.py, the reader and the help."""
 
-    src_uid: str = option("", "-s", "--src-uid", "--src-uuid", read=text, config=False, metavar="UUID",
-                          help="the source instance's id")
-    dst_name: str = option("", "-d", "--dst-name", read=text, config=False, metavar="NAME",
-                           help="name of the new instance in the destination")
-    flavor: str = option("", "-f", "--flavor", read=text, config=False, metavar="FLAVOR",
+    src_uid: str = option("", "-s", "--src-uid", "--src-uuid", config=False, metavar="UUID", help="the source instance's id")
+    dst_name: str = option("", "-d", "--dst-name", config=False, metavar="NAME", help="name of the new instance in the destination")
+    flavor: str = option("", "-f", "--flavor", config=False, metavar="FLAVOR",
                          help="its flavor, name or id (left out: matched from the source)")
-    image: str = option("", "-i", "--image-id", read=text, config=False, metavar="IMAGE",
+    image: str = option("", "-i", "--image-id", config=False, metavar="IMAGE",
                         help="its image, name or id (left out: the one with the same content)")
     extra_args: dict[str, Any] = option({}, "-e", "--extra-args", read=literal, config=False, metavar="EXTRA",
                                         help="more arguments of Nova's create, a Python literal or JSON: "
                                         "\"{'nics': [{'net-id': 'ID'}], 'security_groups': ['default']}\"")
     start_after: str = option("", "-a", "--start-after", read=start_words, config=False, nargs="?", const="all",
                               metavar="all|src|dst", help="start these afterwards; -a alone means all, nothing without it")
-    root_only: bool = option(False, "--root-only", read=yes_no, config=False, action="store_true",
+    root_only: bool = option(False, "--root-only", config=False,
                              help="go on although volumes, ephemeral disks or a config drive would stay behind")
     transport: str = option("auto", "--transport", read=words_of("auto", "nbd", "qemu"), metavar="auto|nbd|qemu",
                             help="nbd: nbd-server and nbd-client; qemu: qemu-nbd and qemu-img; auto picks")
-    tls: bool = option(True, "--no-tls", read=yes_no, action="store_false",
-                       help="send the disk in clear; only the destination's address is let in")
-    verify: bool = option(True, "--no-verify", read=yes_no, action="store_false",
-                          help="leave out the comparison of both ends' digests")
+    tls: bool = option(True, "--no-tls", help="send the disk in clear; only the destination's address is let in")
+    verify: bool = option(True, "--no-verify", help="leave out the comparison of both ends' digests")
     limit_rate: int = option(0, "--limit-rate", read=size, metavar="RATE", help="bytes per second at most, as in 50M")
-    src_cloud: str = option("", "--src-cloud", read=text, metavar="NAME", help="the source's name in clouds.yaml")
-    dst_cloud: str = option("", "--dst-cloud", read=text, metavar="NAME", help="the destination's name in clouds.yaml")
-    dry_run: bool = option(False, "-n", "--dry-run", read=yes_no, config=False, action="store_true",
-                           help="print the plan, change nothing")
-    verbose: bool = option(False, "-v", "--verbose", read=yes_no, action="store_true", help="show every remote command")
-    quiet: bool = option(False, "-q", "--quiet", read=yes_no, action="store_true", help="say nothing unless something is wrong")
-    json: bool = option(False, "--json", read=yes_no, action="store_true", help="print a report as JSON on standard output")
-    debug: bool = option(False, "--debug", read=yes_no, action="store_true", help="show tracebacks and the libraries' logs")
+    src_cloud: str = option("", "--src-cloud", metavar="NAME", help="the source's name in clouds.yaml")
+    dst_cloud: str = option("", "--dst-cloud", metavar="NAME", help="the destination's name in clouds.yaml")
+    dry_run: bool = option(False, "-n", "--dry-run", config=False, help="print the plan, change nothing")
+    verbose: bool = option(False, "-v", "--verbose", help="show every remote command")
+    quiet: bool = option(False, "-q", "--quiet", help="say nothing unless something is wrong")
+    json: bool = option(False, "--json", help="print a report as JSON on standard output")
+    debug: bool = option(False, "--debug", help="show tracebacks and the libraries' logs")
     src_creds: dict[str, Any] = option({}, read=literal, help="the source's credentials, as keystoneauth names them")
     dst_creds: dict[str, Any] = option({}, read=literal, help="the destination's credentials")
-    dst_glance_endpoint: str = option("", read=text, help="the destination's Glance, where its catalog does not fit")
+    dst_glance_endpoint: str = option("", help="the destination's Glance, where its catalog does not fit")
     disk_path: str = option("/var/lib/nova/instances/%s/disk", read=disk_path, help="an instance's root disk on a hypervisor")
-    nbd_device: str = option("", read=text, help="the device nbd-client takes; empty: the first that is free")
+    nbd_device: str = option("", help="the device nbd-client takes; empty: the first that is free")
     nbd_server_port: range = option(range(2666, 2698), read=ports, help="the port of the export, or a range of them")
     hosts: dict[str, HostEntry] = option({}, read=hosts, help="Nova's host names and how each is reached")
-    ssh_user: str = option("", read=text, help="user on the hypervisors; empty: ~/.ssh/config, else root")
+    ssh_user: str = option("", help="user on the hypervisors; empty: ~/.ssh/config, else root")
     ssh_port: int = option(0, read=port, help="port of their sshd; 0: ~/.ssh/config, else 22")
-    ssh_key: str = option("", read=text, help="private key; empty: ~/.ssh/config, the agent, the usual files")
-    ssh_config: str = option("~/.ssh/config", read=text, help="OpenSSH client configuration to honour")
-    known_hosts: str = option("", read=text, help="the hypervisors' host keys; empty: ~/.ssh/config, else ~/.ssh/known_hosts")
+    ssh_key: str = option("", help="private key; empty: ~/.ssh/config, the agent, the usual files")
+    ssh_config: str = option("~/.ssh/config", help="OpenSSH client configuration to honour")
+    known_hosts: str = option("", help="the hypervisors' host keys; empty: ~/.ssh/config, else ~/.ssh/known_hosts")
     sudo: str = option("auto", read=words_of("auto", "yes", "no"), help="use sudo on the hypervisors; auto: unless root")
-    state_folder: str = option("", read=text, help="journals and locks; empty: ~/.local/state/migrena")
+    state_folder: str = option("", help="journals and locks; empty: ~/.local/state/migrena")
     chunk: int = option(GiB, read=size, help="bytes copied by one qemu-img, a multiple of 1 MiB")
     stall_timeout: int = option(120, read=seconds, help="seconds without progress after which a copy has failed")
 
