@@ -1098,23 +1098,15 @@ class Host:
 
     def run(self, *words: str, stdin: bytes = b"", seconds: float = 60.0) -> str:
         """What a short command prints; raises CommandError when it fails and HostError after `seconds` of silence."""
+        channel, process = self._start(words, ("timeout", "-k", "5", str(seconds)), seconds + 15)
         with self._wall(words):
-            self._screen.trace(f"{self.name}$ {shlex.join(words)}")
-            channel = self._start(("timeout", "-k", "5", str(seconds), *words), seconds + 15)
-            said = bytearray()
-            reader = threading.Thread(target=_drain, args=(channel, said), daemon=True)
-            reader.start()
-            if stdin:
-                channel.sendall(stdin)
+            channel.sendall(stdin)
             channel.shutdown_write()
             printed = b"".join(iter(functools.partial(channel.recv, 65536), b""))
-            reader.join(seconds)
-            status = channel.recv_exit_status()
-            channel.close()
-            if status in (124, 137):
+            if channel.recv_exit_status() in (124, 137):
                 raise TimeoutError
-        if status != 0:
-            raise CommandError(self.name, words, status, said.decode(errors="replace"))
+        process.check()
+        channel.close()
         return printed.decode("utf-8", "surrogateescape")
 
     def script(self, script: str, *values: str, stdin: bytes = b"") -> str:
@@ -1143,9 +1135,8 @@ class Host:
     @contextlib.contextmanager
     def lease(self, script: str, *words: str, given: Sequence[str] = ()) -> Iterator[Lease]:
         """A script that holds a command for as long as the scope and our channel do; `given` reaches it before the words."""
-        with self._wall(words):
-            self._screen.trace(f"{self.name}$ {shlex.join(words)}")
-            lease = Lease(self, self._start(("sh", "-c", script, "migrena", *given, *words), 30.0), words)
+        _, lease = self._start(words, ("sh", "-c", script, "migrena", *given), 30.0)
+        lease.beat()
         self._leases.add(lease)
         try:
             yield lease
@@ -1181,12 +1172,14 @@ class Host:
         self._closing.set()
         self._stack.close()
 
-    def _start(self, words: Sequence[str], seconds: float) -> paramiko.Channel:
-        line = shlex.join((*self._prefix, *words))
-        channel = _transport(self._client).open_session(timeout=30)
-        channel.settimeout(seconds)
-        channel.exec_command(line.encode("utf-8", "surrogateescape"))
-        return channel
+    def _start(self, words: Sequence[str], before: Sequence[str], seconds: float) -> tuple[paramiko.Channel, Lease]:
+        """Starts a command, with what goes before its words unsaid in messages; nothing holds it yet."""
+        with self._wall(words):
+            self._screen.trace(f"{self.name}$ {shlex.join(words)}")
+            channel = _transport(self._client).open_session(timeout=30)
+            channel.settimeout(seconds)
+            channel.exec_command(shlex.join((*self._prefix, *before, *words)).encode("utf-8", "surrogateescape"))
+        return channel, Lease(self, channel, words)
 
     @contextlib.contextmanager
     def _wall(self, words: Sequence[str]) -> Iterator[None]:
@@ -1207,14 +1200,13 @@ class Host:
 
 
 class Lease:
-    """A process on a hypervisor that lives only as long as our channel to it; made by Host.lease()."""
+    """A process on a hypervisor; one that Host.lease() made lives only as long as our channel to it."""
 
     def __init__(self, host: Host, channel: paramiko.Channel, words: Sequence[str]) -> None:
         self._host, self._channel, self._words = host, channel, words
         self._said = bytearray()
         self._reader = threading.Thread(target=_drain, args=(channel, self._said), daemon=True)
         self._reader.start()
-        self.beat()
 
     def beat(self) -> None:
         """One more dot: go on."""
@@ -1864,14 +1856,6 @@ def certificates(server: str) -> dict[str, dict[str, bytes]]:
     return {who: {"ca-cert.pem": ca, f"{who}-cert.pem": certificate(who), f"{who}-key.pem": private[who]} for who in purposes}
 
 
-def place_certificates(ends: Ends) -> None:
-    """Puts this run's certificates into both hosts' private folders."""
-    files = certificates(ends.source.nbd_address)
-    for host, folder, who in ((ends.source, ends.source_folder, "server"), (ends.destination, ends.destination_folder, "client")):
-        for name, content in files[who].items():
-            host.script(PRIVATE_FILE, f"{folder}/{name}", stdin=content)
-
-
 @contextlib.contextmanager
 def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple[Export, Lease]]:
     """A file of the source, served read-only to the destination alone, on the first port of the job's that is free, and who serves it."""
@@ -2085,8 +2069,7 @@ class Comparison:
         self._pools = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
         self._stack = contextlib.ExitStack()
         self._tiles: list[Chunk] = []
-        self._of_source: list[Future[dict[int, str]]] = []
-        self._of_new: list[Future[dict[int, str]]] = []
+        self._found: tuple[list[Future[dict[int, str]]], list[Future[dict[int, str]]]] = ([], [])  # of the source, of the new file
 
     def __enter__(self) -> Comparison:
         return self
@@ -2106,13 +2089,12 @@ class Comparison:
         if not self.job.settings.verify:
             return
         self._tiles.append(tile)
-        self._of_source.append(self._submit(0, tile, self.readable))
+        self._digest(0, self.readable, self._tiles)
         if self.job.new_format == "raw":  # only a file that is nobody's image can be read while it is being written,
-            for earlier in self._tiles[len(self._of_new) : -1]:  # and the last chunk has its exact length in the end only
-                self._of_new.append(self._submit(1, earlier, self.job.new))
-        for number, (one, other) in enumerate(zip(self._of_source, self._of_new, strict=False)):
+            self._digest(1, self.job.new, self._tiles[:-1])  # and the last chunk has its exact length in the end only
+        for earlier, one, other in zip(self._tiles, *self._found, strict=False):
             if one.done() and other.done():
-                self._compare(number)
+                self._compare(earlier, one.result(), other.result())
 
     def finish(self) -> str:
         """The digest of the whole, which both ends agree on; empty where no proof was asked for. Raises HostError where they differ."""
@@ -2120,20 +2102,21 @@ class Comparison:
             return ""
         new = dataclasses.replace(self.job.fresh, path=self.job.new, format=self.job.new_format)
         place = self._stack.enter_context(seen_by_guest(self.ends, self.ends.destination, new, self.job.whole_file))
-        self._of_new += [self._submit(1, tile, place) for tile in self._tiles[len(self._of_new) :]]
+        self._digest(1, place, self._tiles)
         whole = hashlib.sha256()
-        for number, one in enumerate(self._of_source):
-            self._compare(number)
+        for tile, one, other in zip(self._tiles, *self._found, strict=True):
+            self._compare(tile, one.result(), other.result())
             whole.update("".join(f"{block} {found}\n" for block, found in sorted(one.result().items())).encode())
         return whole.hexdigest()
 
-    def _submit(self, end: int, tile: Chunk, place: str) -> Future[dict[int, str]]:
+    def _digest(self, end: int, place: str, tiles: Sequence[Chunk]) -> None:
+        """Begins at one end with those of the chunks that were not begun yet."""
         how = digests if self.job.with_python else digest_of_chunk
-        host = (self.ends.source, self.ends.destination)[end]
-        return self._pools[end].submit(how, host, place, tile.offset, tile.length, self.job.settings.stall_timeout)
+        host, found, stall = (self.ends.source, self.ends.destination)[end], self._found[end], self.job.settings.stall_timeout
+        found += [self._pools[end].submit(how, host, place, tile.offset, tile.length, stall) for tile in tiles[len(found) :]]
 
-    def _compare(self, number: int) -> None:
-        tile, one, other = self._tiles[number], self._of_source[number].result(), self._of_new[number].result()
+    @staticmethod
+    def _compare(tile: Chunk, one: Mapping[int, str], other: Mapping[int, str]) -> None:
         if one != other:
             blocks = sorted({block for block, _ in one.items() ^ other.items()})
             raise HostError(f"the copy is not the source: {len(blocks)} blocks of 1 MiB differ between byte {tile.offset:,} and "
@@ -2531,10 +2514,11 @@ def both_ends(run: Run, destination: Host) -> Iterator[Ends]:
     """Both hosts with a private folder each, and certificates in them where TLS is wanted."""
     source = run.source_host
     with source.private_folder(run.plan.run) as one, destination.private_folder(run.plan.run) as other:
-        ends = Ends(source, destination, one, other, route_address(destination, source.nbd_address))
-        if run.settings.tls:
-            place_certificates(ends)
-        yield ends
+        for who, files in certificates(source.nbd_address).items() if run.settings.tls else ():
+            host, folder = (source, one) if who == "server" else (destination, other)
+            for name, content in files.items():
+                host.script(PRIVATE_FILE, f"{folder}/{name}", stdin=content)
+        yield Ends(source, destination, one, other, route_address(destination, source.nbd_address))
 
 
 def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
