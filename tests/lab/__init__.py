@@ -1,12 +1,17 @@
 """migrena's lab: hypervisors and whole OpenStack clouds on one Debian machine, for tests and for trying things.
 
-- processes  what the lab starts, and how it ends exactly that
-- packages   what the lab installs
-- hosts      hypervisors (namespaces or virtual machines): `with hosts(folder) as lab: lab["src"].run("hostname")`
-- host_init  process 1 of such a hypervisor
-- image      the virtual machines' kernel and root disk
-- guest      a small image that boots, counts its boots and writes records
-- settings   the configuration files of the clouds' services
-- clouds     the two clouds "src" and "dst", up and down
-- api        OpenStack's REST interfaces, as far as the lab needs them
+For those who use it:
+- hosts       hypervisors alone: `with hosts(folder) as lab: lab["src"].run("hostname")`
+- clouds      the two clouds "src" and "dst"; `python3 tests/lab` on the command line
+- api         their REST interfaces, as far as the lab needs them
+- guest       a small image that boots, counts its boots and writes records (guest_init.sh is its process 1)
+- packages    what the lab installs
+
+Underneath:
+- processes   what the lab starts, and how it ends exactly that; roster: the same by name, kept in a file
+- orders      what a hypervisor is told to be; host_init: its process 1, which does so
+- namespaces  hypervisors as namespaces of this machine
+- machines    hypervisors as virtual machines; image: their kernel and root disk
+- settings    the configuration files of the clouds' services
+- stores      MariaDB, RabbitMQ, memcached and the databases
 """

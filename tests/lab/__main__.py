@@ -27,9 +27,10 @@ def up(words: argparse.Namespace) -> None:
     kind = words.kind or (kept.kind if kept else "ns")
     clouds = Clouds(Options(kind, words.computes or (kept.computes if kept else 1), kept.images if kept else {}))
     clouds.up()
+    network = clouds.api("dst").need("neutron", "networks", "net1")
     print(f"\nA server to move:  {_self()} server src victim\n"
-          f"Then try:          ./migrena.py -c {clouds.config} -s $({_self()} id src victim) -d arrived -f tiny -i guest "
-          f"-e \"{{'nics': 'auto'}}\" -a\n"
+          f"Then try:          ./migrena.py -c {clouds.config} -s $({_self()} id src victim) "
+          f"-d arrived -f tiny -i guest -e \"{{'nics': [{{'net-id': '{network}'}}]}}\" -a\n"
           f"And look:          {_self()} console dst arrived\n"
           f"In the end:        {_self()} down   (or purge, to delete the data too)")
 

@@ -15,6 +15,7 @@ from lab.processes import LabError
 from lab.settings import PASSWORD, Cloud
 
 MICROVERSION: Final = "2.93"  # Nova's in Zed
+ROOTS: Final = {"keystone": "/v3", "nova": "/v2.1", "glance": "/v2", "neutron": "/v2.0"}
 POLL: Final = 0.5  # seconds between two questions to a service
 
 
@@ -51,7 +52,7 @@ class Api:
         """
         if not self._token:
             self._login()
-        base = self.cloud.url(service) + {"keystone": "/v3", "nova": "/v2.1", "glance": "/v2", "neutron": "/v2.0"}[service]
+        base = self.cloud.url(service) + ROOTS[service]
         sent = {"X-Auth-Token": self._token, "OpenStack-API-Version": f"compute {MICROVERSION}", **(headers or {})}
         return self._send(method, base + path, body, sent)[0]
 
@@ -63,7 +64,8 @@ class Api:
         try:
             with opener.open(request, timeout=120) as answer:
                 text = answer.read()
-                return json.loads(text) if text.strip() else None, {key.lower(): value for key, value in answer.headers.items()}
+                named = {key.lower(): value for key, value in answer.headers.items()}
+                return json.loads(text) if text.strip() else None, named
         except urllib.error.HTTPError as error:
             reason = error.read().decode(errors="replace")[:500]
             raise ApiError(error.code, f"{self.cloud.name}: {method} {url} answered {error.code}: {reason}") from error
@@ -110,7 +112,8 @@ class Api:
         identity = self.need("nova", "servers", name_or_id)
         return dict(self.call("GET", "nova", f"/servers/{identity}")["server"])
 
-    def create(self, name: str, image: str = "guest", flavor: str = "tiny", network: str = "net1", **more: object) -> str:
+    def create(self, name: str, image: str = "guest", flavor: str = "tiny", network: str = "net1",
+               **more: object) -> str:
         """The id of a new server that is ACTIVE. `network` may be "none"; `more` goes into Nova's request."""
         networks = "none" if network == "none" else [{"uuid": self.need("neutron", "networks", network)}]
         body = {"name": name, "imageRef": self.need("glance", "images", image), "networks": networks,

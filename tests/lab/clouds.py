@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -99,8 +99,8 @@ class Clouds:
         self.options = options
         self.folder = home() / "clouds"
         self.roster = Roster(self.folder)
-        self.spec = Spec(self.folder / "hosts", COMPUTES, options.kind, NETWORK, disk="40G", memory=2048, image="compute",
-                         keep=True)
+        self.spec = Spec(self.folder / "hosts", COMPUTES, options.kind, NETWORK, disk="40G", memory=2048,
+                         image="compute", keep=True)
 
     @classmethod
     def running(cls) -> Clouds:
@@ -175,10 +175,12 @@ class Clouds:
         self.roster.start(f"{name}-glance", ["glance-api", "--config-file", etc / "glance/glance-api.conf"],
                           place=(cloud.address, PORTS["glance"]))
         for part, place in (("api", (cloud.address, PORTS["nova"])), ("conductor", None), ("scheduler", None)):
-            self.roster.start(f"{name}-nova-{part}", [f"nova-{part}", "--config-file", etc / "nova/nova.conf"], place=place)
+            self.roster.start(f"{name}-nova-{part}", [f"nova-{part}", "--config-file", etc / "nova/nova.conf"],
+                              place=place)
         # Not under uWSGI as Debian would have it: there its threads stop to talk with RabbitMQ after a minute of quiet.
         self.roster.start(f"{name}-neutron", [
-            "neutron-server", "--config-file", etc / "neutron/neutron.conf", "--config-file", etc / "neutron/ml2_conf.ini",
+            "neutron-server", "--config-file", etc / "neutron/neutron.conf",
+            "--config-file", etc / "neutron/ml2_conf.ini",
         ], place=(cloud.address, PORTS["neutron"]))
         for service in ("placement", "glance", "neutron"):
             self.roster.await_listening(f"{name}-{service}", (cloud.address, PORTS[service]))
@@ -188,9 +190,10 @@ class Clouds:
         """Start a service that Debian runs under uWSGI."""
         place = (cloud.address, PORTS[service])
         self.roster.start(f"{cloud.name}-{service}", [
-            "uwsgi_python3", "--plugin", "python3", "--http-socket", f"{place[0]}:{place[1]}", "--master", "--lazy-apps",
-            "--wsgi-file", f"/usr/bin/{script}", "--need-app", "--die-on-term", "--no-orphans", "--processes", "1",
-            "--threads", "8", "--enable-threads", "--buffer-size", "65535", "--add-header", "Connection: close",
+            "uwsgi_python3", "--plugin", "python3", "--http-socket", f"{place[0]}:{place[1]}", "--master",
+            "--wsgi-file", f"/usr/bin/{script}", "--lazy-apps", "--need-app", "--die-on-term", "--no-orphans",
+            "--processes", "1", "--threads", "8", "--enable-threads", "--buffer-size", "65535",
+            "--add-header", "Connection: close",
         ], {key: str(value) for key, value in env.items()}, place)
 
     def _accounts(self, cloud: Cloud) -> None:
@@ -212,7 +215,8 @@ class Clouds:
             entry = api.ensure("keystone", "services", name, type=kind)
             for interface in ("public", "internal", "admin"):
                 api.call("POST", "keystone", "/endpoints", {"endpoint": {
-                    "service_id": entry, "interface": interface, "region_id": "RegionOne", "url": cloud.url(name) + path}})
+                    "service_id": entry, "interface": interface, "region_id": "RegionOne",
+                    "url": cloud.url(name) + path}})
         demo = api.ensure("keystone", "projects", "demo", domain_id="default")
         _grant(api, demo, "demo", "member")
         _grant(api, demo, "admin", "admin")
@@ -226,10 +230,11 @@ class Clouds:
         since = ""  # what they said before counts only if they have not been started anew
         for name in names:
             if self.host(name).run("test", "-e", GO, check=False).returncode:
-                since = datetime.now(timezone.utc).isoformat(" ")
+                since = datetime.now(UTC).isoformat(" ")
                 self.host(name).run("touch", GO)
         api = self.api(cloud.name)
-        logs = self.host(names[0]).folder / "data/var/log" if self.options.kind == "ns" else "/var/log inside the machine"
+        inside = self.options.kind == "vm"
+        logs = "/var/log inside the machine" if inside else self.host(names[0]).folder / "data/var/log"
         patiently(f"nova-compute and the network agent on {', '.join(names)}; see {logs}",
                   lambda: all(self._reported(api, name, since) for name in names), PATIENCE[self.options.kind])
 
@@ -293,7 +298,8 @@ class Clouds:
     def _write_config(self) -> None:
         """Write migrena's config.py for these clouds, 0600."""
         key, known = self.spec.key, self.spec.known_hosts
-        hosts = {name: {"address": self.spec.address(name), "user": "root", "key": str(key)} for name in self.options.hosts}
+        hosts = {name: {"address": self.spec.address(name), "user": "root", "key": str(key)}
+                 for name in self.options.hosts}
         values: dict[str, object] = {f"{cloud.name.upper()}_CREDS": credentials(cloud, "admin") for cloud in CLOUDS}
         values |= {"HOSTS": hosts, "KNOWN_HOSTS": str(known), "DISK_PATH": "/var/lib/nova/instances/%s/disk"}
         self.config.touch(mode=0o600)

@@ -18,8 +18,8 @@ from typing import Final
 from lab.image import Kernel, kernel, module_files
 from lab.processes import CLEAN_ENV, LabError, alone, command, home, say
 
-PACKAGES: Final = ("syslinux", "syslinux-common", "mtools", "dosfstools", "e2fsprogs", "cpio", "busybox-static", "qemu-utils",
-                   "kmod", "lz4")
+PACKAGES: Final = ("syslinux", "syslinux-common", "mtools", "dosfstools", "e2fsprogs", "cpio", "busybox-static",
+                   "qemu-utils", "kmod", "lz4")
 INIT: Final = Path(__file__).with_name("guest_init.sh")
 MODULES: Final = ("virtio_pci", "virtio_blk", "evdev", "button")
 MIB: Final = 1024**2
@@ -67,8 +67,9 @@ def _build(work: Path, linux: Kernel) -> None:
     partition = f"{disk}@@{BOOT[0]}M"
     (work / "syslinux.cfg").write_text(SYSLINUX)
     (work / "initrd").write_bytes(_initrd(work, linux))
-    for source, name in ((linux.image, "vmlinuz"), (work / "initrd", "initrd"), (work / "syslinux.cfg", "syslinux.cfg")):
-        command("mcopy", "-i", partition, source, f"::/{name}")
+    shutil.copy(linux.image, work / "vmlinuz")
+    for name in ("vmlinuz", "initrd", "syslinux.cfg"):
+        command("mcopy", "-i", partition, work / name, f"::/{name}")
     command("syslinux", "--install", "--offset", str(BOOT[0] * MIB), disk)
     tree = work / "data"
     tree.mkdir()
@@ -80,7 +81,8 @@ def _build(work: Path, linux: Kernel) -> None:
 def _boot_sector() -> bytes:
     """A master boot record: syslinux's code, two partitions (the first one active), and the signature."""
     code = Path("/usr/lib/syslinux/mbr/mbr.bin").read_bytes()[:440].ljust(446, b"\0")
-    table = b"".join(struct.pack("<B3sB3sII", active, b"\xff" * 3, kind, b"\xff" * 3, start * MIB // 512, size * MIB // 512)
+    far = b"\xff" * 3  # addresses by cylinder, head and sector are not used
+    table = b"".join(struct.pack("<B3sB3sII", active, far, kind, far, start * MIB // 512, size * MIB // 512)
                      for active, kind, (start, size) in ((0x80, 0x0E, BOOT), (0, 0x83, DATA)))
     return code + table.ljust(64, b"\0") + b"\x55\xaa"
 

@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 TYPE_CHECKING = False  # typing itself would cost a virtual machine time at its boot
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     Orders = dict[str, Any]  # as lab.orders writes them
 
 ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C.UTF-8"}
-OWN = ("var/lib/libvirt", "var/lib/neutron", "var/log", "var/tmp", "root", "home")  # each host's, on a plain file system
+OWN = ("var/lib/libvirt", "var/lib/neutron", "var/log", "var/tmp", "root", "home")  # on a plain file system
 NODES = {  # name: (major, minor), as in the kernel's list of devices
     "null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0),
     "fuse": (10, 229), "net/tun": (10, 200),
@@ -253,10 +254,9 @@ class Services:
     def reap(self) -> None:
         """Bury every child that has ended, our own services and orphans alike."""
         while True:
-            try:
+            pid, status = 0, 0
+            with suppress(ChildProcessError):
                 pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
             if pid == 0:
                 return
             if pid in self.running:
@@ -269,6 +269,12 @@ class Services:
         deadline = time.monotonic() + PATIENCE
         while self.running and time.monotonic() < deadline:
             self.sleep()
+
+    def wait_for_all(self) -> None:
+        """Return when no child is left, orphans included."""
+        with suppress(ChildProcessError):
+            while True:
+                os.waitpid(-1, 0)
 
 
 def main() -> None:
@@ -289,6 +295,8 @@ def main() -> None:
     services.end()
     os.sync()
     if machine:
+        os.kill(-1, signal.SIGKILL)  # whatever else runs in this virtual machine: guests, above all
+        services.wait_for_all()
         run("mount", "-o", "remount,ro", "/var/lib/nova")
         run("/bin/busybox", "poweroff", "-f")
         signal.pause()

@@ -68,8 +68,9 @@ class Host:
         """
         words = [str(word) for word in argv]
         prefixed = self._prefixed(words)
-        done = subprocess.run(prefixed, check=False, input=input, capture_output=True, text=True, errors="surrogateescape",
-                              stdin=subprocess.DEVNULL if input is None else None, timeout=seconds)
+        done = subprocess.run(prefixed, check=False, input=input, capture_output=True, text=True,
+                              errors="surrogateescape", stdin=subprocess.DEVNULL if input is None else None,
+                              timeout=seconds)
         done.args = words
         if check and done.returncode:
             raise CommandFailed(f"{self.name}: `{' '.join(words)}` ended with status {done.returncode}: "

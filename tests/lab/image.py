@@ -208,7 +208,8 @@ def _build(disk: Path, packages: Sequence[str], linux: Kernel) -> None:
         size = int(command("du", "-sm", tree).split()[0]) * 5 // 4 + 512
         draft = disk.with_suffix(".new")
         draft.unlink(missing_ok=True)
-        command("mke2fs", "-q", "-t", "ext4", "-m", "0", "-O", "^has_journal", "-d", tree, draft, f"{size}M", seconds=600)
+        command("mke2fs", "-q", "-t", "ext4", "-m", "0", "-O", "^has_journal", "-d", tree, draft, f"{size}M",
+                seconds=600)
         draft.rename(disk)
     finally:
         shutil.rmtree(tree, ignore_errors=True)

@@ -54,11 +54,12 @@ def start(spec: Spec, name: str, orders: Path, log: Path) -> Process:
 
 def _qemu(spec: Spec, name: str, root: Path, told: Path, log: Path) -> list[str]:
     """The words that start one machine: root disk on NVMe (no initrd needed), Nova's disk and the orders on virtio."""
-    drive = "if=none,cache=unsafe"
+    drive, large = "if=none,cache=unsafe", spec.memory > 1024
     return [
         "qemu-system-x86_64", "-name", f"lab-{name}", "-machine", "q35,smm=off,vmport=off,sata=off,smbus=off",
-        "-accel", f"tcg,thread=multi,tb-size={512 if spec.memory > 1024 else 128}", "-cpu", "max,-la57", "-smp", "2" if spec.memory > 1024 else "1",
-        "-m", str(spec.memory), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        "-accel", f"tcg,thread=multi,tb-size={512 if large else 128}", "-cpu", "max,-la57",
+        "-smp", "2" if large else "1", "-m", str(spec.memory),
+        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-kernel", str(kernel().bare), "-append", KERNEL_LINE,
         "-drive", f"{drive},id=root,format=qcow2,file={root}", "-device", "nvme,drive=root,serial=root",
         "-drive", f"{drive},id=nova,format=raw,discard=unmap,file={spec.folder / name / 'nova.ext4'}",

@@ -54,8 +54,8 @@ def command(*argv: str | Path, stdin: str | None = None, seconds: float = 120) -
     """
     words = [str(word) for word in argv]
     try:
-        done = subprocess.run(words, check=False, input=stdin, capture_output=True, text=True, env=CLEAN_ENV, timeout=seconds,
-                              stdin=None if stdin is not None else subprocess.DEVNULL, errors="replace")
+        done = subprocess.run(words, check=False, input=stdin, capture_output=True, text=True, env=CLEAN_ENV,
+                              stdin=subprocess.DEVNULL if stdin is None else None, timeout=seconds, errors="replace")
     except FileNotFoundError as error:
         raise LabError(f"{words[0]} is not installed") from error
     except subprocess.TimeoutExpired as error:
@@ -117,8 +117,9 @@ class Process:
 
     def _session(self) -> list[Process]:
         """Those processes of the session it led that have outlived it (a program started by spawn() leads one)."""
-        if _stat(self.pid):
-            return []  # it is not buried yet, or its pid is somebody else's by now
+        leader = _stat(self.pid)
+        if leader and (leader[0], int(leader[19])) != ("Z", self.started):
+            return []  # it still runs, or its pid is somebody else's by now
         members = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
         return [Process.of(pid) for pid in members if _stat(pid)[3:4] == [str(self.pid)]]
 

@@ -45,14 +45,17 @@ class Roster:
         if self.runs(name):
             return
         if place and listens(*place):
-            raise LabError(f"{name} cannot start: {place[0]}:{place[1]} is taken by a program that the lab did not start")
+            raise LabError(f"{name} cannot start: {place[0]}:{place[1]} is taken by a program the lab did not start")
         process = spawn(argv, self.log(name), env)
         with self._lock:
             self.processes[name] = process
             self._save()
 
     def await_listening(self, name: str, place: Place, seconds: float = 120) -> None:
-        """Return when the program listens there; raises LabError with the end of its log if it dies or takes too long."""
+        """Return when the program listens there.
+
+        Raises LabError with the end of its log if it dies or takes too long.
+        """
         def listening() -> bool:
             self.require(name)
             return listens(*place)

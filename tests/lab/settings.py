@@ -132,7 +132,8 @@ def _glance(cloud: Cloud) -> Ini:
         "database": _database(cloud, "glance"),
         "keystone_authtoken": _guard(cloud, "glance"),
         "paste_deploy": {"flavor": "keystone", "config_file": "/etc/glance/glance-api-paste.ini"},
-        "glance_store": {"stores": "file", "default_store": "file", "filesystem_store_datadir": cloud.folder / "images"},
+        "glance_store": {"stores": "file", "default_store": "file",
+                         "filesystem_store_datadir": cloud.folder / "images"},
         **_paths(cloud, "glance"),
     }
 
@@ -183,10 +184,11 @@ def _nova(cloud: Cloud) -> Ini:
 def nova_compute(cloud: Cloud, spec: Spec, host: str, images_type: str) -> str:
     """The hypervisor's own nova.conf; `images_type` is qcow2, raw or flat."""
     return ini({
-        "DEFAULT": {"my_ip": spec.address(host), "host": host, "transport_url": cloud.bus, "state_path": "/var/lib/nova",
-                    "log_file": "/var/log/nova/nova-compute.log", "compute_driver": "libvirt.LibvirtDriver",
+        "DEFAULT": {"my_ip": spec.address(host), "host": host, "transport_url": cloud.bus,
+                    "state_path": "/var/lib/nova", "log_file": "/var/log/nova/nova-compute.log",
+                    "compute_driver": "libvirt.LibvirtDriver",
                     "resume_guests_state_on_host_boot": True, "reserved_host_memory_mb": 256, "report_interval": 5,
-                    "shutdown_timeout": 10, "vif_plugging_timeout": 60},
+                    "shutdown_timeout": 10, "vif_plugging_timeout": 300},
         "libvirt": {"virt_type": "qemu", "cpu_mode": "none", "images_type": images_type, "inject_partition": -2,
                     "live_migration_inbound_addr": spec.address(host)},
         "oslo_concurrency": {"lock_path": "/var/lib/nova/lock"},
@@ -291,6 +293,16 @@ def write_bus(folder: Path) -> dict[str, str]:
     }
 
 
+LIBVIRTD: Final = """\
+listen_tls = 0
+listen_tcp = 1
+auth_tcp = "none"
+unix_sock_group = "libvirt"
+unix_sock_rw_perms = "0770"
+auth_unix_ro = "none"
+auth_unix_rw = "none"
+host_uuid = "{}"
+"""
 GO: Final = "/run/lab/go"  # nova-compute and the agent wait for this: before the APIs answer they only burn time
 
 
@@ -303,12 +315,11 @@ def compute_role(cloud: Cloud, spec: Spec, host: str, images_type: str) -> Role:
         File("/etc/neutron/neutron.conf", ini(_agent(cloud, host)), 0o640, "neutron"),
         File("/etc/neutron/plugins/ml2/linuxbridge_agent.ini", ini(_bridges())),
         # Live migration goes from libvirtd to libvirtd; in here plain TCP without a password will do.
-        File("/etc/libvirt/libvirtd.conf", f'listen_tls = 0\nlisten_tcp = 1\nauth_tcp = "none"\nhost_uuid = "{identity}"\n'
-             'unix_sock_group = "libvirt"\nunix_sock_rw_perms = "0770"\nauth_unix_ro = "none"\nauth_unix_rw = "none"\n'),
+        File("/etc/libvirt/libvirtd.conf", LIBVIRTD.format(identity)),
         File("/etc/libvirt/qemu.conf", 'security_driver = "none"\ncgroup_controllers = [ ]\n'),
     ]
     setup = [
-        *([["modprobe", "-a", "tun", "br_netfilter"]] if spec.kind == "vm" else []),  # udev's and systemd's work elsewhere
+        *([["modprobe", "-a", "tun", "br_netfilter"]] if spec.kind == "vm" else []),  # udev would
         ["rm", "-f", "/etc/libvirt/qemu/networks/autostart/default.xml"],
         # libvirt asks every emulator it finds what it can do: leave it one
         ["find", "/usr/bin/", "-name", "qemu-system-*", "!", "-name", "qemu-system-x86_64", "-delete"],

@@ -1,6 +1,6 @@
 """What both clouds stand on: MariaDB with their databases, RabbitMQ, and a memcached for each.
 
-Making the empty tables takes OpenStack's own tools half a minute on two cores. It is done once, for the first cloud; the
+Making the empty tables takes OpenStack's own tools long on two cores. It is done once, for the first cloud; the
 result is kept as SQL beside the cache of images and loaded for the other cloud, and for both at the next first `up`.
 """
 
@@ -48,7 +48,7 @@ def start_stores(roster: Roster) -> None:
     roster.await_listening("epmd", ("127.0.0.1", EPMD_PORT))
     roster.start("rabbitmq", ["env", "-C", bus, "/usr/lib/rabbitmq/bin/rabbitmq-server"], env, BUS)
     for cloud in CLOUDS:
-        roster.start(f"{cloud.name}-memcached", ["memcached", "-u", "nobody", "-l", cloud.address, "-m", "64", "-U", "0"],
+        roster.start(f"{cloud.name}-memcached", ["memcached", "-u", "nobody", "-l", cloud.address, "-m", "64"],
                      place=(cloud.address, 11211))
     wait_until("MariaDB to answer", lambda: _answers(roster), 60, roster.log("mariadb"))
     roster.await_listening("rabbitmq", BUS)
@@ -64,8 +64,8 @@ def _start_mariadb(roster: Roster) -> None:
                 "--auth-root-authentication-method=normal"], roster.log("mariadb"))
     roster.start("mariadb", [
         "mariadbd", "--no-defaults", "--user=mysql", f"--datadir={folder}", f"--socket={socket()}", "--skip-networking",
-        f"--pid-file={folder}/pid", "--max-connections=600", "--innodb-buffer-pool-size=192M", "--performance-schema=OFF",
-        "--innodb-flush-log-at-trx-commit=0", "--character-set-server=utf8mb3"])
+        f"--pid-file={folder}/pid", "--max-connections=600", "--innodb-buffer-pool-size=192M",
+        "--performance-schema=OFF", "--innodb-flush-log-at-trx-commit=0", "--character-set-server=utf8mb3"])
 
 
 def _answers(roster: Roster) -> bool:
@@ -119,8 +119,8 @@ def _make_tables(cloud: Cloud, tables: Path, log: Path) -> None:
     nova: list[str | Path] = ["nova-manage", "--config-file", etc / "nova/nova.conf"]
     jobs: list[list[str | Path]] = [
         [*nova, "db", "sync", "--local_cell"],
-        ["neutron-db-manage", "--config-file", etc / "neutron/neutron.conf", "--config-file", etc / "neutron/ml2_conf.ini",
-         "upgrade", "heads"],
+        ["neutron-db-manage", "--config-file", etc / "neutron/neutron.conf",
+         "--config-file", etc / "neutron/ml2_conf.ini", "upgrade", "heads"],
         [*nova, "api_db", "sync"],
         ["keystone-manage", "--config-file", etc / "keystone/keystone.conf", "db_sync"],
         ["glance-manage", "--config-file", etc / "glance/glance-api.conf", "db_sync"],
