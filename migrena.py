@@ -1434,9 +1434,12 @@ class Cloud:
                 if server.status == "DELETED":
                     return
                 if server.task != "deleting" and asked < 5:  # one that falls into ERROR on the way is asked for again
-                    asked += 1
                     with self._wall(f"delete server {id}"):
-                        self._nova.servers.delete(id)
+                        if server.status == "SOFT_DELETED":  # a cloud that keeps what is deleted for a while keeps its disk too
+                            self._nova.servers.force_delete(id)
+                        else:
+                            self._nova.servers.delete(id)
+                    asked += 1
                 elif server.task != "deleting" or time.monotonic() > limit:
                     raise CloudError(f"{self.label} cloud: server {id} is not deleted: {server.fault or 'Nova gives no reason'}", code=400)
             except CloudError as error:
