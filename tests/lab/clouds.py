@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final
 
@@ -230,7 +230,7 @@ class Clouds:
         since = ""  # what they said before counts only if they have not been started anew
         for name in names:
             if self.host(name).run("test", "-e", GO, check=False).returncode:
-                since = datetime.now(UTC).isoformat(" ")
+                since = datetime.now(timezone.utc).isoformat(" ")
                 self.host(name).run("touch", GO)
         api = self.api(cloud.name)
         inside = self.options.kind == "vm"
