@@ -2196,26 +2196,24 @@ class DestinationFacts:
 
 def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, stack: contextlib.ExitStack) -> SourceFacts:
     """Looks at the source instance, its host and its disk; connections are closed by the stack."""
-    facts, problems = SourceFacts(None), list[Reason]()
+    found: dict[str, Any] = {"cloud": None}
     try:
-        facts = dataclasses.replace(facts, cloud=(cloud := Cloud("source", creds)))
-        facts = dataclasses.replace(facts, server=(server := cloud.server(settings.src_uid)))
-        if not settings.image:
-            facts = dataclasses.replace(facts, image=cloud.image(server.image) if server.image else None)
+        cloud = found["cloud"] = Cloud("source", creds)
+        server = found["server"] = cloud.server(settings.src_uid)
+        if server.image and not settings.image:
+            found["image"] = cloud.image(server.image)
         if server.host:
-            host = connect(server.host if server.host in settings.hosts else server.hypervisor, settings, screen)
+            host = found["host"] = connect(server.host if server.host in settings.hosts else server.hypervisor, settings, screen)
             stack.callback(host.close)
-            facts = dataclasses.replace(facts, host=host, lacking=tuple(tools_lacking(host, list(PACKAGES))))
-            facts = dataclasses.replace(facts, disk=look_at_disk(host, server, settings, facts.lacking))
+            lacking = found["lacking"] = tuple(tools_lacking(host, list(PACKAGES)))
+            found["disk"] = look_at_disk(host, server, settings, lacking)
     except UsageError:
         raise
-    except CloudError as error:
-        no_such = error.code == 404 and facts.cloud and not facts.server
-        problems.append(Reason(f"source cloud: there is no server {settings.src_uid}", "see: openstack server list --all-projects")
-                        if no_such else error.reasons[0])
     except MigrenaError as error:
-        problems += error.reasons
-    return dataclasses.replace(facts, problems=tuple(problems))
+        found["problems"] = error.reasons
+        if isinstance(error, CloudError) and error.code == 404 and found["cloud"] and "server" not in found:
+            found["problems"] = (Reason(f"source cloud: there is no server {settings.src_uid}", "see: openstack server list --all-projects"),)
+    return SourceFacts(**found)
 
 
 def look_at_disk(host: Host, server: Server, settings: Settings, lacking: Sequence[str]) -> Disk | None:
@@ -2234,14 +2232,12 @@ def look_at_disk(host: Host, server: Server, settings: Settings, lacking: Sequen
 
 def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> DestinationFacts:
     """Looks at what the destination cloud has: the name, flavors, images, and whether it tells hosts."""
-    facts, problems = DestinationFacts(None), list[Reason]()
     try:
         cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
-        facts = DestinationFacts(cloud, tuple(cloud.servers_named(settings.dst_name)), tuple(cloud.flavors()), tuple(cloud.images()),
-                                 cloud.sees_hosts(), cloud.limits())
+        return DestinationFacts(cloud, tuple(cloud.servers_named(settings.dst_name)), tuple(cloud.flavors()), tuple(cloud.images()),
+                                cloud.sees_hosts(), cloud.limits())
     except CloudError as error:
-        problems += error.reasons
-    return dataclasses.replace(facts, problems=tuple(problems))
+        return DestinationFacts(None, problems=error.reasons)
 
 
 def none_such(what: str, flag: str, name: str, known: Sequence[Flavor | Image]) -> Refused:
