@@ -1121,14 +1121,13 @@ class Host:
             return False
         return True
 
-    def work(self, *words: str, stall: float, heard: Callable[[str], None] | None = None) -> str:
+    def work(self, *words: str, stall: float, heard: Callable[[str], None] = lambda said: None) -> str:
         """What a long command prints, under a lease; `heard` gets each piece as it comes. Ends it after `stall` s of silence."""
         with self.lease(LEASED_COMMAND, *words) as lease:
             pieces = []
             for piece in iter(functools.partial(lease.read, stall), ""):
                 pieces.append(piece)
-                if heard:
-                    heard(piece)
+                heard(piece)
             lease.check()
         return "".join(pieces)
 
@@ -2750,7 +2749,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = copy(settings, environment, undo, report)
     except MigrenaError as error:
         code = show_failure(error.reasons, error.exit_code, screen, report)
-        wants_traceback and traceback.print_exc()  # type: ignore[func-returns-value]
+        if wants_traceback:
+            traceback.print_exc()
     except Interrupted as error:
         code = show_failure([Reason(str(error))], 128 + error.number, screen, report)
     if undo.left:
