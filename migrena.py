@@ -1246,7 +1246,8 @@ class Lease:
     def close(self) -> None:
         """Ends it and waits for the host to confirm that; what is not confirmed is kept in Host.unconfirmed."""
         self.release()
-        if self._channel.status_event.wait(15.0) and self._channel.exit_status == LEFT_BEHIND:
+        patience = 1.0 if self._host.unconfirmed else 15.0  # a host that does not answer is not waited for once a lease
+        if self._channel.status_event.wait(patience) and self._channel.exit_status == LEFT_BEHIND:
             self._host.unconfirmed.append(f"{self._host.name}: {self._said.decode(errors='replace').strip()}")
         elif self._channel.exit_status == -1:
             self._host.unconfirmed.append(f"{self._host.name} did not confirm the end of `{shorten(shlex.join(self._words), 120)}`"
