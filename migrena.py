@@ -853,6 +853,7 @@ class Undo:
         self.screen = screen
         self.left: list[str] = []
         self.doing = ""  # what is being undone, for a second Ctrl-C
+        self._kept = ""
         self._steps: list[tuple[str, Callable[[], None], bool]] = []
 
     def always(self, what: str, action: Callable[[], None]) -> None:
@@ -863,10 +864,17 @@ class Undo:
         """To be done only if the run fails."""
         self._steps.append((what, action, False))
 
+    def keep(self, what: str) -> None:
+        """The run has succeeded: what it made may be in use, and is not unmade whatever happens now; a failure only names it."""
+        self._kept = what
+        self._steps = [step for step in self._steps if step[2]]
+
     def __enter__(self) -> Undo:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind and self._kept:
+            self.left.append(self._kept)
         if kind and self._steps:
             self.screen.say(f"Undo: {error}" if isinstance(error, Interrupted) else "The run failed; undo.", always=True)
         for what, action, is_cleanup in reversed(self._steps):
@@ -2456,7 +2464,12 @@ def execute(run: Run) -> str:
             settle_disk(host, job)
         with run.journal.act("unlock source", server=run.plan.server.id):
             run.source.unlock(run.plan.server.id)
-        start_named(run, new, stopped_at)
+        one = start_named(run, "dst", run.destination, new.id)
+        run.report.downtime_seconds = round(time.monotonic() - stopped_at, 2) if run.plan.was_running else None
+        run.undo.keep(f"destination {new.name} {new.id} is complete and stays")
+        other = start_named(run, "src", run.source, run.plan.server.id)
+        if one and other and (shared := one.fixed_addresses & other.fixed_addresses):
+            run.screen.warn(f"source and destination both run with address {', '.join(sorted(shared))}")
         host.run("rm", "-f", "--", job.kept)
     return new.id
 
@@ -2650,21 +2663,16 @@ class SourceWatch:
                              "find out who, and run migrena again")
 
 
-def start_named(run: Run, new: Server, stopped_at: float) -> None:
-    """Starts what -a names, the destination first: with it the downtime ends. Warns when both run with one address."""
-    wanted = run.settings.start_after
-    running: dict[str, Server] = {}
-    for side, cloud, id in (("dst", run.destination, new.id), ("src", run.source, run.plan.server.id)):
-        if wanted in ("all", side):
-            name = "destination" if side == "dst" else "source"
-            with run.screen.step(f"Start {name} instance."), run.journal.act(f"start {name}", server=id):
-                running[side] = cloud.start(id, run.changed)
-                run.screen.note(f"Done. Current status: {running[side].status}")
-            run.report.started.append(name)
-        if side == "dst":
-            run.report.downtime_seconds = round(time.monotonic() - stopped_at, 2) if run.plan.was_running else None
-    if len(running) == 2 and (shared := running["src"].fixed_addresses & running["dst"].fixed_addresses):
-        run.screen.warn(f"source and destination both run with address {', '.join(sorted(shared))}")
+def start_named(run: Run, side: str, cloud: Cloud, id: str) -> Server | None:
+    """The instance of `src` or `dst`, started because -a names it, or None because it does not."""
+    if run.settings.start_after not in ("all", side):
+        return None
+    name = "destination" if side == "dst" else "source"
+    with run.screen.step(f"Start {name} instance."), run.journal.act(f"start {name}", server=id):
+        started = cloud.start(id, run.changed)
+        run.screen.note(f"Done. Current status: {started.status}")
+    run.report.started.append(name)
+    return started
 
 
 def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, destination: DestinationFacts, known_rate: float) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from conftest import REPOSITORY
-from migrena import Interrupted, Journal, Refused, Screen, Settings, Undo, UsageError, last_rate, only_run_of, state_folder
+from migrena import CloudError, Interrupted, Journal, Refused, Screen, Settings, Undo, UsageError, last_rate, only_run_of, state_folder
 from unit.makers import UUID
 
 
@@ -220,3 +220,14 @@ def test_what_a_step_registers_while_undoing_does_not_stop_the_others() -> None:
         undo.on_failure("b", lambda: undo.always("late", undone.step("late")))
         raise ValueError
     assert "a" in undone.done
+
+
+def test_a_destination_that_is_in_use_is_not_deleted_by_what_fails_afterwards() -> None:
+    done: list[str] = []
+    undo = Undo(Screen(quiet=True, stream=io.StringIO()))
+    with pytest.raises(CloudError), undo:
+        undo.always("take the mark off", lambda: done.append("mark"))
+        undo.on_failure("delete destination", lambda: done.append("deleted"))
+        undo.keep("destination arrived is complete and stays")
+        raise CloudError("the source did not start")
+    assert (done, undo.left) == (["mark"], ["destination arrived is complete and stays"])
