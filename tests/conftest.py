@@ -25,6 +25,15 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report  # type: ignore[return-value]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares something that takes long to bring up stays in one worker: each group of these, and the slowest groups first."""
+    for item in items:
+        group = {"clouds": "clouds", "test_nbd_device.py": "machines", "test_export.py": "export"}
+        for part in set(item.path.parts) & group.keys():
+            item.add_marker(pytest.mark.xdist_group(group[part]))
+    items.sort(key=lambda item: (item.get_closest_marker("xdist_group") is None, "unit" in item.path.parts))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says loudly what was not tested."""
     skipped = terminalreporter.stats.get("skipped", [])

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from conftest import SCRIPT
-from lab.clouds import Clouds, Options
+from lab.clouds import Clouds, Options, purge
 from lab.hosts import Host
 
 DISKS = "/var/lib/nova/instances"
@@ -67,6 +67,9 @@ def clouds() -> Iterator[Clouds]:
         pytest.skip("not root: no clouds can be brought up")
     found = Clouds(Options.kept() or Options("ns", 1, {}))
     was_up = bool(found.state())
+    if not was_up:
+        purge()
+        found = Clouds(Options("ns", 1, {}))
     found.up()
     yield found
     if not was_up:
@@ -97,17 +100,23 @@ def source(clouds: Clouds) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def tidy_destination(clouds: Clouds) -> Iterator[None]:
-    """No instance of an earlier test is in the destination."""
+    """No instance of an earlier test is in the destination, nor of the demo."""
+    empty_destination(clouds)
     yield
-    api = clouds.api("dst")
-    for server in api.call("GET", "nova", "/servers")["servers"]:
-        api.delete(server["id"])
+    empty_destination(clouds)
 
 
 @pytest.fixture
 def network(clouds: Clouds) -> str:
     """What `-e` says for the destination's network."""
     return f"{{'nics': [{{'net-id': '{clouds.api('dst').need('neutron', 'networks', 'net1')}'}}]}}"
+
+
+def empty_destination(clouds: Clouds) -> None:
+    """Deletes every instance in the destination."""
+    api = clouds.api("dst")
+    for server in api.call("GET", "nova", "/servers")["servers"]:
+        api.delete(server["id"])
 
 
 def disk(id: str) -> str:

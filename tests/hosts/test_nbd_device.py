@@ -1,0 +1,198 @@
+"""The transport nbd, with the real module: nbd-server, nbd-client and /dev/nbdN on virtual machines."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from hosts.conftest import MakeCopy, kept_clean
+from hosts.rig import Instance, MiB, base, settings_for, wait_until_clean
+from hosts.test_copy import arrives
+from hosts.test_failures import ours, signal_ours
+from lab.hosts import Host as LabHost
+from lab.hosts import Lab
+from migrena import HostError, Settings
+
+Driver = Callable[..., "subprocess.Popen[str]"]
+THEIRS = "/root/theirs"
+
+
+@pytest.fixture
+def lab(machines: Lab) -> Iterator[Lab]:
+    """The hosts of these tests."""
+    yield from kept_clean(machines)
+
+
+@pytest.fixture
+def settings(lab: Lab) -> Settings:
+    """What an operator of this lab has in config.py."""
+    return settings_for(lab, transport="nbd", stall_timeout=60, chunk=2 * MiB)
+
+
+def an_overlay(host: LabHost, seed: str = "debian") -> Instance:
+    """A small overlay on a small base."""
+    return Instance.make(host).overlay(base(host, seed, 8 * MiB), 24 * MiB)
+
+
+@pytest.fixture
+def overlays(lab: Lab) -> tuple[Instance, Instance]:
+    """An overlay into which a guest wrote 5 MiB, and a fresh one on an equal base."""
+    return an_overlay(lab["src"]).write("guest", (MiB, 3 * MiB + 512), (22 * MiB, 2 * MiB)), an_overlay(lab["dst"])
+
+
+def size_of(host: LabHost, device: str) -> int:
+    """Bytes that a device shows."""
+    return int(host.run("cat", f"/sys/block/{device.removeprefix('/dev/')}/size").stdout) * 512
+
+
+def test_an_overlay_arrives_by_nbd_server_and_nbd_client_with_tls(
+        lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
+    source, fresh = overlays
+    copy = make_copy()
+    seen: list[bool] = []
+    copy.progress = lambda done: seen.append(bool(ours(lab["src"], "nbd-server")) and size_of(lab["dst"], "nbd0") > 0) if not seen else None
+    moved = arrives(copy, source, fresh)
+    assert copy.job and copy.job.transport == "nbd" and copy.job.whole_file
+    assert moved.digest and seen == [True]
+
+
+def test_the_bytes_that_a_block_device_does_not_show_arrive_too_and_without_tls(lab: Lab, make_copy: MakeCopy) -> None:
+    source, fresh = an_overlay(lab["src"]).write("guest", (MiB, MiB)).lengthen(777), an_overlay(lab["dst"])
+    assert source.length % 512
+    arrives(make_copy(tls=False), source, fresh)
+    assert fresh.length == source.length
+    ends = {side.host.run("tail", "-c", "777", side.path).stdout for side in (source, fresh)}
+    assert len(ends) == 1
+
+
+def test_a_fresh_overlay_of_196_640_bytes_arrives_whole(lab: Lab, make_copy: MakeCopy) -> None:
+    source, fresh = (Instance.make(lab[name]).overlay(base(lab[name], "debian", 8 * MiB), 2048 * MiB) for name in ("src", "dst"))
+    assert source.length == 196_640
+    make_copy()(source, fresh)
+    assert (fresh.length, fresh.node()["virtual-size"]) == (196_640, 2048 * MiB)
+
+
+def test_the_guest_s_view_arrives_by_qemu_nbd_and_nbd_client(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
+    copy = make_copy()
+    arrives(copy, overlays[0], an_overlay(lab["dst"], "other"))
+    assert copy.job and copy.job.transport == "nbd" and not copy.job.whole_file
+
+
+def test_the_device_that_was_named_is_the_one_that_is_taken(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
+    copy = make_copy(nbd_device="/dev/nbd5")
+    shown: list[int] = []
+    copy.progress = lambda done: shown.append(size_of(lab["dst"], "nbd5")) if not shown else None
+    with copy.prepared(*overlays) as (ends, job):
+        copy.move(ends, job)
+    assert shown == [overlays[0].length // 512 * 512]
+    assert size_of(lab["dst"], "nbd5") == 0
+
+
+@pytest.fixture
+def theirs(lab: Lab) -> Iterator[str]:
+    """Somebody else's disk, attached to /dev/nbd0 of the destination."""
+    host = lab["dst"]
+    host.run("modprobe", "nbd")
+    host.run("truncate", "-s", "3M", THEIRS)
+    pid = int(host.run("sh", "-c", 'qemu-nbd -t -f raw -k /root/theirs.sock "$1" </dev/null >/dev/null 2>&1 & echo $!', "sh", THEIRS).stdout)
+    host.run("sh", "-c", "while [ ! -S /root/theirs.sock ]; do sleep 0.1; done; nbd-client -unix /root/theirs.sock /dev/nbd0")
+    assert size_of(host, "nbd0") == 3 * MiB
+    yield "/dev/nbd0"
+    host.run("nbd-client", "-d", "/dev/nbd0")
+    host.run("kill", "-9", str(pid))
+    host.run("sh", "-c", "rm -f /root/theirs*")
+
+
+def test_a_named_device_that_somebody_else_uses_is_refused_and_theirs_is_untouched(
+        lab: Lab, theirs: str, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
+    copy = make_copy(nbd_device=theirs)
+    with copy.prepared(*overlays) as (ends, job), pytest.raises(HostError, match="/dev/nbd0 is in use by someone else"):
+        copy.move(ends, job)
+    assert size_of(lab["dst"], theirs) == 3 * MiB
+    lab["dst"].run("cmp", theirs, THEIRS)
+
+
+def test_without_a_name_a_device_is_taken_that_nobody_uses(
+        lab: Lab, theirs: str, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
+    copy = make_copy()
+    with copy.prepared(*overlays) as (ends, job):
+        copy.move(ends, job)
+    assert size_of(lab["dst"], theirs) == 3 * MiB
+    lab["dst"].run("cmp", theirs, THEIRS)
+
+
+def test_a_device_that_does_not_exist_is_told(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
+    copy = make_copy(nbd_device="/dev/nbd99")
+    with copy.prepared(*overlays) as (ends, job), pytest.raises(HostError, match="/dev/nbd99 does not exist"):
+        copy.move(ends, job)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_copy_that_is_interrupted_leaves_no_device_attached(
+        lab: Lab, driver: Driver, overlays: tuple[Instance, Instance], number: signal.Signals) -> None:
+    source, fresh = overlays
+    before = [source.sha256(), fresh.sha256()]
+    process = driver(source, fresh, transport="nbd", stall_timeout=60, chunk=16 * MiB, limit_rate=MiB)
+    assert process.stdout and process.stderr
+    for line in process.stdout:
+        if int(line) >= 5 * MiB // 3:
+            break
+    else:
+        raise AssertionError(process.stderr.read())
+    assert size_of(lab["dst"], "nbd0") > 0
+    process.send_signal(number)
+    process.wait(60)
+    for name in ("src", "dst"):
+        wait_until_clean(lab[name], 5)
+    assert size_of(lab["dst"], "nbd0") == 0
+    assert [source.sha256(), fresh.sha256()] == before
+
+
+def test_a_server_that_dies_ends_the_copy_and_the_device_is_detached(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
+    copy, thrown = make_copy(), list[bool]()
+    with copy.prepared(*overlays) as (ends, job):
+
+        def check() -> None:
+            if not thrown:
+                thrown.append(True)
+                signal_ours(lab["src"], "-9", "nbd-server")
+
+        with pytest.raises(HostError):
+            copy.move(ends, job, check)
+    assert size_of(lab["dst"], "nbd0") == 0
+
+
+@contextlib.contextmanager
+def without_module(host: LabHost) -> Iterator[None]:
+    """Within, the host's kernel has no module nbd, neither loaded nor to be loaded."""
+    host.run("modprobe", "-r", "nbd")
+    path = host.run("modinfo", "-n", "nbd").stdout.strip()
+    host.run("mv", path, "/root/nbd.away")
+    host.run("depmod")
+    try:
+        yield
+    finally:
+        host.run("mv", "/root/nbd.away", path)
+        host.run("depmod")
+
+
+def test_a_missing_module_is_seen_before_anything_is_done(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
+    with without_module(lab["dst"]):
+        with pytest.raises(HostError, match="missing is the module nbd on dst"), make_copy().prepared(*overlays):
+            pass
+        copy = make_copy(transport="auto")
+        with copy.prepared(*overlays) as (_, job):
+            assert job.transport == "qemu"
+        assert "the module nbd on dst" in str(copy.report.copy["why_transport"])
+
+
+def test_auto_takes_nbd_where_it_serves(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
+    source, fresh = overlays
+    assert source.length % 512 == 0
+    copy = make_copy(transport="auto")
+    with copy.prepared(source, fresh) as (_, job):
+        assert job.transport == "nbd"
