@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,6 +143,6 @@ def wait_for_console(clouds: Clouds, cloud: str, id: str, line: str, seconds: fl
 
 def left_on(host: Host) -> list[str]:
     """Whatever of migrena is on a hypervisor: processes, files, listening ports."""
-    processes = [" ".join(argv) for _, argv in host.processes() if any("nbd" in word or "migrena" in word for word in argv)]
+    processes = [line for line in (" ".join(argv) for _, argv in host.processes()) if re.search(r"nbd|qemu-img|migrena-\d{8}T", line)]
     files = host.run("sh", "-c", f"ls -d /run/migrena* /tmp/migrena* {DISKS}/*/*migrena* 2>/dev/null", check=False).stdout.split()
     return processes + files
