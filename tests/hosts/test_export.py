@@ -105,7 +105,8 @@ def test_nobody_reads_in_clear_what_is_exported_with_tls(namespaces: Lab, served
 
 def hand_out(namespaces: Lab, served: Served, files: dict[str, bytes]) -> None:
     """Puts certificates into a folder of the destination, whose address is let in."""
-    namespaces["dst"].run("mkdir", "-p", OTHER)
+    namespaces["dst"].run("rm", "-rf", OTHER)
+    namespaces["dst"].run("mkdir", OTHER)
     for name, content in files.items():
         namespaces["dst"].run("tee", f"{OTHER}/{name}", input=content.decode())
 
