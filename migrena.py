@@ -2004,6 +2004,9 @@ def move_disk(ends: Ends, job: DiskJob, progress: Callable[[int], contextlib.Abs
                 serving.check(is_running=True)
         copy_tail(ends, job)
         digest = compared.finish()
+        alive = 'readlink "/proc/$(cat "$1")/exe"'  # kill -0 would also find one that has ended and was not waited for yet
+        if not source.succeeds("sh", "-c", alive, "migrena", f"{ends.source_folder}/hold.pid"):
+            raise HostError(f"{source.name}: the qemu-nbd that held the lock on {job.source.path} ended by itself", "run it again")
     if source.run("stat", "-c", "%s %Y %Z", "--", job.source.path) != before:
         raise HostError(f"{source.name}: {job.source.path} was changed while it was being copied")
     held_bytes = sum(tile.length for tile in tiles if tile.holds_bytes)

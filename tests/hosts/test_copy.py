@@ -156,8 +156,8 @@ def test_compressed_clusters_arrive(lab: Lab, make_copy: MakeCopy, seed: str) ->
 def test_an_instance_folder_may_have_any_name(lab: Lab, make_copy: MakeCopy, folder: str, seed: str) -> None:
     place = f"/var/lib/nova/{folder}"
     source, fresh = (Instance.make(lab[name], f"{place}/%s/disk") for name in ("src", "dst"))
-    source.overlay(base(lab["src"], "debian", path=f"{place}/_base/x y,z"), 64 * MiB).write("guest", (MiB, MiB))
-    fresh.overlay(base(lab["dst"], seed, path=f"{place}/_base/x y,z"), 64 * MiB)
+    source = source.overlay(base(lab["src"], "debian", path=f"{place}/_base/x y,z"), 64 * MiB).write("guest", (MiB, MiB))
+    fresh = fresh.overlay(base(lab["dst"], seed, path=f"{place}/_base/x y,z"), 64 * MiB)
     copy = make_copy(disk_path=f"{place}/%s/disk")
     arrives(copy, source, fresh)
     assert copy.job and copy.job.whole_file is (seed == "debian")
