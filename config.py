@@ -35,10 +35,13 @@ NBD_SERVER_PORT = "2666-2697"  # on the source's hypervisor: a port, or a range 
 NBD_DEVICE = ""  # on the destination's hypervisor, as in /dev/nbd15; empty: the first that is free
 LIMIT_RATE = 0  # bytes per second at most, as in "50M"; 0: no limit
 CHUNK = "1G"  # copied by one qemu-img, and then proven
-STALL_TIMEOUT = 120  # seconds without progress after which a copy has failed
+STALL_TIMEOUT = 120  # seconds without a byte after which a copy has stalled; there is no limit on the whole
+RETRIES = 5  # how often a copy that was cut off or has stalled goes on by itself, the source kept stopped
+MAX_PER_HOST = 2  # copies at a time from or to one hypervisor, of all runs on this machine; later ones wait
 
 # --- migrena itself ---------------------------------------------------------------------------------------------------
 STATE_FOLDER = ""  # journals and locks; empty: ~/.local/state/migrena
+LOG_FILE = ""  # every line is appended to it too, with its time, whatever the screen shows
 VERBOSE = False
 QUIET = False
 JSON = False

@@ -26,7 +26,10 @@ Map of the rooms; each uses only rooms above it:
      7 Cloud       one OpenStack cloud: Nova and Glance
      8 Disks       images, exports, attachments, ranges, digests
      9 Copy        survey, refuse, execute
-    10 Door        command line, signals, exit codes
+    10 Status      what the journals tell of the runs
+    11 Resume      goes on with a run that was cut off
+    12 Rollback    undoes a run, with its journal or without
+    13 Door        command line, signals, exit codes
 """
 
 from __future__ import annotations
@@ -36,10 +39,13 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import inspect
+import io
 import ipaddress
 import json
 import logging
@@ -57,8 +63,10 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.parse
+import uuid
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -117,6 +125,14 @@ class Refused(MigrenaError):
 
 class HostError(MigrenaError):
     """A hypervisor cannot be reached, or the connection to it broke."""
+
+
+class FinalError(HostError):
+    """What a further attempt would only meet again: the proof failed, the source was changed, the disk is full."""
+
+
+class StateError(MigrenaError):
+    """The journal can no longer be written, and nothing goes on that is not in it."""
 
 
 class CommandError(HostError):
@@ -194,6 +210,27 @@ def yes_no(value: object) -> bool:
     if str(value).lower() not in known:
         raise ValueError("is neither yes nor no")
     return known[str(value).lower()]
+
+
+def count(value: object) -> int:
+    """A whole number, 0 too."""
+    if not re.fullmatch(r"\d{1,9}", str(value)):
+        raise ValueError("is no whole number")
+    return int(str(value))
+
+
+def positive(value: object) -> int:
+    """A whole number, at least one."""
+    if not count(value):
+        raise ValueError("must be at least 1")
+    return int(str(value))
+
+
+def instance_id(value: object) -> str:
+    """The id of an instance as Nova writes it, or nothing."""
+    if value and not re.fullmatch(r"[0-9a-fA-F]{8}-?([0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}", str(value)):
+        raise ValueError("is no instance id; take it from: openstack server list --all-projects")
+    return str(uuid.UUID(str(value))) if value else ""
 
 
 def seconds(value: object) -> int:
@@ -276,12 +313,18 @@ def start_words(value: object) -> str:
     return "all" if "all" in chosen or len(chosen) == 2 else "".join(chosen)
 
 
+COPY: Final = ("copy",)  # the jobs that know a flag
+MOVE: Final = ("copy", "resume")
+ACT: Final = ("copy", "resume", "rollback")
+ALL: Final = (*ACT, "status")
+
+
 def option(default: T, *flags: str, help: str, read: Callable[[Any], T] | None = None, config: bool = True, **more: Any) -> T:
-    """One row of the table of settings, text or yes-or-no unless it has a reader; `more` goes to argparse as it is."""
-    is_switch = isinstance(default, bool)
+    """One row of the table of settings, text or yes-or-no unless it has a reader; `jobs` know its flag, the rest of `more` is argparse's."""
+    is_switch, jobs = isinstance(default, bool), more.pop("jobs", COPY)
     if flags and is_switch:
         more["action"] = "store_false" if default else "store_true"
-    metadata = {"flags": flags, "read": read or (yes_no if is_switch else text), "help": help, "config": config, "more": more}
+    metadata = {"flags": flags, "read": read or (yes_no if is_switch else text), "help": help, "config": config, "jobs": jobs, "more": more}
     row: T = field(default_factory=lambda: default, metadata=metadata)
     return row
 
@@ -290,7 +333,13 @@ def option(default: T, *flags: str, help: str, read: Callable[[Any], T] | None =
 class Settings:
     """Everything that was asked for. A row gives the flag, MIGRENA_NAME, NAME in config.py, the reader and the help."""
 
-    src_uid: str = option("", "-s", "--src-uid", "--src-uuid", config=False, metavar="UUID", help="the source instance's id")
+    run: str = option("", config=False, help="the run that status, resume or rollback is about")
+    run_of: str = option("", "--run-of", read=instance_id, config=False, jobs=("rollback",), metavar="SRC_UUID",
+                         help="the run that is marked on this source instance, also where its journal is lost")
+    keep_destination: bool = option(False, "--keep-destination", config=False, jobs=("rollback",),
+                                    help="stop the new instance and leave it, in place of deleting it")
+    yes: bool = option(False, "--yes", config=False, jobs=("rollback",), help="also undo a run that was successful")
+    src_uid: str = option("", "-s", "--src-uid", "--src-uuid", read=instance_id, config=False, metavar="UUID", help="the source instance's id")
     dst_name: str = option("", "-d", "--dst-name", config=False, metavar="NAME", help="name of the new instance in the destination")
     flavor: str = option("", "-f", "--flavor", config=False, metavar="FLAVOR",
                          help="its flavor, name or id (left out: matched from the source)")
@@ -307,14 +356,21 @@ class Settings:
                             help="nbd: nbd-server and nbd-client; qemu: qemu-nbd and qemu-img; auto picks")
     tls: bool = option(True, "--no-tls", help="send the disk in clear; only the destination's address is let in")
     verify: bool = option(True, "--no-verify", help="leave out the comparison of both ends' digests")
-    limit_rate: int = option(0, "--limit-rate", read=size, metavar="RATE", help="bytes per second at most, as in 50M")
-    src_cloud: str = option("", "--src-cloud", metavar="NAME", help="the source's name in clouds.yaml")
-    dst_cloud: str = option("", "--dst-cloud", metavar="NAME", help="the destination's name in clouds.yaml")
+    limit_rate: int = option(0, "--limit-rate", read=size, jobs=MOVE, metavar="RATE", help="bytes per second at most, as in 50M")
+    retries: int = option(5, "--retries", read=count, jobs=MOVE, metavar="N",
+                          help="how often a copy that was cut off or stalled goes on by itself (default: 5)")
+    stall_timeout: int = option(120, "--stall-timeout", read=seconds, jobs=MOVE, metavar="SECONDS",
+                                help="without a byte for so long a copy has stalled (default: 120)")
+    max_per_host: int = option(2, "--max-per-host", read=positive, jobs=MOVE, metavar="N",
+                               help="copies at a time from or to one hypervisor; later ones wait (default: 2)")
+    src_cloud: str = option("", "--src-cloud", jobs=ACT, metavar="NAME", help="the source's name in clouds.yaml")
+    dst_cloud: str = option("", "--dst-cloud", jobs=ACT, metavar="NAME", help="the destination's name in clouds.yaml")
     dry_run: bool = option(False, "-n", "--dry-run", config=False, help="print the plan, change nothing")
-    verbose: bool = option(False, "-v", "--verbose", help="show every remote command")
-    quiet: bool = option(False, "-q", "--quiet", help="say nothing unless something is wrong")
-    json: bool = option(False, "--json", help="print a report as JSON on standard output")
-    debug: bool = option(False, "--debug", help="show tracebacks and the libraries' logs")
+    log_file: str = option("", "--log-file", jobs=ALL, metavar="PATH", help="append every line to this file too, stamped, also with -q")
+    verbose: bool = option(False, "-v", "--verbose", jobs=ALL, help="show every remote command")
+    quiet: bool = option(False, "-q", "--quiet", jobs=ALL, help="say nothing at all, not even the new id, unless something is wrong")
+    json: bool = option(False, "--json", jobs=ALL, help="print a report as JSON on standard output")
+    debug: bool = option(False, "--debug", jobs=ALL, help="show tracebacks and the libraries' logs")
     src_creds: dict[str, Any] = option({}, read=literal, help="the source's credentials, as keystoneauth names them")
     dst_creds: dict[str, Any] = option({}, read=literal, help="the destination's credentials")
     dst_glance_endpoint: str = option("", help="the destination's Glance, where its catalog does not fit")
@@ -330,7 +386,11 @@ class Settings:
     sudo: str = option("auto", read=words_of("auto", "yes", "no"), help="use sudo on the hypervisors; auto: unless root")
     state_folder: str = option("", help="journals and locks; empty: ~/.local/state/migrena")
     chunk: int = option(GiB, read=size, help="bytes copied by one qemu-img, a multiple of 1 MiB")
-    stall_timeout: int = option(120, read=seconds, help="seconds without progress after which a copy has failed")
+
+
+# What a run is asked for that a resume goes on with; never credentials, and never -e, which may hold secrets.
+KEPT: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "limit_rate", "chunk", "disk_path", "root_only",
+               "src_cloud", "dst_cloud")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -374,7 +434,7 @@ def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: 
     for row in dataclasses.fields(Settings):
         variable = f"MIGRENA_{row.name.upper()}"
         if row.name in flags:
-            values[row.name] = read_value(row, flags[row.name], row.metadata["flags"][-1])
+            values[row.name] = read_value(row, flags[row.name], (row.metadata["flags"] or (row.name.upper(),))[-1])
         elif variable in environment:
             values[row.name] = read_value(row, environment[variable], variable)
         elif row.name in config:
@@ -385,6 +445,20 @@ def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: 
     if settings.nbd_device and not re.fullmatch(r"/dev/nbd\d+", settings.nbd_device):
         raise UsageError(f"NBD_DEVICE: {settings.nbd_device!r} is no /dev/nbdN")
     return settings
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of migrena: the job, and the places that its settings come from, the strongest first."""
+
+    job: str
+    flags: Mapping[str, object]
+    environment: Mapping[str, str]
+    config: Mapping[str, object]
+
+    def settings(self, kept: Mapping[str, object] | None = None) -> Settings:
+        """The settings; what a run's journal has `kept` wins over all but flags. Raises UsageError for a value that cannot be."""
+        return settle({**(kept or {}), **self.flags}, self.environment, self.config)
 
 
 # Which keys of a credentials dictionary are not for the auth plugin, and what they mean to the session or the clients.
@@ -575,6 +649,25 @@ def chunks(length: int, extents: Sequence[tuple[int, int]], limit: int) -> tuple
     return (*tiles, Chunk(at, length - at, False)) if at < length else tuple(tiles)
 
 
+def is_covered(tile: Chunk, stretches: Iterable[tuple[int, int]]) -> bool:
+    """Whether every byte of a chunk lies in one of these stretches (offset, length), whatever chunks they once were."""
+    at = tile.offset
+    for offset, length in sorted(stretches):
+        if offset <= at < offset + length:
+            at = offset + length
+    return at >= tile.offset + tile.length
+
+
+def new_beside(path: str, run: str) -> str:
+    """The file that a run writes the copy to, beside the destination's disk; its name tells whose it is."""
+    return f"{path}.migrena-{run}"
+
+
+def kept_beside(path: str, run: str) -> str:
+    """Where a run keeps the disk that Nova made, after the copy took its place and until the run has succeeded."""
+    return f"{new_beside(path, run)}-fresh"
+
+
 @dataclass(frozen=True)
 class DiskJob:
     """All that two hypervisors need in order to move one disk from one to the other."""
@@ -588,16 +681,17 @@ class DiskJob:
     source_direct: bool
     fresh_direct: bool
     with_python: bool  # whether both hosts can run the digest program
+    stand: str = ""  # size and times of the source's file when it had been stopped: what changes it, changes them
 
     @property
     def new(self) -> str:
         """The file the copy is written to, beside the fresh disk; its name tells whose it is."""
-        return f"{self.fresh.path}.migrena-{self.run}"
+        return new_beside(self.fresh.path, self.run)
 
     @property
     def kept(self) -> str:
         """Where the fresh disk is kept until the run has succeeded."""
-        return f"{self.new}-fresh"
+        return kept_beside(self.fresh.path, self.run)
 
     @property
     def length(self) -> int:
@@ -613,6 +707,11 @@ class DiskJob:
     def new_format(self) -> str:
         """The format of the new file while it is being written."""
         return "raw" if self.whole_file else self.fresh.format
+
+    @property
+    def new_image(self) -> DiskImage:
+        """The new file while it is being written."""
+        return dataclasses.replace(self.fresh, path=self.new, format=self.new_format)
 
 
 @dataclass(frozen=True)
@@ -680,6 +779,16 @@ def span(seconds: float) -> str:
 # ---- 4. Screen -------------------------------------------------------------------------------------------------------
 
 
+def stamp() -> str:
+    """The time of day, before a line of a log."""
+    return datetime.now().strftime("%Y-%m-%d %H:%M:%S ")
+
+
+def printable(line: str) -> str:
+    """One line without what a terminal would obey: control characters are written out."""
+    return "".join(sign if sign.isprintable() else " " if sign == "\n" else sign.encode("unicode_escape").decode() for sign in line)
+
+
 class Screen:
     """What the operator sees, on standard error; bold and bars on a terminal, stamped lines elsewhere."""
 
@@ -687,6 +796,7 @@ class Screen:
         self.stream = stream or sys.stderr
         self.is_terminal = self.stream.isatty()
         self.quiet, self.verbose = quiet, verbose
+        self.log: TextIO | None = None  # gets every line, whatever the screen shows
         self.warnings: list[str] = []
         self.seconds: dict[str, float] = {}  # of each step, for the report
         self._lock = threading.Lock()
@@ -695,7 +805,7 @@ class Screen:
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[None]:
         """A scope for one step of the run: says its title, and afterwards keeps the seconds it took."""
-        self.say(f"\033[1m{title}\033[0m" if self.is_terminal else title)
+        self.say(title, is_title=True)
         began = time.monotonic()
         try:
             yield
@@ -716,21 +826,34 @@ class Screen:
         if self.verbose:
             self.say(f"    {shorten(line, 400)}")
 
-    def say(self, line: str, *, always: bool = False) -> None:
-        """One line; only the important ones when quiet."""
+    def say(self, line: str, *, always: bool = False, is_title: bool = False) -> None:
+        """One line; only the important ones when quiet. What a terminal would obey, in a name from a cloud, is written out."""
+        line = printable(line)
+        self.record(line)
         if self.quiet and not always:
             return
         with self._lock:
-            self._wipe()
-            stamp = "" if self.is_terminal else datetime.now().strftime("%Y-%m-%d %H:%M:%S ")
-            print(f"{stamp}{line}", file=self.stream, flush=True)
+            shown = f"\033[1m{line}\033[0m" if is_title and self.is_terminal else line
+            with contextlib.suppress(OSError):  # a terminal that is gone must not keep us from undoing
+                self._wipe()
+                print(f"{'' if self.is_terminal else stamp()}{shown}", file=self.stream, flush=True)
+
+    def record(self, line: str) -> None:
+        """One line for the log file alone. A log that can no longer be written ends no run."""
+        with self._lock:
+            try:
+                if self.log:
+                    print(f"{stamp()}{printable(line)}", file=self.log, flush=True)
+            except OSError as error:
+                self.log = None
+                print(f"warning: the log file can no longer be written: {error}", file=self.stream, flush=True)
 
     def status(self, line: str) -> None:
         """What is being waited for: overwrites itself on a terminal, is left out elsewhere."""
         if self.is_terminal and not self.quiet:
-            with self._lock:
+            with self._lock, contextlib.suppress(OSError):
                 self._wipe()
-                print(f"  {line}", end="", file=self.stream, flush=True)
+                print(f"  {printable(line)}", end="", file=self.stream, flush=True)
                 self._has_status = True
 
     def _wipe(self) -> None:
@@ -742,14 +865,16 @@ class Screen:
     def progress(self, total: int) -> Iterator[Callable[[int], None]]:
         """A bar in bytes with rate and time left, or a line now and then; yields what takes the bytes done so far."""
         if self.quiet or not self.is_terminal:
-            yield Milestones(self, total)
+            yield Milestones(self.note, total)
             return
+        recorded = Milestones(self.record, total)
         from tqdm import tqdm
 
         with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, file=self.stream, dynamic_ncols=True,
                   bar_format="  {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} left]") as bar:
             def show(done: int) -> None:
                 bar.update(done - bar.n)
+                recorded(done)
 
             yield show
 
@@ -757,8 +882,8 @@ class Screen:
 class Milestones:
     """Progress for a log: a line at each tenth, but not twice in two seconds, and at least one a minute."""
 
-    def __init__(self, screen: Screen, total: int) -> None:
-        self.screen, self.total = screen, max(total, 1)
+    def __init__(self, say: Callable[[str], None], total: int) -> None:
+        self.say, self.total = say, max(total, 1)
         self.began = self.said = time.monotonic()
         self.tenth = 0
 
@@ -769,23 +894,42 @@ class Milestones:
         self.tenth, self.said = tenth, now
         rate = done / max(now - self.began, 0.001)
         left = span((self.total - done) / rate) if rate else "?"
-        self.screen.note(f"{done * 100 // self.total}% {human(done)} of {human(self.total)}, {human(rate)}/s, {left} left")
+        self.say(f"{done * 100 // self.total}% {human(done)} of {human(self.total)}, {human(rate)}/s, {left} left")
 
 
 # ---- 5. Journal ------------------------------------------------------------------------------------------------------
 
 
-def state_folder(settings: Settings, environment: Mapping[str, str]) -> Path:
-    """The folder of journals and locks, made where it is missing, for this user's eyes only."""
+def state_folder(settings: Settings, environment: Mapping[str, str], *, to_write: bool = True) -> Path:
+    """The folder of journals and locks, made where it is missing, for this user's eyes only. Raises UsageError where it cannot be used."""
     base = Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local/state")
     folder = Path(settings.state_folder).expanduser() if settings.state_folder else base / "migrena"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not os.access(folder, os.W_OK | os.X_OK):
+        if to_write and not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError("it cannot be written to")
     except OSError as error:
         raise UsageError(f"the state folder {folder} cannot be used: {error}", "name another one in STATE_FOLDER") from error
     return folder
+
+
+def parse_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a journal, and the length up to which they are whole: a last one that was cut is left out. Raises UsageError."""
+    content, entries, whole = path.read_bytes(), [], 0
+    lines = content.splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or not isinstance(entry.get("event"), str) or not line.endswith(b"\n"):
+                raise ValueError("no event")
+        except ValueError:
+            if number == len(lines):
+                break
+            raise UsageError(f"{path}, line {number}: this is no journal's line, and others follow it",
+                             "to undo its run without it, move the file away, then: ./migrena.py rollback --run-of SRC_UUID") from None
+        entries.append(entry)
+        whole += len(line)
+    return entries, whole
 
 
 class Journal:
@@ -793,14 +937,26 @@ class Journal:
 
     def __init__(self, folder: Path, run: str) -> None:
         self.path = folder / f"{run}.jsonl"
-        self._file = open(self.path, "a", encoding="utf-8", opener=functools.partial(os.open, mode=0o600))
+        try:
+            self._file = open(self.path, "ab", buffering=0, opener=functools.partial(os.open, mode=0o600))
+            os.truncate(self.path, parse_journal(self.path)[1])  # what follows a line that was cut would make it unreadable
+        except OSError as error:
+            raise UsageError(f"the journal {self.path} cannot be written: {error}", "name another folder in STATE_FOLDER") from error
+        self._is_broken = False
 
     def write(self, event: str, **facts: object) -> None:
-        """One line, on the disk when this returns."""
-        stamp = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        self._file.write(json.dumps({"at": stamp, "event": event, **facts}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """One line, on the disk when this returns. Raises StateError once; after that the undoing goes on without a journal."""
+        if self._is_broken:
+            return
+        at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        line = json.dumps({"at": at, "event": event, **facts}).encode() + b"\n"
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._is_broken = True
+            raise StateError(f"the journal {self.path} can no longer be written: {error}", "free space there, then run it again") from error
 
     @contextlib.contextmanager
     def act(self, act: str, **facts: object) -> Iterator[dict[str, object]]:
@@ -810,9 +966,38 @@ class Journal:
         try:
             yield result
         except BaseException as error:
-            self.write("failed", act=act, error=str(error))
+            with contextlib.suppress(StateError):  # what went wrong first is what is told
+                self.write("failed", act=act, error=str(error))
             raise
         self.write("done", act=act, **result)
+
+    @contextlib.contextmanager
+    def beginning(self) -> Iterator[None]:
+        """A scope for the first lines of a process, before anything is touched; raises UsageError where there is no room for them."""
+        is_new = not self.path.stat().st_size
+        try:
+            yield
+        except StateError as error:
+            self.close()
+            if is_new:
+                self.path.unlink(missing_ok=True)
+            raise UsageError(str(error), "free space there, or name another folder in STATE_FOLDER") from error
+
+    @contextlib.contextmanager
+    def ending(self, undo: Undo, done: str = "done", failed: str = "failed") -> Iterator[None]:
+        """A scope around the undoing: writes how the run ended, and what was left; closes the file."""
+        result, error = done, ""
+        try:
+            yield
+        except BaseException as failure:
+            result, error = failed, str(failure)
+            raise
+        finally:
+            with contextlib.suppress(StateError):
+                self.write("ended", result="left" if undo.left else result, error=error, left=undo.left)
+            if self._is_broken:
+                undo.screen.warn(f"the journal {self.path} does not tell how the run has ended: `status` will call it killed")
+            self._file.close()
 
     def close(self) -> None:
         """Nothing more will be written."""
@@ -820,24 +1005,225 @@ class Journal:
 
 
 @contextlib.contextmanager
-def only_run_of(folder: Path, source: str) -> Iterator[None]:
-    """Holds the lock on one source instance; raises Refused while another run on this machine holds it."""
-    with open(folder / f"source-{source}.lock", "a+", encoding="utf-8", opener=functools.partial(os.open, mode=0o600)) as lock:
+def flocked(path: Path) -> Iterator[TextIO | None]:
+    """The file, empty and locked until the scope or the process ends, and then removed; None while somebody else has it locked."""
+    while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise Refused(f"another run is moving {source} just now (process {lock.read().strip() or 'unknown'})",
-                          "wait for its end") from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+            file = open(path, "a+", encoding="utf-8", opener=functools.partial(os.open, mode=0o600))
+        except OSError as error:
+            raise UsageError(f"{path} cannot be made: {error}", "name another folder in STATE_FOLDER") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+                return
+            try:
+                if os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:
+                    continue  # its holder has just removed it
+            except FileNotFoundError:
+                continue
+            file.truncate(0)
+            try:
+                yield file
+            finally:
+                with contextlib.suppress(OSError):  # where it cannot be removed any more, it is free all the same
+                    path.unlink()
+            return
+
+
+@contextlib.contextmanager
+def only_run_of(folder: Path, source: str, run: str) -> Iterator[None]:
+    """Holds the lock on one source instance; raises Refused while another run on this machine holds it."""
+    if not source:  # the first line was cut before anything was done, or the file was emptied since
+        raise Refused(f"the journal of run {run} does not tell what it moved: nothing was begun, or somebody emptied it",
+                      "./migrena.py rollback --run-of SRC_UUID goes by the marks; where there are none, delete the journal")
+    path = folder / f"source-{source}.lock"
+    for turn in range(6):  # status looks at a lock by taking it for a moment
+        with flocked(path) as lock:
+            if lock:
+                try:
+                    os.write(lock.fileno(), f"{os.getpid()} {run}\n".encode())
+                except OSError as error:
+                    raise UsageError(f"{path} cannot be written: {error}", "name another folder in STATE_FOLDER") from error
+                yield
+                return
+        if turn < 5:
+            time.sleep(0.1)
+    pid, other = who_has(folder, source)
+    raise Refused(f"another run is moving {source} just now (process {pid or 'unknown'}, run {other or 'unknown'})",
+                  f"wait for its end; ./migrena.py status {other} shows how far it is".replace("  ", " "))
+
+
+def who_has(folder: Path, source: str) -> tuple[int, str]:
+    """The process and the run that hold the lock on a source on this machine; (0, "") where nobody does."""
+    try:
+        with open(folder / f"source-{source}.lock", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pid, _, run = lock.read().strip().partition(" ")
+                return int(pid or 0), run
+    except (OSError, ValueError):
+        pass
+    return 0, ""
+
+
+@contextlib.contextmanager
+def slots(folder: Path, hosts: Iterable[str], most: int, screen: Screen) -> Iterator[None]:
+    """A place among the copies that each of these hosts takes part in, `most` at a time; waits for one. The dead hold none."""
+    with contextlib.ExitStack() as stack:
+        for host in sorted(set(hosts)):  # in one order everywhere, so that no two runs wait for each other
+            paths = [folder / f"slot-{urllib.parse.quote(host, safe='')}-{number}.lock" for number in range(most)]
+            has_waited = False
+            while not any(_is_taken(path, stack) for path in paths):
+                if not has_waited:
+                    screen.note(f"Waiting: {host} takes part in {most} copies already (--max-per-host).")
+                    has_waited = True
+                screen.status(f"Waiting for a place on {host}")
+                time.sleep(0.5)
         yield
+
+
+def _is_taken(path: Path, stack: contextlib.ExitStack) -> bool:
+    """Whether the lock on this file could be taken; the stack holds it then."""
+    with contextlib.ExitStack() as trial:
+        if trial.enter_context(flocked(path)):
+            stack.enter_context(trial.pop_all())
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class Act:
+    """One act of a run as its journal tells it; `result` is done, failed, or empty where nobody knows."""
+
+    name: str
+    began: str
+    ended: str = ""
+    result: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What the journal of one run says; bytes, and bytes per second. What it does not say is empty."""
+
+    run: str
+    state: str  # running, killed, done, failed (and rolled back), left, rolled back
+    began: str
+    facts: Mapping[str, Any]  # of the first line: who moves what to where, as asked for how
+    acts: tuple[Act, ...] = ()
+    job: Mapping[str, Any] = field(default_factory=dict)  # of the transfer: files, and the source's file as it stood
+    arrived: tuple[tuple[int, int], ...] = ()  # stretches that were sent: offset, length
+    done: int = 0
+    total: int = 0
+    rate: float = 0.0
+    retries: int = 0
+    error: str = ""
+    left: tuple[str, ...] = ()
+    is_undoing: bool = False  # whether a rollback has begun: then there is no way on but to end it
+
+    @property
+    def source(self) -> str:
+        """The source instance's id."""
+        return str(self.facts.get("source", ""))
+
+    @property
+    def destination(self) -> str:
+        """The new instance's id, empty while Nova had not told it."""
+        return next((str(act.facts["server"]) for act in self.acts if act.name == "create destination" and "server" in act.facts), "")
+
+    @property
+    def was_running(self) -> bool:
+        """Whether the source ran when the run found it."""
+        return bool(self.facts.get("was_running"))
+
+    @property
+    def step(self) -> str:
+        """What is under way, or what came last."""
+        return re.sub(r" [0-9a-f-]{36}", "", self.acts[-1].name) if self.acts else "survey"
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the copy, at its present rate; 0 where there is none."""
+        return (self.total - self.done) / self.rate if self.rate and self.state == "running" else 0.0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the new instance was about to be started or to be called complete: it may be in use, and no failure deletes it."""
+        return any(act.name in ("start destination", "mark destination done") for act in self.acts)
+
+    @property
+    def stopped_at(self) -> datetime | None:
+        """When the source was first asked to stop, by the clock of this machine."""
+        return next((datetime.fromisoformat(act.began) for act in self.acts if act.name == "stop source"), None)
+
+    def has_done(self, act: str) -> bool:
+        """Whether this act has succeeded."""
+        return any(known.name == act and known.result == "done" for known in self.acts)
+
+
+def read_run(folder: Path, run: str, *, is_ours: bool = False) -> RunRecord:
+    """What is known of a run on this machine, `is_ours` to those who hold its lock. Raises UsageError where its journal cannot be read."""
+    entries, _ = parse_journal(folder / f"{run}.jsonl")
+    facts = next((entry for entry in entries if entry["event"] == "run"), {})
+    last: dict[str, dict[str, Any]] = {entry["event"]: entry for entry in entries}
+    begun = max((number for number, entry in enumerate(entries) if entry["event"] in ("run", "resume", "rollback")), default=0)
+    end = next((entry for entry in entries[begun:] if entry["event"] == "ended"), None)
+    holder = "" if is_ours else who_has(folder, str(facts.get("source", "")))[1]
+    progress = last.get("progress", {})
+    arrived = tuple((entry["offset"], entry["length"]) for entry in entries if entry["event"] == "chunk")
+    return RunRecord(
+        run, "running" if holder == run else str(end["result"]) if end else "killed", str(facts.get("at", "")), facts, _acts(entries),
+        last.get("job", {}), arrived,
+        max(progress.get("done", 0), sum(length for _, length in set(arrived))), progress.get("total", 0), _rate(entries),
+        sum(entry["event"] == "retry" for entry in entries),
+        str(end.get("error", "")) if end else "", tuple(end.get("left", ())) if end else (), "rollback" in last)
+
+
+def _acts(entries: Iterable[Mapping[str, Any]]) -> tuple[Act, ...]:
+    """The acts in the order in which they began, each with its end where it has one."""
+    acts: list[Act] = []
+    for entry in entries:
+        facts = {key: value for key, value in entry.items() if key not in ("at", "event", "act")}
+        if entry["event"] == "intent":
+            acts.append(Act(entry["act"], entry["at"], facts=facts))
+        elif entry["event"] in ("done", "failed"):
+            number = next((number for number in reversed(range(len(acts))) if acts[number].name == entry["act"]), None)
+            if number is not None:
+                acts[number] = dataclasses.replace(acts[number], ended=entry["at"], result=entry["event"], facts={**acts[number].facts, **facts})
+    return tuple(acts)
+
+
+def _rate(entries: Sequence[Mapping[str, Any]]) -> float:
+    """Bytes per second of the latest attempt, by the first and the last time that it said how far it was."""
+    begun = max((number for number, entry in enumerate(entries) if entry["event"] in ("job", "retry", "resume")), default=0)
+    told = [(datetime.fromisoformat(entry["at"]), entry["done"]) for entry in entries[begun:] if entry["event"] == "progress"]
+    seconds = (told[-1][0] - told[0][0]).total_seconds() if told else 0.0
+    return (told[-1][1] - told[0][1]) / seconds if seconds > 0 else 0.0
+
+
+def known_runs(folder: Path) -> list[str]:
+    """The ids of the runs whose journals are on this machine, the newest first."""
+    return sorted((path.stem for path in folder.glob("*.jsonl")), reverse=True)
+
+
+def find_run(folder: Path, beginning: str) -> str:
+    """The one run whose id begins so; raises Refused where there is none or more than one."""
+    found = [run for run in known_runs(folder) if run.startswith(beginning)]
+    if beginning in found:
+        return beginning
+    if len(found) != 1:
+        raise Refused(f"{len(found) or 'no'} runs in {folder} begin with {beginning!r}",
+                      f"name one of {', '.join(found)}" if found else "./migrena.py status shows those there are")
+    return found[0]
 
 
 def last_rate(folder: Path, clouds: Sequence[str]) -> float:
     """Bytes per second of the last run between these clouds, by its journal; 0.0 where there was none."""
-    for path in sorted(folder.glob("*.jsonl"), reverse=True):
+    for run in known_runs(folder):
+        path = folder / f"{run}.jsonl"
         for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
             with contextlib.suppress(ValueError, TypeError, AttributeError):
                 entry = json.loads(line)
@@ -853,6 +1239,7 @@ class Undo:
         self.screen = screen
         self.left: list[str] = []
         self.doing = ""  # what is being undone, for a second Ctrl-C
+        self.has_begun = False  # once it has, a signal is only answered
         self._kept = ""
         self._steps: list[tuple[str, Callable[[], None], bool]] = []
 
@@ -873,6 +1260,7 @@ class Undo:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.has_begun = True
         if kind and self._kept:
             self.left.append(self._kept)
         if kind and self._steps:
@@ -880,13 +1268,21 @@ class Undo:
         for what, action, is_cleanup in reversed(self._steps):
             if not kind and not is_cleanup:
                 continue
-            self.doing = what
             if kind:
                 self.screen.note(what)
+            self.attempt(what, action)
+
+    def attempt(self, what: str, action: Callable[[], None]) -> None:
+        """Does one step; one that fails is kept in `left`."""
+        self.doing = what
+        try:
             try:
                 action()
-            except Exception as mishap:
-                self.left.append(f"{what} did not succeed: {shorten(str(mishap))}")
+            except StateError as mishap:  # raised once, perhaps before the step was done; the journal is silent from here on
+                self.screen.warn(f"{mishap}; the undoing goes on without it")
+                action()
+        except Exception as mishap:
+            self.left.append(f"{what} did not succeed: {shorten(str(mishap))}")
         self.doing = ""
 
 
@@ -916,10 +1312,11 @@ n=0
 while [ ! -s "$pidfile" ]; do
   kill -0 "$child" 2>/dev/null || wait "$child" || exit
   n=$((n + 1))
-  [ "$n" -lt 1200 ] || { kill "$child" 2>/dev/null; echo "did not serve within 60 s" >&2; exit 1; }
+  [ "$n" -lt 1200 ] || { kill -9 "$child" 2>/dev/null; echo "did not serve within 60 s" >&2; exit 1; }
   sleep 0.05
 done
 read -r pid < "$pidfile"
+trap '' PIPE  # what we say may reach nobody any more: we go on and tidy up
 echo ready
 while [ "$(timeout 60 head -c 1)" = . ]; do
   kill -0 "$pid" 2>/dev/null || { echo "ended by itself" >&2; exit 1; }
@@ -936,6 +1333,7 @@ LEASED_FOLDER: Final = HOLD + """
 umask 077
 for place in /run /tmp; do folder=$(mktemp -d "$place/migrena-$1-XXXXXX" 2>/dev/null) && break; done
 [ -n "$folder" ] || { echo "no private folder can be made in /run or /tmp" >&2; exit 1; }
+trap '' PIPE
 echo "$folder"
 hold
 rm -rf -- "$folder"
@@ -945,16 +1343,42 @@ PRIVATE_FILE: Final = 'umask 077; cat > "$1"'
 LACKING: Final = 'for tool; do command -v "$tool" >/dev/null || echo "$tool"; done'
 
 
+DIAL_LIMIT: Final = 15.0  # seconds; a server that says nothing at all for the 30 s that we wait is not asked twice
+DROPPED: Final = ("SSH protocol banner", "kex_exchange_identification", "Connection reset by peer")  # ours, a jump host's, the kernel's
+Dial = Callable[[], tuple["paramiko.SSHClient", contextlib.ExitStack]]
+
+
 def connect(name: str, settings: Settings, screen: Screen) -> Host:
     """A hypervisor by Nova's name for it; raises HostError that says what ssh would say, and what to do."""
-    import paramiko
-
     logging.getLogger("paramiko").setLevel(logging.DEBUG if settings.debug else logging.CRITICAL)
     entry = settings.hosts.get(name, HostEntry())
-    target = Target.of(entry.address or name, entry, settings)
+    with contextlib.ExitStack() as stack:
+        host = Host(name, lambda: dial(name, Target.of(entry.address or name, entry, settings)), entry.nbd_address, screen)
+        stack.callback(host.close)
+        host.become(settings.sudo)
+        stack.pop_all()
+    return host
+
+
+def dial(name: str, target: Target) -> tuple[paramiko.SSHClient, contextlib.ExitStack]:
+    """An SSH connection, and what closes it. One that sshd drops unheard is tried again: see MaxStartups in sshd_config(5)."""
+    limit = time.monotonic() + DIAL_LIMIT
+    while True:
+        try:
+            return dial_once(name, target)
+        except HostError as error:
+            if not any(words in str(error) for words in DROPPED) or time.monotonic() > limit:
+                raise
+        time.sleep(0.5 + secrets.randbelow(2000) / 1000)
+
+
+def dial_once(name: str, target: Target) -> tuple[paramiko.SSHClient, contextlib.ExitStack]:
+    """An SSH connection, and what closes it; tried once."""
+    import paramiko
+
     with contextlib.ExitStack() as stack:
         try:
-            client = target.open(stack)
+            return target.open(stack), stack.pop_all()
         except socket.gaierror as error:
             raise HostError(f"{name}: {target.host} does not resolve", f"add HOSTS = {{'{name}': 'ADDRESS'}} to config.py") from error
         except paramiko.BadHostKeyException as error:
@@ -966,11 +1390,7 @@ def connect(name: str, settings: Settings, screen: Screen) -> Host:
                 raise HostError(f"{name}: {target} refuses the key of user {target.user}: {error}",
                                 "set user and key in HOSTS, SSH_USER and SSH_KEY, or load the key into the agent") from error
             raise HostError(f"{name}: no SSH connection to {target}: {error}", "check address and port in HOSTS") from error
-        host = Host(name, client, entry.nbd_address, screen, stack.pop_all())
-        stack.callback(host.close)
-        host.become(settings.sudo)
-        stack.pop_all()
-    return host
+    raise AssertionError("the stack hides no exception")
 
 
 @contextlib.contextmanager
@@ -991,7 +1411,8 @@ def proxied(command: str) -> Iterator[socket.socket]:
             raise
         finally:
             ours.close()
-            process.terminate()
+            with contextlib.suppress(ProcessLookupError):  # the hops before the last one are its children
+                os.killpg(process.pid, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -1016,6 +1437,7 @@ class Target:
         known = [*found.get("userknownhostsfile", "~/.ssh/known_hosts").split(), "/etc/ssh/ssh_known_hosts"]
         proxy, jumps = found.get("proxycommand", "none"), found.get("proxyjump", "none")
         if jumps != "none":  # OpenSSH itself knows best how its hops are reached
+            _refuse_circle(path, alias)
             *before, last = jumps.split(",")
             proxy = shlex.join(["ssh", "-F", str(path), "-o", "BatchMode=yes", *(["-J", ",".join(before)] if before else []),
                                 "-W", f"[{host}]:{port}", f"ssh://{last.removeprefix('ssh://')}"])
@@ -1070,6 +1492,16 @@ def _ssh_lookup(path: Path, alias: str) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read: {error}", "name another one in SSH_CONFIG") from error
 
 
+def _refuse_circle(path: Path, alias: str) -> None:
+    """Raises UsageError where the jump hosts of ssh_config lead back to one of them: ssh would start itself again and again."""
+    passed = [alias]
+    while (jumps := _ssh_lookup(path, passed[-1]).get("proxyjump", "none")) != "none":
+        first = jumps.split(",")[0].removeprefix("ssh://").rpartition("@")[2]
+        passed.append(first if first.startswith("[") else first.partition(":")[0])
+        if passed[-1] in passed[:-1]:
+            raise UsageError(f"{path}: ProxyJump goes in a circle: {' -> '.join(passed)}", "have one of them reached without a jump host")
+
+
 def _transport(client: paramiko.SSHClient) -> paramiko.Transport:
     transport = client.get_transport()
     if transport is None:
@@ -1080,19 +1512,25 @@ def _transport(client: paramiko.SSHClient) -> paramiko.Transport:
 class Host:
     """One hypervisor: commands as words in, text out. One SSH connection carries them all."""
 
-    def __init__(self, name: str, client: paramiko.SSHClient, nbd_address: str, screen: Screen, stack: contextlib.ExitStack) -> None:
+    def __init__(self, name: str, dial: Dial, nbd_address: str, screen: Screen) -> None:
         self.name = name
-        self.unconfirmed: list[str] = []  # leases whose end the host did not confirm
-        self._client, self._screen, self._stack = client, screen, stack
+        self.unconfirmed: list[str] = []  # leases whose end the host did not confirm; they end with their connection
+        self.stays: list[str] = []  # what a lease said that it could not undo
+        self._dial, self._given_address, self._screen = dial, nbd_address, screen
         self._prefix: tuple[str, ...] = ()
         self._leases: set[Lease] = set()
         self._closing = threading.Event()
-        try:
-            seen = self.run("printenv", "SSH_CONNECTION").split()
-        except CommandError:
-            seen = []
-        self.nbd_address = nbd_address or (seen[2] if len(seen) == 4 else _transport(client).getpeername()[0])
+        self._open()
         threading.Thread(target=self._beat, name=f"dots to {name}", daemon=True).start()
+
+    def _open(self) -> None:
+        """Opens the connection to where the name leads now, and sees at which address the other hypervisor reaches the host."""
+        self._client, self._stack = self._dial()
+        prefix, self._prefix, seen = self._prefix, (), []  # sudo would hide the variable
+        with contextlib.suppress(CommandError):
+            seen = self.run("printenv", "SSH_CONNECTION").split()
+        self._prefix = prefix
+        self.nbd_address = self._given_address or (seen[2] if len(seen) == 4 else str(_transport(self._client).getpeername()[0]))
 
     def become(self, sudo: str) -> None:
         """Takes root's rights by sudo where it is asked for or needed; raises HostError where they are denied."""
@@ -1106,6 +1544,17 @@ class Host:
                             f"add a line to sudoers there: {user} ALL=(root) NOPASSWD: ALL") from error
         self._prefix = ("sudo", "-n")
 
+    def revive(self) -> None:
+        """Opens the connection anew if it does not or did not answer; what it held has ended with it, or does within a minute. Raises HostError."""
+        with contextlib.suppress(HostError):
+            if not self.unconfirmed:  # else the way to be sure of their end is to end the connection
+                self.run("true", seconds=10.0)
+                return
+        self._stack.close()
+        self._leases.clear()
+        self._open()
+        self.unconfirmed.clear()
+
     def run(self, *words: str, stdin: bytes = b"", seconds: float = 60.0) -> str:
         """What a short command prints; raises CommandError when it fails and HostError after `seconds` of silence."""
         channel, process = self._start(words, ("timeout", "-k", "5", str(seconds)), seconds + 15)
@@ -1116,7 +1565,8 @@ class Host:
             if channel.recv_exit_status() in (124, 137):
                 raise TimeoutError
         process.check()
-        channel.close()
+        with unheard():
+            channel.close()
         return printed.decode("utf-8", "surrogateescape")
 
     def script(self, script: str, *values: str, stdin: bytes = b"") -> str:
@@ -1173,8 +1623,8 @@ class Host:
 
     def confirm_all_ended(self) -> None:
         """Raises HostError where the end of something of ours was not confirmed."""
-        if self.unconfirmed:
-            raise HostError("; ".join(self.unconfirmed))
+        if self.unconfirmed or self.stays:
+            raise HostError("; ".join([*self.stays, *self.unconfirmed]))
 
     def close(self) -> None:
         """Ends the connection, and with it every lease."""
@@ -1219,7 +1669,7 @@ class Lease:
 
     def beat(self) -> None:
         """One more dot: go on."""
-        with contextlib.suppress(OSError, EOFError):
+        with unheard():
             self._channel.send(b".")
 
     def read(self, seconds: float) -> str:
@@ -1250,7 +1700,7 @@ class Lease:
 
     def release(self) -> None:
         """No more dots: it ends by itself."""
-        with contextlib.suppress(OSError, EOFError):
+        with unheard():
             self._channel.shutdown_write()
 
     def close(self) -> None:
@@ -1258,16 +1708,26 @@ class Lease:
         self.release()
         patience = 1.0 if self._host.unconfirmed else 15.0  # a host that does not answer is not waited for once a lease
         if self._channel.status_event.wait(patience) and self._channel.exit_status == LEFT_BEHIND:
-            self._host.unconfirmed.append(f"{self._host.name}: {self._said.decode(errors='replace').strip()}")
+            self._host.stays.append(f"{self._host.name}: {self._said.decode(errors='replace').strip()}")
         elif self._channel.exit_status == -1:
             self._host.unconfirmed.append(f"{self._host.name} did not confirm the end of `{shorten(shlex.join(self._words), 120)}`"
                                           " (it ends by itself when the connection does)")
-        self._channel.close()
+        with unheard():
+            self._channel.close()
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """For what is said to a host that may be gone: whether the connection still carries it makes no difference any more."""
+    import paramiko
+
+    with contextlib.suppress(paramiko.SSHException, EOFError, OSError):
+        yield
 
 
 def _drain(channel: paramiko.Channel, into: bytearray, most: int = 16384) -> None:
     """Reads a channel's standard error to its end: left unread, it would block standard output too."""
-    with contextlib.suppress(OSError, EOFError):
+    with unheard():
         while piece := channel.recv_stderr(8192):
             into += piece
             del into[:-most]
@@ -1277,10 +1737,14 @@ def _drain(channel: paramiko.Channel, into: bytearray, most: int = 16384) -> Non
 
 MARK: Final = "migrena:run"  # key in a server's metadata: the run that is moving it, or that made it
 ORIGIN: Final = "migrena:source"  # key in the destination's metadata: the id of the instance that it was copied from
+WAS: Final = "migrena:was"  # key in both servers' metadata: the status in which the run found the source
+DONE: Final = "migrena:done"  # key in the destination's metadata, in place of MARK: the run that has completed it
 UNCHANGED_LIMIT: Final = 1800.0  # seconds that Nova may show no change before we stop waiting; a big image loads slowly
 OUTAGE_LIMIT: Final = 120.0  # seconds of errors from the API that a wait lives through
 OWN_ARGUMENTS: Final = frozenset({"self", "name", "image", "flavor", "reservation_id", "min_count", "max_count",
                                   "block_device_mapping", "block_device_mapping_v2"})  # not for -e: ours, or not one instance
+
+SHOWN: Final = ("nics", "security_groups", "availability_zone", "key_name", "config_drive", "host", "hypervisor_hostname")  # of -e: no secrets
 
 
 def check_extra(extra: Mapping[str, Any]) -> None:
@@ -1295,6 +1759,33 @@ def check_extra(extra: Mapping[str, Any]) -> None:
             raise UsageError(f"-e: Nova's create knows no argument {name!r}{did_you_mean(name, known)}", f"known: {', '.join(sorted(known))}")
     if not isinstance(extra.get("meta", {}), dict):
         raise UsageError("-e: meta must be a dictionary")
+
+
+def _image(raw: Mapping[str, Any]) -> Image:
+    return Image(raw["id"], raw.get("name") or "", raw.get("status") or "", raw.get("os_hash_value") or "", raw.get("checksum") or "")
+
+
+@contextlib.contextmanager
+def api_wall(label: str, url: str, act: str) -> Iterator[None]:
+    """Exceptions of the OpenStack libraries stop here."""
+    import requests
+    from glanceclient import exc as glance_exceptions
+    from keystoneauth1 import exceptions as auth_exceptions
+    from novaclient import exceptions as nova_exceptions
+
+    try:
+        yield
+    except auth_exceptions.Unauthorized as error:
+        raise CloudError(f"{label} cloud: {url} refuses the credentials: {shorten(str(error))}",
+                         "check user, password, project and domains", 401) from error
+    except auth_exceptions.EndpointNotFound as error:
+        raise CloudError(f"{label} cloud: {shorten(str(error))}", "check region_name and interface in the credentials", 404) from error
+    except (auth_exceptions.ClientException, nova_exceptions.ClientException, glance_exceptions.ClientException,
+            requests.RequestException) as error:
+        code = getattr(error, "http_status", None) or getattr(error, "code", None)
+        code = code if isinstance(code, int) else 0 if isinstance(error, auth_exceptions.ConnectionError) else 400
+        way_out = "check auth_url, and whether this machine reaches it" if act == "sign in" else ""
+        raise CloudError(f"{label} cloud: {act}: {shorten(str(error)) or type(error).__name__}", way_out, code) from error
 
 
 class Cloud:
@@ -1330,27 +1821,20 @@ class Cloud:
         self._version = (newest.ver_major, newest.ver_minor)
         self._glance: Any = GlanceClient("2", session=opened, endpoint=glance_endpoint or None, region_name=region, interface=interface)
 
-    @contextlib.contextmanager
-    def _wall(self, act: str) -> Iterator[None]:
-        """Exceptions of the OpenStack libraries stop here."""
-        import requests
-        from glanceclient import exc as glance_exceptions
-        from keystoneauth1 import exceptions as auth_exceptions
-        from novaclient import exceptions as nova_exceptions
+    def _wall(self, act: str) -> contextlib.AbstractContextManager[None]:
+        return api_wall(self.label, self.url, act)
 
-        try:
-            yield
-        except auth_exceptions.Unauthorized as error:
-            raise CloudError(f"{self.label} cloud: {self.url} refuses the credentials: {shorten(str(error))}",
-                             "check user, password, project and domains", 401) from error
-        except auth_exceptions.EndpointNotFound as error:
-            raise CloudError(f"{self.label} cloud: {shorten(str(error))}", "check region_name and interface in the credentials", 404) from error
-        except (auth_exceptions.ClientException, nova_exceptions.ClientException, glance_exceptions.ClientException,
-                requests.RequestException) as error:
-            code = getattr(error, "http_status", None) or getattr(error, "code", None)
-            code = code if isinstance(code, int) else 0 if isinstance(error, auth_exceptions.ConnectionError) else 400
-            way_out = "check auth_url, and whether this machine reaches it" if act == "sign in" else ""
-            raise CloudError(f"{self.label} cloud: {act}: {shorten(str(error)) or type(error).__name__}", way_out, code) from error
+    def _insist(self, act: str, do: Callable[[], T]) -> T:
+        """What an act gives that may be repeated: it lives through an outage, and waits for the end of a task that is under way."""
+        limit = time.monotonic() + OUTAGE_LIMIT
+        for _ in self._polls():
+            try:
+                with self._wall(act):
+                    return do()
+            except CloudError as error:
+                if time.monotonic() > limit or (error.code != 409 and not error.may_pass):
+                    raise
+        raise AssertionError("polls never end")
 
     def server(self, id: str) -> Server:
         """An instance by its id."""
@@ -1360,8 +1844,14 @@ class Cloud:
     def servers_named(self, name: str) -> list[Server]:
         """The instances of this project that have exactly this name."""
         with self._wall("list servers"):
-            found = self._nova.servers.list(search_opts={"name": f"^{re.escape(name)}$"})
+            found = self._nova.servers.list(search_opts={"name": f"^{re.escape(name)}$"}, limit=-1)
             return [self._read(server.to_dict()) for server in found if server.name == name]
+
+    def made_by(self, run: str, origin: str = "") -> list[Server]:
+        """The instances that a run has made, or whatever was made from `origin`, under whatever name by now."""
+        found = self._insist("list servers", lambda: self._nova.servers.list(limit=-1))  # else no more than the first page is listed
+        return [server for server in (self._read(raw.to_dict()) for raw in found)
+                if (run and run in (server.metadata.get(MARK), server.metadata.get(DONE))) or (origin and server.metadata.get(ORIGIN) == origin)]
 
     @functools.cached_property
     def _flavors(self) -> dict[str, Flavor]:
@@ -1395,7 +1885,7 @@ class Cloud:
     def images(self) -> list[Image]:
         """All images that these credentials see."""
         with self._wall("list images"):
-            return [self._image(raw) for raw in self._glance.images.list()]
+            return [_image(raw) for raw in self._glance.images.list()]
 
     def image(self, id: str) -> Image | None:
         """An image by its id, or None where it is gone."""
@@ -1403,13 +1893,9 @@ class Cloud:
 
         with self._wall(f"show image {id}"):
             try:
-                return self._image(self._glance.images.get(id))
+                return _image(self._glance.images.get(id))
             except exc.HTTPNotFound:
                 return None
-
-    @staticmethod
-    def _image(raw: Mapping[str, Any]) -> Image:
-        return Image(raw["id"], raw.get("name") or "", raw.get("status") or "", raw.get("os_hash_value") or "", raw.get("checksum") or "")
 
     def sees_hosts(self) -> bool:
         """Whether these credentials are an admin's, who is told on which host an instance is."""
@@ -1437,21 +1923,23 @@ class Cloud:
 
     def delete(self, id: str) -> None:
         """Deletes an instance and waits until it is gone; raises CloudError when Nova fails five times, or has not in half an hour."""
-        asked, limit = 0, time.monotonic() + UNCHANGED_LIMIT
+        refused, asked, limit = 0, 0.0, time.monotonic() + UNCHANGED_LIMIT
         for _ in self._polls():
             try:
                 server = self.server(id)
                 if server.status == "DELETED":
                     return
-                if server.task != "deleting" and asked < 5:  # one that falls into ERROR on the way is asked for again
-                    with self._wall(f"delete server {id}"):
-                        if server.status == "SOFT_DELETED":  # a cloud that keeps what is deleted for a while keeps its disk too
-                            self._nova.servers.force_delete(id)
-                        else:
-                            self._nova.servers.delete(id)
-                    asked += 1
-                elif server.task != "deleting" or time.monotonic() > limit:
+                is_deleting = server.task == "deleting"
+                if time.monotonic() > limit or (refused == 5 and not is_deleting):
                     raise CloudError(f"{self.label} cloud: server {id} is not deleted: {server.fault or 'Nova gives no reason'}", code=400)
+                if is_deleting and time.monotonic() < asked + 30:
+                    continue
+                with self._wall(f"delete server {id}"):  # Nova ignores a repeated request, until it takes the instance's host for dead
+                    if server.status == "SOFT_DELETED":  # a cloud that keeps what is deleted for a while keeps its disk too
+                        self._nova.servers.force_delete(id)
+                    else:
+                        self._nova.servers.delete(id)
+                refused, asked = refused + (not is_deleting), time.monotonic()
             except CloudError as error:
                 if error.code == 404:
                     return
@@ -1460,15 +1948,11 @@ class Cloud:
 
     def stop(self, id: str) -> None:
         """Asks Nova to stop an instance; one that is stopped already is left alone."""
-        with self._wall(f"stop server {id}"):
-            if not self.server(id).is_stopped:
-                self._nova.servers.stop(id)
+        self._insist(f"stop server {id}", lambda: self.server(id).is_stopped or self._nova.servers.stop(id))
 
     def start(self, id: str, changed: Callable[[Server], None]) -> Server:
         """An instance that was started; raises CloudError with the reason from os-instance-actions: Nova accepts a start that fails."""
-        with self._wall(f"start server {id}"):
-            if not self.server(id).is_running:
-                self._nova.servers.start(id)
+        self._insist(f"start server {id}", lambda: self.server(id).is_running or self._nova.servers.start(id))
 
         def settled(server: Server) -> bool:
             return server.is_running or (server.is_stopped and bool(self.why_failed(id, "start")))
@@ -1480,31 +1964,38 @@ class Cloud:
 
     def why_failed(self, id: str, action: str) -> str:
         """Why the latest such action failed, from os-instance-actions; empty while it runs or where it did not fail."""
-        with self._wall(f"show actions of server {id}"):
+        def look() -> list[dict[str, Any]]:
             latest = next((entry for entry in self._nova.instance_action.list(id) if entry.action == action), None)
-            events = self._nova.instance_action.get(id, latest.request_id).events if latest else []
-        failed = [event for event in events or [] if event.get("result") == "Error"]
+            return list(self._nova.instance_action.get(id, latest.request_id).events or ()) if latest else []
+
+        failed = [event for event in self._insist(f"show actions of server {id}", look) if event.get("result") == "Error"]
         return str(failed[0].get("details") or failed[0].get("traceback") or "Nova gives no details") if failed else ""
 
     def lock(self, id: str, reason: str) -> None:
         """Locks an instance against its users; admins are not held by that."""
-        with self._wall(f"lock server {id}"):
-            self._nova.servers.lock(id, **({"reason": reason} if self._version >= (2, 73) else {}))
+        reasons = {"reason": reason} if self._version >= (2, 73) else {}
+        self._insist(f"lock server {id}", lambda: self._nova.servers.lock(id, **reasons))
 
     def unlock(self, id: str) -> None:
         """Takes the lock off an instance."""
-        with self._wall(f"unlock server {id}"):
-            self._nova.servers.unlock(id)
+        self._insist(f"unlock server {id}", lambda: self._nova.servers.unlock(id))
 
-    def mark(self, id: str, run: str) -> None:
-        """Writes into an instance's metadata which run moves it."""
-        with self._wall(f"mark server {id}"):
-            self._nova.servers.set_meta(id, {MARK: run})
+    def mark_of(self, id: str) -> str | None:
+        """The run whose mark an instance carries, if any."""
+        return self._insist(f"show server {id}", lambda: self.server(id)).metadata.get(MARK)
 
-    def unmark(self, id: str) -> None:
-        """Takes our mark out of an instance's metadata."""
-        with self._wall(f"unmark server {id}"):
-            self._nova.servers.delete_meta(id, [MARK])
+    def mark(self, id: str, marks: Mapping[str, str]) -> None:
+        """Writes into an instance's metadata."""
+        self._insist(f"mark server {id}", lambda: self._nova.servers.set_meta(id, dict(marks)))
+
+    def unmark(self, id: str, run: str, *keys: str) -> None:
+        """Takes a run's marks of these keys out of an instance's metadata; where another run's mark is, all stays."""
+        def take() -> None:
+            there = self.server(id).metadata
+            if there.get(MARK) in (run, None) and (found := [key for key in keys if key in there]):
+                self._nova.servers.delete_meta(id, found)
+
+        self._insist(f"unmark server {id}", take)
 
     def wait(self, id: str, ready: Callable[[Server], bool], changed: Callable[[Server], None]) -> Server:
         """The instance when `ready` says so. Raises CloudError when it goes to ERROR, and when nothing changes for half an hour."""
@@ -1549,7 +2040,8 @@ PACKAGES: Final = {"qemu-img": ("qemu-utils", "qemu-img"), "qemu-nbd": ("qemu-ut
 NEEDED: Final = ("qemu-img", "qemu-nbd", "timeout", "ss", "ip")  # on both hosts, whatever the transport
 
 # Runs on a hypervisor: `map|digest WHERE OFFSET LENGTH`. WHERE is a file, or unix:SOCKET of a qemu-nbd. `map` prints the
-# stretches that hold bytes, `digest` the sha256 of each block of 1 MiB that is not all zeros, with the block's number.
+# stretches worth copying, with how many bytes each holds; `digest` the sha256 of each block of 1 MiB that is not all zeros,
+# with the block's number.
 BLOCKS: Final = r"""
 import hashlib, json, os, socket, struct, subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor
@@ -1614,11 +2106,11 @@ if verb == "map":
     held = []
     for start, stop in disk.extents():
         if held and start - held[-1][1] < HOLE:
-            held[-1][1] = stop
+            held[-1][1:] = stop, held[-1][2] + stop - start
         else:
-            held.append([start, stop])
-    for start, stop in held:
-        print(start, stop - start)
+            held.append([start, stop, stop - start])
+    for start, stop, count in held:
+        print(start, stop - start, count)
 else:
     blocks = sorted({block for start, stop in disk.extents() for block in range(start // BLOCK, -(-stop // BLOCK))})
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -1631,20 +2123,23 @@ sys.stdout.flush()
 os._exit(0)  # the threads' connections need no farewell
 """
 
-# Listens on ADDRESS PORT, lets connections from CLIENT in and nobody else's (the kernel drops them by a socket filter, see
-# bpf(4) and socket(7)), and becomes the given command, which finds the listening socket as systemd would hand it over.
-LISTEN_FOR_ONE: Final = r"""
+# Listens on ADDRESS PORT and becomes the given command, which finds the listening socket as systemd would hand it over.
+# Where CLIENT is not empty, connections from other addresses are dropped by the kernel: a socket filter, see bpf(4), socket(7).
+# Connections inherit TCP_NODELAY: qemu-nbd sets it since 8.1 only, and without it each fragment of a disk costs 10 ms.
+LISTEN: Final = r"""
 import ctypes, os, socket, struct, sys
 address, port, client = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-family = socket.AF_INET6 if ":" in client else socket.AF_INET
-words = struct.unpack(">%dI" % (4 if family == socket.AF_INET6 else 1), socket.inet_pton(family, client))
-source_field = 8 if family == socket.AF_INET6 else 12
-code = b"".join(struct.pack("HBBIHBBI", 0x20, 0, 0, 0xFFF00000 + source_field + 4 * n, 0x15, 0, 2 * (len(words) - n) - 1, word)
-                for n, word in enumerate(words)) + struct.pack("HBBIHBBI", 6, 0, 0, 0xFFFFFFFF, 6, 0, 0, 0)
-kept = ctypes.create_string_buffer(code)
+family = socket.AF_INET6 if ":" in address else socket.AF_INET
 listener = socket.socket(family)
 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-listener.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", len(code) // 8, ctypes.addressof(kept)))
+listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+if client:
+    words = struct.unpack(">%dI" % (4 if family == socket.AF_INET6 else 1), socket.inet_pton(family, client))
+    source_field = 8 if family == socket.AF_INET6 else 12
+    code = b"".join(struct.pack("HBBIHBBI", 0x20, 0, 0, 0xFFF00000 + source_field + 4 * n, 0x15, 0, 2 * (len(words) - n) - 1, word)
+                    for n, word in enumerate(words)) + struct.pack("HBBIHBBI", 6, 0, 0, 0xFFFFFFFF, 6, 0, 0, 0)
+    kept = ctypes.create_string_buffer(code)
+    listener.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", len(code) // 8, ctypes.addressof(kept)))
 listener.bind((address, port))
 listener.listen(16)
 os.dup2(listener.fileno(), 3)
@@ -1666,6 +2161,7 @@ timeout 60 "$@" ${device:+"$device"} </dev/null >"$said" 2>&1 || { cat "$said" >
 [ -n "$device" ] || device=$(sed -n 's,.*Connected \\(/dev/nbd[0-9]*\\).*,\\1,p' "$said")
 [ -b "$device" ] || { cat "$said" >&2; exit 1; }
 state=/sys/block/${device#/dev/}
+trap '' PIPE
 echo "$device $(cat "$state/size")"
 hold
 nbd-client -d "$device" >/dev/null 2>&1
@@ -1681,10 +2177,14 @@ chown --reference="$1" -- "$2"
 chmod --reference="$1" -- "$2"
 if command -v selinuxenabled >/dev/null && selinuxenabled; then chcon --reference="$1" -- "$2"; fi
 sync "$2"
-ln -- "$1" "$3"
+[ -e "$3" ] || ln -- "$1" "$3"
 mv -fT -- "$2" "$1"
 sync "$(dirname "$1")"
 """
+
+
+# $1 a raw file, then offset and length of each stretch that shall be a hole again.
+PUNCH: Final = 'file=$1; shift; while [ $# -gt 0 ]; do fallocate -p -o "$1" -l "$2" -- "$file" || exit; shift 2; done'
 
 
 def tools_lacking(host: Host, tools: Sequence[str]) -> list[str]:
@@ -1693,6 +2193,7 @@ def tools_lacking(host: Host, tools: Sequence[str]) -> list[str]:
 
 
 Node = dict[str, str]  # one of qemu's block nodes, option by option
+Digest = Callable[[Host, str, int, int, float], dict[int, str]]  # as `digests` below takes them
 
 
 def image_opts(node: Node) -> str:
@@ -1788,8 +2289,13 @@ def same_content(one: tuple[Host, DiskImage], other: tuple[Host, DiskImage], sta
     """Whether two files hold the same bytes, by the digests of all their blocks, both hosts at work at once."""
     if (one[1].length, one[1].format) != (other[1].length, other[1].format):
         return False
+    return same_digests(digests, ((one[0], one[1].path), (other[0], other[1].path)), Chunk(0, one[1].length, True), stall)
+
+
+def same_digests(how: Digest, sides: tuple[tuple[Host, str], tuple[Host, str]], tile: Chunk, stall: float) -> bool:
+    """Whether the digests of a chunk are equal on both sides (a host, and what it reads), which are at work at once."""
     with ThreadPoolExecutor(2) as pool:
-        found = [pool.submit(digests, host, image.path, 0, image.length, stall) for host, image in (one, other)]
+        found = [pool.submit(how, host, where, tile.offset, tile.length, stall) for host, where in sides]
         return found[0].result() == found[1].result()
 
 
@@ -1803,6 +2309,11 @@ def digest_of_chunk(host: Host, where: str, offset: int, length: int, stall: flo
     """The same as one digest of the whole stretch of a file, for hosts without python3."""
     count = "dd if=\"$1\" iflag=skip_bytes,count_bytes skip=\"$2\" count=\"$3\" bs=1M status=none | sha256sum"
     return {offset // MiB: host.work("sh", "-c", count, "migrena", where, str(offset), str(length), stall=max(stall, 3600)).split()[0]}
+
+
+def digests_for(job: DiskJob) -> Digest:
+    """How the digests of a job's chunks are taken: by block, or on hosts without python3 one for the whole chunk."""
+    return digests if job.with_python else digest_of_chunk
 
 
 def held(host: Host, path: str, folder: str) -> contextlib.AbstractContextManager[Lease]:
@@ -1912,9 +2423,11 @@ def qemu_nbd(ends: Ends, job: DiskJob, place: Export, path: str, format: str) ->
     cache = ("--cache=none", "--aio=native") if job.source_direct else ("--cache=writeback",)
     words = ("qemu-nbd", "-r", "-t", "-e", "8", "-x", place.name, f"--pid-file={folder}/{place.port}.pid", *cache, "-f", format)
     if job.settings.tls:
-        creds = ("--object", f"tls-creds-x509,id=t,dir={folder},endpoint=server,verify-peer=yes", "--tls-creds", "t")
-        return (*words, "-b", place.address, "-p", str(place.port), *creds, path)
-    return ("python3", "-c", LISTEN_FOR_ONE, place.address, str(place.port), ends.client_address, *words, path)
+        words += ("--object", f"tls-creds-x509,id=t,dir={folder},endpoint=server,verify-peer=yes", "--tls-creds", "t")
+    if not job.with_python:
+        return (*words, "-b", place.address, "-p", str(place.port), path)
+    client = "" if job.settings.tls else ends.client_address
+    return ("python3", "-c", LISTEN, place.address, str(place.port), client, *words, path)
 
 
 @contextlib.contextmanager
@@ -1974,32 +2487,62 @@ def _whole_sectors(length: int) -> int:
     return -(-length // 512) * 512
 
 
-def move_disk(ends: Ends, job: DiskJob, progress: Callable[[int], contextlib.AbstractContextManager[Callable[[int], None]]],
-              check: Callable[[], None] = lambda: None) -> Moved:
-    """Brings the source's disk into the destination's place and proves it; `check` is called between chunks and may raise.
+@dataclass(frozen=True)
+class Witness:
+    """Those who look on while a disk moves: who shows the bytes, who is told of each chunk that has arrived, and who may stop it all."""
+
+    progress: Callable[[int], contextlib.AbstractContextManager[Callable[[int], None]]]
+    arrived: Callable[[Chunk], None] = lambda tile: None
+    check: Callable[[], None] = lambda: None  # called between chunks; may raise
+
+
+def stand_of(host: Host, path: str) -> str:
+    """Size, times and inode of a file: whoever writes to it, replaces it or hands it to a guest changes them."""
+    return host.run("stat", "-c", "%s %.Y %.Z %i", "--", path).strip()
+
+
+def require_stand(source: Host, job: DiskJob) -> None:
+    """Raises FinalError when the source's file is no longer as it stood when it had been stopped."""
+    try:
+        stand = stand_of(source, job.source.path)
+    except CommandError as error:
+        raise FinalError(f"{source.name}: {job.source.path} was deleted while it was being copied: {error.said}",
+                         "find out by whom; the copy that was begun is not whole") from error
+    if stand != job.stand:
+        raise FinalError(f"{source.name}: {job.source.path} was changed while it was being copied",
+                         "find out who has started the source, or has written to its disk or replaced it, and run migrena again")
+
+
+def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[tuple[int, int]] = ()) -> Moved:
+    """Brings the source's disk into the new file and proves it; of what an earlier attempt has sent (`known`), only what is not proven again.
 
     Raises HostError when a host, a command or the proof fails. The source's lock is held for as long as the export lives.
     """
-    began = time.monotonic()
-    source, destination = ends.source, ends.destination
-    before = source.run("stat", "-c", "%s %Y %Z", "--", job.source.path)
+    began, source = time.monotonic(), ends.source
+    require_stand(source, job)
     with contextlib.ExitStack() as stack:
-        hold = stack.enter_context(held(source, job.source.path, ends.source_folder))
+        try:
+            hold = stack.enter_context(held(source, job.source.path, ends.source_folder))
+        except CommandError as error:
+            raise FinalError(f"{source.name}: {job.source.path} is in use: {error.said}", "find out who has it open (virsh list, lsof)") from error
         export, serving = stack.enter_context(exported(ends, job, job.source.path, job.export_format))
         readable = stack.enter_context(seen_by_guest(ends, source, job.source, job.whole_file))
-        options, node = stack.enter_context(reached(ends, job, export, job.length))
-        tiles = tiles_of(source, readable, job)
-        make_new(destination, job)
+        reader = stack.enter_context(reached(ends, job, export, job.length))
+        tiles, held_bytes = tiles_of(source, readable, job)
+        proven = prove_what_is_there(ends, job, readable, [tile for tile in tiles if tile.holds_bytes and is_covered(tile, known)], tiles)
         compared = stack.enter_context(Comparison(ends, job, readable))
-        with progress(sum(tile.length for tile in tiles if tile.holds_bytes)) as show:
+        with witness.progress(sum(tile.length for tile in tiles if tile.holds_bytes)) as show:
             done = 0
             for tile in tiles:
                 if tile.holds_bytes:
-                    copy_chunk(ends, job, (options, node), tile, lambda part, done=done: show(done + part))  # type: ignore[misc]
+                    if tile not in proven:
+                        copy_chunk(ends, job, reader, tile, lambda part, done=done: show(done + part))  # type: ignore[misc]
+                        witness.arrived(tile)
                     done += tile.length
                     show(done)
                 compared.add(tile)
-                check()
+                witness.check()
+                require_stand(source, job)
                 hold.check(is_running=True)
                 serving.check(is_running=True)
         copy_tail(ends, job)
@@ -2007,20 +2550,68 @@ def move_disk(ends: Ends, job: DiskJob, progress: Callable[[int], contextlib.Abs
         alive = 'readlink "/proc/$(cat "$1")/exe"'  # kill -0 would also find one that has ended and was not waited for yet
         if not source.succeeds("sh", "-c", alive, "migrena", f"{ends.source_folder}/hold.pid"):
             raise HostError(f"{source.name}: the qemu-nbd that held the lock on {job.source.path} ended by itself", "run it again")
-    if source.run("stat", "-c", "%s %Y %Z", "--", job.source.path) != before:
-        raise HostError(f"{source.name}: {job.source.path} was changed while it was being copied")
-    held_bytes = sum(tile.length for tile in tiles if tile.holds_bytes)
-    return Moved(min(held_bytes, job.source.allocated) if job.whole_file else held_bytes, digest, time.monotonic() - began)
+    require_stand(source, job)
+    return Moved(held_bytes, digest, time.monotonic() - began)
 
 
-def tiles_of(source: Host, readable: str, job: DiskJob) -> tuple[Chunk, ...]:
-    """The chunks of a job, after a look at where the source holds bytes; all of it where the host cannot tell."""
+def prove_what_is_there(ends: Ends, job: DiskJob, readable: str, claimed: Sequence[Chunk], tiles: Sequence[Chunk]) -> frozenset[Chunk]:
+    """Those of the claimed chunks that the digests of both ends prove. All else in the new file is zeros then; it is made where it must be."""
+    destination = ends.destination
+    if claimed and destination.succeeds("test", "-f", job.new):
+        destination.run("qemu-img", "info", "--image-opts", locked(job.new))  # fails while an earlier attempt still writes to it
+        if can_be(lambda: make_sound(destination, job)):
+            with seen_by_guest(ends, destination, job.new_image, job.whole_file) as place:
+                sides, stall = ((ends.source, readable), (destination, place)), job.settings.stall_timeout
+                proven = frozenset(tile for tile in claimed if same_digests(digests_for(job), sides, tile, stall))
+            if can_be(lambda: make_zero(destination, job, [tile for tile in tiles if tile not in proven])):
+                return proven
+    make_new(destination, job)
+    return frozenset()
+
+
+def can_be(act: Callable[[], None]) -> bool:
+    """Whether an act succeeds; False where one of its commands fails."""
+    try:
+        act()
+    except CommandError:
+        return False
+    return True
+
+
+def make_sound(destination: Host, job: DiskJob) -> None:
+    """Brings a new file that was left in the middle into a form that can be gone on with; raises CommandError where it cannot."""
+    if job.new_format == "raw":
+        destination.run("truncate", "-s", str(_whole_sectors(job.length)), "--", job.new)
+        return
+    destination.work("qemu-img", "check", "-q", "-r", "all", "-f", job.new_format, job.new, stall=3600)
+    chain = disk_chain(destination, job.new, job.new_format, shared=False)
+    if len(chain) != 1 or chain[0].size != job.source.size:
+        raise CommandError(destination.name, ("qemu-img", "info", job.new), 0, "it is not the file that was begun")
+
+
+def make_zero(destination: Host, job: DiskJob, tiles: Sequence[Chunk]) -> None:
+    """Makes these chunks of the new file holes again: convert writes no zeros where the source has none."""
+    if job.new_format == "raw":
+        for at in range(0, len(tiles), 500):
+            stretches = (str(number) for tile in tiles[at : at + 500] for number in (tile.offset, _whole_sectors(tile.length)))
+            destination.script(PUNCH, job.new, *stretches)
+        return
+    pieces = [(at, min(GiB, tile.offset + tile.length - at)) for tile in tiles if tile.holds_bytes
+              for at in range(tile.offset, tile.offset + tile.length, GiB)]
+    for first in range(0, len(pieces), 100):
+        orders = (word for at, length in pieces[first : first + 100] for word in ("-c", f"write -q -z -u {at} {length}"))
+        destination.run("qemu-io", "-f", job.new_format, *orders, job.new, seconds=600)
+
+
+def tiles_of(source: Host, readable: str, job: DiskJob) -> tuple[tuple[Chunk, ...], int]:
+    """The chunks of a job, and how many bytes the source holds, after a look at where; all of it where the host cannot tell."""
     if not job.with_python:
-        return chunks(job.length, [(0, job.length)], job.settings.chunk)
+        return chunks(job.length, [(0, job.length)], job.settings.chunk), min(job.length, job.source.allocated)
     lines = source.work("python3", "-c", BLOCKS, "map", readable, "0", str(job.length), stall=600).splitlines()
-    extents = [(int(start), int(count)) for start, count in map(str.split, lines)]
+    found = [tuple(map(int, line.split())) for line in lines]
     rate, limit = job.settings.limit_rate, job.settings.chunk
-    return chunks(job.length, extents, min(limit, max(rate * 60 // MiB, 1) * MiB) if rate else limit)
+    limit = min(limit, max(rate * 60 // MiB, 1) * MiB) if rate else limit
+    return chunks(job.length, [(start, length) for start, length, _ in found], limit), sum(held for _, _, held in found)
 
 
 @contextlib.contextmanager
@@ -2116,8 +2707,7 @@ class Comparison:
         """The digest of the whole, which both ends agree on; empty where no proof was asked for. Raises HostError where they differ."""
         if not self.job.settings.verify:
             return ""
-        new = dataclasses.replace(self.job.fresh, path=self.job.new, format=self.job.new_format)
-        place = self._stack.enter_context(seen_by_guest(self.ends, self.ends.destination, new, self.job.whole_file))
+        place = self._stack.enter_context(seen_by_guest(self.ends, self.ends.destination, self.job.new_image, self.job.whole_file))
         self._digest(1, place, self._tiles)
         whole = hashlib.sha256()
         for tile, one, other in zip(self._tiles, *self._found, strict=True):
@@ -2127,7 +2717,7 @@ class Comparison:
 
     def _digest(self, end: int, place: str, tiles: Sequence[Chunk]) -> None:
         """Begins at one end with those of the chunks that were not begun yet."""
-        how = digests if self.job.with_python else digest_of_chunk
+        how = digests_for(self.job)
         host, found, stall = (self.ends.source, self.ends.destination)[end], self._found[end], self.job.settings.stall_timeout
         found += [self._pools[end].submit(how, host, place, tile.offset, tile.length, stall) for tile in tiles[len(found) :]]
 
@@ -2135,9 +2725,9 @@ class Comparison:
     def _compare(tile: Chunk, one: Mapping[int, str], other: Mapping[int, str]) -> None:
         if one != other:
             blocks = sorted({block for block, _ in one.items() ^ other.items()})
-            raise HostError(f"the copy is not the source: {len(blocks)} blocks of 1 MiB differ between byte {tile.offset:,} and "
-                            f"{tile.offset + tile.length:,}, the first one at {blocks[0] * MiB:,}",
-                            "nothing was put in place; run it again, and have disks and network of both hosts checked")
+            raise FinalError(f"the copy is not the source: {len(blocks)} blocks of 1 MiB differ between byte {tile.offset:,} and "
+                             f"{tile.offset + tile.length:,}, the first one at {blocks[0] * MiB:,}",
+                             "nothing was put in place; run it again, and have disks and network of both hosts checked")
 
 
 def settle_disk(host: Host, job: DiskJob) -> None:
@@ -2167,12 +2757,16 @@ def check_qcow2(host: Host, job: DiskJob) -> None:
 
 # ---- 9. Copy ---------------------------------------------------------------------------------------------------------
 
+LOCKED_BY: Final = "migrena run "  # how the reason of our lock on a source begins; the run's id follows
+CLAIM_PAUSE: Final = 1.0  # seconds after which a run on another machine, that saw no mark before ours, has written its own
+
 # What an operator does about a source in these states; only ACTIVE and SHUTOFF can be copied.
 STATE_WAYS: Final = {
     "PAUSED": "openstack server unpause", "SUSPENDED": "openstack server resume", "SHELVED": "openstack server unshelve",
     "SHELVED_OFFLOADED": "openstack server unshelve", "RESCUE": "openstack server unrescue",
     "VERIFY_RESIZE": "openstack server resize confirm", "ERROR": "openstack server set --state active",
 }
+NO_ROOM: Final = ("No space left on device", "Read-only file system", "Disk quota exceeded")  # no further attempt finds any
 FLAW_WAYS: Final = {
     "internal snapshots": "they would be lost: delete them with qemu-img snapshot -d, or copy a snapshot of the instance",
     "encryption": "its key is not in the disk: carry it as an image with its secret",
@@ -2216,7 +2810,7 @@ def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, 
         if server.image and not settings.image:
             found["image"] = cloud.image(server.image)
         if server.host:
-            host = found["host"] = connect(server.host if server.host in settings.hosts else server.hypervisor, settings, screen)
+            host = found["host"] = connect(host_name(server, settings), settings, screen)
             stack.callback(host.close)
             lacking = found["lacking"] = tuple(tools_lacking(host, list(PACKAGES)))
             found["disk"] = look_at_disk(host, server, settings, lacking)
@@ -2227,6 +2821,11 @@ def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, 
         if isinstance(error, CloudError) and error.code == 404 and found["cloud"] and "server" not in found:
             found["problems"] = (Reason(f"source cloud: there is no server {settings.src_uid}", "see: openstack server list --all-projects"),)
     return SourceFacts(**found)
+
+
+def host_name(server: Server, settings: Settings) -> str:
+    """Nova's name for an instance's host: the one that HOSTS knows."""
+    return server.host if server.host in settings.hosts else server.hypervisor
 
 
 def look_at_disk(host: Host, server: Server, settings: Settings, lacking: Sequence[str]) -> Disk | None:
@@ -2299,32 +2898,39 @@ def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Im
     return found[0]
 
 
-def refuse(settings: Settings, source: SourceFacts, destination: DestinationFacts) -> list[Reason]:
-    """Everything that stands in the way, as far as it can be known before anything is touched; empty where nothing does."""
+def refuse(settings: Settings, source: SourceFacts, destination: DestinationFacts, known: Collection[str] = ()) -> list[Reason]:
+    """Everything that stands in the way, as far as it can be known before anything is touched; `known` are the runs with a journal here."""
     reasons = [*source.problems, *destination.problems]
     if source.server:
-        reasons += refuse_server(source.server, settings)
+        reasons += refuse_server(source.server, settings, known)
         if source.host:
             reasons += refuse_tools(source.host.name, source.lacking, settings, "nbd-server")
     if source.disk:
         reasons += refuse_disk(source.disk, settings)
     if destination.cloud and not destination.problems:
-        reasons += refuse_destination(settings, source, destination)
+        reasons += refuse_destination(settings, source, destination, known)
     return reasons
 
 
-def refuse_server(server: Server, settings: Settings) -> Iterator[Reason]:
+def ways_on(run: str, source: str, known: Collection[str]) -> str:
+    """What an operator does about a run that was cut off."""
+    if run in known:
+        return f"if it is over: ./migrena.py resume {run}, or ./migrena.py rollback {run}"
+    return f"its journal is not on this machine; if it is over: ./migrena.py rollback --run-of {source}"
+
+
+def refuse_server(server: Server, settings: Settings, known: Collection[str] = ()) -> Iterator[Reason]:
     """What about the source instance itself stands in the way."""
     if server.status not in ("ACTIVE", "SHUTOFF"):
         way = f"{STATE_WAYS[server.status]} {server.id}" if server.status in STATE_WAYS else "bring it to one of them"
         yield Reason(f"the source is {server.status}; only ACTIVE or SHUTOFF can be copied", way)
     if server.task:
         yield Reason(f"the source has a task under way: {server.task}", "wait for its end")
-    if server.locked:
+    run = server.metadata.get(MARK) or (server.lock_reason[len(LOCKED_BY):] if server.lock_reason.startswith(LOCKED_BY) else "")
+    if server.locked and server.lock_reason != f"{LOCKED_BY}{run}":
         yield Reason(f"the source is locked{f': {server.lock_reason}' if server.lock_reason else ''}", f"openstack server unlock {server.id}")
-    if MARK in server.metadata:
-        yield Reason(f"run {server.metadata[MARK]} is moving the source, or was killed while it did",
-                     f"if it is over: openstack server unset --property {MARK} {server.id}")
+    if run:
+        yield Reason(f"run {run} is moving the source, or was cut off while it did", ways_on(run, server.id, known))
     if not server.host:
         yield Reason("source cloud: these credentials are not told on which host the instance is", "use an admin's credentials")
     if not server.image:
@@ -2363,10 +2969,14 @@ def refuse_disk(disk: Disk, settings: Settings) -> Iterator[Reason]:
         yield Reason(f"further disks lie beside the root disk: {', '.join(stays)}", "--root-only goes on and leaves them behind")
 
 
-def refuse_destination(settings: Settings, source: SourceFacts, destination: DestinationFacts) -> list[Reason]:
+def refuse_destination(settings: Settings, source: SourceFacts, destination: DestinationFacts, known: Collection[str] = ()) -> list[Reason]:
     """What about the destination cloud stands in the way."""
-    reasons = [Reason(f"destination cloud: the name {settings.dst_name!r} is taken by {server.id}", "choose another one with -d")
-               for server in destination.same_name]
+    reasons = []
+    for server in destination.same_name:
+        problem, way_out = f"destination cloud: the name {settings.dst_name!r} is taken by {server.id}", "choose another one with -d"
+        if run := server.metadata.get(MARK):
+            problem, way_out = f"{problem}, which run {run} was making", ways_on(run, server.metadata.get(ORIGIN, settings.src_uid), known)
+        reasons.append(Reason(problem, way_out))
     if not destination.sees_hosts:
         reasons.append(Reason("destination cloud: these credentials are not told on which host an instance is", "use an admin's credentials"))
     try:
@@ -2386,6 +2996,11 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
     return reasons
 
 
+def already_there(settings: Settings, destination: DestinationFacts) -> Server | None:
+    """The instance that an earlier run has made of this source, under this name, and completed."""
+    return next((server for server in destination.same_name if server.metadata.get(ORIGIN) == settings.src_uid and DONE in server.metadata), None)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What will be done, and with what; only the choice of the destination's host is Nova's."""
@@ -2396,14 +3011,20 @@ class Plan:
     flavor: Flavor
     image: Image
     left_behind: tuple[str, ...]
+    was_running: bool = False  # whether the source ran when the run found it
 
     @property
-    def was_running(self) -> bool:
-        """Whether the source ran when it was found."""
-        return self.server.status == "ACTIVE"
+    def marks(self) -> dict[str, str]:
+        """What the metadata of both servers says while the run is under way."""
+        return {MARK: self.run, WAS: "ACTIVE" if self.was_running else "SHUTOFF"}
 
 
-def make_plan(settings: Settings, source: SourceFacts, destination: DestinationFacts) -> Plan:
+def new_run() -> str:
+    """The id of a new run; ids sort by the time of day."""
+    return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+
+
+def make_plan(settings: Settings, source: SourceFacts, destination: DestinationFacts, run: str) -> Plan:
     """The plan for facts that nothing was refused for."""
     if not source.server or not source.disk:
         raise AssertionError("nothing was refused, yet the source is not known")
@@ -2411,9 +3032,8 @@ def make_plan(settings: Settings, source: SourceFacts, destination: DestinationF
     left = [f"volume {id}" for id in server.volumes]
     left += [f"ephemeral disk {name}" for name in disk.beside if re.search(r"local|eph", name)]
     left += ["the config drive"] if server.config_drive else []
-    run = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     return Plan(run, server, disk, pick_flavor(settings.flavor, destination.flavors, server),
-                pick_image(settings.image, destination.images, source.image), tuple(left))
+                pick_image(settings.image, destination.images, source.image), tuple(left), server.status == "ACTIVE")
 
 
 @dataclass
@@ -2434,6 +3054,20 @@ class Report:
     error: list[dict[str, str]] = field(default_factory=list)
 
 
+def reported(cloud: Cloud, server: Server) -> dict[str, object]:
+    """An instance as the report names it."""
+    return {"cloud": cloud.url, "id": server.id, "name": server.name, "host": server.hypervisor}
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What a run that was cut off had brought about when it is resumed."""
+
+    record: RunRecord
+    destination: str  # the new instance's id
+    is_in_place: bool  # whether the copy had taken its place
+
+
 @dataclass(frozen=True)
 class Run:
     """One copy under way: everything its steps share."""
@@ -2447,45 +3081,99 @@ class Run:
     source: Cloud
     destination: Cloud
     source_host: Host
+    earlier: Earlier | None = None
 
     def changed(self, server: Server) -> None:
         """Shows what Nova is doing."""
         self.screen.status(f"Current status: {server.status} {server.task}")
 
 
+def see_through(run: Run) -> int:
+    """Executes the run, undoes it where it fails, and writes how it ended; gives the exit code."""
+    try:
+        with run.journal.ending(run.undo), run.undo:
+            id = execute(run)
+    except UsageError as error:  # such an error is no refusal any more: something was touched
+        raise MigrenaError.of(error.reasons) from error
+    run.report.result = "done"
+    if not (run.settings.json or run.settings.quiet):
+        print(id)
+    return 0
+
+
 def execute(run: Run) -> str:
-    """The id of the new instance, its disk copied, proven and in place. Raises MigrenaError; what was done is in `run.undo`."""
+    """The id of the new instance, its disk copied, proven and in place. Raises MigrenaError; what was done is in `run.undo`.
+
+    Every step finds out what an earlier process of the same run has done already, and does only the rest.
+    """
     claim_source(run)
-    new = create_destination(run)
+    new = adopt_destination(run, run.earlier.destination) if run.earlier else create_destination(run)
+    source, began = run.plan.server.id, time.monotonic()
     with contextlib.ExitStack() as stack:
         host = connect_destination(run, new, stack)
-        ends = stack.enter_context(both_ends(run, host))
-        job = prepare(run, ends, new)
-        stopped_at = stop_source(run)
-        job = look_again(run, ends, job)
-        transfer(run, ends, job)
-        title = f"{'Rebase backing file, check' if job.whole_file and job.fresh.backing else 'Check'} and swap in the disk."
-        with run.screen.step(title), run.journal.act("swap in", new=job.new):
-            settle_disk(host, job)
-        with run.journal.act("unlock source", server=run.plan.server.id):
-            run.source.unlock(run.plan.server.id)
-        one = start_named(run, "dst", run.destination, new.id)
-        run.report.downtime_seconds = round(time.monotonic() - stopped_at, 2) if run.plan.was_running else None
-        run.undo.keep(f"destination {new.name} {new.id} is complete and stays")
-        other = start_named(run, "src", run.source, run.plan.server.id)
+        if not run.earlier or not run.earlier.is_in_place:
+            began = bring_disk(run, host, new)
+        with run.journal.act("unlock source", server=source):
+            run.source.unlock(source)
+        one = start_and_keep(run, new)
+        if run.plan.was_running:
+            stopped = run.earlier.record.stopped_at if run.earlier else None
+            downtime = (datetime.now(timezone.utc) - stopped).total_seconds() if stopped else time.monotonic() - began
+            run.report.downtime_seconds = round(downtime, 2)
+        with run.journal.act("mark destination done", server=new.id):
+            run.destination.mark(new.id, {DONE: run.plan.run})
+            run.destination.unmark(new.id, run.plan.run, MARK)
+        other = start_named(run, "src", run.source, source)
         if one and other and (shared := one.fixed_addresses & other.fixed_addresses):
             run.screen.warn(f"source and destination both run with address {', '.join(sorted(shared))}")
-        host.run("rm", "-f", "--", job.kept)
+        host.run("rm", "-f", "--", kept_beside(run.settings.disk_path % new.id, run.plan.run))
     return new.id
 
 
+def bring_disk(run: Run, host: Host, new: Server) -> float:
+    """Brings the disk into its place; gives the moment, by the monotonic clock, at which the source was asked to stop."""
+    with slots(run.journal.path.parent, (run.source_host.name, host.name), run.settings.max_per_host, run.screen):
+        with both_ends(run, host) as ends:
+            job = prepare(run, ends, new)
+        began = stop_source(run)
+        job = look_again(run, job)
+        transfer(run, host, job)
+        title = f"{'Rebase backing file, check' if job.whole_file and job.fresh.backing else 'Check'} and swap in the disk."
+        with run.screen.step(title), run.journal.act("swap in", new=job.new):
+            settle_disk(host, job)
+    return began
+
+
 def claim_source(run: Run) -> None:
-    """Marks the source in Nova, so that runs from other machines see that it is being moved."""
+    """Marks the source in Nova, so that runs from other machines see that it is being moved. Raises Refused where one was quicker."""
     id, plan = run.plan.server.id, run.plan
     run.undo.always(f"check that nothing of ours is left on {run.source_host.name}", run.source_host.confirm_all_ended)
-    run.undo.always(f"take the mark off source {id}", lambda: run.source.unmark(id))
+    run.undo.always(f"take the mark off source {id}", lambda: run.source.unmark(id, plan.run, MARK, WAS))
+    if run.earlier:
+        inherit(run, run.earlier)
     with run.journal.act("mark source", server=id):
-        run.source.mark(id, plan.run)
+        require_mark(run, None)
+        run.source.mark(id, plan.marks)
+        time.sleep(CLAIM_PAUSE)
+        require_mark(run, plan.run)
+
+
+def inherit(run: Run, earlier: Earlier) -> None:
+    """From the first moment on, a failure also undoes what an earlier process of the run has done, as far as that may be undone."""
+    if earlier.record.is_complete:
+        run.undo.keep(f"destination {earlier.destination} is complete and stays")
+    else:
+        run.undo.on_failure(f"delete destination {run.settings.dst_name}", lambda: delete_made(run))
+        undo_stop(run)
+    run.journal.write("resume", pid=os.getpid())
+
+
+def require_mark(run: Run, mark: str | None) -> None:
+    """Raises Refused when the source carries another mark than ours, or than this."""
+    there = run.source.mark_of(run.plan.server.id)
+    if there not in (mark, run.plan.run):
+        raise Refused(f"another run ({there or 'one that has ended'}) has taken the source {run.plan.server.id} at the same time",
+                      "wait for its end, and see what it made")
 
 
 def create_destination(run: Run) -> Server:
@@ -2493,32 +3181,57 @@ def create_destination(run: Run) -> Server:
     plan, settings = run.plan, run.settings
     with run.screen.step("Create new instance in the target environment."):
         for line in (f"Name: {settings.dst_name}", f"Flavor: {plan.flavor.name}, ID: {plan.flavor.id}",
-                     f"Image: {plan.image.name}, ID: {plan.image.id}", *(f"{key}: {value}" for key, value in settings.extra_args.items())):
+                     f"Image: {plan.image.name}, ID: {plan.image.id}",
+                     *(f"{key}: {value if key in SHOWN else '(not shown)'}" for key, value in settings.extra_args.items())):
             run.screen.note(line)
         run.undo.on_failure(f"delete destination {settings.dst_name}", lambda: delete_made(run))
         with run.journal.act("create destination", name=settings.dst_name) as result:
-            marks = {MARK: plan.run, ORIGIN: plan.server.id}
-            id = run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, settings.extra_args, marks)
-            result["server"] = id
+            result["server"] = id = ask_for_destination(run)
         new = run.destination.wait(id, lambda server: server.is_running, run.changed)
-        run.screen.note(f"Done. Current status: {new.status}, ID: {id}")
-    run.report.destination |= {"cloud": run.destination.url, "id": id, "name": new.name, "host": new.hypervisor}
+        return tell_new(run, new)
+
+
+def tell_new(run: Run, new: Server) -> Server:
+    """The new instance, told on the screen and in the report."""
+    run.screen.note(f"Done. Current status: {new.status}, ID: {new.id}")
+    run.report.destination |= reported(run.destination, new)
     return new
 
 
+def ask_for_destination(run: Run) -> str:
+    """The id of the new instance; also when Nova makes it and the answer is lost. It is never asked for twice."""
+    plan, settings = run.plan, run.settings
+    marks = {**plan.marks, ORIGIN: plan.server.id}
+    try:
+        return run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, settings.extra_args, marks)
+    except CloudError as error:
+        if not error.may_pass:
+            raise
+        time.sleep(CLAIM_PAUSE)
+        if made := run.destination.made_by(plan.run):
+            return made[0].id
+        raise
+
+
+def adopt_destination(run: Run, id: str) -> Server:
+    """The instance that this run had made before it was cut off, when nothing is under way with it."""
+    with run.screen.step("Go on with the instance in the target environment."), run.journal.act("adopt destination", server=id):
+        new = run.destination.wait(id, lambda server: server.is_running or server.is_stopped, run.changed)
+        return tell_new(run, new)
+
+
 def delete_made(run: Run) -> None:
-    """Deletes what this run made in the destination: the servers of that name that carry its mark."""
-    for server in run.destination.servers_named(run.settings.dst_name):
-        if server.metadata.get(MARK) == run.plan.run:
-            with run.journal.act("delete destination", server=server.id):
-                run.destination.delete(server.id)
+    """Deletes what this run made in the destination: the servers that carry its mark."""
+    for server in run.destination.made_by(run.plan.run):
+        with run.journal.act("delete destination", server=server.id):
+            run.destination.delete(server.id)
 
 
 def connect_destination(run: Run, new: Server, stack: contextlib.ExitStack) -> Host:
     """The hypervisor that Nova chose, with all the tools a copy needs."""
     if not new.host:
         raise CloudError("destination cloud: these credentials are not told on which host the instance is", "use an admin's credentials")
-    host = connect(new.host if new.host in run.settings.hosts else new.hypervisor, run.settings, run.screen)
+    host = connect(host_name(new, run.settings), run.settings, run.screen)
     stack.callback(host.close)
     run.undo.always(f"check that nothing of ours is left on {host.name}", host.confirm_all_ended)
     if reasons := list(refuse_tools(host.name, tools_lacking(host, list(PACKAGES)), run.settings, "nbd-client")):
@@ -2587,7 +3300,8 @@ def refuse_job(ends: Ends, job: DiskJob, disk: Disk) -> None:
         raise HostError(f"the new instance's disk of {human(job.fresh.size)} is smaller than the source's {human(job.source.size)}",
                         "name a larger flavor with -f")
     need = space_needed(job.source, disk, job.whole_file)
-    free = free_space(ends.destination, job.fresh.path)
+    there = ends.destination.script('[ ! -f "$1" ] || stat -c %b -- "$1"', job.new).strip()  # a run that goes on has its place already
+    free = free_space(ends.destination, job.fresh.path) + int(there or 0) * 512
     if free < need:
         raise HostError(f"{ends.destination.name}: {human(free)} are free beside {job.fresh.path}, {human(need)} are needed",
                         "free space there, or have Nova choose another host with availability_zone in -e")
@@ -2602,15 +3316,23 @@ def stop_source(run: Run) -> float:
     """Stops the source and locks it against its users; gives the moment, by the monotonic clock, at which it was asked to stop."""
     id = run.plan.server.id
     with run.screen.step("Stop source instance."), run.journal.act("stop source", server=id, was_running=run.plan.was_running):
-        if run.plan.was_running:
-            run.undo.on_failure(f"start source {id} again", lambda: restart_source(run))
+        require_mark(run, run.plan.run)
+        if not run.earlier:
+            undo_stop(run)
         asked = time.monotonic()
         run.source.stop(id)
         run.source.wait(id, lambda server: server.is_stopped, run.changed)
-        run.undo.on_failure(f"unlock source {id}", lambda: run.source.unlock(id))
-        run.source.lock(id, f"migrena run {run.plan.run}")
+        run.source.lock(id, f"{LOCKED_BY}{run.plan.run}")
         run.screen.note("Done. Current status: SHUTOFF")
     return asked
+
+
+def undo_stop(run: Run) -> None:
+    """If the run fails, the source is unlocked, and started if it ran when the run found it."""
+    id = run.plan.server.id
+    if run.plan.was_running:
+        run.undo.on_failure(f"start source {id} again", lambda: restart_source(run))
+    run.undo.on_failure(f"unlock source {id}", lambda: run.source.unlock(id))
 
 
 def restart_source(run: Run) -> None:
@@ -2621,23 +3343,26 @@ def restart_source(run: Run) -> None:
         run.source.start(id, run.changed)
 
 
-def look_again(run: Run, ends: Ends, job: DiskJob) -> DiskJob:
+def look_again(run: Run, job: DiskJob) -> DiskJob:
     """The job for the disk as it is now that the source has stopped and nobody has it open."""
-    chain = disk_chain(ends.source, job.source.path, job.source.format, shared=False)
+    host = run.source_host
+    chain = disk_chain(host, job.source.path, job.source.format, shared=False)
     planned = run.plan.disk.chain
     if [(image.path, image.format, image.size) for image in chain] != [(image.path, image.format, image.size) for image in planned]:
-        raise HostError(f"{ends.source.name}: {job.source.path} was replaced since it was looked at")
+        raise HostError(f"{host.name}: {job.source.path} was replaced since it was looked at")
     for flaw in chain[0].flaws:
         raise HostError(f"{chain[0].path} has {flaw}", FLAW_WAYS[flaw])
-    return dataclasses.replace(job, source=chain[0])
+    return dataclasses.replace(job, source=chain[0], stand=stand_of(host, job.source.path))
 
 
-def transfer(run: Run, ends: Ends, job: DiskJob) -> None:
+def transfer(run: Run, host: Host, job: DiskJob) -> None:
     """Copies and proves. A half-made file goes with the destination, whose whole folder Nova deletes."""
+    inode = host.run("stat", "-c", "%i", "--", job.fresh.path).strip()
+    run.journal.write("job", new=job.new, kept=job.kept, host=host.name, stand=job.stand, inode=inode, whole_file=job.whole_file)
     with run.screen.step("Migrate disk to destination instance."), run.journal.act("copy", new=job.new, length=job.length) as result:
-        run.screen.note(f"{ends.source.name}:{job.source.path}")
-        run.screen.note(f"-> {ends.destination.name}:{job.fresh.path}")
-        moved = move_disk(ends, job, run.screen.progress, SourceWatch(run))
+        run.screen.note(f"{run.source_host.name}:{job.source.path}")
+        run.screen.note(f"-> {host.name}:{job.fresh.path}")
+        moved = move_patiently(run, host, job, SourceWatch(run))
         rate = moved.held / max(moved.seconds, 0.001)
         proof = f"both ends have digest {moved.digest[:16]}…" if moved.digest else "not proven, as asked for with --no-verify"
         run.screen.note(f"Done. {human(moved.held)} in {span(moved.seconds)}, {human(rate)}/s; {proof}")
@@ -2645,6 +3370,51 @@ def transfer(run: Run, ends: Ends, job: DiskJob) -> None:
     run.report.copy |= {"verified": bool(moved.digest), "digest": moved.digest, "bytes": moved.held, "length": job.length,
                         "seconds": round(moved.seconds, 2), "rate": round(rate)}
     run.journal.write("finished", clouds=[run.source.url, run.destination.url], rate=round(rate) if moved.held > MiB else 0)
+
+
+def move_patiently(run: Run, host: Host, job: DiskJob, check: Callable[[], None]) -> Moved:
+    """Moves the disk, again and again where a command, an export, a device or a connection fails; what has arrived is proven and kept.
+
+    Raises the HostError that no further attempt can help with, or that of the last one.
+    """
+    known = list(run.earlier.record.arrived) if run.earlier else []
+
+    def arrived(tile: Chunk) -> None:
+        known.append((tile.offset, tile.length))
+        run.journal.write("chunk", offset=tile.offset, length=tile.length)
+
+    witness = Witness(functools.partial(told_progress, run), arrived, check)
+    for attempt in range(run.settings.retries + 1):
+        try:
+            if attempt:
+                run.source_host.revive()
+                host.revive()
+            with both_ends(run, host) as ends:
+                return move_disk(ends, job, witness, known)
+        except HostError as error:
+            if attempt == run.settings.retries or isinstance(error, FinalError) or any(words in str(error) for words in NO_ROOM):
+                raise
+            pause = min(2 ** (attempt + 1), 60)
+            run.journal.write("retry", attempt=attempt + 1, error=str(error), pause=pause)
+            run.screen.warn(f"{error}; attempt {attempt + 2} of {run.settings.retries + 1} follows in {pause} s, the source stays stopped")
+            time.sleep(pause)
+            check()
+    raise AssertionError("the last attempt returns or raises")
+
+
+@contextlib.contextmanager
+def told_progress(run: Run, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress on the screen, and in the journal every five seconds, from where `status` tells it."""
+    told = 0.0
+    with run.screen.progress(total) as show:
+        def both(done: int) -> None:
+            nonlocal told
+            show(done)
+            if time.monotonic() - told > 5 or done == total:
+                told = time.monotonic()
+                run.journal.write("progress", done=done, total=total)
+
+        yield both
 
 
 class SourceWatch:
@@ -2680,6 +3450,20 @@ def start_named(run: Run, side: str, cloud: Cloud, id: str) -> Server | None:
     return started
 
 
+def start_and_keep(run: Run, new: Server) -> Server | None:
+    """The destination, started where -a names it. From here on nothing deletes it, unless Nova says that it has not left SHUTOFF."""
+    has_run = True
+    try:
+        return start_named(run, "dst", run.destination, new.id)
+    except BaseException:
+        with contextlib.suppress(CloudError):
+            has_run = not run.destination.server(new.id).is_stopped
+        raise
+    finally:
+        if has_run:
+            run.undo.keep(f"destination {new.name} {new.id} is complete and stays")
+
+
 def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, destination: DestinationFacts, known_rate: float) -> Iterator[str]:
     """The plan in words, for the dry run."""
     top = plan.disk.top
@@ -2704,8 +3488,401 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, destination:
     yield f"afterwards   {'start ' + settings.start_after if settings.start_after else 'nothing is started'}"
 
 
-# ---- 10. Door --------------------------------------------------------------------------------------------------------
+def copy(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
+    """The job without a word in first place: survey, refuse, and then the plan is printed or executed."""
+    check_extra(settings.extra_args)
+    creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
+    folder, screen, run = state_folder(settings, call.environment), undo.screen, new_run()
+    with contextlib.ExitStack() as stack:
+        if not settings.dry_run:  # before the survey, so that what was seen stays so
+            stack.enter_context(only_run_of(folder, settings.src_uid, run))
+        with ThreadPoolExecutor(2) as pool:
+            looking = pool.submit(survey_source, settings, creds["src"], screen, stack)
+            other = pool.submit(survey_destination, settings, creds["dst"])
+            source, destination = looking.result(), other.result()
+        if there := already_there(settings, destination):
+            return tell_already(settings, there, screen, report)
+        if reasons := refuse(settings, source, destination, known_runs(folder)):
+            raise Refused.of(reasons)
+        plan = make_plan(settings, source, destination, run)
+        if not source.cloud or not destination.cloud or not source.host:
+            raise AssertionError("nothing was refused, yet something is not known")
+        report.run, report.left_behind = run, list(plan.left_behind)
+        report.source = reported(source.cloud, plan.server)
+        tell_what_stays(screen, plan)
+        if settings.dry_run:
+            report.result = "planned"
+            known_rate = last_rate(folder, [source.cloud.url, destination.cloud.url])
+            for line in plan_lines(settings, plan, source, destination, known_rate):
+                screen.say(line, always=True)
+            return 0
+        journal = begin_journal(folder, settings, plan, [source.cloud.url, destination.cloud.url])
+        return see_through(Run(settings, screen, journal, undo, report, plan, source.cloud, destination.cloud, source.host))
 
+
+def begin_journal(folder: Path, settings: Settings, plan: Plan, clouds: Sequence[str]) -> Journal:
+    """The run's journal with its first line: all that resume and rollback need, and no secret. Raises UsageError where there is no room."""
+    journal = Journal(folder, plan.run)
+    with journal.beginning():
+        journal.write("run", pid=os.getpid(), source=plan.server.id, source_name=plan.server.name, source_host=plan.server.hypervisor,
+                      name=settings.dst_name, clouds=list(clouds), was_running=plan.was_running, flavor=plan.flavor.id, image=plan.image.id,
+                      settings={name: getattr(settings, name) for name in KEPT})
+    return journal
+
+
+def tell_already(settings: Settings, there: Server, screen: Screen, report: Report) -> int:
+    """Success without any work: an earlier run has done it."""
+    screen.say(f"already migrated: {settings.src_uid} is {there.name} {there.id}, by run {there.metadata[DONE]}")
+    report.run, report.result = there.metadata[DONE], "already"
+    report.destination = {"id": there.id, "name": there.name, "host": there.hypervisor}
+    if not (settings.json or settings.quiet):
+        print(there.id)
+    return 0
+
+
+def tell_what_stays(screen: Screen, plan: Plan) -> None:
+    """Warns of what the new instance will not have."""
+    for what in plan.left_behind:
+        screen.warn(f"{what} stays behind, as asked for with --root-only")
+    if plan.server.flavor.swap or "disk.swap" in plan.disk.beside:
+        screen.note("The swap disk is not copied: Nova makes a new one.")
+    if plan.disk.has_nvram:
+        screen.warn("the source boots by UEFI: its NVRAM (boot entries) is not copied, and Nova makes a new one")
+
+
+# ---- 10. Status ------------------------------------------------------------------------------------------------------
+
+
+def status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
+    """The job `status`: what the journals on this machine tell of all runs, or of one. Needs no cloud and no host."""
+    folder = state_folder(settings, call.environment, to_write=False)
+    runs = [find_run(folder, settings.run)] if settings.run else known_runs(folder)
+    records = []
+    for run in runs:
+        try:
+            records.append(read_run(folder, run))
+        except UsageError as error:
+            if settings.run:
+                raise
+            undo.screen.warn(str(error))
+    if settings.json:
+        told = [as_json(record) for record in records]
+        print(json.dumps(told[0] if settings.run else told, indent=2))
+        return 0
+    for line in detail_lines(records[0]) if settings.run else table_lines(records):
+        print(printable(line))
+    if not records:
+        undo.screen.say(f"No runs in {folder}.")
+    return 0
+
+
+def as_json(record: RunRecord) -> dict[str, Any]:
+    """All that is known of a run."""
+    return {**dataclasses.asdict(record), "source": record.source, "destination": record.destination, "was_running": record.was_running,
+            "step": record.step, "seconds_left": round(record.seconds_left, 1)}
+
+
+def table_lines(records: Sequence[RunRecord]) -> Iterator[str]:
+    """One aligned line for each run, and below it what is left behind."""
+    rows = [("RUN", "STATE", "STEP", "BYTES", "%", "RATE", "LEFT", "SOURCE -> DESTINATION")]
+    for record in records:
+        rows.append((record.run, record.state, "-" if record.state == "done" else record.step, human(record.done) if record.total else "-",
+                     str(record.done * 100 // record.total) if record.total else "-", f"{human(record.rate)}/s" if record.rate else "-",
+                     span(record.seconds_left) if record.seconds_left else "-",
+                     f"{record.facts.get('source_name') or record.source or '?'} -> {record.facts.get('name') or '?'}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for number, row in enumerate(rows if records else ()):
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        if number:
+            yield from (f"    {line}" for line in what_to_do(records[number - 1]))
+
+
+def what_to_do(record: RunRecord) -> Iterator[str]:
+    """What a run that ended badly has left behind, and the ways on."""
+    yield from (f"left behind: {line}" for line in record.left)
+    if record.state == "killed":
+        yield "it may have left the new instance, and the mark and the lock on the source"
+    if record.state in ("killed", "left"):
+        yield f"{'' if record.is_undoing else f'go on: ./migrena.py resume {record.run}    '}undo: ./migrena.py rollback {record.run}"
+
+
+def detail_lines(record: RunRecord) -> Iterator[str]:
+    """One run with its steps and the seconds they took."""
+    facts = record.facts
+    clouds = [*facts.get("clouds", ()), "?", "?"]
+    yield f"run          {record.run}, {record.state}"
+    yield f"source       {facts.get('source_name', '?')} {record.source} on {facts.get('source_host', '?')}, {clouds[0]}"
+    yield f"destination  {facts.get('name', '?')} {record.destination or '(Nova has told no id)'} on {record.job.get('host', '?')}, {clouds[1]}"
+    yield f"began        {record.began}, the source was {'running' if record.was_running else 'stopped'}"
+    if record.total:
+        yield (f"copy         {human(record.done)} of {human(record.total)}, {record.done * 100 // record.total}%, {human(record.rate)}/s"
+               f"{f', {span(record.seconds_left)} left' if record.seconds_left else ''}; {len(record.arrived)} chunks, {record.retries} retries")
+    for act in record.acts:
+        took = (datetime.fromisoformat(act.ended) - datetime.fromisoformat(act.began)).total_seconds() if act.ended else 0.0
+        seconds_taken = f"in {span(took)}" if took >= 0 else "(the clock was set back meanwhile)"
+        outcome = {"done": f"done {seconds_taken}", "failed": f"failed: {act.facts.get('error', '')}"}.get(
+            act.result, "under way" if record.state == "running" else "cut off")
+        yield f"  {act.began[:19].replace('T', ' ')}  {act.name}: {outcome}"
+    if record.error:
+        yield f"error        {record.error}"
+    yield from what_to_do(record)
+
+
+# ---- 11. Resume ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MadeFacts:
+    """What there is of the instance that a run was making; what could not be found out is None, and told in `problems`."""
+
+    cloud: Cloud | None
+    server: Server | None = None
+    is_in_place: bool = False  # whether the copy has taken its place
+    inode: str = ""  # of the disk as it lies there
+    problems: tuple[Reason, ...] = ()
+
+
+def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord, screen: Screen) -> MadeFacts:
+    """Looks at what the run had made: the instance by the run's mark, and the files beside its disk."""
+    found: dict[str, Any] = {"cloud": None}
+    try:
+        cloud = found["cloud"] = Cloud("destination", creds, settings.dst_glance_endpoint)
+        server = found["server"] = next(iter(cloud.made_by(record.run)), None)
+        if server and server.host:
+            with contextlib.closing(connect(host_name(server, settings), settings, screen)) as host:
+                path = settings.disk_path % server.id
+                new, kept = new_beside(path, record.run), kept_beside(path, record.run)
+                was_swapped = host.succeeds("test", "-e", kept) and not host.succeeds("test", "-e", new)
+                found["is_in_place"] = was_swapped or record.has_done("swap in")
+                found["inode"] = host.script('[ ! -e "$1" ] || stat -c %i -- "$1"', path).strip()  # Nova may be about to make it
+    except UsageError:
+        raise
+    except MigrenaError as error:
+        found["problems"] = error.reasons
+    return MadeFacts(**found)
+
+
+def refuse_resume(record: RunRecord, source: SourceFacts, made: MadeFacts, stand: str) -> list[Reason]:
+    """Everything that forbids to go on with a run; `stand` is the source's file as it stands now."""
+    undo, reasons = f"./migrena.py rollback {record.run}, then the command again", [*source.problems, *made.problems]
+    other = source.server.metadata.get(MARK) if source.server else None
+    if source.server and other != record.run and (other or not made.is_in_place):  # a complete one has given the source back
+        reasons.append(Reason(f"the source carries {f'the mark of run {other}' if other else 'no mark'}, not that of run {record.run}", undo))
+    was = record.job.get("stand")
+    if not made.is_in_place and source.server and was and (not source.server.is_stopped or stand != was):
+        reasons.append(Reason(f"the source has been started, or its disk was changed, since run {record.run} was cut off: what was copied is old",
+                              undo))
+    if made.cloud and not made.problems and not made.server:
+        reasons.append(Reason(f"the instance that run {record.run} was about to make never came to be", undo))
+    if made.server and not made.problems and not made.is_in_place and record.job.get("inode", made.inode) != made.inode:
+        reasons.append(Reason(f"the disk of {made.server.id} is not the one that Nova made: somebody has put another one there", undo))
+    return reasons
+
+
+def refuse_state(record: RunRecord) -> None:
+    """Raises Refused for a run that has nothing to go on with."""
+    if record.is_undoing and record.state in ("killed", "left"):
+        raise Refused(f"run {record.run} was being rolled back when that was cut off", f"./migrena.py rollback {record.run}")
+    told = {"done": "was successful", "failed": "has failed and was rolled back", "rolled back": "was rolled back"}
+    if record.state in told:
+        raise Refused(f"run {record.run} {told[record.state]}: there is nothing to go on with",
+                      "" if record.state == "done" else "give the command again")
+
+
+def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
+    """The job `resume`: goes on with a run that was cut off, from the last chunk that is proven to be there."""
+    folder, screen = state_folder(settings, call.environment), undo.screen
+    run = find_run(folder, settings.run)
+    record = read_run(folder, run)
+    refuse_state(record)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(only_run_of(folder, record.source, run))
+        record = read_run(folder, run, is_ours=True)  # it may have gone on until the lock was ours
+        refuse_state(record)
+        settings = call.settings(record.facts.get("settings"))
+        creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
+        with ThreadPoolExecutor(2) as pool:
+            looking = pool.submit(survey_source, settings, creds["src"], screen, stack)
+            other = pool.submit(survey_made, settings, creds["dst"], record, screen)
+            source, made = looking.result(), other.result()
+        stand = stand_of(source.host, source.disk.top.path) if source.host and source.disk else ""
+        if reasons := refuse_resume(record, source, made, stand):
+            raise Refused.of(reasons)
+        if not (source.cloud and source.server and source.host and source.disk and made.cloud and made.server):
+            raise Refused("the source's disk cannot be read as it is", "see the state of the source instance")
+        image = Image(made.server.image, "", "active", "", "")
+        plan = Plan(run, source.server, source.disk, made.server.flavor, image, (), record.was_running)
+        report.run, earlier = run, Earlier(record, made.server.id, made.is_in_place)
+        report.source = reported(source.cloud, plan.server)
+        journal = Journal(folder, run)
+        with journal.beginning():
+            journal.write("asked to resume", pid=os.getpid())  # it is resumed when a failure would undo what there is: see inherit()
+        screen.say(f"Go on with run {run}, {human(sum(length for _, length in record.arrived))} of which were sent.")
+        return see_through(Run(settings, screen, journal, undo, report, plan, source.cloud, made.cloud, source.host, earlier))
+
+
+# ---- 12. Rollback ----------------------------------------------------------------------------------------------------
+
+# Prints what private folders a run still has on a host.
+LEFT_FOLDERS: Final = 'for folder in /run/migrena-"$1"-* /tmp/migrena-"$1"-*; do [ ! -e "$folder" ] || echo "$folder"; done'
+LEASE_LIMIT: Final = 75.0  # seconds after which the leases of a run that was cut off have ended
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What there is of a run in both clouds, whether or not its journal is known."""
+
+    run: str
+    source_id: str
+    source: Server | None  # None where it is gone
+    made: tuple[Server, ...]
+    was_running: bool
+    was_successful: bool
+
+
+def find_traces(clouds: tuple[Cloud, Cloud], source_id: str, record: RunRecord | None) -> Traces:
+    """What carries a run's marks, on the source and in the destination; raises Refused where nothing does."""
+    source = None
+    try:
+        source = clouds[0].server(source_id)
+    except CloudError as error:
+        if error.code != 404:
+            raise
+    run = record.run if record else source.metadata.get(MARK, "") if source else ""
+    made = clouds[1].made_by(run, "" if run else source_id)
+    runs = {server.metadata.get(MARK) or server.metadata.get(DONE) or "" for server in made} - {""}
+    if not run and len(runs) != 1:
+        raise Refused(f"{'no run has' if not runs else f'{len(runs)} runs have'} a mark on {source_id} or on an instance made of it",
+                      f"delete what is not wanted by hand: {', '.join(server.id for server in made)}" if runs else "there is nothing to undo")
+    run = run or runs.pop()
+    if not re.fullmatch(r"[0-9A-Za-z-]+", run):
+        raise Refused(f"the mark {run!r} is none of migrena's", "see who wrote it")
+    was = next((server.metadata[WAS] for server in (*([source] if source else []), *made) if WAS in server.metadata), "")
+    begun = bool(record and record.is_complete)
+    started = begun and (bool(record and record.has_done("start destination")) or any(not server.is_stopped for server in made))
+    is_untouched = bool(record and record.state == "killed" and source and MARK not in source.metadata and not made)  # or undone already
+    was_running = record.was_running and not is_untouched if record else was == "ACTIVE"
+    return Traces(run, source_id, source, tuple(made), was_running,
+                  bool(record and record.state == "done") or started or any(DONE in server.metadata for server in made))
+
+
+def refuse_rollback(settings: Settings, traces: Traces) -> list[Reason]:
+    """Everything that forbids to undo a run."""
+    reasons, other = [], traces.source.metadata.get(MARK) if traces.source else None
+    if other not in (None, traces.run):
+        reasons.append(Reason(f"run {other} is moving the source now, not run {traces.run}", f"./migrena.py status {other}"))
+    if traces.was_successful and not settings.yes:
+        fate = "stopped" if settings.keep_destination else "deleted"
+        reasons += [Reason(f"run {traces.run} was successful: {server.name} {server.id} ({server.status}) would be {fate}, "
+                           "and it may hold newer data", "give --yes if that is wanted") for server in traces.made]
+    return reasons
+
+
+def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
+    """The job `rollback`: undoes a run; goes on past what fails, which is left in `undo`."""
+    folder, screen = state_folder(settings, call.environment), undo.screen
+    if bool(settings.run) == bool(settings.run_of):
+        raise UsageError("name either the RUN or its source", "./migrena.py rollback RUN, or ./migrena.py rollback --run-of SRC_UUID")
+    record = read_run(folder, find_run(folder, settings.run)) if settings.run else None
+    source_id = record.source if record else settings.run_of
+    with only_run_of(folder, source_id, record.run if record else "rollback"):
+        if record:
+            record = read_run(folder, record.run, is_ours=True)
+            settings = call.settings(record.facts.get("settings"))
+            if record.state in ("failed", "rolled back"):
+                screen.say(f"Run {record.run} was rolled back already; nothing is left of it.")
+                report.run, report.result = record.run, "rolled back"
+                return 0
+        clouds = both_clouds(settings, call.environment)
+        traces = find_traces(clouds, source_id, record)
+        if reasons := refuse_rollback(settings, traces):
+            raise Refused.of(reasons)
+        journal, report.run = Journal(folder, traces.run), traces.run
+        with journal.beginning():
+            if not journal.path.stat().st_size:  # it was lost: this is all that is known
+                journal.write("run", source=source_id, was_running=traces.was_running, name=next((server.name for server in traces.made), ""))
+            journal.write("asked to roll back", pid=os.getpid())
+        is_over = traces.source and MARK not in traces.source.metadata and (traces.source.is_running or not traces.was_running)
+        if traces.source and is_over and not traces.made:
+            screen.say(f"Neither cloud has anything of run {traces.run} to undo; the source is {traces.source.status}.")
+        with journal.ending(undo, "rolled back", "left"):
+            journal.write("rollback", pid=os.getpid(), keep_destination=settings.keep_destination)
+            for what, action in undoing(settings, clouds, traces, screen):
+                with screen.step(f"{what[0].upper()}{what[1:]}."):
+                    undo.attempt(what, functools.partial(journaled, journal, what, action))
+    report.result = "rolled back" if not undo.left else "left"
+    return 0
+
+
+def journaled(journal: Journal, what: str, action: Callable[[], None]) -> None:
+    """Does a step, with its intent and its result in the journal."""
+    with journal.act(what):
+        action()
+
+
+def both_clouds(settings: Settings, environment: Mapping[str, str]) -> tuple[Cloud, Cloud]:
+    """Source and destination; raises Refused with all the reasons why one cannot be reached."""
+    creds = [credentials(side, settings, environment) for side in ("src", "dst")]
+    with ThreadPoolExecutor(2) as pool:
+        opening = [pool.submit(Cloud, "source", creds[0]), pool.submit(Cloud, "destination", creds[1], settings.dst_glance_endpoint)]
+    errors = [error for one in opening if isinstance(error := one.exception(), MigrenaError)]
+    if errors:
+        raise Refused.of([reason for error in errors for reason in error.reasons])
+    return opening[0].result(), opening[1].result()
+
+
+def undoing(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, screen: Screen) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The steps that undo a run, in their order, each with its name. The source's mark goes last: until then all can be done again."""
+    one, other = clouds
+    for server in traces.made:
+        if settings.keep_destination:
+            yield f"stop destination {server.id}", functools.partial(stop_and_keep, other, server.id)
+        else:
+            yield f"delete destination {server.id}", functools.partial(other.delete, server.id)
+        if server.host:
+            paths = [beside(settings.disk_path % server.id, traces.run) for beside in (new_beside, kept_beside)]
+            yield (f"see that nothing is left on {host_name(server, settings)}",
+                   functools.partial(clean_host, host_name(server, settings), settings, screen, traces.run, paths))
+        if settings.keep_destination:
+            yield f"take the marks off destination {server.id}", functools.partial(other.unmark, server.id, traces.run, MARK, DONE, WAS)
+    if not (source := traces.source):
+        return
+    if source.host:
+        yield (f"see that nothing is left on {host_name(source, settings)}",
+               functools.partial(clean_host, host_name(source, settings), settings, screen, traces.run, []))
+    if source.locked and source.lock_reason in ("", f"{LOCKED_BY}{traces.run}") and (source.lock_reason or MARK in source.metadata):
+        yield f"unlock source {source.id}", functools.partial(one.unlock, source.id)
+    if traces.was_running and not source.is_running:
+        yield f"start source {source.id} again", functools.partial(start_again, one, source.id)
+    yield f"take the mark off source {source.id}", functools.partial(one.unmark, source.id, traces.run, MARK, WAS)
+
+
+def start_again(cloud: Cloud, id: str) -> None:
+    """Starts an instance, also from the middle of a stop."""
+    cloud.wait(id, lambda server: not server.task, lambda server: None)
+    cloud.start(id, lambda server: None)
+
+
+def stop_and_keep(cloud: Cloud, id: str) -> None:
+    """Stops an instance, in whatever state it is but ERROR."""
+    cloud.wait(id, lambda server: not server.task, lambda server: None)
+    cloud.stop(id)
+    cloud.wait(id, lambda server: server.is_stopped, lambda server: None)
+
+
+def clean_host(name: str, settings: Settings, screen: Screen, run: str, paths: Sequence[str]) -> None:
+    """Sees to it that a host has neither private folders of a run nor these files of it; its processes end with their leases."""
+    with contextlib.closing(connect(name, settings, screen)) as host:
+        limit = time.monotonic() + LEASE_LIMIT
+        while (left := host.script(LEFT_FOLDERS, run).splitlines()) and time.monotonic() < limit:
+            time.sleep(1)
+        if left or paths:
+            host.run("rm", "-rf", "--", *left, *paths)
+
+
+# ---- 13. Door --------------------------------------------------------------------------------------------------------
+
+RUNTIME: Final = ("paramiko", "novaclient", "glanceclient", "keystoneauth1", "cryptography", "requests", "tqdm", "yaml")  # requirements.txt
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_CODES: Final = """exit codes:
   0  done                            3  refused, nothing was touched
@@ -2713,66 +3890,129 @@ EXIT_CODES: Final = """exit codes:
   2  usage or config.py is wrong     128+n  ended by signal n, and rolled back"""
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line, made from the rows of Settings."""
-    made = argparse.ArgumentParser(
-        prog="migrena.py", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES, allow_abbrev=False,
-        description="Moves an instance, with its disk, from one OpenStack cloud to another: from hypervisor to hypervisor,\n"
-                    "the source read-only, the copy proven. The source is never deleted.")
+
+@dataclass(frozen=True)
+class Job:
+    """A word in first place: what it does, how it is called, and what its --help says."""
+
+    do: Callable[[Call, Settings, Undo, Report], int]
+    usage: str
+    description: str
+
+
+JOBS: Final = {
+    "copy": Job(copy, "migrena.py -s SRC_UUID -d DST_NAME [-f FLAVOR] [-i IMAGE] [options]\n       migrena.py status|resume|rollback --help",
+                "Moves an instance, with its disk, from one OpenStack cloud to another: from hypervisor to hypervisor,\n"
+                "the source read-only, the copy proven. The source is never deleted.\n\n"
+                "  status [RUN]     shows the runs of this machine, or one of them\n"
+                "  resume RUN       goes on with a run that was cut off\n"
+                "  rollback RUN     undoes a run that was cut off, or was successful but is not wanted"),
+    "status": Job(status, "migrena.py status [RUN] [options]",
+                  "Shows the runs of this machine, the newest first, or one of them with its steps. Asks no cloud and no host."),
+    "resume": Job(resume, "migrena.py resume RUN [options]",
+                  "Goes on with a run that was killed or has left something behind. What it had sent is proven by digests of both\n"
+                  "ends, and only the rest is sent. Refuses when the source has run or was changed since."),
+    "rollback": Job(rollback, "migrena.py rollback RUN | --run-of SRC_UUID [options]",
+                    "Undoes a run: the new instance is deleted, the source is unlocked, and started if it ran when the run found it.\n"
+                    "Asks nothing; goes on past what fails, and lists that."),
+}
+
+
+def parser(job: str = "copy") -> argparse.ArgumentParser:
+    """The command line of a job, made from the rows of Settings."""
+    made = argparse.ArgumentParser(prog="migrena.py", usage=JOBS[job].usage, description=JOBS[job].description, epilog=EXIT_CODES,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("--version", action="version", version=f"migrena {VERSION}")
     made.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help="settings (default: config.py beside migrena.py)")
+    if job != "copy":
+        made.add_argument("run", metavar="RUN", nargs=None if job == "resume" else "?", default=argparse.SUPPRESS,
+                          help="the run's id, or its beginning")
     for row in dataclasses.fields(Settings):
-        if row.metadata["flags"]:
+        if row.metadata["flags"] and job in row.metadata["jobs"]:
             made.add_argument(*row.metadata["flags"], dest=row.name, default=argparse.SUPPRESS, help=row.metadata["help"], **row.metadata["more"])
     return made
 
 
-def load_settings(arguments: Sequence[str], environment: Mapping[str, str], screen: Screen) -> Settings:
-    """Everything the operator asked for; raises UsageError for what cannot be. Warns of a config.py that tells passwords to others."""
-    flags = vars(parser().parse_args(arguments))
+def read_call(arguments: Sequence[str], environment: Mapping[str, str], screen: Screen) -> Call:
+    """What was asked for; raises UsageError for what cannot be. Warns of a config.py that tells passwords to others."""
+    job, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in JOBS.keys() - {"copy"} else ("copy", arguments)
+    flags = vars(parser(job).parse_args(rest))
     named = flags.pop("config", environment.get("MIGRENA_CONFIG"))
     path = Path(named).expanduser() if named else Path(__file__).resolve().with_name("config.py")
     if named and not path.is_file():
         raise UsageError(f"there is no file {path}", "name the settings with -c FILE")
-    config = read_config(path) if path.is_file() else {}
-    settings = settle(flags, environment, config)
+    call = Call(job, flags, environment, read_config(path) if path.is_file() else {})
+    settings = call.settings()
     secret = any("password" in key or "secret" in key or key == "api_key" for creds in (settings.src_creds, settings.dst_creds) for key in creds)
-    if secret and {"src_creds", "dst_creds"} & config.keys() and path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+    if secret and {"src_creds", "dst_creds"} & call.config.keys() and path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         screen.warn(f"{path} holds a password and others can read it: chmod 600 {shlex.quote(str(path))}")
-    for flag, value in (("-s", settings.src_uid), ("-d", settings.dst_name)):
+    for flag, value in (("-s", settings.src_uid), ("-d", settings.dst_name)) if job == "copy" else ():
         if not value.strip():
             raise UsageError(f"{flag} is missing", "./migrena.py -s SRC_UUID -d DST_NAME [-f FLAVOR] [-i IMAGE]; --help tells all")
-    if not re.fullmatch(r"[0-9a-fA-F]{8}-?([0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}", settings.src_uid):
-        raise UsageError(f"-s: {settings.src_uid!r} is no instance id", "take it from: openstack server list --all-projects")
-    return settings
+    return call
+
+
+def require_packages() -> None:
+    """Raises UsageError where a Python package is missing: many are imported when they are needed, and a run must not end there."""
+    if missing := [name for name in RUNTIME if importlib.util.find_spec(name) is None]:
+        raise UsageError(f"{sys.executable} lacks the Python packages {', '.join(missing)}",
+                         "pip install -r requirements.txt, and run migrena with the Python of that environment")
+
+
+def without_bodies(record: logging.LogRecord) -> bool:
+    """Takes what was sent to a cloud out of a library's line, and what it answered away: user_data and adminPass are secrets."""
+    record.msg, record.args = re.sub(r" -d '.*", " -d (not shown)", record.getMessage(), flags=re.DOTALL), ()
+    return not record.msg.startswith("RESP BODY")
+
+
+def open_log(path: str) -> TextIO | None:
+    """The log file, for this user's eyes, to be appended to; None where none is asked for. Raises UsageError where it cannot be."""
+    if not path:
+        return None
+    try:
+        return open(Path(path).expanduser(), "a", encoding="utf-8", opener=functools.partial(os.open, mode=0o600))
+    except OSError as error:
+        raise UsageError(f"the log file {path} cannot be written: {error}", "name another one with --log-file") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one call of migrena."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error is: a name that the locale cannot show is no failure
     environment, screen, report = os.environ, Screen(), Report()
     arguments = sys.argv[1:] if arguments is None else arguments
-    wants_json = wants_traceback = False
+    settings = Settings()
     undo = Undo(screen)
     try:
         with signals(undo):
-            settings = load_settings(arguments, environment, screen)
-            wants_json, wants_traceback = settings.json, settings.debug
-            screen.quiet, screen.verbose = settings.quiet, settings.verbose
+            call = read_call(arguments, environment, screen)
+            settings = call.settings()
+            screen.quiet, screen.verbose, screen.log = settings.quiet, settings.verbose, open_log(settings.log_file)
             if settings.debug:
                 logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(name)s %(message)s")
-            code = copy(settings, environment, undo, report)
+                for handler in logging.getLogger().handlers:
+                    handler.addFilter(without_bodies)
+            if call.job != "status":
+                require_packages()
+            code = JOBS[call.job].do(call, settings, undo, report)
+            if call.job == "status":
+                return code
     except MigrenaError as error:
         code = show_failure(error.reasons, error.exit_code, screen, report)
-        if wants_traceback:
+        if settings.debug:
             traceback.print_exc()
     except Interrupted as error:
         code = show_failure([Reason(str(error))], 128 + error.number, screen, report)
+    for each in SIGNALS:  # all is done but the telling, which an impatient one shall not cut short
+        signal.signal(each, signal.SIG_IGN)
     if undo.left:
         report.not_undone = undo.left
         for line in undo.left:
             screen.say(f"left behind: {line}", always=True)
         code = 4
-    if wants_json:
+    if undo.left and report.run:
+        screen.say(f"  try: ./migrena.py rollback {report.run}; ./migrena.py status {report.run} shows what was done", always=True)
+    if settings.json:
         report.warnings, report.seconds = screen.warnings, screen.seconds
         print(json.dumps(dataclasses.asdict(report), indent=2))
     return code
@@ -2793,65 +4033,23 @@ def show_failure(reasons: Sequence[Reason], code: int, screen: Screen, report: R
 def signals(undo: Undo) -> Iterator[None]:
     """Within, SIGINT, SIGTERM and SIGHUP raise Interrupted; a further one is only answered: what is being undone must be undone."""
     def on_signal(number: int, frame: FrameType | None) -> None:
-        for each in SIGNALS:
+        if undo.has_begun:
+            return on_further_signal(number, frame)
+        for each in before:
             signal.signal(each, on_further_signal)
         raise Interrupted(number)
 
     def on_further_signal(number: int, frame: FrameType | None) -> None:
-        os.write(2, f"\nstill undoing{': ' + undo.doing if undo.doing else ' what was begun'}; please wait\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(2, f"\nstill undoing{': ' + printable(undo.doing) if undo.doing else ' what was begun'}; please wait\n".encode())
 
-    before = {each: signal.signal(each, on_signal) for each in SIGNALS}
+    heeded = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]  # nohup(1) has it ignored
+    before = {each: signal.signal(each, on_signal) for each in heeded}
     try:
         yield
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-def copy(settings: Settings, environment: Mapping[str, str], undo: Undo, report: Report) -> int:
-    """The job without a word in first place: survey, refuse, and then the plan is printed or executed."""
-    check_extra(settings.extra_args)
-    creds = {side: credentials(side, settings, environment) for side in ("src", "dst")}
-    folder, screen = state_folder(settings, environment), undo.screen
-    with contextlib.ExitStack() as stack:
-        with ThreadPoolExecutor(2) as pool:
-            looking = pool.submit(survey_source, settings, creds["src"], screen, stack)
-            other = pool.submit(survey_destination, settings, creds["dst"])
-            source, destination = looking.result(), other.result()
-        if reasons := refuse(settings, source, destination):
-            raise Refused.of(reasons)
-        plan = make_plan(settings, source, destination)
-        if not source.cloud or not destination.cloud or not source.host:
-            raise AssertionError("nothing was refused, yet something is not known")
-        report.run, report.left_behind = plan.run, list(plan.left_behind)
-        report.source = {"cloud": source.cloud.url, "id": plan.server.id, "name": plan.server.name, "host": plan.server.hypervisor}
-        tell_what_stays(screen, plan)
-        if settings.dry_run:
-            report.result = "planned"
-            known_rate = last_rate(folder, [source.cloud.url, destination.cloud.url])
-            for line in plan_lines(settings, plan, source, destination, known_rate):
-                screen.say(line, always=True)
-            return 0
-        stack.enter_context(only_run_of(folder, plan.server.id))
-        journal = Journal(folder, plan.run)
-        stack.callback(journal.close)
-        journal.write("run", source=plan.server.id, name=settings.dst_name, clouds=[source.cloud.url, destination.cloud.url])
-        with undo:
-            id = execute(Run(settings, screen, journal, undo, report, plan, source.cloud, destination.cloud, source.host))
-    report.result = "done"
-    if not settings.json:
-        print(id)
-    return 0
-
-
-def tell_what_stays(screen: Screen, plan: Plan) -> None:
-    """Warns of what the new instance will not have."""
-    for what in plan.left_behind:
-        screen.warn(f"{what} stays behind, as asked for with --root-only")
-    if plan.server.flavor.swap or "disk.swap" in plan.disk.beside:
-        screen.note("The swap disk is not copied: Nova makes a new one.")
-    if plan.disk.has_nvram:
-        screen.warn("the source boots by UEFI: its NVRAM (boot entries) is not copied, and Nova makes a new one")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
+import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +16,21 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "migrena.py"
 Migrena = Callable[..., "subprocess.CompletedProcess[str]"]
+
+# Who starts the tests in the background has these ignored, and all that the tests start would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What the random faults of hosts/test_random.py are thrown by."""
+    parser.addoption("--random-runs", type=int, default=3, help="how many runs faults are thrown into")
+    parser.addoption("--random-seed", default="", help="what decides about the faults (left out: another one each time, which is printed)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One seed for all workers: they are started with the options of this process."""
+    config.option.random_seed = config.option.random_seed or secrets.token_hex(4)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -25,6 +43,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report  # type: ignore[return-value]
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What shares something that takes long to bring up stays in one worker: each group of these, and the slowest groups first."""
     for item in items:
@@ -35,7 +54,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says loudly what was not tested."""
+    """Says how the random runs ended, and loudly what was not tested."""
+    ends = Counter(end for report in terminalreporter.stats.get("passed", []) for name, end in report.user_properties if name == "random run")
+    if ends or any("test_random" in report.nodeid for report in terminalreporter.stats.get("failed", [])):
+        terminalreporter.section(f"random faults: --random-runs {terminalreporter.config.option.random_runs} "
+                                 f"--random-seed {terminalreporter.config.option.random_seed}")
+        terminalreporter.line(", ".join(f"{count} {end}" for end, count in ends.most_common()) or "none has passed")
     skipped = terminalreporter.stats.get("skipped", [])
     if skipped:
         terminalreporter.section(f"{len(skipped)} TESTS WERE SKIPPED, SO THIS WAS NOT TESTED", sep="!", red=True, bold=True)

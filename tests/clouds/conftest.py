@@ -1,4 +1,7 @@
-"""Two real OpenStack clouds, brought up once, and migrena run on them as an operator runs it."""
+"""Two real OpenStack clouds, brought up once, and migrena run on them as an operator runs it.
+
+Each cloud has two hypervisors: new disks are qcow2 on the first and raw on the second. Whoever makes an instance says where.
+"""
 
 from __future__ import annotations
 
@@ -10,71 +13,132 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import SCRIPT
-from lab.clouds import Clouds, Options, purge
+from lab.api import Api
+from lab.clouds import Clouds, Options, credentials, purge
 from lab.hosts import Host
 
 DISKS = "/var/lib/nova/instances"
+SOURCE, DESTINATION = "src-cmp1", "dst-cmp1"  # the hypervisors of most tests
+MiB = 1024**2
+HYPERVISORS = Options(("src-cmp1", "dst-cmp1", "src-cmp2", "dst-cmp2"), {"src-cmp2": "raw", "dst-cmp2": "raw"})
 
 
 @dataclass(frozen=True)
 class Operator:
-    """Runs migrena against the lab's clouds; `extra` is appended to the config.py that the lab writes."""
+    """Somebody who runs migrena against the lab's clouds, with a config.py and a state folder of their own."""
 
     clouds: Clouds
     folder: Path
+    script: Path = SCRIPT
 
     def words(self, *words: str, extra: str = "") -> list[str]:
-        """The whole command."""
+        """The whole command; `extra` is appended to the config.py that the lab writes."""
         config = self.folder / "config.py"
         config.touch(mode=0o600)
         config.write_text(f"{self.clouds.config.read_text()}\nSTATE_FOLDER = {str(self.folder / 'state')!r}\n{extra}\n")
-        return [sys.executable, str(SCRIPT), "-c", str(config), *words]
+        return [sys.executable, str(self.script), *words, "-c", str(config)]
 
-    def run(self, *words: str, extra: str = "") -> subprocess.CompletedProcess[str]:
+    def to(self, place: str, image: str = "guest", name: str = "arrived", flavor: str = "tiny") -> list[str]:
+        """The words that make an instance on this hypervisor of the destination; flavor and image are left out where they are empty."""
+        network = self.clouds.api("dst").need("neutron", "networks", "net1")
+        extra = {"nics": [{"net-id": network}], "availability_zone": f"nova:{place}"}
+        named = (("-d", name), ("-f", flavor), ("-i", image), ("-e", str(extra)))
+        return [word for flag, value in named if value for word in (flag, value)]
+
+    def begin(self, *words: str, extra: str = "", env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        """A run under way."""
+        return subprocess.Popen(self.words(*words, extra=extra), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})}, cwd=self.folder)
+
+    def run(self, *words: str, extra: str = "", env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """One run to its end."""
-        return subprocess.run(self.words(*words, extra=extra), check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=280)
+        return ended(self.begin(*words, extra=extra, env=env))
 
-    def report(self, *words: str, extra: str = "") -> dict[str, Any]:
+    def report(self, *words: str, extra: str = "", env: dict[str, str] | None = None) -> dict[str, Any]:
         """The JSON report of a run that must succeed."""
-        done = self.run(*words, "--json", extra=extra)
+        done = self.run(*words, "--json", extra=extra, env=env)
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout))
 
-    def signalled_at_a_third(self, number: signal.Signals, *words: str) -> subprocess.CompletedProcess[str]:
-        """A run that gets a signal when a third of the disk is there."""
-        process = subprocess.Popen(self.words(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+    def at_a_third(self, *words: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        """A run, slow enough to watch, that has just said that a third of its disk is there."""
+        process = self.begin(*words, "--limit-rate", "10M", env=env)
         assert process.stderr
         said = ""
         for line in process.stderr:
             said += line
             if any(f" {share}% " in line for share in range(25, 90)):
-                process.send_signal(number)
-                break
-        out, rest = process.communicate(timeout=120)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, said + rest)
+                return process
+        raise AssertionError(said)
+
+    def with_build(self, *changes: tuple[str, str]) -> Operator:
+        """The same with a migrena.py that has these changes in it; each place must be there, and once."""
+        text = SCRIPT.read_text()
+        for old, new in changes:
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        script = self.folder / "migrena.py"
+        script.write_text(text)
+        return replace(self, script=script)
+
+    @property
+    def last_run(self) -> str:
+        """The id of the latest run that has a journal."""
+        return max(path.stem for path in (self.folder / "state").glob("*.jsonl"))
+
+
+def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """What a run printed, once it has ended."""
+    try:
+        out, said = process.communicate(timeout=280)
+    except BaseException:
+        process.send_signal(signal.SIGINT)  # so that it undoes what it did before the next test begins
+        process.communicate(timeout=60)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, said)
 
 
 @pytest.fixture(scope="session")
 def clouds() -> Iterator[Clouds]:
-    """Both clouds; they are stopped afterwards unless they were up before."""
+    """Both clouds, new and empty; clouds of other hypervisors that are up already are not touched, and fail the tests."""
     if os.geteuid():
         pytest.skip("not root: no clouds can be brought up")
-    found = Clouds(Options.kept() or Options("ns", 1, {}))
-    was_up = bool(found.state())
-    if not was_up:
+    kept = Options.kept()
+    if was_up := bool(kept and Clouds(kept).state()):
+        assert kept == HYPERVISORS, "other clouds are up; `python3 tests/lab purge` takes them away"
+    else:
         purge()
-        found = Clouds(Options("ns", 1, {}))
+    found = Clouds(HYPERVISORS)
     found.up()
+    api = found.api("dst")
+    for name in ("guest", "guest-other"):  # an instance that is stopped while it boots would not hear of it for ten seconds
+        image = api.find("glance", "images", name)
+        assert image
+        if "os_shutdown_timeout" not in image:
+            api.call("PATCH", "glance", f"/images/{image['id']}", [{"op": "add", "path": "/os_shutdown_timeout", "value": "1"}],
+                     {"Content-Type": "application/openstack-images-v2.1-json-patch"})
     yield found
     if not was_up:
         found.down()
+
+
+@pytest.fixture(scope="session")
+def src(clouds: Clouds) -> Api:
+    """The source cloud, as its admin sees it."""
+    return clouds.api("src")
+
+
+@pytest.fixture(scope="session")
+def dst(clouds: Clouds) -> Api:
+    """The destination cloud, as its admin sees it."""
+    return clouds.api("dst")
 
 
 @pytest.fixture
@@ -83,41 +147,67 @@ def operator(clouds: Clouds, tmp_path: Path) -> Operator:
     return Operator(clouds, tmp_path)
 
 
-@pytest.fixture(scope="session")
-def source(clouds: Clouds) -> Iterator[str]:
-    """The id of an instance in the source cloud that has run, has 96 MiB of random data on its disk, and is stopped."""
-    api = clouds.api("src")
-    if api.find("nova", "servers", "source"):
-        api.delete(api.need("nova", "servers", "source"))
-    id = api.create("source")
-    wait_for_console(clouds, "src", id, "GUEST wrote=")
-    api.act(id, "os-stop", until="SHUTOFF")
-    host = clouds.host("src-cmp1")
-    write = f"qemu-io -f qcow2 -c 'write -s /var/tmp/random 256M 96M' {disk(id)}"
-    host.run("sh", "-c", f"head -c 96M /dev/urandom > /var/tmp/random; {write}; rm /var/tmp/random")
-    yield id
-    api.delete(id)
-
-
-@pytest.fixture(autouse=True)
-def tidy_destination(clouds: Clouds) -> Iterator[None]:
-    """No instance of an earlier test is in the destination, nor of the demo."""
-    empty_destination(clouds)
-    yield
-    empty_destination(clouds)
+@pytest.fixture
+def application(src: Api) -> Iterator[dict[str, str]]:
+    """An application credential of the source cloud's admin, as SRC_CREDS has it."""
+    path = f"/users/{src.need('keystone', 'users', 'admin')}/application_credentials"
+    made = src.call("POST", "keystone", path, {"application_credential": {"name": "migrena"}})["application_credential"]
+    yield {"auth_url": f"{src.cloud.url('keystone')}/v3", "auth_type": "v3applicationcredential", "application_credential_id": made["id"],
+           "application_credential_secret": made["secret"]}
+    src.call("DELETE", "keystone", f"{path}/{made['id']}")
 
 
 @pytest.fixture
-def network(clouds: Clouds) -> str:
-    """What `-e` says for the destination's network."""
-    return f"{{'nics': [{{'net-id': '{clouds.api('dst').need('neutron', 'networks', 'net1')}'}}]}}"
+def clouds_yaml(dst: Api, tmp_path: Path) -> Path:
+    """A clouds.yaml that knows the destination as `there`."""
+    path = tmp_path / "clouds.yaml"
+    path.write_text(json.dumps({"clouds": {"there": {"auth": credentials(dst.cloud, "admin"), "region_name": "RegionOne"}}}))  # JSON is YAML
+    return path
 
 
-def empty_destination(clouds: Clouds) -> None:
-    """Deletes every instance in the destination."""
-    api = clouds.api("dst")
-    for server in api.call("GET", "nova", "/servers")["servers"]:
-        api.delete(server["id"])
+@pytest.fixture(scope="session")
+def made(clouds: Clouds, src: Api) -> Iterator[str]:
+    """The id of an instance that has run once and has 64 MiB of random data on its disk."""
+    id = src.create("source", availability_zone="nova:src-cmp1")
+    wait_for_console(src, id, "GUEST wrote=")
+    src.act(id, "os-stop", until="SHUTOFF")
+    write_random(clouds.host("src-cmp1"), id, (64 * MiB, 64 * MiB))
+    yield id
+    src.delete(id)
+
+
+@pytest.fixture
+def source(src: Api, dst: Api, made: str) -> Iterator[str]:
+    """That instance, stopped, while the destination is empty; afterwards both are so again, whatever the test left."""
+    as_before(src, dst, made)
+    yield made
+    as_before(src, dst, made)
+
+
+@pytest.fixture
+def running(src: Api, source: str) -> str:
+    """The same instance, while it runs."""
+    src.act(source, "os-start", until="ACTIVE")
+    return source
+
+
+def as_before(src: Api, dst: Api, source: str) -> None:
+    """Stops the source and takes lock and mark off it; deletes every instance in the destination."""
+    server = src.server(source)
+    if server["locked"]:
+        src.act(source, "unlock")
+    for mark in server["metadata"]:
+        src.call("DELETE", "nova", f"/servers/{source}/metadata/{mark}")
+    if server["status"] != "SHUTOFF":
+        src.act(source, "os-stop", until="SHUTOFF")
+    for left in dst.call("GET", "nova", "/servers?all_tenants=1")["servers"]:
+        dst.delete(left["id"])
+
+
+def has_been_put_back(api: Api, id: str, status: str) -> bool:
+    """Whether an instance has this status, no lock and no mark of ours."""
+    server = api.server(id)
+    return (server["status"], server["locked"], server["metadata"]) == (status, False, {})
 
 
 def disk(id: str) -> str:
@@ -125,24 +215,54 @@ def disk(id: str) -> str:
     return f"{DISKS}/{id}/disk"
 
 
-def seen_by_guest(host: Host, id: str) -> str:
-    """The sha256 of what a guest sees on its disk; independent of how migrena reads it."""
-    format = json.loads(host.run("cat", f"{disk(id)}.info").stdout)[disk(id)]
-    script = f"qemu-img convert -f {format} -O raw {disk(id)} /var/tmp/flat && sha256sum < /var/tmp/flat; rm -f /var/tmp/flat"
-    return host.run("sh", "-c", script).stdout.split()[0]
+def write_random(host: Host, id: str, *places: tuple[int, int]) -> None:
+    """A guest writes random bytes to these places (offset, length) of its disk."""
+    script = "cat > /var/tmp/commands; head -c $1 /dev/urandom > /var/tmp/random; qemu-io -f qcow2 $2 < /var/tmp/commands; rm /var/tmp/random"
+    commands = "".join(f"write -q -s /var/tmp/random {offset} {length}\n" for offset, length in places)
+    host.run("sh", "-ec", script, "sh", str(max(length for _, length in places)), disk(id), input=commands)
 
 
-def wait_for_console(clouds: Clouds, cloud: str, id: str, line: str, seconds: float = 240) -> str:
+def node(host: Host, id: str) -> str:
+    """An instance's disk as this machine's own qemu-img sees it, for --image-opts; its base is looked up on its own host."""
+    found = json.loads(host.run("qemu-img", "info", "--output=json", disk(id), "-f", format_of(host, id)).stdout)
+    opts = f"driver={found['format']},file.filename={host.root}{disk(id)}"
+    if "full-backing-filename" in found:
+        opts += f",backing.driver={found['backing-filename-format']},backing.file.filename={host.root}{found['full-backing-filename']}"
+    return opts
+
+
+def format_of(host: Host, id: str) -> str:
+    """The format of a disk, as Nova wrote it down."""
+    return str(json.loads(host.run("cat", f"{disk(id)}.info").stdout)[disk(id)])
+
+
+def same_to_both_guests(one: Host, source: str, other: Host, arrived: str) -> bool:
+    """Whether qemu-img, which has no part in migrena's own proof, finds both disks equal."""
+    words = ["qemu-img", "compare", "--image-opts", node(one, source), node(other, arrived)]
+    return subprocess.run(words, check=False, capture_output=True, text=True).returncode == 0
+
+
+def wait_for_console(api: Api, id: str, line: str, seconds: float = 240) -> str:
     """A server's console once it shows this line."""
     limit = time.monotonic() + seconds
-    while line not in (shown := clouds.api(cloud).console(id)):
+    while line not in (shown := api.console(id)):
         assert time.monotonic() < limit, f"no {line!r} on the console:\n{shown[-2000:]}"
         time.sleep(1)
     return shown
 
 
+def last_record(host: Host, id: str) -> str:
+    """The number of the last record that a guest wrote before it was stopped."""
+    return host.run("cat", f"{DISKS}/{id}/console.log").stdout.rpartition("GUEST powers off after record ")[2].split()[0]
+
+
+def boots(host: Host, id: str) -> int:
+    """How often a guest has booted, by what it said when it last did."""
+    return int(host.run("cat", f"{DISKS}/{id}/console.log").stdout.rpartition("GUEST boots=")[2].split()[0])
+
+
 def left_on(host: Host) -> list[str]:
-    """Whatever of migrena is on a hypervisor: processes, files, listening ports."""
+    """Whatever of migrena is on a hypervisor: processes and files."""
     processes = [line for line in (" ".join(argv) for _, argv in host.processes()) if re.search(r"nbd|qemu-img|migrena-\d{8}T", line)]
     files = host.run("sh", "-c", f"ls -d /run/migrena* /tmp/migrena* {DISKS}/*/*migrena* 2>/dev/null", check=False).stdout.split()
     return processes + files

@@ -1,76 +1,183 @@
-"""The main job on two real clouds."""
+"""The main job on two real clouds, in every form."""
 
 from __future__ import annotations
 
-import signal
-import time
+import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from clouds.conftest import Operator, disk, left_on, seen_by_guest, wait_for_console
+from clouds.conftest import (
+    DESTINATION,
+    SOURCE,
+    MiB,
+    Operator,
+    boots,
+    disk,
+    ended,
+    has_been_put_back,
+    last_record,
+    left_on,
+    same_to_both_guests,
+    wait_for_console,
+    write_random,
+)
+from lab.api import Api
 from lab.clouds import Clouds
 
+# Makes a disk of 2 GiB whose first blocks of 4 KiB hold random bytes and are holes in turn: PATH COUNT
+SCATTER = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_WRONLY | os.O_TRUNC)
+os.truncate(fd, 2 << 30)
+for number in range(int(sys.argv[2])):
+    os.pwrite(fd, os.urandom(4096), number * 8192)
+os.fsync(fd)
+"""
 
-@pytest.mark.parametrize("words", [(), ("--no-tls",), ("--transport", "qemu")], ids=["auto", "no-tls", "qemu"])
-def test_an_instance_arrives_whole_and_its_source_is_not_changed_by_a_byte(
-        operator: Operator, clouds: Clouds, source: str, network: str, words: tuple[str, ...]) -> None:
-    one, other = clouds.host("src-cmp1"), clouds.host("dst-cmp1")
-    before = one.run("sha256sum", disk(source)).stdout
-    report = operator.report("-s", source, "-d", "arrived", "-f", "tiny", "-i", "guest", "-e", network, *words)
-    assert report["copy"]["view"] == "file" and report["copy"]["verified"] and report["copy"]["tls"] is ("--no-tls" not in words)
+
+def test_what_the_report_says_is_what_happened(operator: Operator, clouds: Clouds, src: Api, dst: Api, source: str) -> None:
+    one, other = clouds.host(SOURCE), clouds.host(DESTINATION)
+    before, sent = one.run("sha256sum", disk(source)).stdout, one.counters()[1]
+    report = operator.report("-s", source, *operator.to(DESTINATION))
+    sent = one.counters()[1] - sent
+    copy, id = report["copy"], report["destination"]["id"]
+    assert (report["result"], report["started"], report["downtime_seconds"], report["not_undone"]) == ("done", [], None, [])
+    assert (copy["view"], copy["why_view"], copy["tls"], copy["verified"]) == ("file", "both bases have the same content", True, True)
+    assert 64 * MiB < copy["bytes"] < sent < copy["bytes"] * 1.03 + 3 * MiB
+    assert copy["length"] == int(one.run("stat", "-c", "%s", disk(source)).stdout)
     assert one.run("sha256sum", disk(source)).stdout == before
-    assert seen_by_guest(one, source) == seen_by_guest(other, report["destination"]["id"])
+    assert same_to_both_guests(one, source, other, id)
     assert left_on(one) == left_on(other) == []
-    server = clouds.api("src").server(source)
-    assert (server["status"], server["locked"], server["metadata"]) == ("SHUTOFF", False, {})
+    assert has_been_put_back(src, source, "SHUTOFF") and dst.server(id)["status"] == "SHUTOFF"
+    assert report["destination"]["host"] == dst.server(id)["OS-EXT-SRV-ATTR:hypervisor_hostname"]
 
 
-def test_the_destination_boots_and_the_guest_s_records_go_on(operator: Operator, clouds: Clouds, source: str, network: str) -> None:
-    report = operator.report("-s", source, "-d", "arrived", "-f", "tiny", "-i", "guest", "-e", network, "-a", "dst")
-    shown = wait_for_console(clouds, "dst", report["destination"]["id"], "GUEST boots=")
-    assert "GUEST boots=2 " in shown and "broken=0" in shown and report["started"] == ["destination"]
+def test_hazard_a_rebase_that_needs_the_old_base_though_image_ids_differ(
+        operator: Operator, clouds: Clouds, src: Api, dst: Api, running: str) -> None:
+    report = operator.report("-s", running, *operator.to(DESTINATION), "--no-tls", "-a", "dst")
+    last = last_record(clouds.host(SOURCE), running)
+    assert src.server(running)["image"]["id"] != dst.server(report["destination"]["id"])["image"]["id"]
+    shown = wait_for_console(dst, report["destination"]["id"], "GUEST boots=")
+    assert f"GUEST boots={boots(clouds.host(SOURCE), running) + 1} last={last} broken=0" in shown
+    assert report["started"] == ["destination"] and report["copy"]["tls"] is False and report["downtime_seconds"] > 0
+    assert has_been_put_back(src, running, "SHUTOFF")
 
 
-def test_a_destination_whose_image_has_other_content_gets_what_the_guest_sees(
-        operator: Operator, clouds: Clouds, source: str, network: str) -> None:
-    report = operator.report("-s", source, "-d", "arrived", "-f", "tiny", "-i", "guest-other", "-e", network)
-    assert (report["copy"]["view"], report["copy"]["why_view"]) == ("guest", "the bases are not proven equal")
+def test_the_source_can_be_started_instead(operator: Operator, clouds: Clouds, src: Api, dst: Api, source: str) -> None:
+    report = operator.report("-s", source, *operator.to(DESTINATION), "--transport", "qemu", "--no-verify", "-a", "src")
     id = report["destination"]["id"]
-    assert seen_by_guest(clouds.host("src-cmp1"), source) == seen_by_guest(clouds.host("dst-cmp1"), id)
+    assert report["copy"]["verified"] is False and report["started"] == ["source"]
+    assert has_been_put_back(src, source, "ACTIVE") and dst.server(id)["status"] == "SHUTOFF"
+    src.act(source, "os-stop", until="SHUTOFF")
 
 
-def test_flavor_and_image_that_are_not_named_are_matched_and_the_disk_can_become_raw(
-        operator: Operator, clouds: Clouds, source: str, network: str) -> None:
-    clouds.set_images_type("dst-cmp1", "raw")
+def test_flavor_and_image_are_matched_with_every_kind_of_credentials_and_both_are_started(
+        operator: Operator, src: Api, dst: Api, running: str, application: dict[str, str], clouds_yaml: Path) -> None:
+    words = ("-s", running, *operator.to(DESTINATION, flavor="", image=""), "--dst-cloud", "there", "-a")
+    report = operator.report(*words, extra=f"SRC_CREDS = {application}", env={"OS_CLIENT_CONFIG_FILE": str(clouds_yaml)})
+    server = dst.server(report["destination"]["id"])
+    assert (server["flavor"]["original_name"], server["image"]["id"]) == ("tiny", dst.need("glance", "images", "guest"))
+    assert report["started"] == ["destination", "source"] and server["status"] == "ACTIVE"
+    assert has_been_put_back(src, running, "ACTIVE")
+
+
+def test_hazard_the_two_bases_are_not_equal(operator: Operator, clouds: Clouds, source: str) -> None:
+    report = operator.report("-s", source, *operator.to(DESTINATION, image="guest-other"))
+    assert (report["copy"]["view"], report["copy"]["why_view"]) == ("guest", "the bases are not proven equal")
+    assert same_to_both_guests(clouds.host(SOURCE), source, clouds.host(DESTINATION), report["destination"]["id"])
+
+
+@pytest.fixture(scope="module")
+def raw_source(src: Api) -> Iterator[str]:
+    """The id of a stopped instance whose disk is raw."""
+    id = src.create("raw", flavor="small", availability_zone="nova:src-cmp2")
+    src.act(id, "os-stop", until="SHUTOFF")
+    yield id
+    src.delete(id)
+
+
+@pytest.mark.parametrize(("place", "view", "fragments"), [("dst-cmp1", "guest", 2_000), ("dst-cmp2", "file", 200_000)])
+def test_hazard_no_backing_file_but_a_raw_disk_of_many_fragments(
+        operator: Operator, clouds: Clouds, source: str, raw_source: str, place: str, view: str, fragments: int) -> None:
+    one = clouds.host("src-cmp2")
+    one.run("python3", "-c", SCATTER, disk(raw_source), str(fragments))
+    sent = one.counters()[1]
+    report = operator.report("-s", raw_source, *operator.to(place, flavor="small"))
+    assert report["copy"]["bytes"] == fragments * 4096 < one.counters()[1] - sent < fragments * 4096 * 1.4 + 3 * MiB  # the holes stayed off the wire
+    assert report["copy"]["view"] == view
+    assert same_to_both_guests(one, raw_source, clouds.host(place), report["destination"]["id"])
+
+
+def test_hazard_the_destination_uses_raw_disks(operator: Operator, clouds: Clouds, source: str) -> None:
+    report = operator.report("-s", source, *operator.to("dst-cmp2"))
+    assert report["copy"]["view"] == "guest"
+    assert same_to_both_guests(clouds.host(SOURCE), source, clouds.host("dst-cmp2"), report["destination"]["id"])
+
+
+def test_a_disk_of_10_gib_with_2_gib_of_data(operator: Operator, clouds: Clouds, src: Api, source: str) -> None:
+    one, other = clouds.host(SOURCE), clouds.host(DESTINATION)
+    large = src.create("large", flavor="large", availability_zone=f"nova:{SOURCE}")
     try:
-        report = operator.report("-s", source, "-d", "arrived", "-e", network)
-        id = report["destination"]["id"]
-        assert clouds.api("dst").server(id)["flavor"]["original_name"] == "tiny"
-        assert seen_by_guest(clouds.host("src-cmp1"), source) == seen_by_guest(clouds.host("dst-cmp1"), id)
+        src.act(large, "os-stop", until="SHUTOFF")
+        write_random(one, large, *((offset * 160 * MiB, 32 * MiB) for offset in range(1, 65)))
+        before, sent = one.run("sha256sum", disk(large)).stdout, one.counters()[1]
+        report = operator.report("-s", large, *operator.to(DESTINATION, flavor="large"))
+        assert 2048 * MiB < report["copy"]["bytes"] < one.counters()[1] - sent < report["copy"]["bytes"] * 1.02
+        assert one.run("sha256sum", disk(large)).stdout == before
+        assert same_to_both_guests(one, large, other, report["destination"]["id"])
     finally:
-        clouds.set_images_type("dst-cmp1", "qcow2")
+        src.delete(large)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_nothing_runs_on_either_host_after_a_signal_at_a_third_of_the_copy(
-        operator: Operator, clouds: Clouds, source: str, network: str, number: signal.Signals) -> None:
-    api = clouds.api("src")
-    api.act(source, "os-start", until="ACTIVE")
-    words = ("-s", source, "-d", "arrived", "-f", "tiny", "-i", "guest", "-e", network, "--limit-rate", "10M")
-    done = operator.signalled_at_a_third(number, *words)
-    hosts = [clouds.host("src-cmp1"), clouds.host("dst-cmp1")]
-    if number == signal.SIGINT:
-        assert done.returncode == 130, done.stderr
-        assert [left_on(host) for host in hosts] == [[], []]
-        server = api.server(source)
-        assert (server["status"], server["locked"], server["metadata"]) == ("ACTIVE", False, {})
-        assert not clouds.api("dst").find("nova", "servers", "arrived")
-        api.act(source, "os-stop", until="SHUTOFF")
-        return
-    limit = time.monotonic() + 5
-    while any("nbd" in entry or "/run" in entry for host in hosts for entry in left_on(host)):
-        assert time.monotonic() < limit, [left_on(host) for host in hosts]
-    again = operator.run(*words)
-    assert again.returncode == 3 and "server unlock" in again.stderr and "unset --property" in again.stderr and "is taken" in again.stderr
-    api.act(source, "unlock")
-    api.call("DELETE", "nova", f"/servers/{source}/metadata/migrena:run")
+def test_a_user_with_sudo_behind_a_jump_host_and_another_port(operator: Operator, clouds: Clouds, source: str) -> None:
+    one, other = clouds.host(SOURCE), clouds.host(DESTINATION)
+    config = operator.folder / "ssh_config"
+    config.write_text(f"Host {other.address}\n  ProxyJump operator@{one.address}:2222\n"
+                      f"Host *\n  IdentityFile {one.key}\n  UserKnownHostsFile {one.known_hosts}\n")
+    row = {"port": 2222, "user": "operator", "key": str(one.key)}
+    settings = {"HOSTS": {host.name: {"address": host.address, **row} for host in (one, other)}, "SSH_CONFIG": str(config), "KNOWN_HOSTS": ""}
+    report = operator.report("-s", source, *operator.to(DESTINATION), extra="\n".join(f"{name} = {value!r}" for name, value in settings.items()))
+    assert same_to_both_guests(one, source, other, report["destination"]["id"])
+
+
+def test_hazard_no_two_runs_at_once(operator: Operator, clouds: Clouds, src: Api, source: str) -> None:
+    one, other = clouds.host(SOURCE), clouds.host(DESTINATION)
+    second = src.create("second", availability_zone=f"nova:{SOURCE}")
+    try:
+        runs = {id: operator.begin("-s", id, *operator.to(DESTINATION, name=f"arrived-{id[:4]}"), "--json", "--limit-rate", "20M")
+                for id in (source, second)}
+        for id, run in runs.items():
+            done = ended(run)
+            assert done.returncode == 0, done.stderr
+            assert same_to_both_guests(one, id, other, json.loads(done.stdout)["destination"]["id"])
+        assert left_on(one) == left_on(other) == []
+    finally:
+        src.delete(second)
+
+
+AWKWARD = "-rf $(touch /root/oops) `id` 'it\"s' ; \\n %s {} ☃ größe 大 "
+
+
+def test_names_from_the_clouds_that_would_harm_a_shell_do_none(
+        operator: Operator, clouds: Clouds, src: Api, dst: Api, source: str) -> None:
+    """Instance, flavor, image and destination have such names, the instances' as long as Nova takes them."""
+    name, base = (AWKWARD * 9)[:250].strip() + " web", dst.need("glance", "images", "guest")
+    patch = {"Content-Type": "application/openstack-images-v2.1-json-patch"}
+    src.call("PUT", "nova", f"/servers/{source}", {"server": {"name": name}})
+    dst.call("PATCH", "glance", f"/images/{base}", [{"op": "replace", "path": "/name", "value": f"{AWKWARD}image"}], patch)
+    sizes = {"vcpus": 1, "ram": 128, "disk": 1, "name": f"{AWKWARD[1:]}flavor"}
+    flavor = dst.call("POST", "nova", "/flavors", {"flavor": sizes})["flavor"]["id"]
+    try:
+        words = operator.to(DESTINATION, image="", name="", flavor="")
+        done = operator.run("-s", source, f"--dst-name={name}", f"--flavor={sizes['name']}", f"--image-id={AWKWARD}image", *words)
+        assert done.returncode == 0, done.stderr
+        assert dst.server(done.stdout.strip())["name"] == name
+        assert same_to_both_guests(clouds.host(SOURCE), source, clouds.host(DESTINATION), done.stdout.strip())
+        assert operator.last_run in (shown := operator.run("status", operator.last_run).stdout) and name in shown
+        assert all(host.run("find", "/root", "-name", "oops").stdout == "" for host in (clouds.host(SOURCE), clouds.host(DESTINATION)))
+    finally:
+        src.call("PUT", "nova", f"/servers/{source}", {"server": {"name": "source"}})
+        dst.call("PATCH", "glance", f"/images/{base}", [{"op": "replace", "path": "/name", "value": "guest"}], patch)
+        dst.call("DELETE", "nova", f"/flavors/{flavor}")

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from conftest import REPOSITORY
+from hosts.faults import Fault
+from hosts.operators import Operator, an_operator
 from hosts.rig import Copy, Instance, base, remains, settings_for, sweep, wait_until_clean
 from lab.hosts import Lab, hosts
 from lab.processes import LabError
@@ -139,8 +141,8 @@ def driver(lab: Lab, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[
     """Starts a copy in a process of its own, which says on standard output how many bytes are done."""
     begun: list[subprocess.Popen[str]] = []
 
-    def start(source: Instance, fresh: Instance, **settings: Any) -> subprocess.Popen[str]:
-        orders = {"lab": lab.spec.tag, "settings": settings, "state": str(tmp_path), "source": source.path, "fresh": fresh.path}
+    def start(source: Instance, fresh: Instance, name: str = "", **settings: Any) -> subprocess.Popen[str]:
+        orders = {"name": name, "lab": lab.spec.tag, "settings": settings, "state": str(tmp_path), "source": source.path, "fresh": fresh.path}
         env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
         process = subprocess.Popen([sys.executable, "-m", "hosts.rig", json.dumps(orders)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, text=True, env=env)
@@ -153,3 +155,16 @@ def driver(lab: Lab, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[
         process.communicate()
 
 
+@pytest.fixture
+def operator(lab: Lab, tmp_path: Path) -> Operator:
+    """Somebody with two clouds, whose one instance runs in the first."""
+    return an_operator(lab, tmp_path)
+
+
+@pytest.fixture
+def fault(operator: Operator) -> Iterator[Fault]:
+    """Their run, to have something thrown into; whatever that is, the source's disk keeps its content."""
+    run = Fault(operator, operator.source.sha256())
+    yield run
+    run.stop()
+    assert operator.source.sha256() == run.before

@@ -23,6 +23,7 @@ from migrena import (
     Cloud,
     Disk,
     DiskJob,
+    Earlier,
     Ends,
     Host,
     HostEntry,
@@ -35,14 +36,18 @@ from migrena import (
     Screen,
     Settings,
     Undo,
+    Witness,
     both_ends,
     connect,
     disk_chain,
     move_disk,
+    move_patiently,
     plan_job,
+    read_run,
     refuse_job,
     settle_disk,
     signals,
+    stand_of,
     survey_disk,
 )
 from unit.makers import a_flavor, a_server, an_image
@@ -57,7 +62,7 @@ WRITE = """
 import os, random, subprocess, sys
 path, format, seed, *places = sys.argv[1:]
 source = random.Random(seed)
-target = path if format == "file" else "/var/lib/nova/random"
+target = path if format == "file" else f"/var/lib/nova/random-{os.getpid()}"
 fd = os.open(target, os.O_WRONLY | os.O_CREAT, 0o644)
 for offset, length in zip(places[::2], places[1::2]):
     os.pwrite(fd, source.randbytes(int(length)), int(offset) if format == "file" else 0)
@@ -88,7 +93,7 @@ def settings_for(lab: Lab, **different: Any) -> Settings:
     """What an operator of this lab has in config.py."""
     known = {host.name: HostEntry(address=host.address) for host in lab}
     given = Settings(src_uid=str(uuid.uuid4()), dst_name="new", hosts=known, ssh_key=str(lab.key), known_hosts=str(lab.known_hosts),
-                     ssh_config="/dev/null", stall_timeout=20, chunk=4 * MiB, transport="qemu")
+                     ssh_config="/dev/null", stall_timeout=20, chunk=4 * MiB, transport="qemu", retries=0)
     return replace(given, **different)
 
 
@@ -106,7 +111,7 @@ def remains(host: LabHost) -> list[str]:
     return found + [line for line in sizes if not line.endswith(":0")]
 
 
-def wait_for(what: str, ready: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_for(what: str, ready: Callable[[], bool], seconds: float = 60.0) -> None:
     """Returns when it is so; fails with the words when it is not so in time."""
     deadline = time.monotonic() + seconds
     while not ready():
@@ -114,8 +119,8 @@ def wait_for(what: str, ready: Callable[[], bool], seconds: float = 30.0) -> Non
         time.sleep(0.05)
 
 
-def wait_until_clean(host: LabHost, seconds: float = 5.0) -> None:
-    """Returns when nothing of ours is left on a host; fails with what is left when it stays."""
+def wait_until_clean(host: LabHost, seconds: float = 30.0) -> None:
+    """Returns when nothing of ours is left on a host; fails with what is left when it stays. Leases without dots end in a minute only."""
     deadline = time.monotonic() + seconds
     while left := remains(host):
         assert time.monotonic() < deadline, f"still on {host.name} after {seconds:.0f} s: {left}"
@@ -253,38 +258,58 @@ class Copy:
     job: DiskJob | None = None
     report: Report = field(default_factory=Report)
     progress: Callable[[int], None] = lambda done: None
+    name: str = ""  # of the run; one that has a journal in the state folder is gone on with
 
     def run_of(self, disk: Disk) -> Run:
         """The facts that a copy's steps share, without any cloud."""
+        self.name = self.name or f"test-{uuid.uuid4().hex[:8]}"
         server = a_server(id=self.settings.src_uid, status="SHUTOFF", power=4)
-        plan = Plan(f"test-{uuid.uuid4().hex[:8]}", server, disk, a_flavor(), an_image(), ())
+        plan = Plan(self.name, server, disk, a_flavor(), an_image(), ())
+        has_begun = (self.state / f"{self.name}.jsonl").exists()
+        earlier = Earlier(read_run(self.state, self.name), "new", False) if has_begun else None
         journal, cloud = Journal(self.state, plan.run), NEVER_ASKED
-        return Run(self.settings, self.undo.screen, journal, self.undo, self.report, plan, cloud, cloud, self.source)
+        return Run(self.settings, self.undo.screen, journal, self.undo, self.report, plan, cloud, cloud, self.source, earlier)
+
+    def job_of(self, run: Run, ends: Ends, fresh: Instance) -> DiskJob:
+        """The job, refused where it must be, for a source that has stopped."""
+        self.job = plan_job(run, ends, survey_disk(self.destination, "guest", fresh.path, shared=False))
+        refuse_job(ends, self.job, run.plan.disk)
+        self.job = replace(self.job, stand=stand_of(self.source, self.job.source.path))
+        return self.job
 
     @contextlib.contextmanager
     def prepared(self, source: Instance, fresh: Instance) -> Iterator[tuple[Ends, DiskJob]]:
         """Both ends and the job, refused where it must be; folders and certificates are gone with the scope."""
-        disk = survey_disk(self.source, "guest", source.path, shared=False)
-        run = self.run_of(disk)
+        run = self.run_of(survey_disk(self.source, "guest", source.path, shared=False))
         with contextlib.closing(run.journal), both_ends(run, self.destination) as ends:
-            self.job = plan_job(run, ends, survey_disk(self.destination, "guest", fresh.path, shared=False))
-            refuse_job(ends, self.job, disk)
-            yield ends, self.job
+            yield ends, self.job_of(run, ends, fresh)
+
+    @contextlib.contextmanager
+    def shown(self, total: int) -> Iterator[Callable[[int], None]]:
+        """Progress, for those who look on."""
+        yield self.progress
 
     def move(self, ends: Ends, job: DiskJob, check: Callable[[], None] = lambda: None) -> Moved:
-        """The bytes arrive and are proven; nothing is swapped in."""
+        """The bytes arrive and are proven, at the first attempt or not at all; nothing is swapped in."""
+        return move_disk(ends, job, Witness(self.shown, check=check))
 
-        @contextlib.contextmanager
-        def shown(total: int) -> Iterator[Callable[[int], None]]:
-            yield self.progress
-
-        return move_disk(ends, job, shown, check)
+    def arrive(self, source: Instance, fresh: Instance, check: Callable[[], None] = lambda: None) -> Moved:
+        """The bytes arrive and are proven, as often tried again as the settings say; nothing is swapped in."""
+        run = self.run_of(survey_disk(self.source, "guest", source.path, shared=False))
+        self.undo.screen.progress = self.shown  # type: ignore[method-assign]
+        with contextlib.closing(run.journal):
+            with both_ends(run, self.destination) as ends:
+                job = self.job_of(run, ends, fresh)
+            if run.earlier and (stand := run.earlier.record.job.get("stand")):
+                job = replace(job, stand=stand)
+            run.journal.write("job", stand=job.stand, new=job.new)
+            return move_patiently(run, self.destination, job, check)
 
     def __call__(self, source: Instance, fresh: Instance) -> Moved:
         """The whole of it."""
-        with self.prepared(source, fresh) as (ends, job):
-            moved = self.move(ends, job)
-            settle_disk(ends.destination, job)
+        moved = self.arrive(source, fresh)
+        assert self.job
+        settle_disk(self.destination, self.job)
         return moved
 
 
@@ -306,7 +331,8 @@ def main(orders: str) -> int:
             for name in ("src", "dst"):
                 ends.append(connect(name, settings, undo.screen))
                 stack.callback(ends[-1].close)
-            copy = Copy(ends[0], ends[1], settings, Path(given["state"]), undo, progress=lambda done: print(done, flush=True))
+            copy = Copy(ends[0], ends[1], settings, Path(given["state"]), undo, progress=lambda done: print(done, flush=True),
+                        name=given["name"])
             copy(Instance(lab["src"], given["source"]), Instance(lab["dst"], given["fresh"]))
     except Interrupted as interruption:
         return 128 + interruption.number

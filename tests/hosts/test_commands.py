@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -32,6 +33,13 @@ def test_five_megabytes_on_both_streams_block_nothing(src: Host) -> None:
 
 def test_five_megabytes_on_both_streams_block_no_long_command_either(src: Host) -> None:
     assert len(src.work("sh", "-c", BOTH, stall=30)) == 2 * MANY
+
+
+def test_hazard_a_warning_on_standard_error_counts_as_failure_and_an_exit_status_as_success(src: Host) -> None:
+    for way in (src.run, lambda *words: src.work(*words, stall=30)):
+        assert way("sh", "-c", "echo warning: this is fine >&2; echo done") == "done\n"
+        with pytest.raises(CommandError, match="ended with status 3: it said nothing"):
+            way("sh", "-c", "echo done; exit 3")
 
 
 @pytest.mark.parametrize("status", [1, 2, 7, 127, 255])
@@ -88,10 +96,8 @@ def test_standard_input_arrives_whole(src: Host, count: int) -> None:
 
 
 def test_a_command_that_does_not_read_its_input_does_not_hang(src: Host) -> None:
-    began = time.monotonic()
     with contextlib.suppress(HostError):  # either is right, as long as it ends
         src.run("sh", "-c", "exec <&-; exit 0", stdin=os.urandom(MANY), seconds=20)
-    assert time.monotonic() - began < 60
     assert src.run("echo", "still there") == "still there\n"
 
 
@@ -161,6 +167,23 @@ def test_all_leases_end_when_the_connection_is_closed(lab: Lab, src: Host) -> No
         assert lab["src"].run("test", "-e", folder, check=False).returncode == 1
 
 
+def test_a_connection_that_takes_nothing_any_more_hides_no_error_when_a_lease_is_closed(lab: Lab, reach: Reach) -> None:
+    before = dict(lab["src"].processes())
+    host = reach("src")
+    sshd = [pid for pid in dict(lab["src"].processes()) if pid not in before]
+    transport = host._client.get_transport()
+    assert sshd and transport
+    try:
+        with pytest.raises(HostError, match="the error that counts"), host.lease("read -r gone", "read"):
+            host.unconfirmed.append("another one")  # so that the end of this one is not waited for long
+            lab["src"].run("kill", "-STOP", *map(str, sshd))  # the host does not answer,
+            transport.sock.shutdown(socket.SHUT_WR)  # and our side cannot send, but has not noticed that the connection is over
+            raise HostError("the error that counts")
+    finally:
+        lab["src"].run("kill", "-CONT", *map(str, sshd))
+    assert len(host.unconfirmed) == 2
+
+
 def test_a_daemon_that_ends_by_itself_is_noticed(lab: Lab, src: Host) -> None:
     script = 'echo $$ > "$1"; exec sleep 1000'
     with src.private_folder("test") as folder, src.lease(LEASED_DAEMON, "sh", "-c", script, "sh", f"{folder}/pid", given=(f"{folder}/pid",)) as lease:
@@ -176,6 +199,15 @@ def test_a_daemon_that_does_not_start_says_why(src: Host) -> None:
     with src.private_folder("test") as folder, pytest.raises(CommandError, match="the port is cursed"), \
             src.lease(LEASED_DAEMON, "sh", "-c", "echo the port is cursed >&2; exit 3", given=(f"{folder}/pid",)) as lease:
         lease.line(20)
+
+
+def test_a_daemon_that_hangs_before_it_serves_is_gone(lab: Lab, src: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was stopped hears of no gentler signal."""
+    assert LEASED_DAEMON.count("-lt 1200 ") == 1
+    monkeypatch.setattr(migrena, "LEASED_DAEMON", LEASED_DAEMON.replace("-lt 1200 ", "-lt 20 "))
+    with pytest.raises(CommandError, match="did not serve"), src.daemon("/root/pid", "sh", "-c", "kill -STOP $$"):
+        pass
+    wait_for("its end", lambda: not processes(lab["src"]))
 
 
 def test_a_stale_pid_file_is_not_taken_for_a_daemon(lab: Lab, src: Host) -> None:
@@ -204,7 +236,7 @@ with host.private_folder("test") as folder, host.lease(LEASED_COMMAND, "sleep", 
 
 
 @pytest.mark.parametrize("user", ["root", "operator"])
-def test_every_lease_ends_within_5_s_when_its_holder_is_killed_outright(lab: Lab, settings: Settings, user: str) -> None:
+def test_every_lease_ends_when_its_holder_is_killed_outright(lab: Lab, settings: Settings, user: str) -> None:
     words = [sys.executable, "-c", HOLDER, str(REPOSITORY), str(Path(REPOSITORY, "tests")), lab.spec.tag, user]
     with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout
@@ -213,5 +245,5 @@ def test_every_lease_ends_within_5_s_when_its_holder_is_killed_outright(lab: Lab
         assert len(sleepers(lab, "sleep 100")) >= 2
         assert lab["src"].run("test", "-d", folder, check=False).returncode == 0
         holder.kill()
-        wait_until_clean(lab["src"], 5)
+        wait_until_clean(lab["src"])
     lab["src"].run("rm", "-f", "/run/test.pid")

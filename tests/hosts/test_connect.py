@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import migrena
 from hosts.conftest import Reach
 from hosts.rig import running, wait_for
 from lab.hosts import Lab
@@ -67,6 +70,29 @@ def test_a_port_where_something_else_listens_is_told(lab: Lab, reach: Reach) -> 
             reach("src", hosts={"src": HostEntry(lab["src"].address, port=8080)})
 
 
+def test_a_connection_that_sshd_drops_because_too_many_come_at_once_is_tried_again(
+        lab: Lab, reach: Reach, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dials, once, place = [], migrena.dial_once, (lab["src"].address, 2223)
+    (tmp_path / "known").write_text(lab.known_hosts.read_text().replace("]:2222 ", "]:2223 "))
+    other = {"hosts": {"src": HostEntry(*place)}, "known_hosts": str(tmp_path / "known")}
+
+    def dial_once(name: str, target: Any) -> Any:
+        dials.append(name)
+        if len(dials) == 3:
+            stranger.close()
+        return once(name, target)
+
+    monkeypatch.setattr(migrena, "dial_once", dial_once)
+    with running(lab["src"], "/usr/sbin/sshd", "-D", "-p", "2223", "-o", "MaxStartups=1", "-o", "PidFile=none"):
+        wait_for("the other sshd", lambda: ":2223" in lab["src"].run("ss", "-Hltn").stdout)
+        with socket.create_connection(place, 10) as stranger:
+            assert who(reach("src", **other)) == "root@src"
+        assert len(dials) >= 3
+        monkeypatch.setattr(migrena, "DIAL_LIMIT", 0)
+        with socket.create_connection(place, 10) as stranger, pytest.raises(HostError, match=r"SSH protocol banner|Connection reset"):
+            reach("src", **other)  # the control
+
+
 def test_a_key_that_the_host_does_not_know_is_refused(reach: Reach, tmp_path: Path, home: Path) -> None:
     with pytest.raises(HostError, match=r"src: .* refuses the key of user root") as caught:
         reach("src", ssh_key=str(key(tmp_path / "stranger")))
@@ -85,7 +111,7 @@ def test_a_key_file_that_is_no_key_is_told(reach: Reach, tmp_path: Path, home: P
 
 
 @pytest.mark.parametrize("port", [22, 2222])
-def test_the_command_that_is_told_for_an_unknown_host_key_makes_it_known(lab: Lab, reach: Reach, tmp_path: Path, port: int) -> None:
+def test_hazard_an_unknown_host_key_is_accepted_in_place_of_told_with_the_command(lab: Lab, reach: Reach, tmp_path: Path, port: int) -> None:
     known, there = tmp_path / "known hosts", {"src": HostEntry(lab["src"].address, port=port)}
     with pytest.raises(HostError, match=r"the host key .* is not known") as caught:
         reach("src", known_hosts=str(known), hosts=there)
@@ -217,6 +243,12 @@ Host *
     assert host.nbd_address == behind
     with host.private_folder("test") as folder:
         assert host.succeeds("test", "-d", folder)
+
+
+@pytest.mark.parametrize("text", ["Host a\n  ProxyJump root@b:22\nHost b\n  ProxyJump ssh://a\n", "Host *\n  ProxyJump a\n"], ids=["two", "one"])
+def test_jump_hosts_that_go_in_a_circle_are_refused_before_ssh_starts_itself_for_ever(reach: Reach, home: Path, text: str) -> None:
+    with pytest.raises(UsageError, match="ProxyJump goes in a circle: "):
+        reach("a", hosts={}, ssh_config=ssh_config(home, text))
 
 
 def test_control_without_the_jump_there_is_no_way(reach: Reach, behind: str, known_behind: str) -> None:

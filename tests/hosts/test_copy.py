@@ -163,7 +163,8 @@ def test_an_instance_folder_may_have_any_name(lab: Lab, make_copy: MakeCopy, fol
     assert copy.job and copy.job.whole_file is (seed == "debian")
 
 
-def test_the_new_disk_stands_on_the_base_that_nova_gave_it(lab: Lab, dst: Host, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
+def test_hazard_rebase_without_a_format_and_onto_another_base_than_nova_s(
+        dst: Host, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
     source, fresh = overlays
     below = fresh.node()["full-backing-filename"]
     arrives(make_copy(), source, fresh)
@@ -172,7 +173,7 @@ def test_the_new_disk_stands_on_the_base_that_nova_gave_it(lab: Lab, dst: Host, 
     assert source.node()["full-backing-filename"] != below
 
 
-def test_bases_that_differ_in_one_byte_are_different(lab: Lab, make_copy: MakeCopy) -> None:
+def test_hazard_nobody_checks_that_the_bases_are_equal_and_one_byte_differs(lab: Lab, make_copy: MakeCopy) -> None:
     source, fresh = an_overlay()(lab["src"]), an_overlay()(lab["dst"])
     source.write("guest", (20 * MiB, MiB))
     below = fresh.node()["full-backing-filename"]

@@ -71,7 +71,7 @@ def prepared(namespaces: Lab, both: Copy, instance: Instance, request: pytest.Fi
     with replace(both, settings=replace(both.settings, tls=tls)).prepared(instance, fresh) as (ends, job):
         yield ends, replace(job, transport=transport)
     for host in namespaces:
-        wait_until_clean(host, 15)
+        wait_until_clean(host)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_control_the_destination_reads_the_export(namespaces: Lab, served: Serve
 
 @with_tls
 @pytest.mark.parametrize("host", ["dst", "third"])
-def test_nobody_reads_in_clear_what_is_exported_with_tls(namespaces: Lab, served: Served, host: str) -> None:
+def test_hazard_anyone_reads_the_export_in_clear(namespaces: Lab, served: Served, host: str) -> None:
     assert served.read(namespaces[host]).returncode
     assert not served.has_it(namespaces[host])
 
@@ -124,7 +124,7 @@ def test_control_the_destination_s_certificates_open_the_export(namespaces: Lab,
 
 
 @with_tls
-def test_a_client_without_a_certificate_reads_nothing(namespaces: Lab, served: Served) -> None:
+def test_hazard_the_export_asks_nobody_who_it_is(namespaces: Lab, served: Served) -> None:
     hand_out(namespaces, served, {"ca-cert.pem": ours(namespaces, served)["ca-cert.pem"]})
     assert served.read(namespaces["dst"], OTHER).returncode
     assert not served.has_it(namespaces["dst"])
@@ -171,7 +171,7 @@ def test_the_export_cannot_be_written_to(namespaces: Lab, served: Served) -> Non
 
 
 @every_way
-def test_the_export_listens_on_one_address_alone(namespaces: Lab, served: Served) -> None:
+def test_hazard_the_export_is_on_every_interface(namespaces: Lab, served: Served) -> None:
     listening = [line.split()[3] for line in namespaces["src"].run("ss", "-Hltn").stdout.splitlines()]
     assert [place for place in listening if place.endswith(f":{served.export.port}")] == [f"{namespaces['src'].address}:{served.export.port}"]
 
@@ -207,7 +207,7 @@ def listener(host: LabHost, *ports: int) -> Iterator[None]:
 
 
 @every_way
-def test_the_next_port_is_taken_where_one_is_in_use(namespaces: Lab, prepared: tuple[Ends, DiskJob], instance: Instance) -> None:
+def test_hazard_a_fixed_port_where_another_one_is_free(namespaces: Lab, prepared: tuple[Ends, DiskJob], instance: Instance) -> None:
     ends, job = prepared
     with listener(namespaces["src"], 2666, 2667), exported(ends, job, instance.path, "raw") as (export, _):
         assert export.port == 2668
@@ -223,7 +223,7 @@ def test_no_free_port_is_told_with_the_setting(namespaces: Lab, prepared: tuple[
 
 
 @every_way
-def test_two_exports_from_one_host_do_not_disturb_each_other(namespaces: Lab, served: Served) -> None:
+def test_hazard_other_people_s_exports_are_cut_off(namespaces: Lab, served: Served) -> None:
     with exported(served.ends, served.job, served.instance.path, "raw") as (second, _):
         assert second.port != served.export.port and second.name != served.export.name
     assert served.read(namespaces["dst"], served.ends.destination_folder if served.job.settings.tls else "").returncode == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -113,9 +112,7 @@ def signal_ours(host: LabHost, number: str, *marks: str) -> None:
 
 
 def test_an_exporter_that_dies_ends_the_copy(either: Broken) -> None:
-    began = time.monotonic()
     either.fails(None, 1, lambda job: signal_ours(either.source.host, "-9", "qemu-nbd", "-x"))
-    assert time.monotonic() - began < 60
 
 
 def test_a_lock_that_is_lost_ends_the_copy(broken: Broken, make_copy: MakeCopy) -> None:
@@ -124,9 +121,7 @@ def test_a_lock_that_is_lost_ends_the_copy(broken: Broken, make_copy: MakeCopy) 
 
 
 def test_an_exporter_that_freezes_is_given_up_and_gone(broken: Broken) -> None:
-    began = time.monotonic()
     broken.fails("no progress", 1, lambda job: signal_ours(broken.source.host, "-STOP", "qemu-nbd", "-x"))
-    assert time.monotonic() - began < STALL + 60
 
 
 def test_a_reader_that_dies_ends_the_copy(broken: Broken, make_copy: MakeCopy) -> None:
@@ -152,7 +147,7 @@ def small(lab: Lab) -> Iterator[str]:
     lab["dst"].run("umount", INSTANCES)
 
 
-def test_a_file_system_that_fills_up_ends_the_copy_with_its_own_words(lab: Lab, small: str, make_copy: MakeCopy) -> None:
+def test_hazard_no_space_is_left_at_the_destination_in_mid_copy(lab: Lab, small: str, make_copy: MakeCopy) -> None:
     source, fresh = (Instance.make(lab[name]).raw(40 * MiB) for name in ("src", "dst"))
     source.write("guest", (0, 40 * MiB))
     fill = f"head -c 1G /dev/zero > {small}/filler; truncate -s -2M {small}/filler"
@@ -161,7 +156,6 @@ def test_a_file_system_that_fills_up_ends_the_copy_with_its_own_words(lab: Lab, 
 
 @pytest.mark.parametrize("name", ["src", "dst"])
 def test_a_host_that_vanishes_ends_the_copy(lab: Lab, broken: Broken, name: str) -> None:
-    began = time.monotonic()
     with broken.copy.prepared(broken.source, broken.fresh) as (ends, job):
 
         def check() -> None:
@@ -170,7 +164,6 @@ def test_a_host_that_vanishes_ends_the_copy(lab: Lab, broken: Broken, name: str)
 
         with pytest.raises(HostError):
             broken.copy.move(ends, job, check)
-        assert time.monotonic() - began < STALL + 120
     other = lab["dst" if name == "src" else "src"]
     wait_for("the other host to be clean", lambda: not processes(other), 30)
 

@@ -11,6 +11,7 @@ import pytest
 
 from hosts.rig import Instance, MiB, base, remains, wait_until_clean
 from lab.hosts import Lab
+from migrena import LEASED_DAEMON, LEASED_FOLDER
 
 Driver = Callable[..., "subprocess.Popen[str]"]
 SLOW = 3 * MiB  # bytes per second
@@ -29,7 +30,7 @@ def at_a_third(driver: Driver, source: Instance, fresh: Instance, **settings: An
 def is_untouched(lab: Lab, source: Instance, fresh: Instance, before: list[str]) -> None:
     """Nothing of the run is on either host, and both disks are what they were."""
     for name in ("src", "dst"):
-        wait_until_clean(lab[name], 5)
+        wait_until_clean(lab[name])
     assert [source.sha256(), fresh.sha256(), fresh.owner()] == before
 
 
@@ -71,3 +72,25 @@ def test_control_a_copy_that_nobody_interrupts_arrives(driver: Driver, overlays:
     printed, said = process.communicate(timeout=120)
     assert (process.returncode, printed.splitlines()[-1]) == (0, "copied"), said
     assert overlays[1].sha256() != overlays[0].sha256()  # another base's name is in it
+
+
+# Runs a script whose words reach nobody: SCRIPT WORDS...
+UNHEARD = """
+import os, subprocess, sys
+heard, said = os.pipe()
+os.close(heard)
+subprocess.run(["sh", "-c", sys.argv[1], "migrena", *sys.argv[2:]], stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+"""
+PIDFILE = "/run/migrena-unheard-x/pid"
+
+
+@pytest.mark.parametrize("words", [
+    (LEASED_FOLDER, "unheard"),
+    (LEASED_DAEMON, PIDFILE, "qemu-nbd", "-r", "-t", "-k", "/run/migrena-unheard-x/socket", f"--pid-file={PIDFILE}", "-f", "raw", "/root/disk"),
+], ids=["folder", "daemon"])
+def test_a_connection_that_breaks_before_a_lease_has_said_that_it_is_ready_leaves_nothing(lab: Lab, words: tuple[str, ...]) -> None:
+    host = lab["src"]
+    host.run("sh", "-c", "mkdir -p /run/migrena-unheard-x; truncate -s 1M /root/disk")
+    host.run("python3", "-c", UNHEARD, *words)
+    host.run("rm", "-r", "/run/migrena-unheard-x", "/root/disk")
+    wait_until_clean(host)

@@ -13,6 +13,7 @@ from hosts.conftest import MakeCopy, kept_clean
 from hosts.rig import Instance, MiB, base, settings_for, wait_until_clean
 from hosts.test_copy import arrives
 from hosts.test_failures import ours, signal_ours
+from hosts.test_resume import lives_through
 from lab.hosts import Host as LabHost
 from lab.hosts import Lab
 from migrena import HostError, Settings
@@ -69,7 +70,7 @@ def test_the_bytes_that_a_block_device_does_not_show_arrive_too_and_without_tls(
     assert len(ends) == 1
 
 
-def test_a_fresh_overlay_of_196_640_bytes_arrives_whole(lab: Lab, make_copy: MakeCopy) -> None:
+def test_hazard_the_size_is_no_multiple_of_the_nbd_block_and_196_640_bytes_arrive_whole(lab: Lab, make_copy: MakeCopy) -> None:
     source, fresh = (Instance.make(lab[name]).overlay(base(lab[name], "debian", 8 * MiB), 2048 * MiB) for name in ("src", "dst"))
     assert source.length == 196_640
     make_copy()(source, fresh)
@@ -107,7 +108,7 @@ def theirs(lab: Lab) -> Iterator[str]:
     host.run("sh", "-c", "rm -f /root/theirs*")
 
 
-def test_a_named_device_that_somebody_else_uses_is_refused_and_theirs_is_untouched(
+def test_hazard_other_people_s_device_is_cut_off(
         lab: Lab, theirs: str, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
     copy = make_copy(nbd_device=theirs)
     with copy.prepared(*overlays) as (ends, job), pytest.raises(HostError, match="/dev/nbd0 is in use by someone else"):
@@ -116,7 +117,7 @@ def test_a_named_device_that_somebody_else_uses_is_refused_and_theirs_is_untouch
     lab["dst"].run("cmp", theirs, THEIRS)
 
 
-def test_without_a_name_a_device_is_taken_that_nobody_uses(
+def test_hazard_a_fixed_device_where_another_one_is_free(
         lab: Lab, theirs: str, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
     copy = make_copy()
     with copy.prepared(*overlays) as (ends, job):
@@ -125,14 +126,27 @@ def test_without_a_name_a_device_is_taken_that_nobody_uses(
     lab["dst"].run("cmp", theirs, THEIRS)
 
 
-def test_a_device_that_does_not_exist_is_told(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
+def test_hazard_the_nbd_device_is_missing(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
     copy = make_copy(nbd_device="/dev/nbd99")
     with copy.prepared(*overlays) as (ends, job), pytest.raises(HostError, match="/dev/nbd99 does not exist"):
         copy.move(ends, job)
 
 
+def test_hazard_the_nbd_device_has_size_0(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
+    """A device that is not connected has size 0, and reading it succeeds; the real nbd-client cannot be made to lie, so one is put in its place."""
+    place = "/usr/local/sbin/nbd-client"
+    write = 'mkdir -p "${1%/*}"; cat > "$1"; chmod 755 "$1"'
+    lab["dst"].run("sh", "-ec", write, "sh", place, input="#!/bin/sh\necho Connected /dev/nbd0\n")
+    try:
+        copy = make_copy()
+        with copy.prepared(*overlays) as (ends, job), pytest.raises(HostError, match=r"dst: /dev/nbd0 shows 0 bytes of the export's"):
+            copy.move(ends, job)
+    finally:
+        lab["dst"].run("rm", place)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_copy_that_is_interrupted_leaves_no_device_attached(
+def test_hazard_ctrl_c_and_kill_leave_nbd_server_and_nbd_client_behind(
         lab: Lab, driver: Driver, overlays: tuple[Instance, Instance], number: signal.Signals) -> None:
     source, fresh = overlays
     before = [source.sha256(), fresh.sha256()]
@@ -147,7 +161,7 @@ def test_a_copy_that_is_interrupted_leaves_no_device_attached(
     process.send_signal(number)
     process.wait(60)
     for name in ("src", "dst"):
-        wait_until_clean(lab[name], 5)
+        wait_until_clean(lab[name])
     assert size_of(lab["dst"], "nbd0") == 0
     assert [source.sha256(), fresh.sha256()] == before
 
@@ -164,6 +178,19 @@ def test_a_server_that_dies_ends_the_copy_and_the_device_is_detached(lab: Lab, o
         with pytest.raises(HostError):
             copy.move(ends, job, check)
     assert size_of(lab["dst"], "nbd0") == 0
+
+
+@pytest.mark.parametrize("name", ["src", "dst"])
+def test_a_copy_lives_through_the_power_cut_of_a_hypervisor_that_comes_up_again(
+        lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy, name: str) -> None:
+    """The file that is being written may lose what its host's kernel had not written yet: the digests tell what is there."""
+    def cut() -> None:
+        lab[name].kill()
+        lab.start(name)
+
+    for host in lab:
+        host.run("sync")
+    assert lives_through(make_copy(retries=9), overlays, cut) >= 1
 
 
 @contextlib.contextmanager

@@ -20,12 +20,9 @@ def up(words: argparse.Namespace) -> None:
     if os.geteuid():
         raise LabError("namespaces, bridges and Debian packages need root")
     kept = Options.kept()
-    if kept and words.kind and words.kind != kept.kind:
-        raise LabError(f"the clouds here have hypervisors of kind {kept.kind}; `purge` them first")
-    if kept and words.computes and words.computes < kept.computes:
-        raise LabError("hypervisors can be added but not taken away; `purge` the clouds first")
-    kind = words.kind or (kept.kind if kept else "ns")
-    clouds = Clouds(Options(kind, words.computes or (kept.computes if kept else 1), kept.images if kept else {}))
+    chosen = [name for name, kind in COMPUTES.items() if kind == (words.kind or "ns") and int(name[-1]) <= (words.computes or 1)]
+    asked = bool(words.kind or words.computes)
+    clouds = Clouds(kept.with_hosts(*(chosen if asked else ())) if kept else Options(tuple(chosen)))
     clouds.up()
     network = clouds.api("dst").need("neutron", "networks", "net1")
     print(f"\nA server to move:  {_self()} server src victim\n"
@@ -119,11 +116,11 @@ def parser() -> argparse.ArgumentParser:
         made = jobs.add_parser(name, help=str(function.__doc__).rstrip("."), description=function.__doc__)
         made.set_defaults(job=function)
         for argument in arguments:
-            made.add_argument(argument, choices={"cloud": ("src", "dst"), "host": COMPUTES}.get(argument))
+            made.add_argument(argument, choices={"cloud": ("src", "dst"), "host": tuple(COMPUTES)}.get(argument))
         return made
 
     start = job("up", up)
-    start.add_argument("--kind", choices=("ns", "vm"), help="hypervisors as namespaces (quick) or virtual machines")
+    start.add_argument("--kind", choices=("ns", "vm"), help="namespaces (quick) or virtual machines; what is there already stays")
     start.add_argument("--computes", type=int, choices=(1, 2), help="hypervisors in each cloud")
     job("down", down)
     job("purge", clear).add_argument("--all", action="store_true", help="also what makes the next start quick")

@@ -56,9 +56,14 @@ class Host:
         return self.spec.folder / self.name
 
     @property
+    def is_namespace(self) -> bool:
+        """Whether it shares this machine's kernel."""
+        return self.spec.kinds[self.name] == "ns"
+
+    @property
     def root(self) -> Path | None:
         """The host's / as this machine sees it; None for a virtual machine."""
-        return Path(f"/proc/{namespaces.init_of(self.process)}/root") if self.spec.kind == "ns" else None
+        return Path(f"/proc/{namespaces.init_of(self.process)}/root") if self.is_namespace else None
 
     def run(self, *argv: str | Path, input: str | None = None, check: bool = True,
             seconds: float = 300) -> subprocess.CompletedProcess[str]:
@@ -78,13 +83,13 @@ class Host:
         return done
 
     def _prefixed(self, argv: Sequence[str]) -> list[str]:
-        if self.spec.kind == "ns":
+        if self.is_namespace:
             return namespaces.enter(self.process, argv)
         return machines.enter(self.spec, self.name, argv)
 
     def processes(self) -> list[tuple[int, list[str]]]:
         """Every process in the host (its pid there, its words), kernel threads left out."""
-        if self.spec.kind == "ns":
+        if self.is_namespace:
             return namespaces.inmates(self.process)
         return machines.inmates(self.run("python3", "-IS", "-", input=machines.LISTER).stdout)
 
@@ -104,7 +109,7 @@ class Host:
         self._stop(gently=False)
 
     def _stop(self, gently: bool) -> None:
-        if self.spec.kind == "ns":
+        if self.is_namespace:
             namespaces.stop(self.process, gently)
         else:
             machines.stop(self.spec, self.name, self.process, gently)
@@ -219,7 +224,7 @@ class Lab:
             command("mkfs.ext4", "-q", "-F", "-m", "0", "-E", "lazy_itable_init=1,lazy_journal_init=1", disk)
         _unplug(self.spec.link(name))  # a machine that died by itself has left its end
         orders = write_orders(self.spec, name, disk, role) if role else folder / "orders.json"
-        begin = namespaces.start if self.spec.kind == "ns" else machines.start
+        begin = namespaces.start if self.spec.kinds[name] == "ns" else machines.start
         process = begin(self.spec, name, orders, folder / "host.log")
         self.hosts[name] = Host(name, self.spec.address(name), self.spec, process)
         self._record()
@@ -234,7 +239,7 @@ class Lab:
             return listens(host.address, 22)
 
         wait_until(f"host {host.name}: sshd at {host.address}", answers, 120, log)
-        if self.spec.kind == "vm":
+        if not host.is_namespace:
             machines.connect(self.spec, host.name)
 
     def down(self) -> None:
@@ -279,7 +284,7 @@ def hosts(folder: Path | str, names: Sequence[str] = ("src", "dst"), kind: str =
     `disk` is the size of each file system at /var/lib/nova. Raises LabError if a host does not come up.
     """
     install(packages.HOSTS if kind == "ns" else (*packages.HOSTS, *packages.MACHINES))
-    lab = claim(Spec(Path(folder).resolve(), tuple(names), kind, network, disk), Process.of(os.getpid()))
+    lab = claim(Spec(Path(folder).resolve(), dict.fromkeys(names, kind), network, disk), Process.of(os.getpid()))
     try:
         lab.up({name: Role() for name in lab.spec.names})
         yield lab

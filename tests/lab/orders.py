@@ -24,8 +24,6 @@ KbdInteractiveAuthentication no
 UsePAM no
 UseDNS no
 PrintMotd no
-MaxStartups 100:30:200
-MaxSessions 100
 Subsystem sftp /usr/lib/openssh/sftp-server
 """
 
@@ -66,13 +64,17 @@ class Spec:
     """A group of hosts on a network of their own."""
 
     folder: Path
-    names: Sequence[str]
-    kind: str  # "ns" or "vm"
+    kinds: Mapping[str, str]  # of each host, by its name: "ns" or "vm"
     network: str
     disk: str = "8G"  # of the file system at /var/lib/nova
     memory: int = 384  # MiB, of a virtual machine
     image: str = "host"  # which root disk a virtual machine boots
     keep: bool = False  # data and processes outlive the command that made them
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The hosts' names, in the order of their addresses."""
+        return tuple(self.kinds)
 
     @property
     def tag(self) -> str:
@@ -87,7 +89,7 @@ class Spec:
 
     def address(self, name: str) -> str:
         """The address of a host: .11 for the first, .12 for the second."""
-        return str(ipaddress.ip_network(self.network)[11 + list(self.names).index(name)])
+        return str(ipaddress.ip_network(self.network)[11 + self.names.index(name)])
 
     def fqdn(self, name: str) -> str:
         """The host's full name, which libvirt and so Nova's hypervisor_hostname report."""

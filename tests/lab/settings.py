@@ -22,7 +22,8 @@ from lab.processes import home
 PASSWORD: Final = "lab-only"  # every account's; the clouds are reachable from this machine alone
 NETWORK: Final = "10.80.0.0/24"
 ADDRESSES: Final = {"src": "10.80.0.1", "dst": "10.80.0.2"}  # of the clouds' APIs
-COMPUTES: Final = ("src-cmp1", "dst-cmp1", "src-cmp2", "dst-cmp2")  # .11 to .14
+KINDS: Final = {"cmp": "ns", "vm": "vm"}  # a hypervisor's name tells what it is made of
+COMPUTES: Final = {f"{cloud}-{made}{number}": kind for made, kind in KINDS.items() for number in (1, 2) for cloud in ADDRESSES}  # from .11 on
 TENANTS: Final = {"src": "10.90.1.0/24", "dst": "10.90.2.0/24"}
 PORTS: Final = {"keystone": 5000, "glance": 9292, "placement": 8778, "nova": 8774, "neutron": 9696}
 DATABASES: Final = ("keystone", "glance", "placement", "nova_api", "nova", "nova_cell0", "neutron")
@@ -117,7 +118,7 @@ def _keystone(cloud: Cloud) -> Ini:
         "DEFAULT": {"use_stderr": True},
         "database": _database(cloud, "keystone"),
         "token": {"expiration": 86400},
-        "fernet_tokens": {"key_repository": cloud.folder / "fernet"},
+        **{kind: {"key_repository": cloud.folder / "fernet"} for kind in ("fernet_tokens", "fernet_receipts")},
         "credential": {"key_repository": cloud.folder / "credential"},
         # One memcached for each cloud: on a common one, two Keystones answer with each other's ids.
         "cache": {"enabled": True, "backend": "dogpile.cache.memcached", "memcache_servers": f"{cloud.address}:11211"},
@@ -168,7 +169,7 @@ def _nova(cloud: Cloud) -> Ini:
     return {
         "DEFAULT": {"use_stderr": True, "my_ip": cloud.address, "host": f"{cloud.name}-ctl", "transport_url": cloud.bus,
                     "state_path": cloud.folder / "nova", "enabled_apis": "osapi_compute", "shutdown_timeout": 5,
-                    "osapi_compute_listen": cloud.address, "osapi_compute_workers": 1},
+                    "osapi_compute_listen": cloud.address, "osapi_compute_workers": 1, "allow_resize_to_same_host": True},
         "wsgi": {"api_paste_config": "/etc/nova/api-paste.ini"},
         "database": _database(cloud, "nova"),
         "api_database": _database(cloud, "nova_api"),
@@ -188,7 +189,7 @@ def nova_compute(cloud: Cloud, spec: Spec, host: str, images_type: str) -> str:
                     "state_path": "/var/lib/nova", "log_file": "/var/log/nova/nova-compute.log",
                     "compute_driver": "libvirt.LibvirtDriver",
                     "resume_guests_state_on_host_boot": True, "reserved_host_memory_mb": 256, "report_interval": 5,
-                    "shutdown_timeout": 10, "vif_plugging_timeout": 300},
+                    "shutdown_timeout": 10, "vif_plugging_timeout": 300, "allow_resize_to_same_host": True},
         "libvirt": {"virt_type": "qemu", "cpu_mode": "none", "images_type": images_type, "inject_partition": -2,
                     "live_migration_inbound_addr": spec.address(host)},
         "oslo_concurrency": {"lock_path": "/var/lib/nova/lock"},
@@ -319,7 +320,7 @@ def compute_role(cloud: Cloud, spec: Spec, host: str, images_type: str) -> Role:
         File("/etc/libvirt/qemu.conf", 'security_driver = "none"\ncgroup_controllers = [ ]\n'),
     ]
     setup = [
-        *([["modprobe", "-a", "tun", "br_netfilter"]] if spec.kind == "vm" else []),  # udev would
+        *([["modprobe", "-a", "tun", "br_netfilter"]] if spec.kinds[host] == "vm" else []),  # udev would
         ["rm", "-f", "/etc/libvirt/qemu/networks/autostart/default.xml"],
         # libvirt asks every emulator it finds what it can do: leave it one
         ["find", "/usr/bin/", "-name", "qemu-system-*", "!", "-name", "qemu-system-x86_64", "-delete"],

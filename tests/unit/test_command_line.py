@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def told(done: subprocess.CompletedProcess[str]) -> list[str]:
     (("-d", "new"), "-s is missing"),
     (("-s", "", "-d", "new"), "-s is missing"),
     (("-s", UUID, "-d", "  "), "-d is missing"),
-    (("-s", "web", "-d", "new"), "-s: 'web' is no instance id"),
+    (("-s", "web", "-d", "new"), "--src-uuid: 'web' is no instance id"),
     (("-s", UUID + "0", "-d", "new"), "is no instance id"),
     (("-s", "--all", "-d", "new"), "-s"),
     ((*GIVEN, "-e", "[1, 2]"), "--extra-args: '[1, 2]' is no dictionary"),
@@ -204,3 +205,11 @@ def test_help_does_not_wait_for_any_library() -> None:
 
 def test_control_a_library_that_is_loaded_is_noticed() -> None:
     assert "tqdm" in foreign_modules("import tqdm")
+
+
+def test_missing_packages_are_named_before_anything_is_done(tmp_path: Path) -> None:
+    """Cron often finds another Python than the operator's."""
+    words = [sys.executable, "-I", "-S", str(SCRIPT), "-s", UUID, "-d", "new"]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, env={"PATH": os.environ["PATH"]}, cwd=tmp_path)
+    assert done.returncode == 2 and "lacks the Python packages paramiko, novaclient" in done.stderr, done.stderr
+    assert "pip install -r requirements.txt" in done.stderr and "Traceback" not in done.stderr

@@ -82,7 +82,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from migrena import only_run_of
-with only_run_of(Path(sys.argv[2]), sys.argv[3]):
+with only_run_of(Path(sys.argv[2]), sys.argv[3], "run-1"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -109,9 +109,9 @@ def another_run(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str
 def test_a_second_run_of_the_same_source_is_refused_with_the_process_that_has_it(
         tmp_path: Path, another_run: Callable[[str], subprocess.Popen[str]]) -> None:
     other = another_run(UUID)
-    with pytest.raises(Refused, match=f"process {other.pid}"), only_run_of(tmp_path, UUID):
+    with pytest.raises(Refused, match=f"process {other.pid}"), only_run_of(tmp_path, UUID, "run-2"):
         pass
-    with only_run_of(tmp_path, "another source"):
+    with only_run_of(tmp_path, "another source", "run-2"):
         pass
 
 
@@ -119,9 +119,9 @@ def test_the_lock_of_a_run_that_was_killed_stops_nobody(tmp_path: Path, another_
     other = another_run(UUID)
     other.kill()
     other.wait()
-    with only_run_of(tmp_path, UUID):
-        assert (tmp_path / f"source-{UUID}.lock").read_text() == str(os.getpid())
-    with only_run_of(tmp_path, UUID):
+    with only_run_of(tmp_path, UUID, "run-2"):
+        assert (tmp_path / f"source-{UUID}.lock").read_text() == f"{os.getpid()} run-2\n"
+    with only_run_of(tmp_path, UUID, "run-2"):
         pass
 
 

@@ -7,15 +7,18 @@ from typing import Any
 import pytest
 
 from migrena import (
+    DONE,
     FLAW_WAYS,
     MARK,
     NEEDED,
+    ORIGIN,
     PACKAGES,
     Cloud,
     DestinationFacts,
     Disk,
     Reason,
     SourceFacts,
+    already_there,
     make_plan,
     refuse,
     refuse_destination,
@@ -88,7 +91,27 @@ def test_a_locked_source_is_refused_with_the_lock_s_reason_and_the_command_that_
 def test_a_source_that_another_run_has_marked_is_refused() -> None:
     reason = only(list(refuse_server(a_server(metadata={MARK: "20260101T000000-abc"}), some_settings())))
     assert "20260101T000000-abc" in reason.problem
-    assert reason.way_out.endswith(f"openstack server unset --property {MARK} {UUID}")
+    assert reason.way_out.endswith(f"./migrena.py rollback --run-of {UUID}")
+
+
+@pytest.mark.parametrize("different", [{"metadata": {MARK: "r"}}, {"locked": True, "lock_reason": "migrena run r"},
+                                       {"metadata": {MARK: "r"}, "locked": True, "lock_reason": "migrena run r"}])
+def test_a_run_whose_journal_is_here_is_told_once_with_resume_and_rollback(different: dict[str, Any]) -> None:
+    reason = only(list(refuse_server(a_server(**different), some_settings(), ["r"])))
+    assert reason.way_out == "if it is over: ./migrena.py resume r, or ./migrena.py rollback r"
+
+
+def test_a_half_made_destination_is_refused_with_resume_and_rollback() -> None:
+    half = a_server(id="x", metadata={MARK: "r", ORIGIN: UUID})
+    reason = only(refuse_destination(some_settings(), a_source(), a_destination(same_name=(half,)), ["r"]))
+    assert "taken by x, which run r was making" in reason.problem and "resume r" in reason.way_out
+    assert "--run-of" in only(refuse_destination(some_settings(), a_source(), a_destination(same_name=(half,)))).way_out
+
+
+@pytest.mark.parametrize(("metadata", "is_there"), [({ORIGIN: UUID, DONE: "r"}, True), ({ORIGIN: UUID, MARK: "r"}, False), ({DONE: "r"}, False),
+                                                    ({ORIGIN: "another", DONE: "r"}, False), ({}, False)])
+def test_an_instance_is_already_migrated_only_by_a_run_of_this_source_that_was_completed(metadata: dict[str, str], is_there: bool) -> None:
+    assert (already_there(some_settings(), a_destination(same_name=(a_server(id="x", metadata=metadata),))) is not None) is is_there
 
 
 def test_credentials_that_are_not_told_the_host_are_refused() -> None:
@@ -124,7 +147,7 @@ def test_swap_stops_nothing() -> None:
 def test_with_root_only_the_plan_lists_what_stays_behind() -> None:
     server = a_server(volumes=("v1", "v2"), config_drive=True, flavor=a_flavor(ephemeral=1))
     source = a_source(server=server, disk=a_disk(beside=("disk.config", "disk.eph0", "disk.local", "disk.swap")))
-    plan = make_plan(some_settings(root_only=True), source, a_destination(flavors=(server.flavor,)))
+    plan = make_plan(some_settings(root_only=True), source, a_destination(flavors=(server.flavor,)), "run-1")
     assert plan.left_behind == ("volume v1", "volume v2", "ephemeral disk disk.eph0", "ephemeral disk disk.local", "the config drive")
 
 

@@ -14,12 +14,14 @@ import pytest
 
 import migrena
 from conftest import REPOSITORY
-from migrena import Screen, Settings, UsageError, config_names, load_settings, parser, read_config, settle
+from migrena import Screen, Settings, UsageError, config_names, parser, read_call, read_config, settle
 from unit.makers import UUID
 
 # For each setting: what may be written for it, and what that means. No two may mean the same, nor the default.
 SAMPLES: dict[str, tuple[tuple[object, Any], ...]] = {
-    "src_uid": (("a", "a"), ("b", "b"), ("c", "c")),
+    "dst_name": (("a", "a"), ("b", "b"), ("c", "c")),
+    "src_uid": ((UUID, UUID), (UUID.replace("1", "A"), UUID.replace("1", "a")), (UUID.replace("-", ""), UUID)),
+    "run_of": ((UUID, UUID), (UUID.replace("1", "A"), UUID.replace("1", "a")), (UUID.replace("-", ""), UUID)),
     "extra_args": (({"a": 1}, {"a": 1}), ("{'b': 1}", {"b": 1}), ('{"c": 1}', {"c": 1})),
     "start_after": (("src", "src"), ("dst", "dst"), ("all", "all")),
     "limit_rate": ((5, 5), ("6K", 6144), ("7M", 7 * 1024**2)),
@@ -46,7 +48,7 @@ def samples(name: str) -> tuple[tuple[object, Any], ...]:
         return ((True, True), ("yes", True), (True, True))
     if isinstance(default, int):
         return ((31, 31), ("32", 32), (33, 33))
-    return SAMPLES["extra_args"] if isinstance(default, dict) else SAMPLES["src_uid"]
+    return SAMPLES["extra_args"] if isinstance(default, dict) else SAMPLES["dst_name"]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -152,7 +154,7 @@ def test_a_config_with_a_password_that_others_can_read_gets_a_warning(tmp_path: 
     path = written(tmp_path, "SRC_CREDS = {'auth_url': 'http://192.0.2.1:5000/v3', 'username': 'u', 'password': 'hunter2'}\n")
     path.chmod(mode)
     screen = Screen(quiet=True, stream=io.StringIO())
-    load_settings(["-c", str(path), "-s", UUID, "-d", "new"], {}, screen)
+    read_call(["-c", str(path), "-s", UUID, "-d", "new"], {}, screen)
     assert [str(path) in line and "chmod 600" in line for line in screen.warnings] == [True] * warns
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
@@ -163,7 +165,7 @@ def test_the_warning_comes_for_either_cloud_and_any_kind_of_secret(tmp_path: Pat
     path = written(tmp_path, creds)
     path.chmod(0o644)
     screen = Screen(quiet=True, stream=io.StringIO())
-    load_settings(["-c", str(path), "-s", UUID, "-d", "new"], {}, screen)
+    read_call(["-c", str(path), "-s", UUID, "-d", "new"], {}, screen)
     assert len(screen.warnings) == 1
 
 
@@ -177,7 +179,7 @@ def test_long_names_are_the_ones_that_users_know() -> None:
 @pytest.mark.parametrize(("words", "meant"), [([], ""), (["-a"], "all"), (["-a", "dst"], "dst"), (["--start-after", "src,dst"], "all")])
 def test_a_alone_means_all_and_without_it_nothing_is_started(tmp_path: Path, words: list[str], meant: str) -> None:
     path = written(tmp_path, "")
-    settings = load_settings(["-c", str(path), "-s", UUID, "-d", "new", *words], {}, Screen(stream=io.StringIO()))
+    settings = read_call(["-c", str(path), "-s", UUID, "-d", "new", *words], {}, Screen(stream=io.StringIO())).settings()
     assert settings.start_after == meant
 
 

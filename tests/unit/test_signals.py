@@ -56,3 +56,38 @@ def test_without_a_signal_nothing_is_undone_and_the_handlers_are_put_back() -> N
     calm = DRIVER.replace("while True:\n            signal.pause()", "pass").replace("error.number", "0")
     done = subprocess.run([sys.executable, "-c", calm, str(REPOSITORY)], check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.stdout == "working\ntidied\nhandlers are back: True\n"
+
+
+def test_a_first_signal_while_a_failed_run_is_undone_is_only_answered() -> None:
+    failing = DRIVER.replace("while True:\n            signal.pause()", "raise ValueError").replace(
+        "except Interrupted as error:", "except ValueError:").replace("error.number", '"itself"')
+    words = [sys.executable, "-c", failing, str(REPOSITORY)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout and process.stderr
+        assert [process.stdout.readline() for _ in range(2)] == ["working\n", "undoing\n"]
+        process.send_signal(signal.SIGTERM)
+        assert any("still undoing: delete the destination" in line for line in iter(process.stderr.readline, ""))
+        process.stdin.write("undone\n")
+        process.stdin.close()
+        assert process.stdout.read() == "undone\ntidied\nended by itself\nhandlers are back: True\n"
+        process.stderr.read()
+    assert process.returncode == 0
+
+
+def test_when_a_run_has_ended_and_only_the_telling_is_left_a_signal_is_ignored() -> None:
+    driver = "import signal, sys; sys.path.insert(0, sys.argv[1]); from migrena import SIGNALS, main; code = main(['rollback']); " \
+             "print(code, [signal.getsignal(each) is signal.SIG_IGN for each in SIGNALS])"
+    done = subprocess.run([sys.executable, "-c", driver, str(REPOSITORY)], check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.stdout == "2 [True, True, True]\n"
+
+
+def test_a_hangup_that_nohup_has_ignored_stays_ignored() -> None:
+    words = ["nohup", sys.executable, "-c", DRIVER, str(REPOSITORY)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "undoing\n"
+        out, _ = process.communicate("go\n", timeout=30)
+    assert "ended by 15" in out

@@ -1,0 +1,325 @@
+"""What the journals tell of runs: read whole or cut, shown as a table, a detail and JSON, and what may be gone on with or undone."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import REPOSITORY, Migrena
+from migrena import (
+    DONE,
+    MARK,
+    ORIGIN,
+    Act,
+    Chunk,
+    Cloud,
+    Journal,
+    MadeFacts,
+    Reason,
+    Refused,
+    RunRecord,
+    Screen,
+    SourceFacts,
+    StateError,
+    Traces,
+    Undo,
+    UsageError,
+    find_run,
+    is_covered,
+    only_run_of,
+    read_run,
+    refuse_resume,
+    refuse_rollback,
+    refuse_state,
+    slots,
+    table_lines,
+)
+from unit.makers import UUID, a_server, some_settings
+
+NEVER_ASKED = object.__new__(Cloud)
+MiB = 1024**2
+RUN = "20261120T210000-a1b2c3"
+
+
+def told(folder: Path, *entries: dict[str, Any], run: str = RUN) -> Path:
+    """A journal with its first line and these, a second apart."""
+    lines = [{"event": "run", "pid": 1, "source": UUID, "source_name": "web", "name": "web-1", "clouds": ["http://a", "http://b"],
+              "was_running": True, "source_host": "cmp-a1", "settings": {"chunk": MiB}}, *entries]
+    path = folder / f"{run}.jsonl"
+    path.write_text("".join(json.dumps({"at": f"2026-11-20T21:00:{number:02}+00:00", **line}) + "\n" for number, line in enumerate(lines)))
+    return path
+
+
+CREATED = ({"event": "intent", "act": "create destination", "name": "web-1"}, {"event": "done", "act": "create destination", "server": "new"})
+COPYING = ({"event": "job", "new": "/x", "stand": "1 2 3", "inode": "7", "host": "cmp-b1"}, {"event": "intent", "act": "copy"},
+           {"event": "progress", "done": 0, "total": 100 * MiB}, {"event": "chunk", "offset": 0, "length": MiB},
+           {"event": "progress", "done": 25 * MiB, "total": 100 * MiB})
+
+
+@pytest.mark.parametrize(("entries", "state"), [
+    ((), "killed"), (CREATED, "killed"), (({"event": "ended", "result": "done"},), "done"), (({"event": "ended", "result": "failed"},), "failed"),
+    (({"event": "ended", "result": "left", "left": ["x"]},), "left"), (({"event": "ended", "result": "left"}, {"event": "resume"}), "killed"),
+    (({"event": "ended", "result": "left"}, {"event": "rollback"}, {"event": "ended", "result": "rolled back"}), "rolled back"),
+])
+def test_the_state_is_that_of_the_last_process_of_the_run(tmp_path: Path, entries: tuple[dict[str, Any], ...], state: str) -> None:
+    told(tmp_path, *entries)
+    assert read_run(tmp_path, RUN).state == state
+
+
+@pytest.mark.parametrize("end", [(), ({"event": "ended", "result": "left", "left": ["x"]},)], ids=["killed", "left"])
+def test_a_rollback_that_was_cut_off_is_gone_on_with_by_rollback_alone(tmp_path: Path, end: tuple[dict[str, Any], ...]) -> None:
+    told(tmp_path, *COPYING, {"event": "rollback"}, *end)
+    record = read_run(tmp_path, RUN)
+    with pytest.raises(Refused, match="was being rolled back"):
+        refuse_state(record)
+    lines = "\n".join(table_lines([record]))
+    assert f"undo: ./migrena.py rollback {RUN}" in lines and "resume" not in lines
+
+
+def test_a_run_whose_lock_is_held_is_running_and_only_that_one(tmp_path: Path) -> None:
+    told(tmp_path)
+    told(tmp_path, run="another")
+    with only_run_of(tmp_path, UUID, RUN):
+        assert [read_run(tmp_path, run).state for run in (RUN, "another")] == ["running", "killed"]
+        assert read_run(tmp_path, RUN, is_ours=True).state == "killed"
+    assert read_run(tmp_path, RUN).state == "killed"
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".lock"] == []
+
+
+def test_all_that_the_journal_tells_is_read(tmp_path: Path) -> None:
+    told(tmp_path, *CREATED, *COPYING)
+    record = read_run(tmp_path, RUN)
+    assert (record.source, record.destination, record.was_running, record.step) == (UUID, "new", True, "copy")
+    assert (record.done, record.total, record.arrived, record.rate) == (25 * MiB, 100 * MiB, ((0, MiB),), 25 * MiB / 2)
+    assert record.has_done("create destination") and not record.has_done("copy")
+
+
+@pytest.mark.parametrize("cut", [1, 7, 30])
+def test_a_journal_that_was_cut_in_its_last_line_is_read_and_can_be_gone_on_with(tmp_path: Path, cut: int) -> None:
+    path = told(tmp_path, *CREATED)
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert [act.result for act in read_run(tmp_path, RUN).acts] == [""]
+    journal = Journal(tmp_path, RUN)
+    journal.write("resume")
+    journal.close()
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["run", "intent", "resume"]
+
+
+@pytest.mark.parametrize("broken", ["{\"event\": ", "[]", "\0\0\0", "5"])
+def test_a_line_that_is_broken_elsewhere_is_refused(tmp_path: Path, broken: str) -> None:
+    path = told(tmp_path, *CREATED)
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([first, broken, *rest]) + "\n")
+    with pytest.raises(UsageError, match="line 2"):
+        read_run(tmp_path, RUN)
+
+
+def test_a_run_is_named_by_the_beginning_of_its_id_where_that_is_enough(tmp_path: Path) -> None:
+    for run in ("20260101T1-a", "20260101T2-b", "20260101T2-bc"):
+        told(tmp_path, run=run)
+    assert [find_run(tmp_path, beginning) for beginning in ("20260101T1", "20260101T2-b")] == ["20260101T1-a", "20260101T2-b"]
+    for beginning in ("2026", "x"):
+        with pytest.raises(Refused):
+            find_run(tmp_path, beginning)
+
+
+def test_a_state_folder_that_is_full_fails_the_run_once_and_does_not_stop_the_undoing() -> None:
+    journal = Journal.__new__(Journal)
+    journal.path, journal._is_broken = Path("/dev/full"), False
+    journal._file = open("/dev/full", "ab", buffering=0)
+    with pytest.raises(StateError, match="No space left"):
+        journal.write("intent")
+    journal.write("done")
+    journal.close()
+
+
+def test_what_a_run_has_left_is_in_its_journal(tmp_path: Path) -> None:
+    told(tmp_path)
+    undo = Undo(Screen(stream=io.StringIO()))
+    with pytest.raises(ValueError), Journal(tmp_path, RUN).ending(undo):
+        undo.left.append("the mark")
+        raise ValueError("bad")
+    record = read_run(tmp_path, RUN)
+    assert (record.state, record.error, record.left) == ("left", "bad", ("the mark",))
+
+
+STATUS = """\
+RUN                     STATE   STEP  BYTES     %   RATE        LEFT  SOURCE -> DESTINATION
+20261120T210000-a1b2c3  killed  copy  25.0 MiB  25  12.5 MiB/s  -     web -> web-1
+    it may have left the new instance, and the mark and the lock on the source
+    go on: ./migrena.py resume 20261120T210000-a1b2c3    undo: ./migrena.py rollback 20261120T210000-a1b2c3
+"""
+
+
+def test_status_is_a_table_a_detail_and_json_and_needs_no_credentials(migrena: Migrena, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    told(state, *CREATED, *COPYING)
+    config = f"STATE_FOLDER = {str(state)!r}\n"
+    table = migrena("status", config=config)
+    assert (table.returncode, table.stdout, table.stderr) == (0, STATUS, "")
+    one = migrena("status", RUN[:8], config=config)
+    assert "  2026-11-20 21:00:01  create destination: done in 1.0 s\n" in one.stdout and "copy: cut off" in one.stdout
+    shown = json.loads(migrena("status", "--json", config=config).stdout)
+    assert [(run["run"], run["state"], run["done"], run["destination"]) for run in shown] == [(RUN, "killed", 25 * MiB, "new")]
+    assert json.loads(migrena("status", RUN, "--json", config=config).stdout)["step"] == "copy"
+
+
+def test_status_without_runs_says_so(migrena: Migrena) -> None:
+    done = migrena("status")
+    assert (done.returncode, done.stdout) == (0, "") and "No runs in" in done.stderr
+    assert json.loads(migrena("status", "--json").stdout) == []
+    assert migrena("status", "x").returncode == 3
+
+
+def test_a_running_copy_tells_the_time_left() -> None:
+    record = RunRecord(RUN, "running", "", {}, done=MiB, total=4 * MiB, rate=float(MiB))
+    assert "3.0 s" in list(table_lines([record]))[1]
+
+
+@pytest.mark.parametrize(("words", "code", "said"), [
+    (("resume", "x"), 3, "no runs in"), (("rollback", "x"), 3, "no runs in"), (("rollback",), 2, "name either"),
+    (("rollback", "x", "--run-of", UUID), 2, "name either"), (("rollback", "--run-of", "web"), 2, "no instance id"), (("resume",), 2, "RUN"),
+    (("status", "--dry-run"), 2, "unrecognized"),
+])
+def test_words_that_cannot_be_are_told(migrena: Migrena, words: tuple[str, ...], code: int, said: str) -> None:
+    done = migrena(*words)
+    assert (done.returncode, done.stdout) == (code, "") and said in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("word", ["status", "resume", "rollback"])
+def test_the_help_of_a_word_names_it_and_its_flags_alone(migrena: Migrena, word: str) -> None:
+    shown = migrena(word, "--help").stdout
+    assert f"migrena.py {word}" in shown and "--json" in shown and "--flavor" not in shown
+    assert f"  {word} " in migrena("--help").stdout
+
+
+RECORD = RunRecord(RUN, "killed", "", {"source": UUID, "name": "web-1"}, job={"stand": "1 2 3", "inode": "7"})
+STOPPED = a_server(status="SHUTOFF", power=4, metadata={MARK: RUN})
+MADE = MadeFacts(NEVER_ASKED, a_server(id="new", metadata={MARK: RUN, ORIGIN: UUID}), inode="7")
+
+
+@pytest.mark.parametrize(("source", "made", "stand", "said"), [
+    (STOPPED, MADE, "1 2 3", []),
+    (STOPPED, MADE, "1 2 4", ["has been started, or its disk was changed"]),
+    (replace(STOPPED, status="ACTIVE", power=1), MADE, "1 2 3", ["has been started"]),
+    (replace(STOPPED, metadata={}), MADE, "1 2 3", ["no mark"]),
+    (replace(STOPPED, metadata={MARK: "other"}), replace(MADE, server=None), "1 2 4", ["mark of run other", "has been started", "never came to be"]),
+    (STOPPED, replace(MADE, inode="8"), "1 2 3", ["somebody has put another one there"]),
+    (STOPPED, replace(MADE, inode="8", is_in_place=True), "9 9 9", []),
+    (STOPPED, MadeFacts(None, problems=(Reason("no cloud"),)), "1 2 3", ["no cloud"]),
+])
+def test_resume_is_refused_with_all_reasons(source: Any, made: MadeFacts, stand: str, said: list[str]) -> None:
+    reasons = refuse_resume(RECORD, SourceFacts(NEVER_ASKED, source), made, stand)
+    assert [words in reason.problem for words, reason in zip(said, reasons, strict=True)] == [True] * len(said)
+    assert all("rollback" in reason.way_out for reason in reasons if reason.problem != "no cloud")
+
+
+def test_a_run_whose_journal_tells_no_source_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="does not tell what it moved"), only_run_of(tmp_path, "", RUN):
+        pass
+
+
+@pytest.mark.parametrize(("acts", "minute"), [(["mark source", "stop source"], 1), (["stop source", "copy", "stop source"], 0), ([], None)])
+def test_the_downtime_counts_from_the_first_stop(acts: list[str], minute: int | None) -> None:
+    record = replace(RECORD, acts=tuple(Act(act, f"2026-11-20T21:{number:02}:00+00:00") for number, act in enumerate(acts)))
+    assert (record.stopped_at.minute if record.stopped_at else None) == minute
+
+
+@pytest.mark.parametrize("state", ["done", "failed", "rolled back"])
+def test_a_run_that_is_over_is_not_gone_on_with(state: str) -> None:
+    with pytest.raises(Refused, match="nothing to go on with"):
+        refuse_state(replace(RECORD, state=state))
+    refuse_state(RECORD)
+
+
+def test_rollback_of_a_successful_run_wants_yes_and_tells_what_it_would_delete() -> None:
+    traces = Traces(RUN, UUID, a_server(), (a_server(id="new", name="web-1", metadata={DONE: RUN}),), True, True)
+    (reason,) = refuse_rollback(some_settings(), traces)
+    assert "web-1 new (ACTIVE) would be deleted" in reason.problem
+    assert "would be stopped" in refuse_rollback(some_settings(keep_destination=True), traces)[0].problem
+    assert refuse_rollback(some_settings(yes=True), traces) == []
+    assert refuse_rollback(some_settings(), replace(traces, was_successful=False)) == []
+
+
+def test_rollback_does_not_touch_a_source_that_another_run_moves() -> None:
+    traces = Traces(RUN, UUID, a_server(metadata={MARK: "other"}), (), True, False)
+    assert "run other is moving the source now" in refuse_rollback(some_settings(), traces)[0].problem
+
+
+@pytest.mark.parametrize(("stretches", "covered"), [([(0, 4)], True), ([(0, 2), (2, 2)], True), ([(2, 2), (0, 3)], True), ([(0, 3)], False),
+                                                    ([(0, 1), (2, 2)], False), ([(1, 9)], False), ([], False)])
+def test_a_chunk_has_arrived_only_when_each_of_its_bytes_was_sent(stretches: list[tuple[int, int]], covered: bool) -> None:
+    assert is_covered(Chunk(0, 4, True), stretches) is covered
+
+
+SLOT = """
+import io, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from migrena import Screen, slots
+with slots(Path(sys.argv[2]), sys.argv[3:], 2, Screen()):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_third_copy_on_a_host_waits_says_so_once_and_goes_on_when_one_is_killed(tmp_path: Path) -> None:
+    def start(*hosts: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", SLOT, str(REPOSITORY), str(tmp_path), *hosts], stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    holders = [start("cmp1", "cmp2"), start("cmp2", "cmp1")]
+    assert [holder.stdout.readline() for holder in holders if holder.stdout] == ["in\n", "in\n"]
+    waiting, free = start("cmp2", "cmp3"), start("cmp3")
+    assert waiting.stderr and "Waiting: cmp2 takes part in 2 copies already" in waiting.stderr.readline()
+    assert free.stdout and free.stdout.readline() == "in\n"
+    time.sleep(1.2)
+    holders[0].kill()
+    assert waiting.stdout and waiting.stdout.readline() == "in\n"
+    for process in (*holders, free, waiting):
+        process.kill()
+    assert "Waiting" not in waiting.communicate()[1]
+    for process in (*holders, free):
+        process.communicate()
+
+
+def test_waiting_for_a_place_keeps_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+
+    def sleep(seconds: float) -> None:
+        counted.append(len(os.listdir("/proc/self/fd")))
+        if len(counted) == 20:
+            raise InterruptedError
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    screen = Screen(stream=io.StringIO())
+    with slots(tmp_path, ["h"], 1, screen), pytest.raises(InterruptedError), slots(tmp_path, ["h"], 1, screen):
+        pass
+    assert len(set(counted)) == 1
+
+
+def test_the_log_file_gets_every_line_also_when_quiet(migrena: Migrena, tmp_path: Path) -> None:
+    log = tmp_path / "migrena.log"
+    for _ in range(2):
+        done = migrena("status", "-q", "--log-file", str(log))
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+    assert log.stat().st_mode & 0o777 == 0o600
+    assert [line[20:].startswith("No runs in") for line in log.read_text().splitlines()] == [True, True]
+    for place in ("/nowhere/x.log", str(tmp_path)):
+        assert migrena("status", "--log-file", place).returncode == 2
+
+
+def test_a_name_that_would_move_the_cursor_is_written_out(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    Screen(stream=stream).say("name \x1b[2J\x07 end")
+    assert "\x1b" not in stream.getvalue() and "\\x1b[2J\\x07 end" in stream.getvalue()
