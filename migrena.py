@@ -1289,8 +1289,13 @@ class Undo:
 # ---- 6. Host ---------------------------------------------------------------------------------------------------------
 
 # A lease ties what runs on a hypervisor to our SSH channel, which is its standard input: we send a dot every few seconds,
-# and whatever ends the dots (the end of the scope, kill -9 of migrena, a cut network) ends the process by its pid.
-HOLD: Final = 'hold() { while [ "$(timeout 60 head -c 1)" = . ]; do :; done; }\n'
+# and whatever ends the dots (the end of the scope, kill -9 of migrena, a cut network) ends the process by its pid. A lease that
+# ends by itself says so by a zero byte and waits until we have no more to say: where the end of a channel and a word of ours
+# cross, sshd ends the whole connection ("packet referred to nonexistent channel").
+HOLD: Final = """
+hold() { while [ "$(timeout 60 head -c 1)" = . ]; do :; done; }
+trap 'status=$?; printf "\\000"; hold; exit "$status"' EXIT
+"""
 BEAT: Final = 5.0  # seconds between dots
 LEFT_BEHIND: Final = 9  # exit status of a lease that could not undo what it had done
 
@@ -1304,7 +1309,7 @@ exit "$status"
 """
 
 # $1 is the pid file: the daemon serves when it is there. nbd-server forks away from us, qemu-nbd stays our child.
-LEASED_DAEMON: Final = """
+LEASED_DAEMON: Final = HOLD + """
 pidfile=$1; shift
 rm -f -- "$pidfile"
 "$@" </dev/null & child=$!
@@ -1339,6 +1344,7 @@ hold
 rm -rf -- "$folder"
 """
 
+FED: Final = '"$@"; status=$?; cat >/dev/null; exit "$status"'  # a command that does not end before it was told everything
 PRIVATE_FILE: Final = 'umask 077; cat > "$1"'
 LACKING: Final = 'for tool; do command -v "$tool" >/dev/null || echo "$tool"; done'
 
@@ -1557,10 +1563,13 @@ class Host:
 
     def run(self, *words: str, stdin: bytes = b"", seconds: float = 60.0) -> str:
         """What a short command prints; raises CommandError when it fails and HostError after `seconds` of silence."""
-        channel, process = self._start(words, ("timeout", "-k", "5", str(seconds)), seconds + 15)
+        fed = ("sh", "-c", FED, "migrena") if stdin else ()
+        form = "{}" if stdin else "exec {} </dev/null"
+        channel, process = self._start(words, (*fed, "timeout", "-k", "5", str(seconds)), seconds + 15, form)
         with self._wall(words):
-            channel.sendall(stdin)
-            channel.shutdown_write()
+            if stdin:
+                channel.sendall(stdin)
+                channel.shutdown_write()
             printed = b"".join(iter(functools.partial(channel.recv, 65536), b""))
             if channel.recv_exit_status() in (124, 137):
                 raise TimeoutError
@@ -1582,12 +1591,13 @@ class Host:
         return True
 
     def work(self, *words: str, stall: float, heard: Callable[[str], None] = lambda said: None) -> str:
-        """What a long command prints, under a lease; `heard` gets each piece as it comes. Ends it after `stall` s of silence."""
+        """What a long command prints, under a lease, no zero bytes; `heard` gets each piece as it comes. Ends it after `stall` s of silence."""
         with self.lease(LEASED_COMMAND, *words) as lease:
             pieces = []
             for piece in iter(functools.partial(lease.read, stall), ""):
                 pieces.append(piece)
                 heard(piece)
+            lease.release()
             lease.check()
         return "".join(pieces)
 
@@ -1631,13 +1641,13 @@ class Host:
         self._closing.set()
         self._stack.close()
 
-    def _start(self, words: Sequence[str], before: Sequence[str], seconds: float) -> tuple[paramiko.Channel, Lease]:
+    def _start(self, words: Sequence[str], before: Sequence[str], seconds: float, form: str = "{}") -> tuple[paramiko.Channel, Lease]:
         """Starts a command, with what goes before its words unsaid in messages; nothing holds it yet."""
         with self._wall(words):
             self._screen.trace(f"{self.name}$ {shlex.join(words)}")
             channel = _transport(self._client).open_session(timeout=30)
             channel.settimeout(seconds)
-            channel.exec_command(shlex.join((*self._prefix, *before, *words)).encode("utf-8", "surrogateescape"))
+            channel.exec_command(form.format(shlex.join((*self._prefix, *before, *words))).encode("utf-8", "surrogateescape"))
         return channel, Lease(self, channel, words)
 
     @contextlib.contextmanager
@@ -1664,19 +1674,27 @@ class Lease:
     def __init__(self, host: Host, channel: paramiko.Channel, words: Sequence[str]) -> None:
         self._host, self._channel, self._words = host, channel, words
         self._said = bytearray()
+        self._has_ended = False  # it said so itself
+        self._is_let_go = False  # nothing more is said to it
+        self._speaking = threading.Lock()
         self._reader = threading.Thread(target=_drain, args=(channel, self._said), daemon=True)
         self._reader.start()
 
     def beat(self) -> None:
         """One more dot: go on."""
-        with unheard():
-            self._channel.send(b".")
+        with unheard(), self._speaking:
+            if not self._is_let_go:
+                self._channel.send(b".")
 
     def read(self, seconds: float) -> str:
         """The next piece of what it prints, empty at its end; raises HostError after `seconds` of silence."""
+        if self._has_ended:
+            return ""
         with self._host._wall(self._words):
             self._channel.settimeout(seconds)
-            return self._channel.recv(65536).decode("utf-8", "surrogateescape")
+            piece, end, _ = self._channel.recv(65536).partition(b"\0")
+        self._has_ended = bool(end)
+        return piece.decode("utf-8", "surrogateescape")
 
     def line(self, seconds: float) -> str:
         """The line by which it says that it is ready; raises CommandError if it ends without one."""
@@ -1684,23 +1702,30 @@ class Lease:
         while not said.endswith("\n"):
             piece = self.read(seconds)
             if not piece:
+                self.release()
                 self.check()
                 raise CommandError(self._host.name, self._words, 0, "it ended without a word")
             said += piece
         return said.strip()
 
     def check(self, *, is_running: bool = False) -> None:
-        """Raises CommandError if it failed, or, where it should be running, if it ended at all."""
-        if is_running and not self._channel.exit_status_ready():
-            return
+        """Raises CommandError if it failed, or, where it should be running, if it ended at all; HostError if the connection broke."""
+        if is_running:
+            if not self._channel.exit_status_ready() and not self._channel.recv_ready():
+                return
+            self.release()
         status = self._channel.recv_exit_status()
         self._reader.join(5.0)
+        if status < 0 and not self._channel.eof_received:  # of a command that was killed, sshd tells at least that it says no more
+            why = getattr(self._channel.transport, "saved_exception", None) or "the other side ended it"
+            raise HostError(f"{self._host.name}: the SSH connection broke at `{shorten(shlex.join(self._words))}`: {why}")
         if status != 0 or is_running:
             raise CommandError(self._host.name, self._words, status, self._said.decode(errors="replace"))
 
     def release(self) -> None:
         """No more dots: it ends by itself."""
-        with unheard():
+        with unheard(), self._speaking:
+            self._is_let_go = True
             self._channel.shutdown_write()
 
     def close(self) -> None:
@@ -2497,17 +2522,16 @@ class Witness:
 
 
 def stand_of(host: Host, path: str) -> str:
-    """Size, times and inode of a file: whoever writes to it, replaces it or hands it to a guest changes them."""
-    return host.run("stat", "-c", "%s %.Y %.Z %i", "--", path).strip()
+    """Size, times and inode of a file, empty if it is gone: whoever writes to it, replaces it or hands it to a guest changes them."""
+    return host.script('[ ! -e "$1" ] || stat -c "%s %.Y %.Z %i" -- "$1"', path).strip()
 
 
 def require_stand(source: Host, job: DiskJob) -> None:
     """Raises FinalError when the source's file is no longer as it stood when it had been stopped."""
-    try:
-        stand = stand_of(source, job.source.path)
-    except CommandError as error:
-        raise FinalError(f"{source.name}: {job.source.path} was deleted while it was being copied: {error.said}",
-                         "find out by whom; the copy that was begun is not whole") from error
+    stand = stand_of(source, job.source.path)
+    if not stand:
+        raise FinalError(f"{source.name}: {job.source.path} was deleted while it was being copied",
+                         "find out by whom; the copy that was begun is not whole")
     if stand != job.stand:
         raise FinalError(f"{source.name}: {job.source.path} was changed while it was being copied",
                          "find out who has started the source, or has written to its disk or replaced it, and run migrena again")

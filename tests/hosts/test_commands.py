@@ -8,9 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import paramiko
 import pytest
+from paramiko.common import cMSG_CHANNEL_DATA, cMSG_CHANNEL_EOF
 
 import migrena
 from conftest import REPOSITORY
@@ -76,7 +79,7 @@ def test_every_word_arrives_as_it_is(lab: Lab, reach: Reach, user: str) -> None:
     script = 'for word; do printf "%s\\0" "$word"; done'
     assert host.script(script, *AWKWARD).split("\0")[:-1] == AWKWARD
     assert host.run("printf", r"%s\0", *AWKWARD).split("\0")[:-1] == AWKWARD
-    assert host.work("printf", r"%s\0", *AWKWARD, stall=30).split("\0")[:-1] == AWKWARD
+    assert host.work("printf", r"%s\1", *AWKWARD, stall=30).split("\1")[:-1] == AWKWARD
     assert lab["src"].run("test", "-e", "/root/oops", check=False).returncode == 1
 
 
@@ -182,6 +185,44 @@ def test_a_connection_that_takes_nothing_any_more_hides_no_error_when_a_lease_is
     finally:
         lab["src"].run("kill", "-CONT", *map(str, sshd))
     assert len(host.unconfirmed) == 2
+
+
+@pytest.mark.parametrize("act", [
+    lambda host: host.run("true"),
+    lambda host: host.run("cat", stdin=b"word"),
+    lambda host: host.run("true", stdin=b"nobody reads it"),
+    lambda host: host.work("true", stall=30),
+    lambda host: host.succeeds("false"),
+    lambda host: host.daemon("/root/pid", "false").__enter__(),
+], ids=["run", "fed", "not fed", "work", "failure", "daemon"])
+def test_what_is_said_late_to_a_command_that_has_ended_does_not_end_the_connection(
+        reach: Reach, monkeypatch: pytest.MonkeyPatch, act: Callable[[Host], object]) -> None:
+    """sshd disconnects whoever speaks to a channel after its end: here our words take their time, as they do on a busy machine."""
+    monkeypatch.setattr(migrena, "BEAT", 0.01)
+    host = reach("src")
+    transport = host._client.get_transport()
+    assert transport
+    send: Callable[[paramiko.Message], None] = transport._send_user_message  # type: ignore[attr-defined]
+
+    def late(message: paramiko.Message) -> None:
+        if message.asbytes()[:1] in (cMSG_CHANNEL_DATA, cMSG_CHANNEL_EOF):
+            time.sleep(0.2)
+        send(message)
+
+    monkeypatch.setattr(transport, "_send_user_message", late)
+    for _ in range(3):
+        with contextlib.suppress(CommandError):
+            act(host)
+    assert transport.is_active() and host.run("echo", "here") == "here\n"
+
+
+def test_a_connection_that_breaks_is_not_taken_for_a_command_that_failed(lab: Lab, reach: Reach) -> None:
+    before = dict(lab["src"].processes())
+    host = reach("src")
+    sshd = [pid for pid in dict(lab["src"].processes()) if pid not in before]
+    with pytest.raises(HostError, match="the SSH connection broke") as caught:
+        host.succeeds("sh", "-c", f"kill {' '.join(map(str, sshd))}; sleep 10")
+    assert not isinstance(caught.value, CommandError)
 
 
 def test_a_daemon_that_ends_by_itself_is_noticed(lab: Lab, src: Host) -> None:
