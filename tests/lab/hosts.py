@@ -24,7 +24,7 @@ from pathlib import Path
 from lab import machines, namespaces, packages
 from lab.orders import Role, Spec, make_keys, write_orders
 from lab.packages import install
-from lab.processes import LabError, Process, command, home, listens, wait_until
+from lab.processes import LabError, Process, alone, command, home, listens, wait_until
 
 
 class CommandFailed(LabError):
@@ -257,11 +257,12 @@ class Lab:
 
 
 def clear_abandoned() -> None:
-    """Take down every lab whose command has ended without doing so."""
-    for path in (home() / "labs").glob("*.json"):
-        lab = Lab.recorded(path.stem)
-        if lab and lab.abandoned:
-            lab.down()
+    """Take down every lab whose command has ended without doing so; once, also when several commands find it."""
+    with alone("labs"):
+        for path in (home() / "labs").glob("*.json"):
+            lab = Lab.recorded(path.stem)
+            if lab and lab.abandoned:
+                lab.down()
 
 
 def claim(spec: Spec, owner: Process | None) -> Lab:
