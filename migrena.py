@@ -2263,11 +2263,13 @@ sync "$(dirname "$1")"
 """
 
 
-# $1 a raw file, then offset and length of each stretch that shall be a hole again.
+# Ends with 0 where nobody writes to $1 any more: by the lock that our own writers share, and by qemu's, which $2 asks for.
 UNWRITTEN: Final = """
 flock -n -- "$1" true || { echo "an earlier attempt still writes to $1" >&2; exit 1; }
 exec qemu-img info --image-opts "$2"
 """
+
+# $1 a raw file, then offset and length of each stretch that shall be a hole again.
 PUNCH: Final = 'file=$1; shift; while [ $# -gt 0 ]; do fallocate -p -o "$1" -l "$2" -- "$file" || exit; shift 2; done'
 
 
@@ -2744,7 +2746,7 @@ def copy_chunk(ends: Ends, job: DiskJob, reader: tuple[tuple[str, ...], Node], t
     length = available - tile.offset if is_last else tile.length
     if length <= 0:
         return
-    node_of_new = {"driver": "file", "filename": job.new, "locking": "off"}  # qemu's own lock is for one writer
+    node_of_new = {"driver": "file", "filename": job.new, "locking": "off"}  # qemu's own lock is for one writer; flock's is for all of ours
     if job.new_format != "raw":
         node_of_new = {"driver": job.new_format, "file.driver": "file", "file.filename": job.new}
     rate = ("-r", str(job.settings.limit_rate)) if job.settings.limit_rate else ()

@@ -78,7 +78,7 @@ def test_hazard_the_size_is_no_multiple_of_the_nbd_block_and_196_640_bytes_arriv
 
 
 def test_the_guest_s_view_arrives_by_qemu_nbd_and_nbd_client(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
-    copy = make_copy()
+    copy = make_copy(chunk=8 * MiB)  # each chunk costs an emulated machine half a minute
     arrives(copy, overlays[0], an_overlay(lab["dst"], "other"))
     assert copy.job and copy.job.transport == "nbd" and not copy.job.whole_file
 
