@@ -47,6 +47,7 @@ import importlib.util
 import inspect
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -66,8 +67,9 @@ import traceback
 import urllib.parse
 import uuid
 import xml.etree.ElementTree as ElementTree
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -385,7 +387,7 @@ class Settings:
     known_hosts: str = option("", help="the hypervisors' host keys; empty: ~/.ssh/config, else ~/.ssh/known_hosts")
     sudo: str = option("auto", read=words_of("auto", "yes", "no"), help="use sudo on the hypervisors; auto: unless root")
     state_folder: str = option("", help="journals and locks; empty: ~/.local/state/migrena")
-    chunk: int = option(GiB, read=size, help="bytes copied by one qemu-img, a multiple of 1 MiB")
+    chunk: int = option(GiB, read=size, help="bytes on their way at once, the most that are sent twice; a multiple of 1 MiB")
 
 
 # What a run is asked for that a resume goes on with; never credentials, and never -e, which may hold secrets.
@@ -638,14 +640,23 @@ class Chunk:
 
 
 def chunks(length: int, extents: Sequence[tuple[int, int]], limit: int) -> tuple[Chunk, ...]:
-    """`length` bytes tiled with chunks of at most `limit`, the holes between the extents (offset, length) left whole."""
+    """`length` bytes tiled with chunks of at most `limit`, the holes between the extents (offset, length) left whole.
+
+    Each is at most a quarter of what is still to come, so that little is left to be proven when the last one has arrived. The first is
+    half as long: two that flow together then end in turn, and there is always one whose digests can be taken.
+    """
     tiles, at = [], 0
+    rest = total = sum(held for _, held in extents)
     for offset, held in extents:
         start, end = max(at, offset // MiB * MiB), min(length, -(-(offset + held) // MiB) * MiB)
         if start > at:
             tiles.append(Chunk(at, start - at, False))
-        tiles += [Chunk(part, min(limit, end - part), True) for part in range(start, end, limit)]
         at = max(at, end)
+        while start < end:
+            most = min(limit, max(64 * MiB, rest // 4 // MiB * MiB))
+            most = max(most // 2 // MiB * MiB, MiB) if rest == total else most
+            tiles.append(Chunk(start, min(end - start, most), True))
+            start, rest = start + tiles[-1].length, rest - tiles[-1].length
     return (*tiles, Chunk(at, length - at, False)) if at < length else tuple(tiles)
 
 
@@ -709,6 +720,17 @@ class DiskJob:
         return "raw" if self.whole_file else self.fresh.format
 
     @property
+    def lanes(self) -> int:
+        """How many chunks may be on their way at once: another format's tables have one writer, and a limit of the rate is one command's."""
+        return 2 if self.new_format == "raw" and not self.settings.limit_rate else 1
+
+    @property
+    def chunk(self) -> int:
+        """The most bytes of one chunk: those on their way together are what was asked for, or what the limit lets through in a minute."""
+        most = self.settings.limit_rate * 60 or self.settings.chunk
+        return max(min(most, self.settings.chunk) // self.lanes // MiB * MiB, MiB)
+
+    @property
     def new_image(self) -> DiskImage:
         """The new file while it is being written."""
         return dataclasses.replace(self.fresh, path=self.new, format=self.new_format)
@@ -716,9 +738,10 @@ class DiskJob:
 
 @dataclass(frozen=True)
 class Moved:
-    """A disk that has arrived: bytes that were held, the digest of both ends (empty without proof), seconds it took."""
+    """A disk that has arrived: bytes held, bytes that came in the last attempt, the digest of both ends (empty without proof), seconds."""
 
     held: int
+    sent: int
     digest: str
     seconds: float
 
@@ -799,6 +822,7 @@ class Screen:
         self.log: TextIO | None = None  # gets every line, whatever the screen shows
         self.warnings: list[str] = []
         self.seconds: dict[str, float] = {}  # of each step, for the report
+        self.commands: dict[str, int] = {}  # how many each host was given, for the report
         self._lock = threading.Lock()
         self._has_status = False
 
@@ -1057,15 +1081,12 @@ def only_run_of(folder: Path, source: str, run: str) -> Iterator[None]:
 
 def who_has(folder: Path, source: str) -> tuple[int, str]:
     """The process and the run that hold the lock on a source on this machine; (0, "") where nobody does."""
-    try:
-        with open(folder / f"source-{source}.lock", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pid, _, run = lock.read().strip().partition(" ")
-                return int(pid or 0), run
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError, ValueError), open(folder / f"source-{source}.lock", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid, _, run = lock.read().strip().partition(" ")
+            return int(pid or 0), run
     return 0, ""
 
 
@@ -1223,11 +1244,9 @@ def find_run(folder: Path, beginning: str) -> str:
 def last_rate(folder: Path, clouds: Sequence[str]) -> float:
     """Bytes per second of the last run between these clouds, by its journal; 0.0 where there was none."""
     for run in known_runs(folder):
-        path = folder / f"{run}.jsonl"
-        for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
-            with contextlib.suppress(ValueError, TypeError, AttributeError):
-                entry = json.loads(line)
-                if entry.get("event") == "finished" and entry.get("clouds") == list(clouds) and entry.get("rate", 0) > 0:
+        with contextlib.suppress(UsageError):
+            for entry in reversed(parse_journal(folder / f"{run}.jsonl")[0]):
+                if entry["event"] == "finished" and entry.get("clouds") == list(clouds) and entry.get("rate"):
                     return float(entry["rate"])
     return 0.0
 
@@ -1590,9 +1609,9 @@ class Host:
             return False
         return True
 
-    def work(self, *words: str, stall: float, heard: Callable[[str], None] = lambda said: None) -> str:
+    def work(self, *words: str, stall: float, heard: Callable[[str], None] = lambda said: None, given: Sequence[str] = ()) -> str:
         """What a long command prints, under a lease, no zero bytes; `heard` gets each piece as it comes. Ends it after `stall` s of silence."""
-        with self.lease(LEASED_COMMAND, *words) as lease:
+        with self.lease(LEASED_COMMAND, *words, given=given) as lease:
             pieces = []
             for piece in iter(functools.partial(lease.read, stall), ""):
                 pieces.append(piece)
@@ -1626,10 +1645,12 @@ class Host:
             lease.line(90.0)
             yield lease
 
-    def end_work(self) -> None:
-        """Ends every lease at once, for threads that wait on one; what they were doing fails."""
+    def end_work(self, *, is_silent: bool = False) -> None:
+        """Ends every lease at once, for threads that wait on one; what they were doing fails. A silent host is listened to no longer."""
         for lease in list(self._leases):
             lease.release()
+            if is_silent:
+                lease.drop()
 
     def confirm_all_ended(self) -> None:
         """Raises HostError where the end of something of ours was not confirmed."""
@@ -1645,9 +1666,15 @@ class Host:
         """Starts a command, with what goes before its words unsaid in messages; nothing holds it yet."""
         with self._wall(words):
             self._screen.trace(f"{self.name}$ {shlex.join(words)}")
+            self._screen.commands[self.name] = self._screen.commands.get(self.name, 0) + 1
             channel = _transport(self._client).open_session(timeout=30)
             channel.settimeout(seconds)
-            channel.exec_command(form.format(shlex.join((*self._prefix, *before, *words))).encode("utf-8", "surrogateescape"))
+            alarm = threading.Timer(30, channel.close)  # paramiko itself waits for the answer as long as the connection seems to live
+            alarm.start()
+            try:
+                channel.exec_command(form.format(shlex.join((*self._prefix, *before, *words))).encode("utf-8", "surrogateescape"))
+            finally:
+                alarm.cancel()
         return channel, Lease(self, channel, words)
 
     @contextlib.contextmanager
@@ -1728,6 +1755,11 @@ class Lease:
             self._is_let_go = True
             self._channel.shutdown_write()
 
+    def drop(self) -> None:
+        """Listens no longer: whoever reads what it says is told that this is the end."""
+        with unheard():
+            self._channel.close()
+
     def close(self) -> None:
         """Ends it and waits for the host to confirm that; what is not confirmed is kept in Host.unconfirmed."""
         self.release()
@@ -1737,8 +1769,7 @@ class Lease:
         elif self._channel.exit_status == -1:
             self._host.unconfirmed.append(f"{self._host.name} did not confirm the end of `{shorten(shlex.join(self._words), 120)}`"
                                           " (it ends by itself when the connection does)")
-        with unheard():
-            self._channel.close()
+        self.drop()
 
 
 @contextlib.contextmanager
@@ -1816,9 +1847,10 @@ def api_wall(label: str, url: str, act: str) -> Iterator[None]:
 class Cloud:
     """One OpenStack cloud, as far as a copy needs it. Every method raises CloudError, whatever the libraries raise."""
 
+    calls = 0  # that its APIs have answered
+
     def __init__(self, label: str, creds: Mapping[str, Any], glance_endpoint: str = "") -> None:
-        self.label = label
-        self.url = str(creds["auth_url"])
+        self.label, self.url = label, str(creds["auth_url"])
         with self._wall("sign in"):
             self._open(dict(creds), glance_endpoint)
 
@@ -1838,6 +1870,7 @@ class Cloud:
         cert = (own["cert"], own["key"]) if "cert" in own and "key" in own else own.get("cert")
         auth = loader.load_from_options(**creds)
         opened = session.Session(auth=auth, verify=verify, cert=cert, timeout=float(own.get("timeout", 60)), app_name="migrena")
+        opened.session.hooks["response"].append(self._count)
         auth.get_access(opened)  # a wrong password shows here, and not in the middle
         region, interface = own.get("region_name"), str(own.get("interface", own.get("endpoint_type", "public"))).removesuffix("URL")
         nova = nova_client.Client("2.1", session=opened, region_name=region, endpoint_type=interface)
@@ -1845,6 +1878,9 @@ class Cloud:
         self._nova: Any = nova_client.Client(newest, session=opened, region_name=region, endpoint_type=interface)
         self._version = (newest.ver_major, newest.ver_minor)
         self._glance: Any = GlanceClient("2", session=opened, endpoint=glance_endpoint or None, region_name=region, interface=interface)
+
+    def _count(self, *_: object, **__: object) -> None:
+        self.calls += 1
 
     def _wall(self, act: str) -> contextlib.AbstractContextManager[None]:
         return api_wall(self.label, self.url, act)
@@ -1987,6 +2023,11 @@ class Cloud:
             raise CloudError(f"{self.label} cloud: server {id} did not start: {self.why_failed(id, 'start')}")
         return server
 
+    def restart(self, id: str, changed: Callable[[Server], None]) -> None:
+        """Starts an instance, also from the middle of a stop."""
+        self.wait(id, lambda server: not server.task, changed)
+        self.start(id, changed)
+
     def why_failed(self, id: str, action: str) -> str:
         """Why the latest such action failed, from os-instance-actions; empty while it runs or where it did not fail."""
         def look() -> list[dict[str, Any]]:
@@ -2061,18 +2102,18 @@ class Cloud:
 PACKAGES: Final = {"qemu-img": ("qemu-utils", "qemu-img"), "qemu-nbd": ("qemu-utils", "qemu-img"),
                    "nbd-server": ("nbd-server", "nbd"), "nbd-client": ("nbd-client", "nbd"), "modprobe": ("kmod", "kmod"),
                    "python3": ("python3", "python3"), "timeout": ("coreutils", "coreutils"), "ss": ("iproute2", "iproute"),
-                   "ip": ("iproute2", "iproute")}
-NEEDED: Final = ("qemu-img", "qemu-nbd", "timeout", "ss", "ip")  # on both hosts, whatever the transport
+                   "ip": ("iproute2", "iproute"), "flock": ("util-linux", "util-linux")}
+NEEDED: Final = ("qemu-img", "qemu-nbd", "timeout", "flock", "ss", "ip")  # on both hosts, whatever the transport
 
 # Runs on a hypervisor: `map|digest WHERE OFFSET LENGTH`. WHERE is a file, or unix:SOCKET of a qemu-nbd. `map` prints the
-# stretches worth copying, with how many bytes each holds; `digest` the sha256 of each block of 1 MiB that is not all zeros,
-# with the block's number.
+# stretches worth copying, with how many bytes each holds; `digest` one sha256 of each block of 1 MiB that is not all zeros, with the
+# block's number: that of its cells of 64 KiB that are not all zeros, each after its place, so that holes need not be read.
 BLOCKS: Final = r"""
 import hashlib, json, os, socket, struct, subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor
-BLOCK, HOLE = 1 << 20, 64 << 20  # a hole of this size is worth a chunk of its own
+CELL, BLOCK, HOLE = 1 << 16, 1 << 20, 64 << 20  # a hole of the last size is worth a chunk of its own
 verb, where, offset, length = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-end, local, zeros = offset + length, threading.local(), bytes(BLOCK)
+end, local, zeros = offset + length, threading.local(), bytes(CELL)
 
 class File:
     def __init__(self, path):
@@ -2088,11 +2129,10 @@ class File:
             at = os.lseek(self.fd, start, os.SEEK_HOLE)
             if start < end:
                 yield start, min(at, end)
-    def read(self, at, count):
-        piece = os.pread(self.fd, count, at)
-        if len(piece) < count:
-            sys.exit("%s ends at byte %d" % (where, at + len(piece)))
-        return piece
+    def read(self, at, into):
+        count = os.preadv(self.fd, [into], at)
+        if count < len(into):
+            sys.exit("%s ends at byte %d" % (where, at + count))
 
 class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project), reading only, one connection a thread
     def __init__(self, path):
@@ -2103,28 +2143,36 @@ class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project),
         for part in json.loads(subprocess.check_output(map_of, stdin=subprocess.DEVNULL)):
             if part["data"] and not part["zero"] and part["start"] < end:
                 yield max(part["start"], offset), min(part["start"] + part["length"], end)
-    def answer(self, question, count):
-        local.link.write(question)
-        local.link.flush()
-        piece = local.link.read(count)
-        if len(piece) < count:
+    def answer(self, question, into):
+        local.link.sendall(question)
+        if local.link.recv_into(into, len(into), socket.MSG_WAITALL) < len(into):
             sys.exit("the export ended")
-        return piece
-    def read(self, at, count):
+        return into
+    def read(self, at, into):
         if not hasattr(local, "link"):
-            connection = socket.socket(socket.AF_UNIX)
-            connection.connect(self.path)
-            local.link = connection.makefile("rwb")
-            self.answer(b"", 18)
-            self.answer(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, 0), 10)
-        magic, error = struct.unpack(">II8x", self.answer(struct.pack(">IHHQQI", 0x25609513, 0, 0, at, at, count), 16))
+            local.link = socket.socket(socket.AF_UNIX)
+            local.link.connect(self.path)
+            self.answer(b"", bytearray(18))
+            self.answer(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, 0), bytearray(10))
+        magic, error = struct.unpack(">II8x", self.answer(struct.pack(">IHHQQI", 0x25609513, 0, 0, at, at, len(into)), bytearray(16)))
         if magic != 0x67446698 or error:
             sys.exit("the export cannot be read at byte %d: error %d" % (at, error))
-        return self.answer(b"", count)
+        self.answer(b"", into)
 
 def digest(block):
-    piece = disk.read(block * BLOCK, min(BLOCK, end - block * BLOCK))
-    return "" if piece == zeros[:len(piece)] else hashlib.sha256(piece).hexdigest()
+    if not hasattr(local, "room"):
+        local.room = bytearray(BLOCK)
+    room, found = memoryview(local.room), None
+    for first, last in blocks[block]:
+        start, stop = first * CELL, min(last * CELL, end)
+        disk.read(start, room[:stop - start])
+        for at in range(0, stop - start, CELL):
+            size = min(CELL, stop - start - at)
+            if not local.room.startswith(zeros[:size], at):
+                found = found or hashlib.sha256()
+                found.update(struct.pack(">Q", start + at))
+                found.update(room[at:at + size])
+    return found.hexdigest() if found else ""
 
 disk = Export(where[5:]) if where.startswith("unix:") else File(where)
 if verb == "map":
@@ -2137,10 +2185,17 @@ if verb == "map":
     for start, stop, count in held:
         print(start, stop - start, count)
 else:
-    blocks = sorted({block for start, stop in disk.extents() for block in range(start // BLOCK, -(-stop // BLOCK))})
+    blocks = {}  # each with its runs of cells that hold data
+    for cell in (cell for start, stop in disk.extents() for cell in range(start // CELL, -(-stop // CELL))):
+        runs = blocks.setdefault(cell * CELL // BLOCK, [])
+        if runs and cell <= runs[-1][1]:
+            runs[-1][1] = cell + 1
+        else:
+            runs.append([cell, cell + 1])
+    order = sorted(blocks)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for at in range(0, len(blocks), 256):
-            for block, found in zip(blocks[at:], pool.map(digest, blocks[at:at + 256])):
+        for at in range(0, len(order), 256):
+            for block, found in zip(order[at:], pool.map(digest, order[at:at + 256])):
                 if found:
                     print(block, found)
             print(".", flush=True)  # a sign of life, all zeros or not
@@ -2207,6 +2262,12 @@ mv -fT -- "$2" "$1"
 sync "$(dirname "$1")"
 """
 
+
+# Ends with 0 where nobody writes to $1 any more: by the lock that our own writers share, and by qemu's, which $2 asks for.
+UNWRITTEN: Final = """
+flock -n -- "$1" true || { echo "an earlier attempt still writes to $1" >&2; exit 1; }
+exec qemu-img info --image-opts "$2"
+"""
 
 # $1 a raw file, then offset and length of each stretch that shall be a hole again.
 PUNCH: Final = 'file=$1; shift; while [ $# -gt 0 ]; do fallocate -p -o "$1" -l "$2" -- "$file" || exit; shift 2; done'
@@ -2350,6 +2411,13 @@ def held(host: Host, path: str, folder: str) -> contextlib.AbstractContextManage
     return host.daemon(pidfile, "qemu-nbd", "-r", "-t", "-k", f"{folder}/hold.sock", f"--pid-file={pidfile}", "--image-opts", locked(path))
 
 
+def require_still_held(host: Host, path: str, folder: str) -> None:
+    """Raises HostError where that lock was lost meanwhile."""
+    alive = 'readlink "/proc/$(cat "$1")/exe"'  # kill -0 would also find one that has ended and was not waited for yet
+    if not host.succeeds("sh", "-c", alive, "migrena", f"{folder}/hold.pid"):
+        raise HostError(f"{host.name}: the qemu-nbd that held the lock on {path} ended by itself", "run it again")
+
+
 @dataclass(frozen=True)
 class Export:
     """Where a disk is served over NBD, and under which name."""
@@ -2375,6 +2443,14 @@ def route_address(host: Host, to: str) -> str:
     with contextlib.suppress(CommandError, ValueError, KeyError, IndexError):
         return str(json.loads(host.run("ip", "-json", "route", "get", to))[0]["prefsrc"])
     return host.nbd_address
+
+
+def received(ends: Ends) -> int:
+    """Bytes that the destination's interface towards the source has received so far, for whomever; 0 where the host cannot tell."""
+    count = 'read -r count < "/sys/class/net/$(ip -o route get "$1" | sed -n "s/.* dev \\([^ ]*\\).*/\\1/p")/statistics/rx_bytes" && echo "$count"'
+    with contextlib.suppress(CommandError, ValueError):
+        return int(ends.destination.script(count, ends.source.nbd_address))
+    return 0
 
 
 def certificates(server: str) -> dict[str, dict[str, bytes]]:
@@ -2542,7 +2618,7 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[tuple[
 
     Raises HostError when a host, a command or the proof fails. The source's lock is held for as long as the export lives.
     """
-    began, source = time.monotonic(), ends.source
+    began, before, source = time.monotonic(), received(ends), ends.source
     require_stand(source, job)
     with contextlib.ExitStack() as stack:
         try:
@@ -2554,35 +2630,41 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[tuple[
         reader = stack.enter_context(reached(ends, job, export, job.length))
         tiles, held_bytes = tiles_of(source, readable, job)
         proven = prove_what_is_there(ends, job, readable, [tile for tile in tiles if tile.holds_bytes and is_covered(tile, known)], tiles)
-        compared = stack.enter_context(Comparison(ends, job, readable))
-        with witness.progress(sum(tile.length for tile in tiles if tile.holds_bytes)) as show:
-            done = 0
+        compared, sending = Comparison(ends, job, readable, stack), Sending(ends, job, reader, stack)
+
+        def arrived() -> None:
+            tile = sending.wait_for_one()
+            witness.arrived(tile)
+            compared.arrived(tile)
+            witness.check()
+            require_stand(source, job)
+            for lease in (hold, serving):
+                lease.check(is_running=True)
+
+        with witness.progress(sum(tile.length for tile in tiles if tile.holds_bytes)) as sending.show:
             for tile in tiles:
-                if tile.holds_bytes:
-                    if tile not in proven:
-                        copy_chunk(ends, job, reader, tile, lambda part, done=done: show(done + part))  # type: ignore[misc]
-                        witness.arrived(tile)
-                    done += tile.length
-                    show(done)
-                compared.add(tile)
-                witness.check()
-                require_stand(source, job)
-                hold.check(is_running=True)
-                serving.check(is_running=True)
+                is_sent = tile.holds_bytes and tile not in proven
+                if is_sent and len(sending) == job.lanes:
+                    arrived()
+                compared.begin(tile)
+                if is_sent:
+                    sending.begin(tile)
+                elif tile.holds_bytes:
+                    sending.keep(tile)
+            while sending:
+                arrived()
         copy_tail(ends, job)
         digest = compared.finish()
-        alive = 'readlink "/proc/$(cat "$1")/exe"'  # kill -0 would also find one that has ended and was not waited for yet
-        if not source.succeeds("sh", "-c", alive, "migrena", f"{ends.source_folder}/hold.pid"):
-            raise HostError(f"{source.name}: the qemu-nbd that held the lock on {job.source.path} ended by itself", "run it again")
+        require_still_held(source, job.source.path, ends.source_folder)
     require_stand(source, job)
-    return Moved(held_bytes, digest, time.monotonic() - began)
+    return Moved(held_bytes, received(ends) - before, digest, time.monotonic() - began)
 
 
 def prove_what_is_there(ends: Ends, job: DiskJob, readable: str, claimed: Sequence[Chunk], tiles: Sequence[Chunk]) -> frozenset[Chunk]:
     """Those of the claimed chunks that the digests of both ends prove. All else in the new file is zeros then; it is made where it must be."""
     destination = ends.destination
     if claimed and destination.succeeds("test", "-f", job.new):
-        destination.run("qemu-img", "info", "--image-opts", locked(job.new))  # fails while an earlier attempt still writes to it
+        destination.script(UNWRITTEN, job.new, locked(job.new))
         if can_be(lambda: make_sound(destination, job)):
             with seen_by_guest(ends, destination, job.new_image, job.whole_file) as place:
                 sides, stall = ((ends.source, readable), (destination, place)), job.settings.stall_timeout
@@ -2630,12 +2712,10 @@ def make_zero(destination: Host, job: DiskJob, tiles: Sequence[Chunk]) -> None:
 def tiles_of(source: Host, readable: str, job: DiskJob) -> tuple[tuple[Chunk, ...], int]:
     """The chunks of a job, and how many bytes the source holds, after a look at where; all of it where the host cannot tell."""
     if not job.with_python:
-        return chunks(job.length, [(0, job.length)], job.settings.chunk), min(job.length, job.source.allocated)
+        return chunks(job.length, [(0, job.length)], job.chunk), min(job.length, job.source.allocated)
     lines = source.work("python3", "-c", BLOCKS, "map", readable, "0", str(job.length), stall=600).splitlines()
     found = [tuple(map(int, line.split())) for line in lines]
-    rate, limit = job.settings.limit_rate, job.settings.chunk
-    limit = min(limit, max(rate * 60 // MiB, 1) * MiB) if rate else limit
-    return chunks(job.length, [(start, length) for start, length, _ in found], limit), sum(held for _, _, held in found)
+    return chunks(job.length, [(start, length) for start, length, _ in found], job.chunk), sum(held for _, _, held in found)
 
 
 @contextlib.contextmanager
@@ -2666,7 +2746,7 @@ def copy_chunk(ends: Ends, job: DiskJob, reader: tuple[tuple[str, ...], Node], t
     length = available - tile.offset if is_last else tile.length
     if length <= 0:
         return
-    node_of_new = {"driver": "file", "filename": job.new}
+    node_of_new = {"driver": "file", "filename": job.new, "locking": "off"}  # qemu's own lock is for one writer; flock's is for all of ours
     if job.new_format != "raw":
         node_of_new = {"driver": job.new_format, "file.driver": "file", "file.filename": job.new}
     rate = ("-r", str(job.settings.limit_rate)) if job.settings.limit_rate else ()
@@ -2677,52 +2757,95 @@ def copy_chunk(ends: Ends, job: DiskJob, reader: tuple[tuple[str, ...], Node], t
             show(int(tile.length * float(shares[-1]) / 100))
 
     ends.destination.work("qemu-img", "convert", "-p", "-n", "-m", "16", "-W", *cache, *rate, *options, "--image-opts", "--target-image-opts",
-                          _cut(node, tile.offset, length), _cut(node_of_new, tile.offset, length), stall=job.settings.stall_timeout, heard=heard)
+                          _cut(node, tile.offset, length), _cut(node_of_new, tile.offset, length),
+                          stall=job.settings.stall_timeout, heard=heard, given=("flock", "-s", job.new))
 
 
 def copy_tail(ends: Ends, job: DiskJob) -> None:
-    """Gives the new file its exact length, with the last bytes that a block device, rounded down to 512, does not show."""
-    if job.new_format != "raw":
-        return
+    """Gives a new file that ends within a sector its exact length, with the last bytes that a block device, rounded down to 512, does not show."""
     tail = job.length % 512
-    if tail and job.whole_file and job.transport == "nbd":
+    if job.new_format != "raw" or not tail:
+        return
+    if job.whole_file and job.transport == "nbd":
         text_of_tail = ends.source.script('tail -c "$1" -- "$2" | base64', str(tail), job.source.path)
         ends.destination.script('base64 -d | dd of="$1" bs=1 seek="$2" conv=notrunc status=none', job.new, str(job.length - tail),
                                 stdin=text_of_tail.encode())
     ends.destination.run("truncate", "-s", str(job.length), "--", job.new)
 
 
-class Comparison:
-    """The proof: both hosts digest each chunk that has arrived, while later ones still flow."""
+@contextlib.contextmanager
+def threads_for(host: Host, count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for commands on a host. A scope that fails ends all that the host does for us, so that none of them is waited for."""
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    except BaseException:
+        ending = threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": True})
+        ending.start()
+        for turn in itertools.takewhile(lambda _: ending.is_alive(), itertools.count()):
+            host.end_work(is_silent=turn >= 30)
+            ending.join(0.5)
+        raise
+    finally:
+        pool.shutdown()
 
-    def __init__(self, ends: Ends, job: DiskJob, readable: str) -> None:
-        self.ends, self.job, self.readable = ends, job, readable
-        self._pools = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
-        self._stack = contextlib.ExitStack()
+
+class Sending:
+    """Chunks on their way into the new file: while one ends the next one flows already, so that the wire is never idle."""
+
+    def __init__(self, ends: Ends, job: DiskJob, reader: tuple[tuple[str, ...], Node], stack: contextlib.ExitStack) -> None:
+        self.ends, self.job, self.reader = ends, job, reader
+        self.show: Callable[[int], None] = lambda done: None
+        self._pool = stack.enter_context(threads_for(ends.destination, job.lanes))
+        self._flows: deque[tuple[Chunk, Future[None]]] = deque()
+        self._here: dict[int, int] = {}  # how many bytes of the chunk at an offset have arrived
+
+    def __len__(self) -> int:
+        return len(self._flows)
+
+    def keep(self, tile: Chunk) -> None:
+        """A chunk is there already."""
+        self._here[tile.offset] = tile.length
+        self.show(sum(self._here.values()))
+
+    def begin(self, tile: Chunk) -> None:
+        """Sends a chunk off."""
+        self._here[tile.offset] = 0
+        show = functools.partial(self._here.__setitem__, tile.offset)
+        self._flows.append((tile, self._pool.submit(copy_chunk, self.ends, self.job, self.reader, tile, show)))
+
+    def wait_for_one(self) -> Chunk:
+        """The chunk that was sent off first, when it has arrived. Raises HostError where it has not."""
+        tile, flow = self._flows.popleft()
+        while wait([flow], 0.2).not_done:
+            self.show(sum(self._here.values()))
+        flow.result()
+        self.keep(tile)
+        return tile
+
+
+class Comparison:
+    """The proof: the source digests each chunk while it flows, the destination when it has arrived."""
+
+    def __init__(self, ends: Ends, job: DiskJob, readable: str, stack: contextlib.ExitStack) -> None:
+        self.ends, self.job, self.readable, self._stack = ends, job, readable, stack
+        self._pools = tuple(stack.enter_context(threads_for(host, 1)) for host in (ends.source, ends.destination))
         self._tiles: list[Chunk] = []
         self._found: tuple[list[Future[dict[int, str]]], list[Future[dict[int, str]]]] = ([], [])  # of the source, of the new file
 
-    def __enter__(self) -> Comparison:
-        return self
+    def begin(self, tile: Chunk) -> None:
+        """A chunk is about to be sent, or need not be: the source's digests can be taken."""
+        if self.job.settings.verify:
+            self._tiles.append(tile)
+            self._digest(0, self.readable, self._tiles)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind:  # the threads wait on hosts that may never answer
-            for pool in self._pools:
-                pool.shutdown(wait=False, cancel_futures=True)
-            self.ends.source.end_work()
-            self.ends.destination.end_work()
-        for pool in self._pools:
-            pool.shutdown()
-        self._stack.close()
-
-    def add(self, tile: Chunk) -> None:
-        """A chunk has arrived; raises HostError for an earlier one whose digests are there and differ."""
+    def arrived(self, tile: Chunk) -> None:
+        """A chunk has arrived, and so has all before it; raises HostError for a chunk whose digests are there and differ."""
         if not self.job.settings.verify:
             return
-        self._tiles.append(tile)
-        self._digest(0, self.readable, self._tiles)
-        if self.job.new_format == "raw":  # only a file that is nobody's image can be read while it is being written,
-            self._digest(1, self.job.new, self._tiles[:-1])  # and the last chunk has its exact length in the end only
+        is_whole = tile.offset + tile.length < self.job.length or self.job.length % 512 == 0  # the end of others gets its length later
+        if self.job.new_format == "raw" and is_whole:  # only a file that is nobody's image can be read while it is being written
+            self._digest(1, self.job.new, self._tiles[: self._tiles.index(tile) + 1])
         for earlier, one, other in zip(self._tiles, *self._found, strict=False):
             if one.done() and other.done():
                 self._compare(earlier, one.result(), other.result())
@@ -3072,6 +3195,8 @@ class Report:
     started: list[str] = field(default_factory=list)
     downtime_seconds: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    api_calls: dict[str, int] = field(default_factory=dict)  # of each cloud
+    ssh_commands: dict[str, int] = field(default_factory=dict)  # of each host, over one connection
     warnings: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)  # of the instance, in the source cloud: volumes and the like
     not_undone: list[str] = field(default_factory=list)
@@ -3119,6 +3244,8 @@ def see_through(run: Run) -> int:
             id = execute(run)
     except UsageError as error:  # such an error is no refusal any more: something was touched
         raise MigrenaError.of(error.reasons) from error
+    finally:
+        run.report.api_calls = {cloud.label: cloud.calls for cloud in (run.source, run.destination)}
     run.report.result = "done"
     if not (run.settings.json or run.settings.quiet):
         print(id)
@@ -3361,10 +3488,8 @@ def undo_stop(run: Run) -> None:
 
 def restart_source(run: Run) -> None:
     """Starts the source again, also from the middle of a stop."""
-    id = run.plan.server.id
-    with run.journal.act("start source", server=id):
-        run.source.wait(id, lambda server: not server.task, run.changed)
-        run.source.start(id, run.changed)
+    with run.journal.act("start source", server=run.plan.server.id):
+        run.source.restart(run.plan.server.id, run.changed)
 
 
 def look_again(run: Run, job: DiskJob) -> DiskJob:
@@ -3392,6 +3517,7 @@ def transfer(run: Run, host: Host, job: DiskJob) -> None:
         run.screen.note(f"Done. {human(moved.held)} in {span(moved.seconds)}, {human(rate)}/s; {proof}")
         result |= {"held": moved.held, "digest": moved.digest}
     run.report.copy |= {"verified": bool(moved.digest), "digest": moved.digest, "bytes": moved.held, "length": job.length,
+                        "sent": moved.sent, "sent_per_held": round(moved.sent / max(moved.held, 1), 4),
                         "seconds": round(moved.seconds, 2), "rate": round(rate)}
     run.journal.write("finished", clouds=[run.source.url, run.destination.url], rate=round(rate) if moved.held > MiB else 0)
 
@@ -3877,14 +4003,8 @@ def undoing(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, scr
     if source.locked and source.lock_reason in ("", f"{LOCKED_BY}{traces.run}") and (source.lock_reason or MARK in source.metadata):
         yield f"unlock source {source.id}", functools.partial(one.unlock, source.id)
     if traces.was_running and not source.is_running:
-        yield f"start source {source.id} again", functools.partial(start_again, one, source.id)
+        yield f"start source {source.id} again", functools.partial(one.restart, source.id, lambda server: None)
     yield f"take the mark off source {source.id}", functools.partial(one.unmark, source.id, traces.run, MARK, WAS)
-
-
-def start_again(cloud: Cloud, id: str) -> None:
-    """Starts an instance, also from the middle of a stop."""
-    cloud.wait(id, lambda server: not server.task, lambda server: None)
-    cloud.start(id, lambda server: None)
 
 
 def stop_and_keep(cloud: Cloud, id: str) -> None:
@@ -4037,7 +4157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if undo.left and report.run:
         screen.say(f"  try: ./migrena.py rollback {report.run}; ./migrena.py status {report.run} shows what was done", always=True)
     if settings.json:
-        report.warnings, report.seconds = screen.warnings, screen.seconds
+        report.warnings, report.seconds, report.ssh_commands = screen.warnings, screen.seconds, screen.commands
         print(json.dumps(dataclasses.asdict(report), indent=2))
     return code
 

@@ -82,7 +82,7 @@ def main() -> int:
         records = show.read(path)
         picture = path.with_suffix(".svg")
         picture.write_text(show.picture(records))
-        print(show.table(records))
+        print(f"{show.brief(records)}\n\n{show.table(records)}")
         say(f"the picture is {picture}")
     except (LabError, KeyboardInterrupt) as error:
         print(f"bench: {error or 'interrupted'}", file=sys.stderr)

@@ -45,7 +45,10 @@ def test_what_the_report_says_is_what_happened(operator: Operator, clouds: Cloud
     copy, id = report["copy"], report["destination"]["id"]
     assert (report["result"], report["started"], report["downtime_seconds"], report["not_undone"]) == ("done", [], None, [])
     assert (copy["view"], copy["why_view"], copy["tls"], copy["verified"]) == ("file", "both bases have the same content", True, True)
-    assert 64 * MiB < copy["bytes"] < sent < copy["bytes"] * 1.03 + 3 * MiB
+    assert 64 * MiB < copy["bytes"] < copy["sent"] < sent < copy["bytes"] * 1.03 + 3 * MiB
+    assert copy["sent_per_held"] == pytest.approx(copy["sent"] / copy["bytes"], abs=1e-4)
+    assert all(10 < report["api_calls"][cloud] < 100 for cloud in ("source", "destination"))
+    assert all(10 < report["ssh_commands"][host] < 100 for host in (SOURCE, DESTINATION))
     assert copy["length"] == int(one.run("stat", "-c", "%s", disk(source)).stdout)
     assert one.run("sha256sum", disk(source)).stdout == before
     assert same_to_both_guests(one, source, other, id)

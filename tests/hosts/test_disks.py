@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +33,7 @@ from migrena import (
 from unit.makers import a_server, some_settings
 
 WRITE = ("-c", "write -q 0 512")
+CELL = 64 * 1024
 
 
 @pytest.fixture
@@ -203,15 +207,38 @@ def test_free_space_is_what_root_could_write(lab: Lab, src: Host, raw: Instance)
     assert 99 * MiB < before - free_space(src, raw.path) < 102 * MiB
 
 
-def test_digests_are_those_of_the_blocks_that_are_not_zeros(lab: Lab, src: Host) -> None:
-    instance = Instance.make(lab["src"]).raw(5 * MiB + 10).write("guest", (MiB + 5, 10))
+def test_digests_are_those_of_the_cells_that_are_not_zeros(lab: Lab, src: Host) -> None:
+    instance = Instance.make(lab["src"]).raw(5 * MiB + 10).write("guest", (MiB + 5, 10), (MiB + 9 * CELL - 1, 2))
     instance.lengthen(3)  # an odd end
-    script = 'for n in 1 5; do dd if="$1" bs=1M skip=$n count=1 status=none | sha256sum; done'
-    one, last = lab["src"].run("sh", "-c", script, "sh", instance.path).stdout.split()[::2]
+    content = Path(f"{lab['src'].root}{instance.path}").read_bytes()
+
+    def digest(*cells: int) -> str:
+        return hashlib.sha256(b"".join(struct.pack(">Q", at) + content[at : at + CELL] for at in cells)).hexdigest()
+
     found = digests(src, instance.path, 0, instance.length, 60)
-    assert found == {1: one, 5: last}
-    assert digests(src, instance.path, MiB, MiB, 60) == {1: one}
-    assert digest_of_chunk(src, instance.path, MiB, MiB, 60) == {1: one}
+    assert found == {1: digest(MiB, MiB + 8 * CELL, MiB + 9 * CELL), 5: digest(5 * MiB)}
+    assert digests(src, instance.path, MiB, MiB, 60) == {1: found[1]}
+    assert digest_of_chunk(src, instance.path, MiB, MiB, 60) == {1: hashlib.sha256(content[MiB : 2 * MiB]).hexdigest()}
+
+
+def test_holes_make_no_difference_to_digests_and_every_byte_does(lab: Lab, src: Host) -> None:
+    instance = Instance.make(lab["src"]).raw(8 * MiB)
+    instance.write("guest", (700, 5000), (MiB - 3, 6), (2 * MiB + 3 * CELL, CELL), (3 * MiB, 2 * MiB), (8 * MiB - 4096, 4096))
+    host, dense, view = lab["src"], f"{instance.path}.dense", f"{instance.path}.qcow2"
+    host.run("cp", "--sparse=never", instance.path, dense)
+    host.run("qemu-img", "convert", "-O", "qcow2", instance.path, view)
+    found = digests(src, instance.path, 0, 8 * MiB, 60)
+    assert sorted(found) == [0, 1, 2, 3, 4, 7]
+    assert digests(src, dense, 0, 8 * MiB, 60) == found
+    with src.private_folder("test") as folder, src.daemon(f"{folder}/pid", "qemu-nbd", "-r", "-t", "-e", "8", "-k", f"{folder}/socket",
+                                                          f"--pid-file={folder}/pid", "-f", "qcow2", view):
+        assert digests(src, f"unix:{folder}/socket", 0, 8 * MiB, 60) == found
+    for place in (0, 700, CELL, MiB - 1, MiB, 2 * MiB - 1, 5 * MiB + CELL - 1, 6 * MiB, 8 * MiB - 1):
+        host.run("cp", "--sparse=always", instance.path, dense)
+        before = Path(f"{host.root}{dense}").read_bytes()[place]
+        host.run("dd", f"of={dense}", "bs=1", f"seek={place}", "conv=notrunc", "status=none", input="?" if before != ord("?") else "!")
+        differing = digests(src, dense, 0, 8 * MiB, 60).items() ^ found.items()
+        assert {block for block, _ in differing} == {place // MiB}
 
 
 @pytest.mark.parametrize("place", [0, 5 * MiB, 16 * MiB - 1, 20 * MiB, 32 * MiB - 1])

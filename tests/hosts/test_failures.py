@@ -71,7 +71,7 @@ def test_control_nothing_fails_where_nothing_is_thrown(either: Broken) -> None:
         assert either.copy.move(ends, job).digest
 
 
-@pytest.mark.parametrize(("at_chunk", "offset"), [(1, MiB + 700), (2, 5 * MiB), (3, 8 * MiB + 5)])
+@pytest.mark.parametrize(("at_chunk", "offset"), [(1, 700), (2, 2 * MiB), (3, 4 * MiB + 5)])
 def test_one_byte_that_is_flipped_in_the_new_file_is_caught(either: Broken, at_chunk: int, offset: int) -> None:
     error = either.fails("the copy is not the source", at_chunk, lambda job: flip(either.fresh.host, job, offset))
     assert f"{offset // MiB * MiB:,}" in str(error)
@@ -83,7 +83,9 @@ def test_one_byte_that_appears_in_a_hole_of_the_new_file_is_caught(lab: Lab, mak
     Broken(make_copy(), source, fresh).fails("the copy is not the source", 1, lambda job: flip(fresh.host, job, 100 * MiB))
 
 
-def test_a_new_file_that_lost_its_end_is_caught(broken: Broken) -> None:
+def test_a_new_file_that_lost_its_end_is_caught(broken: Broken, make_copy: MakeCopy) -> None:
+    broken.copy = make_copy(limit_rate=1024 * MiB)  # one chunk after the other, so that the end is there after the third or fourth
+
     def cut(job: DiskJob) -> None:
         broken.fresh.host.run("truncate", "-s", str(job.length - MiB), job.new)
         broken.fresh.host.run("truncate", "-s", str(job.length), job.new)

@@ -7,6 +7,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,12 +32,12 @@ def pair(request: pytest.FixtureRequest, lab: Lab) -> Pair:
     return source, Instance.make(lab["dst"]).overlay(base(lab["dst"], "debian" if request.param == "file" else "other"), 64 * MiB)
 
 
-def journal(state: Path, name: str) -> list[dict[str, object]]:
+def journal(state: Path, name: str) -> list[dict[str, Any]]:
     """The lines of a run's journal."""
     return [json.loads(line) for line in (state / f"{name}.jsonl").read_text().splitlines()]
 
 
-def chunks_sent(state: Path, name: str) -> list[tuple[object, object]]:
+def chunks_sent(state: Path, name: str) -> list[tuple[int, int]]:
     """The chunks that a run has said to have sent, however often."""
     return [(entry["offset"], entry["length"]) for entry in journal(state, name) if entry["event"] == "chunk"]
 
@@ -92,7 +93,7 @@ def test_control_a_copy_that_begins_anew_sends_more(driver: Driver, make_copy: M
 def test_a_chunk_that_was_altered_while_nobody_ran_is_found_and_sent_again(
         driver: Driver, make_copy: MakeCopy, tmp_path: Path, pair: Pair, offset: int) -> None:
     name = killed_at_a_third(driver, tmp_path, pair)
-    copy = gone_on(make_copy(), name)
+    copy = gone_on(make_copy(limit_rate=1024 * MiB), name)  # cut into chunks as at first: one after the other
     with copy.prepared(*pair) as (_, job):
         flip(pair[1].host, job, offset)
     copy(*pair)
@@ -202,7 +203,7 @@ def test_a_flipped_byte_is_not_tried_again(make_copy: MakeCopy, overlays: Pair) 
 
     def check() -> None:
         if copy.job and len(chunks_sent(copy.state, copy.name)) == 1:
-            flip(overlays[1].host, copy.job, MiB + 700)
+            flip(overlays[1].host, copy.job, 700)
 
     with pytest.raises(FinalError, match="the copy is not the source"):
         copy.arrive(*overlays, check)

@@ -47,6 +47,13 @@ def test_the_table_tells_medians_and_how_far_they_are_from_the_wires_limit() -> 
     assert "migrena abc, scale 0.5, medians of 3, seed s" in show.table(RECORDS) and "Left out: migrena-nbd: no module." in show.table(RECORDS)
 
 
+def test_what_readme_shows_is_the_time_until_the_copy_is_on_the_disk() -> None:
+    lines = lines_of(show.brief([*RECORDS, a_record("migrena", 6, wire="unshaped"), a_record("scp", 4, wire="unshaped")]))
+    assert lines == {"way": ["unshaped, random", "1gbit, random"], "iperf3": ["", "10.00 s (×1.00)"], "scp": ["4.50 s (×1.00)", "20.50 s (×2.05)"],
+                     "migrena": ["6.50 s (×1.44)", "11.50 s (×1.15)"]}
+    assert list(lines)[1:] == ["iperf3", "migrena", "scp"]
+
+
 def test_what_takes_four_cables_by_way_of_glance_is_counted_four_times() -> None:
     record = a_record("api", 9, received={"src": 1, "dst": 50, "images": 100}, sent={"src": 50, "dst": 1, "images": 100})
     assert show.on_the_wire(record) == 200

@@ -59,7 +59,12 @@ def test_control_a_disk_without_extents_is_one_hole() -> None:
 
 
 def test_a_disk_that_is_full_is_copied_from_end_to_end() -> None:
-    assert chunks(2 * MiB + 7, [(0, 2 * MiB + 7)], 2 * MiB) == (Chunk(0, 2 * MiB, True), Chunk(2 * MiB, 7, True))
+    assert chunks(3 * MiB + 7, [(0, 3 * MiB + 7)], 2 * MiB) == (Chunk(0, MiB, True), Chunk(MiB, 2 * MiB, True), Chunk(3 * MiB, 7, True))
+
+
+def test_chunks_get_smaller_towards_the_end() -> None:
+    sizes = [tile.length // MiB for tile in chunks(4096 * MiB, [(0, 4096 * MiB)], 512 * MiB)]
+    assert sizes == [256, *[512] * 4, 448, 336, 252, 189, 141, 106, 80, 64, 64, 64, 48]
 
 
 RAW = DiskImage("/d", "raw", size=MiB, length=MiB, allocated=MiB)
