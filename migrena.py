@@ -1305,6 +1305,38 @@ class Undo:
         self.doing = ""
 
 
+class HeldBack(threading.local):
+    """A signal that waits for the end of what it must not cut in two; Python hears signals in the main thread alone."""
+
+    depth = 0
+    number = 0
+
+
+HELD_BACK: Final = HeldBack()
+
+
+@contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+    """A signal that comes within raises Interrupted at the end: else it could leave a lock of paramiko's or of a thread pool's locked for ever."""
+    HELD_BACK.depth += 1
+    try:
+        yield
+    finally:
+        HELD_BACK.depth -= 1
+        if HELD_BACK.number and not HELD_BACK.depth:
+            number, HELD_BACK.number = HELD_BACK.number, 0
+            raise Interrupted(number)
+
+
+def outcome(flow: Future[T], meanwhile: Callable[[], None] = lambda: None) -> T:
+    """What another thread gives or raises; signals are heard while it is waited for."""
+    while True:
+        with unbroken():
+            if wait([flow], 0.2).done:
+                return flow.result()
+        meanwhile()
+
+
 # ---- 6. Host ---------------------------------------------------------------------------------------------------------
 
 # A lease ties what runs on a hypervisor to our SSH channel, which is its standard input: we send a dot every few seconds,
@@ -1587,14 +1619,16 @@ class Host:
         channel, process = self._start(words, (*fed, "timeout", "-k", "5", str(seconds)), seconds + 15, form)
         with self._wall(words):
             if stdin:
-                channel.sendall(stdin)
-                channel.shutdown_write()
-            printed = b"".join(iter(functools.partial(channel.recv, 65536), b""))
-            if channel.recv_exit_status() in (124, 137):
+                with unbroken():
+                    channel.sendall(stdin)
+                    channel.shutdown_write()
+            printed = b"".join(iter(functools.partial(received_within, channel, seconds + 15), b""))
+            with unbroken():
+                status = channel.recv_exit_status()
+            if status in (124, 137):
                 raise TimeoutError
         process.check()
-        with unheard():
-            channel.close()
+        process.drop()
         return printed.decode("utf-8", "surrogateescape")
 
     def script(self, script: str, *values: str, stdin: bytes = b"") -> str:
@@ -1623,14 +1657,14 @@ class Host:
     @contextlib.contextmanager
     def lease(self, script: str, *words: str, given: Sequence[str] = ()) -> Iterator[Lease]:
         """A script that holds a command for as long as the scope and our channel do; `given` reaches it before the words."""
-        _, lease = self._start(words, ("sh", "-c", script, "migrena", *given), 30.0)
-        lease.beat()
-        self._leases.add(lease)
-        try:
+        with contextlib.ExitStack() as stack:
+            with unbroken():
+                _, lease = self._start(words, ("sh", "-c", script, "migrena", *given), 30.0)
+                stack.callback(lease.close)
+                self._leases.add(lease)
+                stack.callback(self._leases.discard, lease)
+                lease.beat()
             yield lease
-        finally:
-            self._leases.discard(lease)
-            lease.close()
 
     @contextlib.contextmanager
     def private_folder(self, run: str) -> Iterator[str]:
@@ -1662,6 +1696,7 @@ class Host:
         self._closing.set()
         self._stack.close()
 
+    @unbroken()
     def _start(self, words: Sequence[str], before: Sequence[str], seconds: float, form: str = "{}") -> tuple[paramiko.Channel, Lease]:
         """Starts a command, with what goes before its words unsaid in messages; nothing holds it yet."""
         with self._wall(words):
@@ -1670,6 +1705,7 @@ class Host:
             channel = _transport(self._client).open_session(timeout=30)
             channel.settimeout(seconds)
             alarm = threading.Timer(30, channel.close)  # paramiko itself waits for the answer as long as the connection seems to live
+            alarm.daemon = True
             alarm.start()
             try:
                 channel.exec_command(form.format(shlex.join((*self._prefix, *before, *words))).encode("utf-8", "surrogateescape"))
@@ -1707,6 +1743,7 @@ class Lease:
         self._reader = threading.Thread(target=_drain, args=(channel, self._said), daemon=True)
         self._reader.start()
 
+    @unbroken()
     def beat(self) -> None:
         """One more dot: go on."""
         with unheard(), self._speaking:
@@ -1718,8 +1755,7 @@ class Lease:
         if self._has_ended:
             return ""
         with self._host._wall(self._words):
-            self._channel.settimeout(seconds)
-            piece, end, _ = self._channel.recv(65536).partition(b"\0")
+            piece, end, _ = received_within(self._channel, seconds).partition(b"\0")
         self._has_ended = bool(end)
         return piece.decode("utf-8", "surrogateescape")
 
@@ -1741,7 +1777,8 @@ class Lease:
             if not self._channel.exit_status_ready() and not self._channel.recv_ready():
                 return
             self.release()
-        status = self._channel.recv_exit_status()
+        with unbroken():
+            status = self._channel.recv_exit_status()
         self._reader.join(5.0)
         if status < 0 and not self._channel.eof_received:  # of a command that was killed, sshd tells at least that it says no more
             why = getattr(self._channel.transport, "saved_exception", None) or "the other side ended it"
@@ -1749,17 +1786,20 @@ class Lease:
         if status != 0 or is_running:
             raise CommandError(self._host.name, self._words, status, self._said.decode(errors="replace"))
 
+    @unbroken()
     def release(self) -> None:
         """No more dots: it ends by itself."""
         with unheard(), self._speaking:
             self._is_let_go = True
             self._channel.shutdown_write()
 
+    @unbroken()
     def drop(self) -> None:
         """Listens no longer: whoever reads what it says is told that this is the end."""
         with unheard():
             self._channel.close()
 
+    @unbroken()
     def close(self) -> None:
         """Ends it and waits for the host to confirm that; what is not confirmed is kept in Host.unconfirmed."""
         self.release()
@@ -1770,6 +1810,19 @@ class Lease:
             self._host.unconfirmed.append(f"{self._host.name} did not confirm the end of `{shorten(shlex.join(self._words), 120)}`"
                                           " (it ends by itself when the connection does)")
         self.drop()
+
+
+def received_within(channel: paramiko.Channel, seconds: float) -> bytes:
+    """What a channel has to say next, empty at its end; raises TimeoutError after `seconds` of silence. Signals are heard while it is silent."""
+    until = time.monotonic() + seconds
+    while True:
+        with unbroken():
+            channel.settimeout(max(0.0, min(0.5, until - time.monotonic())))
+            try:
+                return channel.recv(65536)
+            except TimeoutError:
+                if time.monotonic() >= until:
+                    raise
 
 
 @contextlib.contextmanager
@@ -2382,7 +2435,7 @@ def same_digests(how: Digest, sides: tuple[tuple[Host, str], tuple[Host, str]], 
     """Whether the digests of a chunk are equal on both sides (a host, and what it reads), which are at work at once."""
     with ThreadPoolExecutor(2) as pool:
         found = [pool.submit(how, host, where, tile.offset, tile.length, stall) for host, where in sides]
-        return found[0].result() == found[1].result()
+        return outcome(found[0]) == outcome(found[1])
 
 
 def digests(host: Host, where: str, offset: int, length: int, stall: float) -> dict[int, str]:
@@ -2780,11 +2833,12 @@ def threads_for(host: Host, count: int) -> Iterator[ThreadPoolExecutor]:
     try:
         yield pool
     except BaseException:
-        ending = threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": True})
-        ending.start()
-        for turn in itertools.takewhile(lambda _: ending.is_alive(), itertools.count()):
-            host.end_work(is_silent=turn >= 30)
-            ending.join(0.5)
+        with unbroken():
+            ending = threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": True})
+            ending.start()
+            for turn in itertools.takewhile(lambda _: ending.is_alive(), itertools.count()):
+                host.end_work(is_silent=turn >= 30)
+                ending.join(0.5)
         raise
     finally:
         pool.shutdown()
@@ -2808,6 +2862,7 @@ class Sending:
         self._here[tile.offset] = tile.length
         self.show(sum(self._here.values()))
 
+    @unbroken()
     def begin(self, tile: Chunk) -> None:
         """Sends a chunk off."""
         self._here[tile.offset] = 0
@@ -2817,9 +2872,7 @@ class Sending:
     def wait_for_one(self) -> Chunk:
         """The chunk that was sent off first, when it has arrived. Raises HostError where it has not."""
         tile, flow = self._flows.popleft()
-        while wait([flow], 0.2).not_done:
-            self.show(sum(self._here.values()))
-        flow.result()
+        outcome(flow, lambda: self.show(sum(self._here.values())))
         self.keep(tile)
         return tile
 
@@ -2839,6 +2892,7 @@ class Comparison:
             self._tiles.append(tile)
             self._digest(0, self.readable, self._tiles)
 
+    @unbroken()
     def arrived(self, tile: Chunk) -> None:
         """A chunk has arrived, and so has all before it; raises HostError for a chunk whose digests are there and differ."""
         if not self.job.settings.verify:
@@ -2858,10 +2912,12 @@ class Comparison:
         self._digest(1, place, self._tiles)
         whole = hashlib.sha256()
         for tile, one, other in zip(self._tiles, *self._found, strict=True):
-            self._compare(tile, one.result(), other.result())
-            whole.update("".join(f"{block} {found}\n" for block, found in sorted(one.result().items())).encode())
+            here, there = outcome(one), outcome(other)
+            self._compare(tile, here, there)
+            whole.update("".join(f"{block} {found}\n" for block, found in sorted(here.items())).encode())
         return whole.hexdigest()
 
+    @unbroken()
     def _digest(self, end: int, place: str, tiles: Sequence[Chunk]) -> None:
         """Begins at one end with those of the chunks that were not begun yet."""
         how = digests_for(self.job)
@@ -3649,7 +3705,7 @@ def copy(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         with ThreadPoolExecutor(2) as pool:
             looking = pool.submit(survey_source, settings, creds["src"], screen, stack)
             other = pool.submit(survey_destination, settings, creds["dst"])
-            source, destination = looking.result(), other.result()
+            source, destination = outcome(looking), outcome(other)
         if there := already_there(settings, destination):
             return tell_already(settings, there, screen, report)
         if reasons := refuse(settings, source, destination, known_runs(folder)):
@@ -3854,7 +3910,7 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         with ThreadPoolExecutor(2) as pool:
             looking = pool.submit(survey_source, settings, creds["src"], screen, stack)
             other = pool.submit(survey_made, settings, creds["dst"], record, screen)
-            source, made = looking.result(), other.result()
+            source, made = outcome(looking), outcome(other)
         stand = stand_of(source.host, source.disk.top.path) if source.host and source.disk else ""
         if reasons := refuse_resume(record, source, made, stand):
             raise Refused.of(reasons)
@@ -3978,7 +4034,7 @@ def both_clouds(settings: Settings, environment: Mapping[str, str]) -> tuple[Clo
     errors = [error for one in opening if isinstance(error := one.exception(), MigrenaError)]
     if errors:
         raise Refused.of([reason for error in errors for reason in error.reasons])
-    return opening[0].result(), opening[1].result()
+    return outcome(opening[0]), outcome(opening[1])
 
 
 def undoing(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, screen: Screen) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -4178,10 +4234,13 @@ def signals(undo: Undo) -> Iterator[None]:
     """Within, SIGINT, SIGTERM and SIGHUP raise Interrupted; a further one is only answered: what is being undone must be undone."""
     def on_signal(number: int, frame: FrameType | None) -> None:
         if undo.has_begun:
-            return on_further_signal(number, frame)
+            on_further_signal(number, frame)
+            return
         for each in before:
             signal.signal(each, on_further_signal)
-        raise Interrupted(number)
+        if not HELD_BACK.depth:
+            raise Interrupted(number)
+        HELD_BACK.number = number
 
     def on_further_signal(number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(OSError):

@@ -52,6 +52,43 @@ def test_a_second_signal_during_the_undoing_is_answered_and_stops_nothing(first:
     assert process.returncode == 0
 
 
+UNBROKEN = """
+import os, signal, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from migrena import Interrupted, Screen, Undo, signals, unbroken
+
+def elsewhere():
+    with unbroken():
+        begun.set()
+        time.sleep(60)
+
+begun = threading.Event()
+try:
+    with signals(Undo(Screen())):
+        try:
+            with unbroken():
+                with unbroken():
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    print("heard, not broken")
+                print("still whole")
+            print("never said")
+        except Interrupted as error:
+            print("then raised", error.number)
+    with signals(Undo(Screen())):
+        threading.Thread(target=elsewhere, daemon=True).start()
+        begun.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+        print("never said")
+except Interrupted as error:
+    print("raised at once", error.number)
+"""
+
+
+def test_a_signal_waits_for_the_end_of_what_it_must_not_cut_in_two_but_for_no_other_thread() -> None:
+    done = subprocess.run([sys.executable, "-c", UNBROKEN, str(REPOSITORY)], check=True, capture_output=True, text=True)
+    assert done.stdout == "heard, not broken\nstill whole\nthen raised 15\nraised at once 2\n"
+
+
 def test_without_a_signal_nothing_is_undone_and_the_handlers_are_put_back() -> None:
     calm = DRIVER.replace("while True:\n            signal.pause()", "pass").replace("error.number", "0")
     done = subprocess.run([sys.executable, "-c", calm, str(REPOSITORY)], check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
