@@ -33,6 +33,7 @@ TLS = True  # with certificates made for the run
 VERIFY = True  # compare the digests of both ends before the copy takes its place
 NBD_SERVER_PORT = "2666-2697"  # on the source's hypervisor: a port, or a range of which the first free one is taken
 NBD_DEVICE = ""  # on the destination's hypervisor, as in /dev/nbd15; empty: the first that is free
+COMPRESS = "auto"  # on, off, or auto: where the rehearsal finds the wire slower than 16 MiB/s; needs python3 on both hosts, not for nbd
 LIMIT_RATE = 0  # bytes per second at most, as in "50M"; 0: no limit
 CHUNK = "1G"  # on the way at once, in two halves, each of which is then proven
 STALL_TIMEOUT = 120  # seconds without a byte after which a copy has stalled; there is no limit on the whole

@@ -358,6 +358,8 @@ class Settings:
                             help="nbd: nbd-server and nbd-client; qemu: qemu-nbd and qemu-img; auto picks")
     tls: bool = option(True, "--no-tls", help="send the disk in clear; only the destination's address is let in")
     verify: bool = option(True, "--no-verify", help="leave out the comparison of both ends' digests")
+    compress: str = option("auto", "--compress", read=words_of("auto", "on", "off"), jobs=MOVE, metavar="auto|on|off",
+                           help="deflate what crosses the wire; auto: where the wire is measured to be slow")
     limit_rate: int = option(0, "--limit-rate", read=size, jobs=MOVE, metavar="RATE", help="bytes per second at most, as in 50M")
     retries: int = option(5, "--retries", read=count, jobs=MOVE, metavar="N",
                           help="how often a copy that was cut off or stalled goes on by itself (default: 5)")
@@ -391,7 +393,7 @@ class Settings:
 
 
 # What a run is asked for that a resume goes on with; never credentials, and never -e, which may hold secrets.
-KEPT: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "limit_rate", "chunk", "disk_path", "root_only",
+KEPT: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "compress", "limit_rate", "chunk", "disk_path", "root_only",
                "src_cloud", "dst_cloud")
 
 
@@ -444,6 +446,8 @@ def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: 
     settings = Settings(**values)
     if settings.chunk < MiB or settings.chunk % MiB:
         raise UsageError(f"CHUNK: {settings.chunk} is no multiple of 1 MiB")
+    if settings.compress == "on" and settings.transport == "nbd":
+        raise UsageError("--compress on goes with the transport qemu alone", "leave out --transport nbd")
     if settings.nbd_device and not re.fullmatch(r"/dev/nbd\d+", settings.nbd_device):
         raise UsageError(f"NBD_DEVICE: {settings.nbd_device!r} is no /dev/nbdN")
     return settings
@@ -692,6 +696,7 @@ class DiskJob:
     source_direct: bool
     fresh_direct: bool
     with_python: bool  # whether both hosts can run the digest program
+    compress: bool = False  # whether what crosses the wire is deflated
     stand: str = ""  # size and times of the source's file when it had been stopped: what changes it, changes them
 
     @property
@@ -729,6 +734,11 @@ class DiskJob:
         """The most bytes of one chunk: those on their way together are what was asked for, or what the limit lets through in a minute."""
         most = self.settings.limit_rate * 60 or self.settings.chunk
         return max(min(most, self.settings.chunk) // self.lanes // MiB * MiB, MiB)
+
+    @property
+    def can_be_compressed(self) -> bool:
+        """Whether that is possible and of use: a limit of the rate holds for the disk's bytes, however few of them cross the wire."""
+        return self.with_python and self.settings.transport != "nbd" and not self.settings.limit_rate
 
     @property
     def new_image(self) -> DiskImage:
@@ -1623,9 +1633,7 @@ class Host:
                     channel.sendall(stdin)
                     channel.shutdown_write()
             printed = b"".join(iter(functools.partial(received_within, channel, seconds + 15), b""))
-            with unbroken():
-                status = channel.recv_exit_status()
-            if status in (124, 137):
+            if exit_status_of(channel) in (124, 137):
                 raise TimeoutError
         process.check()
         process.drop()
@@ -1777,8 +1785,8 @@ class Lease:
             if not self._channel.exit_status_ready() and not self._channel.recv_ready():
                 return
             self.release()
-        with unbroken():
-            status = self._channel.recv_exit_status()
+        with self._host._wall(self._words):
+            status = exit_status_of(self._channel)
         self._reader.join(5.0)
         if status < 0 and not self._channel.eof_received:  # of a command that was killed, sshd tells at least that it says no more
             why = getattr(self._channel.transport, "saved_exception", None) or "the other side ended it"
@@ -1823,6 +1831,14 @@ def received_within(channel: paramiko.Channel, seconds: float) -> bytes:
             except TimeoutError:
                 if time.monotonic() >= until:
                     raise
+
+
+@unbroken()
+def exit_status_of(channel: paramiko.Channel) -> int:
+    """How a command that has said all has ended, -1 where the connection broke; raises TimeoutError where the host no longer tells."""
+    if not channel.status_event.wait(30.0):
+        raise TimeoutError
+    return channel.exit_status
 
 
 @contextlib.contextmanager
@@ -2281,6 +2297,80 @@ os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
 os.execvp(sys.argv[4], sys.argv[4:])
 """
 
+# Carries NBD connections over a slow wire: `serve` hands those that come over the wire (fd 3, see LISTEN) to the socket NEAR, `fetch` takes them at
+# NEAR to the wire. What the source says goes in frames: its length in 4 bytes, whose highest bit is set where zlib made it shorter (RFC 1950).
+SQUEEZE: Final = r"""
+import asyncio, os, socket, ssl, struct, sys, zlib
+role, pidfile, near, folder, address, port = sys.argv[1:]
+DEFLATED, MOST = 1 << 31, 1 << 20
+serves, loop, tls = role == "serve", asyncio.new_event_loop(), None
+asyncio.set_event_loop(loop)
+if folder:
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if serves else ssl.PROTOCOL_TLS_CLIENT)
+    mine = folder + ("/server" if serves else "/client")
+    tls.load_cert_chain(mine + "-cert.pem", mine + "-key.pem")
+    tls.load_verify_locations(folder + "/ca-cert.pem")
+    tls.verify_mode = ssl.CERT_REQUIRED
+
+def ending(way):
+    async def end(said, heard):
+        try:
+            await way(said, heard)
+        finally:
+            heard.close()
+    return end
+
+@ending
+async def pass_on(said, heard):
+    while True:
+        piece = await said.read(MOST)
+        if not piece:
+            return
+        heard.write(piece)
+        await heard.drain()
+
+@ending
+async def squeeze(disk, wire):
+    while True:
+        piece = await disk.read(MOST)
+        if not piece:
+            return
+        short = await loop.run_in_executor(None, zlib.compress, piece, 1)
+        word = len(short) | DEFLATED
+        if len(short) >= len(piece):
+            word, short = len(piece), piece
+        wire.write(struct.pack(">I", word) + short)
+        await wire.drain()
+
+@ending
+async def restore(wire, disk):
+    while True:
+        word, = struct.unpack(">I", await wire.readexactly(4))
+        piece = await wire.readexactly(word & ~DEFLATED)
+        disk.write(await loop.run_in_executor(None, zlib.decompress, piece) if word & DEFLATED else piece)
+        await disk.drain()
+
+async def carry(*here):
+    try:
+        if serves:
+            there = await asyncio.open_unix_connection(near, limit=MOST)
+        else:
+            there = await asyncio.open_connection(address, int(port), limit=MOST, ssl=tls, server_hostname=address if tls else None)
+    except OSError:
+        here[1].close()
+        raise
+    ways = pass_on(here[0], there[1]), (squeeze if serves else restore)(there[0], here[1])
+    await asyncio.gather(*ways, return_exceptions=True)  # each that ends has the other end too
+
+if serves:
+    loop.run_until_complete(asyncio.start_server(carry, sock=socket.socket(fileno=3), limit=MOST, ssl=tls))
+else:
+    loop.run_until_complete(asyncio.start_unix_server(carry, near, limit=MOST))
+with open(pidfile, "w") as file:
+    print(os.getpid(), file=file)
+loop.run_forever()
+"""
+
 # $1 device or empty, $2 a file for what nbd-client says, then nbd-client's words. Prints the device and holds it.
 LEASED_DEVICE: Final = HOLD + """
 device=$1; said=$2; shift 2
@@ -2321,6 +2411,9 @@ UNWRITTEN: Final = """
 flock -n -- "$1" true || { echo "an earlier attempt still writes to $1" >&2; exit 1; }
 exec qemu-img info --image-opts "$2"
 """
+
+SAMPLE: Final = 8 * MiB  # what a rehearsal sends
+SLOW_WIRE: Final = 16 * MiB  # bytes per second; up to here zlib, with 30 to 50 MiB/s on one core, is not what the copy waits for
 
 # $1 a raw file, then offset and length of each stretch that shall be a hole again.
 PUNCH: Final = 'file=$1; shift; while [ $# -gt 0 ]; do fallocate -p -o "$1" -l "$2" -- "$file" || exit; shift 2; done'
@@ -2547,6 +2640,9 @@ def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple
         words = nbd_server(ends, job, place, path) if by_nbd_server else qemu_nbd(ends, job, place, path, format)
         with contextlib.ExitStack() as stack:
             try:
+                if job.compress:
+                    stack.enter_context(host.daemon(f"{ends.source_folder}/disk.pid", *words))
+                    words = squeezed(ends, job, place)
                 lease = stack.enter_context(host.daemon(f"{ends.source_folder}/{number}.pid", *words))
             except CommandError as error:
                 if "in use" not in error.said:
@@ -2575,7 +2671,10 @@ def qemu_nbd(ends: Ends, job: DiskJob, place: Export, path: str, format: str) ->
     """The words that start qemu-nbd on a disk; it stays in the foreground, as a child of its lease."""
     folder = ends.source_folder
     cache = ("--cache=none", "--aio=native") if job.source_direct else ("--cache=writeback",)
-    words = ("qemu-nbd", "-r", "-t", "-e", "8", "-x", place.name, f"--pid-file={folder}/{place.port}.pid", *cache, "-f", format)
+    pidfile = f"{folder}/{'disk' if job.compress else place.port}.pid"
+    words = ("qemu-nbd", "-r", "-t", "-e", "8", "-x", place.name, f"--pid-file={pidfile}", *cache, "-f", format)
+    if job.compress:
+        return (*words, "-k", f"{folder}/disk.sock", path)
     if job.settings.tls:
         words += ("--object", f"tls-creds-x509,id=t,dir={folder},endpoint=server,verify-peer=yes", "--tls-creds", "t")
     if not job.with_python:
@@ -2584,12 +2683,25 @@ def qemu_nbd(ends: Ends, job: DiskJob, place: Export, path: str, format: str) ->
     return ("python3", "-c", LISTEN, place.address, str(place.port), client, *words, path)
 
 
+def squeezed(ends: Ends, job: DiskJob, place: Export) -> tuple[str, ...]:
+    """The words that start what takes connections from the wire to a qemu-nbd's socket, and deflates what that one says."""
+    folder, client = (ends.source_folder, "") if job.settings.tls else ("", ends.client_address)
+    files = (f"{ends.source_folder}/{place.port}.pid", f"{ends.source_folder}/disk.sock", folder)
+    return ("python3", "-c", LISTEN, place.address, str(place.port), client, "python3", "-c", SQUEEZE, "serve", *files, "", "")
+
+
 @contextlib.contextmanager
 def reached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[tuple[tuple[str, ...], Node]]:
     """The export as qemu-img reads it at the destination: options before the images, and the node, `length` bytes long."""
     if job.transport == "nbd":
         with attached(ends, job, export, length) as device:
             yield (), {"driver": "host_device", "filename": device, "cache.direct": "on"}
+        return
+    if job.compress:
+        folder, pidfile, socket_file = ends.destination_folder, f"{ends.destination_folder}/wire.pid", f"{ends.destination_folder}/wire.sock"
+        place = (socket_file, folder if job.settings.tls else "", export.address, str(export.port))
+        with ends.destination.daemon(pidfile, "python3", "-c", SQUEEZE, "fetch", pidfile, *place):
+            yield (), {"driver": "nbd", "server.type": "unix", "server.path": socket_file, "export": export.name}
         return
     node = {"driver": "nbd", "server.type": "inet", "server.host": export.address, "server.port": str(export.port), "export": export.name}
     creds = ("--object", f"tls-creds-x509,id=t,dir={ends.destination_folder},endpoint=client,verify-peer=yes")
@@ -2610,16 +2722,24 @@ def attached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[
         yield device
 
 
-def rehearse(ends: Ends, job: DiskJob) -> None:
-    """Sends 1 MiB of random bytes the whole way while the source still runs: ports, certificates, tools and device are proven by it."""
+def rehearse(ends: Ends, job: DiskJob) -> float:
+    """Sends random bytes the whole way while the source still runs: ports, certificates, tools and device are proven by it.
+
+    Gives the bytes per second that the wire carries, where that is less than a few dozen MiB/s; more than that where it is more.
+    """
     sample, arrived = f"{ends.source_folder}/sample", f"{ends.destination_folder}/sample"
-    content = secrets.token_bytes(MiB)
-    ends.source.script(PRIVATE_FILE, sample, stdin=content)
+    ends.source.script('umask 077; head -c "$2" /dev/urandom > "$1"', sample, str(SAMPLE))
     trial = dataclasses.replace(job, source_direct=False)
     try:
-        with exported(ends, trial, sample, "raw") as (export, _), reached(ends, trial, export, MiB) as (options, node):
-            words = ("qemu-img", "convert", *options, "--image-opts", "-O", "raw", _cut(node, 0, MiB), arrived)
-            ends.destination.work("timeout", "60", *words, stall=90)
+        with exported(ends, trial, sample, "raw") as (export, _), reached(ends, trial, export, SAMPLE) as (options, node):
+            def fetch(length: int) -> float:
+                began = time.monotonic()
+                words = ("qemu-img", "convert", *options, "--image-opts", "-O", "raw", _cut(node, 0, length), arrived)
+                ends.destination.work("timeout", "60", *words, stall=90)
+                return time.monotonic() - began
+
+            start = fetch(SAMPLE // 1024)
+            rate = SAMPLE / max(fetch(SAMPLE) - start, 0.01)
     except CommandError as error:
         raise HostError(f"{ends.destination.name} cannot read from {ends.source.name} at {ends.source.nbd_address}: {error}",
                         "see that the port is open between the hosts (NBD_SERVER_PORT), and set nbd_address in HOSTS if the "
@@ -2629,6 +2749,7 @@ def rehearse(ends: Ends, job: DiskJob) -> None:
         raise HostError(f"what {ends.source.name} sends is not what arrives at {ends.destination.name}: the rehearsal's digests differ")
     ends.source.run("rm", "-f", "--", sample)
     ends.destination.run("rm", "-f", "--", arrived)
+    return rate
 
 
 def _cut(node: Node, offset: int, length: int) -> str:
@@ -2688,8 +2809,8 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[tuple[
         def arrived() -> None:
             tile = sending.wait_for_one()
             witness.arrived(tile)
-            compared.arrived(tile)
             witness.check()
+            compared.arrived(tile)
             require_stand(source, job)
             for lease in (hold, serving):
                 lease.check(is_running=True)
@@ -3154,6 +3275,8 @@ def refuse_tools(host: str, lacking: Sequence[str], settings: Settings, nbd_tool
         if tool in lacking:
             debian, rpm = PACKAGES[tool]
             yield Reason(f"{host}: {tool} is missing", f"install {tool} (Debian: {debian}, RPM: {rpm})")
+    if "python3" in lacking and settings.compress == "on":
+        yield Reason(f"{host}: python3 is missing, which compresses", "leave out --compress on, or install it")
     if "python3" in lacking and not settings.tls and settings.transport != "nbd":
         yield Reason(f"{host}: python3 is missing, without which qemu-nbd cannot tell who connects", "leave out --no-tls, or use --transport nbd")
 
@@ -3469,8 +3592,13 @@ def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
     with run.screen.step("Compare bases, space and the way between the hypervisors."):
         job = plan_job(run, ends, fresh)
         refuse_job(ends, job, run.plan.disk)
-        rehearse(ends, job)
-        run.screen.note(f"Done. 1 MiB went from {ends.source.nbd_address} to {ends.client_address} and was proven.")
+        rate = rehearse(ends, job)
+        run.screen.note(f"Done. {human(SAMPLE)} went from {ends.source.nbd_address} to {ends.client_address} and were proven.")
+        if run.settings.compress == "auto" and rate < SLOW_WIRE and job.can_be_compressed:
+            job = dataclasses.replace(job, transport="qemu", compress=True)
+            run.screen.note(f"The wire carries {human(rate)}/s: what crosses it is compressed.")
+            run.report.copy |= {"transport": job.transport, "compressed": True}
+            rehearse(ends, job)
     return job
 
 
@@ -3486,17 +3614,18 @@ def plan_job(run: Run, ends: Ends, fresh: Disk) -> DiskJob:
     equal = bool(with_python and disk.base and fresh.base and disk.top.backing_format
                  and same_content((ends.source, disk.base), (host, fresh.base), settings.stall_timeout))
     whole_file, why_view = view(disk, fresh, equal)
-    transport, why_transport = pick_transport(settings.transport, lacking, disk.top, whole_file)
+    compress = settings.compress == "on"
+    transport, why_transport = pick_transport("qemu" if compress else settings.transport, lacking, disk.top, whole_file)
     if transport == "nbd" and lacking:
         raise HostError(f"--transport nbd cannot work: missing is {', '.join(lacking)}", "use --transport qemu, or install what is missing")
     if not whole_file and settings.verify and not with_python:
         raise HostError("python3 is missing on a host, without which the guest's view cannot be proven", "install it, or give --no-verify")
     run.screen.note(f"Copy {'the file' if whole_file else 'what the guest sees'}: {why_view}.")
-    run.screen.note(f"Transport {transport}{' with TLS' if settings.tls else ' in clear'}: {why_transport}.")
+    run.screen.note(f"Transport {transport}{', compressed,' if compress else ''}{' with TLS' if settings.tls else ' in clear'}: {why_transport}.")
     run.report.copy |= {"view": "file" if whole_file else "guest", "why_view": why_view, "transport": transport,
-                        "why_transport": why_transport, "tls": settings.tls}
+                        "why_transport": why_transport, "tls": settings.tls, "compressed": compress}
     return DiskJob(run.plan.run, settings, source=disk.top, fresh=fresh.top, whole_file=whole_file, transport=transport,
-                   source_direct=disk.direct_io, fresh_direct=fresh.direct_io, with_python=with_python)
+                   source_direct=disk.direct_io, fresh_direct=fresh.direct_io, with_python=with_python, compress=compress)
 
 
 def refuse_job(ends: Ends, job: DiskJob, disk: Disk) -> None:

@@ -99,7 +99,8 @@ def an_operator(lab: Lab, folder: Path, id: str = UUID, guest: Sequence[tuple[in
     source.write(id, *guest)
     settings = {"SRC_CREDS": {"auth_url": "http://alpha"}, "DST_CREDS": {"auth_url": "http://beta"},
                 "HOSTS": {host.name: host.address for host in lab}, "SSH_CONFIG": "/dev/null", "SSH_KEY": str(lab.key),
-                "KNOWN_HOSTS": str(lab.known_hosts), "CHUNK": "4M", "TRANSPORT": "qemu", "STATE_FOLDER": str(folder / "state"), **different}
+                "KNOWN_HOSTS": str(lab.known_hosts), "CHUNK": "4M", "TRANSPORT": "qemu", "COMPRESS": "off",
+                "STATE_FOLDER": str(folder / "state"), **different}
     (folder / "config.py").write_text("".join(f"{name} = {value!r}\n" for name, value in settings.items()))
     made = Operator(lab, folder, source, id)
     made.clouds[0].add(id, "web")

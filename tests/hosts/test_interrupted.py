@@ -45,7 +45,7 @@ def test_a_copy_that_is_interrupted_leaves_nothing_on_the_hosts(
     is_untouched(lab, *overlays, before)
 
 
-@pytest.mark.parametrize("settings", [{"tls": False}, {"ssh_user": "operator"}], ids=str)
+@pytest.mark.parametrize("settings", [{"tls": False}, {"ssh_user": "operator"}, {"compress": "on"}], ids=str)
 def test_a_copy_that_is_killed_outright_leaves_nothing_whatever_the_settings(
         lab: Lab, driver: Driver, overlays: tuple[Instance, Instance], settings: dict[str, Any]) -> None:
     before = [overlays[0].sha256(), overlays[1].sha256(), overlays[1].owner()]

@@ -181,6 +181,12 @@ def test_a_missing_tool_is_named_with_its_packages(tool: str) -> None:
     assert all(package in reason.way_out for package in ("Debian: ", "RPM: ", *PACKAGES[tool]))
 
 
+@pytest.mark.parametrize(("compress", "refused"), [("auto", False), ("off", False), ("on", True)])
+def test_python3_is_needed_to_compress_where_that_is_asked_for(compress: str, refused: bool) -> None:
+    assert [reason.problem for reason in refuse_tools("cmp1", ["python3"], some_settings(compress=compress), "nbd-server")] == [
+        "cmp1: python3 is missing, which compresses"] * refused
+
+
 @pytest.mark.parametrize(("transport", "refused"), [("auto", False), ("qemu", False), ("nbd", True)])
 @pytest.mark.parametrize("tool", ["nbd-server", "nbd-client"])
 def test_the_tools_of_nbd_are_needed_only_where_nbd_is_asked_for(transport: str, refused: bool, tool: str) -> None:
