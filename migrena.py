@@ -2174,20 +2174,29 @@ PACKAGES: Final = {"qemu-img": ("qemu-utils", "qemu-img"), "qemu-nbd": ("qemu-ut
                    "ip": ("iproute2", "iproute"), "flock": ("util-linux", "util-linux")}
 NEEDED: Final = ("qemu-img", "qemu-nbd", "timeout", "flock", "ss", "ip")  # on both hosts, whatever the transport
 
+PYTHON: Final = ("python3", "-ISc")  # without what the host's owner has added to it, whose import costs more than ours
 # Runs on a hypervisor: `map|digest WHERE OFFSET LENGTH`. WHERE is a file, or unix:SOCKET of a qemu-nbd. `map` prints the
 # stretches worth copying, with how many bytes each holds; `digest` one sha256 of each block of 1 MiB that is not all zeros, with the
-# block's number: that of its cells of 64 KiB that are not all zeros, each after its place, so that holes need not be read.
+# block's number: that of its runs of cells of 64 KiB that are not all zeros, each run after its place and length, so that holes need not
+# be read. Files are read past the page cache where they can be: what is proven comes from the disk, and others keep their cache.
 BLOCKS: Final = r"""
-import hashlib, json, os, socket, struct, subprocess, sys, threading
-from concurrent.futures import ThreadPoolExecutor
+import hashlib, mmap, os, struct, sys, threading
 CELL, BLOCK, HOLE = 1 << 16, 1 << 20, 64 << 20  # a hole of the last size is worth a chunk of its own
 verb, where, offset, length = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 end, local, zeros = offset + length, threading.local(), bytes(CELL)
+if where.startswith("unix:"):
+    import json, socket, subprocess
 
 class File:
     def __init__(self, path):
         self.fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)  # what is read must come from the disk
+        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
+        try:
+            direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            os.preadv(direct, [mmap.mmap(-1, CELL)], offset)
+            self.fd = direct
+        except OSError:
+            pass
     def extents(self):
         at = offset
         while at < end:
@@ -2198,10 +2207,10 @@ class File:
             at = os.lseek(self.fd, start, os.SEEK_HOLE)
             if start < end:
                 yield start, min(at, end)
-    def read(self, at, into):
-        count = os.preadv(self.fd, [into], at)
-        if count < len(into):
-            sys.exit("%s ends at byte %d" % (where, at + count))
+    def read(self, at, into, count):
+        found = os.preadv(self.fd, [into], at)
+        if found < count:
+            sys.exit("%s ends at byte %d" % (where, at + found))
 
 class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project), reading only, one connection a thread
     def __init__(self, path):
@@ -2217,33 +2226,44 @@ class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project),
         if local.link.recv_into(into, len(into), socket.MSG_WAITALL) < len(into):
             sys.exit("the export ended")
         return into
-    def read(self, at, into):
+    def read(self, at, into, count):
         if not hasattr(local, "link"):
             local.link = socket.socket(socket.AF_UNIX)
             local.link.connect(self.path)
             self.answer(b"", bytearray(18))
             self.answer(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, 0), bytearray(10))
-        magic, error = struct.unpack(">II8x", self.answer(struct.pack(">IHHQQI", 0x25609513, 0, 0, at, at, len(into)), bytearray(16)))
+        magic, error = struct.unpack(">II8x", self.answer(struct.pack(">IHHQQI", 0x25609513, 0, 0, at, at, count), bytearray(16)))
         if magic != 0x67446698 or error:
             sys.exit("the export cannot be read at byte %d: error %d" % (at, error))
-        self.answer(b"", into)
+        self.answer(b"", into[:count])
 
 def digest(block):
     if not hasattr(local, "room"):
-        local.room = bytearray(BLOCK)
-    room, found = memoryview(local.room), None
+        local.room = mmap.mmap(-1, BLOCK)  # begins with a page, as reading past the cache needs it
+    room, base, runs, found = memoryview(local.room), block * BLOCK, [], hashlib.sha256()
     for first, last in blocks[block]:
-        start, stop = first * CELL, min(last * CELL, end)
-        disk.read(start, room[:stop - start])
-        for at in range(0, stop - start, CELL):
-            size = min(CELL, stop - start - at)
-            if not local.room.startswith(zeros[:size], at):
-                found = found or hashlib.sha256()
-                found.update(struct.pack(">Q", start + at))
-                found.update(room[at:at + size])
-    return found.hexdigest() if found else ""
+        start, stop = first * CELL - base, min(last * CELL, end) - base
+        disk.read(base + start, room[start:last * CELL - base], stop - start)
+        for at in range(start, stop, CELL):
+            size = min(CELL, stop - at)
+            if room[at] or bytes(room[at:at + size]) != zeros[:size]:
+                if runs and runs[-1][1] == at:
+                    runs[-1][1] = at + size
+                else:
+                    runs.append([at, at + size])
+    for start, stop in runs:
+        found.update(struct.pack(">QQ", base + start, stop - start))
+        found.update(room[start:stop])
+    return found.hexdigest() if runs else ""
 
-disk = Export(where[5:]) if where.startswith("unix:") else File(where)
+def work(turns):
+    try:
+        for block in turns:
+            found[block] = digest(block)
+    except BaseException as error:
+        failures.append(error)
+
+disk, found, failures = Export(where[5:]) if where.startswith("unix:") else File(where), {}, []
 if verb == "map":
     held = []
     for start, stop in disk.extents():
@@ -2262,14 +2282,21 @@ else:
         else:
             runs.append([cell, cell + 1])
     order = sorted(blocks)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for at in range(0, len(order), 256):
-            for block, found in zip(order[at:], pool.map(digest, order[at:at + 256])):
-                if found:
-                    print(block, found)
-            print(".", flush=True)  # a sign of life, all zeros or not
+    for at in range(0, len(order), 256):
+        turns = iter(order[at:at + 256])
+        threads = [threading.Thread(target=work, args=(turns,)) for _ in range(min(4, os.cpu_count() or 1))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            sys.exit(str(failures[0]))
+        for block in order[at:at + 256]:
+            if found[block]:
+                print(block, found[block])
+        print(".", flush=True)  # a sign of life, all zeros or not
 sys.stdout.flush()
-os._exit(0)  # the threads' connections need no farewell
+os._exit(0)  # connections need no farewell
 """
 
 # Listens on ADDRESS PORT and becomes the given command, which finds the listening socket as systemd would hand it over.
@@ -2533,7 +2560,7 @@ def same_digests(how: Digest, sides: tuple[tuple[Host, str], tuple[Host, str]], 
 
 def digests(host: Host, where: str, offset: int, length: int, stall: float) -> dict[int, str]:
     """sha256 of each block of 1 MiB that is not all zeros, by its number; `where` is a file or unix:SOCKET of a qemu-nbd."""
-    printed = host.work("python3", "-c", BLOCKS, "digest", where, str(offset), str(length), stall=stall)
+    printed = host.work(*PYTHON, BLOCKS, "digest", where, str(offset), str(length), stall=stall)
     return {int(number): found for number, _, found in (line.partition(" ") for line in printed.splitlines()) if found}
 
 
@@ -2680,14 +2707,14 @@ def qemu_nbd(ends: Ends, job: DiskJob, place: Export, path: str, format: str) ->
     if not job.with_python:
         return (*words, "-b", place.address, "-p", str(place.port), path)
     client = "" if job.settings.tls else ends.client_address
-    return ("python3", "-c", LISTEN, place.address, str(place.port), client, *words, path)
+    return (*PYTHON, LISTEN, place.address, str(place.port), client, *words, path)
 
 
 def squeezed(ends: Ends, job: DiskJob, place: Export) -> tuple[str, ...]:
     """The words that start what takes connections from the wire to a qemu-nbd's socket, and deflates what that one says."""
     folder, client = (ends.source_folder, "") if job.settings.tls else ("", ends.client_address)
     files = (f"{ends.source_folder}/{place.port}.pid", f"{ends.source_folder}/disk.sock", folder)
-    return ("python3", "-c", LISTEN, place.address, str(place.port), client, "python3", "-c", SQUEEZE, "serve", *files, "", "")
+    return (*PYTHON, LISTEN, place.address, str(place.port), client, *PYTHON, SQUEEZE, "serve", *files, "", "")
 
 
 @contextlib.contextmanager
@@ -2700,7 +2727,7 @@ def reached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[t
     if job.compress:
         folder, pidfile, socket_file = ends.destination_folder, f"{ends.destination_folder}/wire.pid", f"{ends.destination_folder}/wire.sock"
         place = (socket_file, folder if job.settings.tls else "", export.address, str(export.port))
-        with ends.destination.daemon(pidfile, "python3", "-c", SQUEEZE, "fetch", pidfile, *place):
+        with ends.destination.daemon(pidfile, *PYTHON, SQUEEZE, "fetch", pidfile, *place):
             yield (), {"driver": "nbd", "server.type": "unix", "server.path": socket_file, "export": export.name}
         return
     node = {"driver": "nbd", "server.type": "inet", "server.host": export.address, "server.port": str(export.port), "export": export.name}
@@ -2829,8 +2856,10 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[tuple[
                 arrived()
         copy_tail(ends, job)
         digest = compared.finish()
+        require_stand(source, job)
         require_still_held(source, job.source.path, ends.source_folder)
-    require_stand(source, job)
+        for lease in (hold, serving):  # both at once; their ends are awaited with the scope
+            lease.release()
     return Moved(held_bytes, received(ends) - before, digest, time.monotonic() - began)
 
 
@@ -2887,7 +2916,7 @@ def tiles_of(source: Host, readable: str, job: DiskJob) -> tuple[tuple[Chunk, ..
     """The chunks of a job, and how many bytes the source holds, after a look at where; all of it where the host cannot tell."""
     if not job.with_python:
         return chunks(job.length, [(0, job.length)], job.chunk), min(job.length, job.source.allocated)
-    lines = source.work("python3", "-c", BLOCKS, "map", readable, "0", str(job.length), stall=600).splitlines()
+    lines = source.work(*PYTHON, BLOCKS, "map", readable, "0", str(job.length), stall=600).splitlines()
     found = [tuple(map(int, line.split())) for line in lines]
     return chunks(job.length, [(start, length) for start, length, _ in found], job.chunk), sum(held for _, _, held in found)
 

@@ -212,11 +212,11 @@ def test_digests_are_those_of_the_cells_that_are_not_zeros(lab: Lab, src: Host) 
     instance.lengthen(3)  # an odd end
     content = Path(f"{lab['src'].root}{instance.path}").read_bytes()
 
-    def digest(*cells: int) -> str:
-        return hashlib.sha256(b"".join(struct.pack(">Q", at) + content[at : at + CELL] for at in cells)).hexdigest()
+    def digest(*runs: tuple[int, int]) -> str:
+        return hashlib.sha256(b"".join(struct.pack(">QQ", at, count) + content[at : at + count] for at, count in runs)).hexdigest()
 
     found = digests(src, instance.path, 0, instance.length, 60)
-    assert found == {1: digest(MiB, MiB + 8 * CELL, MiB + 9 * CELL), 5: digest(5 * MiB)}
+    assert found == {1: digest((MiB, CELL), (MiB + 8 * CELL, 2 * CELL)), 5: digest((5 * MiB, 13))}
     assert digests(src, instance.path, MiB, MiB, 60) == {1: found[1]}
     assert digest_of_chunk(src, instance.path, MiB, MiB, 60) == {1: hashlib.sha256(content[MiB : 2 * MiB]).hexdigest()}
 
