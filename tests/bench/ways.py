@@ -187,18 +187,22 @@ def lacks_module(lab: Lab) -> str:
     return "" if has_device else "the destination has no /dev/nbd0 (namespaces never have; it takes virtual machines with the module nbd)"
 
 
+def moved(*words: str) -> Callable[[Stage, Disk], Outcome]:
+    """migrena with these words."""
+    return lambda stage, disk: Outcome(*ours.move(stage, disk, *words))
+
+
 def forms_of_migrena() -> Iterator[tuple[str, Way]]:
-    """By each transport, with TLS and in clear, with the proof and without."""
+    """As it is without any option; by each transport, with TLS and in clear, with the proof and without, never deflated; and held back."""
+    yield "migrena", Way("migrena, all by itself", moved(), "guest")
     for transport in ("qemu", "nbd"):
         for tls in ("tls", "clear"):
             for verify in ("proven", "unproven"):
-                words = ("--transport", transport, *(("--no-tls",) if tls == "clear" else ()), *(("--no-verify",) if verify == "unproven" else ()))
-
-                def go(stage: Stage, disk: Disk, words: tuple[str, ...] = words) -> Outcome:
-                    return Outcome(*ours.move(stage, disk, *words))
-
+                words = ("--transport", transport, "--compress", "off", *(("--no-tls",) if tls == "clear" else ()),
+                         *(("--no-verify",) if verify == "unproven" else ()))
                 title = f"migrena, {transport}, {tls}, {verify}"
-                yield (title.replace(", ", "-"), Way(title, go, "guest", lacks=lacks_module if transport == "nbd" else lambda lab: ""))
+                yield (title.replace(", ", "-"), Way(title, moved(*words), "guest", lacks=lacks_module if transport == "nbd" else lambda lab: ""))
+    yield "migrena-50M", Way("migrena, --limit-rate 50M", moved("--limit-rate", "50M"), "guest")
 
 
 WAYS: Final = {
