@@ -2189,14 +2189,12 @@ if where.startswith("unix:"):
 
 class File:
     def __init__(self, path):
-        self.fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
         try:
-            direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
-            os.preadv(direct, [mmap.mmap(-1, CELL)], offset)
-            self.fd = direct
-        except OSError:
-            pass
+            self.fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            os.preadv(self.fd, [mmap.mmap(-1, CELL)], offset)
+        except OSError:  # not on this file system
+            self.fd = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
     def extents(self):
         at = offset
         while at < end:
