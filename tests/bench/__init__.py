@@ -2,7 +2,7 @@
 
     tests/bench/run --quick            some minutes: every way and every disk once, on small disks
     tests/bench/run --scale 1          the sizes of the question; days on the slowest wire, unless --wires and --disks choose
-    tests/bench/run show FILE          the table (Markdown) on standard output and the picture FILE.svg, from a run's JSON lines
+    tests/bench/run show [FILE]        the table (Markdown) on standard output and the picture FILE.svg, from a run's JSON lines
 
 Two hosts, and a third one that plays Glance, are network namespaces of this machine (tests/lab). They share its kernel: dropping its
 caches drops those of all hosts, and CPU that the kernel spends on behalf of nobody (writeback, a part of the network) is nobody's.

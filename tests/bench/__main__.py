@@ -44,11 +44,9 @@ def words() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="scale 0.01, one round; all wires and forms of migrena for the first disk alone")
     parser.add_argument("--out", type=Path, help="the file of JSON lines; a new one in the lab's folder unless said")
     parser.add_argument("show", nargs="?", choices=["show"], help="print the table and draw the picture of FILE, measure nothing")
-    parser.add_argument("file", nargs="?", type=Path, help="JSON lines of a run")
-    given = parser.parse_args()
-    if given.show and not given.file:
-        parser.error("show needs the FILE of a run")
-    return given
+    parser.add_argument("file", nargs="?", type=Path, default=Path(__file__).with_name("results.jsonl"),
+                        help="JSON lines of a run; the committed ones unless said")
+    return parser.parse_args()
 
 
 def measure(given: argparse.Namespace) -> Path:

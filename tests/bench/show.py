@@ -127,15 +127,17 @@ def table(records: Sequence[Record]) -> str:
 
 def brief(records: Sequence[Record]) -> str:
     """What README shows of a run: each way's seconds until its copy is on the disk, and how many times those of the wire's limit, or of the
-    fastest other way where the wire is no limit. The fastest on the slowest wire come first."""
+    fastest other way where the wire is no limit; of those disks and wires for which the limit was measured."""
     columns: dict[str, dict[str, str]] = {}
     order: list[str] = []
     for wire, disk, rows in grouped(records):
+        if "iperf3" not in {row.way for row in rows}:
+            continue
         times = dict(sorted(((row.way, row.seconds + row.synced * (row.equal is not None)) for row in rows if not row.failed),
                             key=lambda item: item[1]))
         others = [seconds for way, seconds in times.items() if way not in ("iperf3", "dd") and not way.startswith("migrena")]
         limit = min(others, default=0.0) if wire == "unshaped" else times.get("iperf3", 0.0)
-        columns[f"{wire}, {disk}"] = {way: f"{digits(seconds)} s (×{ratio(seconds, limit)})" for way, seconds in times.items()}
+        columns[f"{wire}, {disk}, {max(row.held for row in rows) / MiB:.0f} MiB"] = {way: f"{digits(seconds)} s (×{ratio(seconds, limit)})" for way, seconds in times.items()}
         order = [*times, *(way for way in order if way not in times)]
     lines = [f"| way | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     lines += [f"| {way} | {' | '.join(found.get(way, '') for found in columns.values())} |" for way in order]

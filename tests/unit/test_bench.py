@@ -13,8 +13,10 @@ import pytest
 
 from bench import disks, show, ways, wire
 from bench.rounds import Order
+from conftest import REPOSITORY
 
 MiB = 1024**2
+RESULTS = REPOSITORY / "tests" / "bench" / "results.jsonl"
 
 
 def a_record(way: str, seconds: float, **different: Any) -> dict[str, Any]:
@@ -48,10 +50,18 @@ def test_the_table_tells_medians_and_how_far_they_are_from_the_wires_limit() -> 
 
 
 def test_what_readme_shows_is_the_time_until_the_copy_is_on_the_disk() -> None:
-    lines = lines_of(show.brief([*RECORDS, a_record("migrena", 6, wire="unshaped"), a_record("scp", 4, wire="unshaped")]))
-    assert lines == {"way": ["unshaped, random", "1gbit, random"], "iperf3": ["", "10.00 s (×1.00)"], "scp": ["4.50 s (×1.00)", "20.50 s (×2.05)"],
-                     "migrena": ["6.50 s (×1.44)", "11.50 s (×1.15)"]}
+    unshaped = [a_record(way, seconds, wire="unshaped") for way, seconds in (("migrena", 6), ("scp", 4))]
+    lines = lines_of(show.brief([*RECORDS, *unshaped, a_record("iperf3", 1, wire="unshaped", equal=None), a_record("dd", 9, disk="tiny")]))
+    assert lines == {"way": ["unshaped, random, 1024 MiB", "1gbit, random, 1024 MiB"], "iperf3": ["1.00 s (×0.22)", "10.00 s (×1.00)"],
+                     "scp": ["4.50 s (×1.00)", "20.50 s (×2.05)"], "migrena": ["6.50 s (×1.44)", "11.50 s (×1.15)"]}
     assert list(lines)[1:] == ["iperf3", "migrena", "scp"]
+
+
+def test_readme_shows_the_committed_results_and_so_does_the_picture() -> None:
+    records = show.read(RESULTS)
+    assert show.brief(records) in (REPOSITORY / "README.md").read_text()
+    assert show.picture(records) == RESULTS.with_suffix(".svg").read_text()
+    assert all(record["equal"] for record in records if record["kind"] == "run" and record["way"] != "iperf3")
 
 
 def test_what_takes_four_cables_by_way_of_glance_is_counted_four_times() -> None:
