@@ -643,10 +643,10 @@ class Chunk:
     holds_bytes: bool
 
 
-def chunks(length: int, extents: Sequence[tuple[int, int]], limit: int) -> tuple[Chunk, ...]:
+def chunks(length: int, extents: Sequence[tuple[int, int]], limit: int, least: int = 64 * MiB) -> tuple[Chunk, ...]:
     """`length` bytes tiled with chunks of at most `limit`, the holes between the extents (offset, length) left whole.
 
-    Each is at most a quarter of what is still to come, so that little is left to be proven when the last one has arrived. The first is
+    Each is at most a quarter of what is still to come, or `least`, so that little is left to be proven when the last one has arrived. The first is
     half as long: two that flow together then end in turn, and there is always one whose digests can be taken.
     """
     tiles, at = [], 0
@@ -657,7 +657,7 @@ def chunks(length: int, extents: Sequence[tuple[int, int]], limit: int) -> tuple
             tiles.append(Chunk(at, start - at, False))
         at = max(at, end)
         while start < end:
-            most = min(limit, max(64 * MiB, rest // 4 // MiB * MiB))
+            most = min(limit, max(least, rest // 4 // MiB * MiB))
             most = max(most // 2 // MiB * MiB, MiB) if rest == total else most
             tiles.append(Chunk(start, min(end - start, most), True))
             start, rest = start + tiles[-1].length, rest - tiles[-1].length
@@ -2812,6 +2812,14 @@ def require_stand(source: Host, job: DiskJob) -> None:
                          "find out who has started the source, or has written to its disk or replaced it, and run migrena again")
 
 
+def hold_source(ends: Ends, job: DiskJob, stack: contextlib.ExitStack) -> Lease:
+    """Locks the source's file for as long as the scope; raises FinalError where somebody has it open."""
+    try:
+        return stack.enter_context(held(ends.source, job.source.path, ends.source_folder))
+    except CommandError as error:
+        raise FinalError(f"{ends.source.name}: {job.source.path} is in use: {error.said}", "find out who has it open (virsh list, lsof)") from error
+
+
 def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[tuple[int, int]] = ()) -> Moved:
     """Brings the source's disk into the new file and proves it; of what an earlier attempt has sent (`known`), only what is not proven again.
 
@@ -2820,10 +2828,7 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[tuple[
     began, before, source = time.monotonic(), received(ends), ends.source
     require_stand(source, job)
     with contextlib.ExitStack() as stack:
-        try:
-            hold = stack.enter_context(held(source, job.source.path, ends.source_folder))
-        except CommandError as error:
-            raise FinalError(f"{source.name}: {job.source.path} is in use: {error.said}", "find out who has it open (virsh list, lsof)") from error
+        hold = hold_source(ends, job, stack)
         export, serving = stack.enter_context(exported(ends, job, job.source.path, job.export_format))
         readable = stack.enter_context(seen_by_guest(ends, source, job.source, job.whole_file))
         reader = stack.enter_context(reached(ends, job, export, job.length))
@@ -2916,7 +2921,8 @@ def tiles_of(source: Host, readable: str, job: DiskJob) -> tuple[tuple[Chunk, ..
         return chunks(job.length, [(0, job.length)], job.chunk), min(job.length, job.source.allocated)
     lines = source.work(*PYTHON, BLOCKS, "map", readable, "0", str(job.length), stall=600).splitlines()
     found = [tuple(map(int, line.split())) for line in lines]
-    return chunks(job.length, [(start, length) for start, length, _ in found], job.chunk), sum(held for _, _, held in found)
+    least = max(64 * MiB, job.settings.limit_rate * 5 // MiB * MiB)  # between two commands that are held back nothing flows
+    return chunks(job.length, [(start, length) for start, length, _ in found], job.chunk, least), sum(held for _, _, held in found)
 
 
 @contextlib.contextmanager

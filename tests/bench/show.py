@@ -137,7 +137,8 @@ def brief(records: Sequence[Record]) -> str:
                             key=lambda item: item[1]))
         others = [seconds for way, seconds in times.items() if way not in ("iperf3", "dd") and not way.startswith("migrena")]
         limit = min(others, default=0.0) if wire == "unshaped" else times.get("iperf3", 0.0)
-        columns[f"{wire}, {disk}, {max(row.held for row in rows) / MiB:.0f} MiB"] = {way: f"{digits(seconds)} s (×{ratio(seconds, limit)})" for way, seconds in times.items()}
+        title = f"{wire}, {disk}, {max(row.held for row in rows) / MiB:.0f} MiB"
+        columns[title] = {way: f"{digits(seconds)} s (×{ratio(seconds, limit)})" for way, seconds in times.items()}
         order = [*times, *(way for way in order if way not in times)]
     lines = [f"| way | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     lines += [f"| {way} | {' | '.join(found.get(way, '') for found in columns.values())} |" for way in order]
