@@ -2765,6 +2765,8 @@ def rehearse(ends: Ends, job: DiskJob) -> float:
 
             start = fetch(SAMPLE // 1024)
             rate = SAMPLE / max(fetch(SAMPLE) - start, 0.01)
+            if rate < SLOW_WIRE:  # or a host was busy just then
+                rate = max(rate, SAMPLE / max(fetch(SAMPLE) - start, 0.01))
     except CommandError as error:
         raise HostError(f"{ends.destination.name} cannot read from {ends.source.name} at {ends.source.nbd_address}: {error}",
                         "see that the port is open between the hosts (NBD_SERVER_PORT), and set nbd_address in HOSTS if the "

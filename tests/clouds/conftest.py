@@ -42,7 +42,8 @@ class Operator:
         """The whole command; `extra` is appended to the config.py that the lab writes."""
         config = self.folder / "config.py"
         config.touch(mode=0o600)
-        config.write_text(f"{self.clouds.config.read_text()}\nSTATE_FOLDER = {str(self.folder / 'state')!r}\n{extra}\n")
+        own = f"STATE_FOLDER = {str(self.folder / 'state')!r}\nCOMPRESS = 'off'"  # on a busy machine every wire may seem slow
+        config.write_text(f"{self.clouds.config.read_text()}\n{own}\n{extra}\n")
         return [sys.executable, str(self.script), *words, "-c", str(config)]
 
     def to(self, place: str, image: str = "guest", name: str = "arrived", flavor: str = "tiny") -> list[str]:
