@@ -103,7 +103,6 @@ def raw_source(src: Api) -> Iterator[str]:
     src.delete(id)
 
 
-@pytest.mark.timeout(600)  # that many extents are made, asked for, sent and compared one by one
 @pytest.mark.parametrize(("place", "view", "fragments"), [("dst-cmp1", "guest", 2_000), ("dst-cmp2", "file", 200_000)])
 def test_hazard_no_backing_file_but_a_raw_disk_of_many_fragments(
         operator: Operator, clouds: Clouds, source: str, raw_source: str, place: str, view: str, fragments: int) -> None:
