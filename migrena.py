@@ -736,9 +736,10 @@ class DiskJob:
         return max(min(most, self.settings.chunk) // self.lanes // MiB * MiB, MiB)
 
     @property
-    def can_be_compressed(self) -> bool:
-        """Whether that is possible and of use: a limit of the rate holds for the disk's bytes, however few of them cross the wire."""
-        return self.with_python and self.settings.transport != "nbd" and not self.settings.limit_rate
+    def may_be_compressed(self) -> bool:
+        """Whether the wire decides about that: a limit of the rate holds for the disk's bytes, however few of them cross the wire."""
+        settings = self.settings
+        return settings.compress == "auto" and not self.compress and self.with_python and settings.transport != "nbd" and not settings.limit_rate
 
     @property
     def new_image(self) -> DiskImage:
@@ -2338,34 +2339,30 @@ if folder:
     tls.verify_mode = ssl.CERT_REQUIRED
 
 def ending(way):
-    async def end(said, heard):
+    async def end(said, heard, *more):
         try:
-            await way(said, heard)
+            await way(said, heard, *more)
         finally:
             heard.close()
     return end
 
+async def as_it_is(piece):
+    return piece
+
+async def framed(piece):
+    short = await loop.run_in_executor(None, zlib.compress, piece, 1)
+    if len(short) < len(piece):
+        return struct.pack(">I", len(short) | DEFLATED) + short
+    return struct.pack(">I", len(piece)) + piece
+
 @ending
-async def pass_on(said, heard):
+async def pass_on(said, heard, form=as_it_is):
     while True:
         piece = await said.read(MOST)
         if not piece:
             return
-        heard.write(piece)
+        heard.write(await form(piece))
         await heard.drain()
-
-@ending
-async def squeeze(disk, wire):
-    while True:
-        piece = await disk.read(MOST)
-        if not piece:
-            return
-        short = await loop.run_in_executor(None, zlib.compress, piece, 1)
-        word = len(short) | DEFLATED
-        if len(short) >= len(piece):
-            word, short = len(piece), piece
-        wire.write(struct.pack(">I", word) + short)
-        await wire.drain()
 
 @ending
 async def restore(wire, disk):
@@ -2384,7 +2381,7 @@ async def carry(*here):
     except OSError:
         here[1].close()
         raise
-    ways = pass_on(here[0], there[1]), (squeeze if serves else restore)(there[0], here[1])
+    ways = pass_on(here[0], there[1]), pass_on(there[0], here[1], framed) if serves else restore(there[0], here[1])
     await asyncio.gather(*ways, return_exceptions=True)  # each that ends has the other end too
 
 if serves:
@@ -2750,7 +2747,7 @@ def attached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[
 def rehearse(ends: Ends, job: DiskJob) -> float:
     """Sends random bytes the whole way while the source still runs: ports, certificates, tools and device are proven by it.
 
-    Gives the bytes per second that the wire carries, where that is less than a few dozen MiB/s; more than that where it is more.
+    Gives the bytes per second that it went at; where that is slow and decides about compression, those of the wire alone.
     """
     sample, arrived = f"{ends.source_folder}/sample", f"{ends.destination_folder}/sample"
     ends.source.script('umask 077; head -c "$2" /dev/urandom > "$1"', sample, str(SAMPLE))
@@ -2763,10 +2760,10 @@ def rehearse(ends: Ends, job: DiskJob) -> float:
                 ends.destination.work("timeout", "60", *words, stall=90)
                 return time.monotonic() - began
 
-            start = fetch(SAMPLE // 1024)
-            rate = SAMPLE / max(fetch(SAMPLE) - start, 0.01)
-            if rate < SLOW_WIRE:  # or a host was busy just then
-                rate = max(rate, SAMPLE / max(fetch(SAMPLE) - start, 0.01))
+            rate = SAMPLE / fetch(SAMPLE)
+            if rate < SLOW_WIRE and job.may_be_compressed:  # or a host was busy just then: once more, without what the command's start takes
+                start = fetch(SAMPLE // 1024)
+                rate = SAMPLE / max(fetch(SAMPLE) - start, 0.01)
     except CommandError as error:
         raise HostError(f"{ends.destination.name} cannot read from {ends.source.name} at {ends.source.nbd_address}: {error}",
                         "see that the port is open between the hosts (NBD_SERVER_PORT), and set nbd_address in HOSTS if the "
@@ -3629,7 +3626,7 @@ def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
         refuse_job(ends, job, run.plan.disk)
         rate = rehearse(ends, job)
         run.screen.note(f"Done. {human(SAMPLE)} went from {ends.source.nbd_address} to {ends.client_address} and were proven.")
-        if run.settings.compress == "auto" and rate < SLOW_WIRE and job.can_be_compressed:
+        if rate < SLOW_WIRE and job.may_be_compressed:
             job = dataclasses.replace(job, transport="qemu", compress=True)
             run.screen.note(f"The wire carries {human(rate)}/s: what crosses it is compressed.")
             run.report.copy |= {"transport": job.transport, "compressed": True}
