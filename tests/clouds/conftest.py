@@ -37,6 +37,7 @@ class Operator:
     clouds: Clouds
     folder: Path
     script: Path = SCRIPT
+    patience: float = 280.0  # seconds after which a run is taken to hang; less than the test's own limit, so that it undoes what it did
 
     def words(self, *words: str, extra: str = "") -> list[str]:
         """The whole command; `extra` is appended to the config.py that the lab writes."""
@@ -60,7 +61,7 @@ class Operator:
 
     def run(self, *words: str, extra: str = "", env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """One run to its end."""
-        return ended(self.begin(*words, extra=extra, env=env))
+        return ended(self.begin(*words, extra=extra, env=env), self.patience)
 
     def report(self, *words: str, extra: str = "", env: dict[str, str] | None = None) -> dict[str, Any]:
         """The JSON report of a run that must succeed."""
@@ -95,10 +96,10 @@ class Operator:
         return max(path.stem for path in (self.folder / "state").glob("*.jsonl"))
 
 
-def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+def ended(process: subprocess.Popen[str], patience: float = Operator.patience) -> subprocess.CompletedProcess[str]:
     """What a run printed, once it has ended."""
     try:
-        out, said = process.communicate(timeout=280)
+        out, said = process.communicate(timeout=patience)
     except BaseException:
         process.send_signal(signal.SIGINT)  # so that it undoes what it did before the next test begins
         process.communicate(timeout=60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,8 @@ from lab.clouds import Clouds
 from lab.hosts import Host
 
 MACHINE = "dst-vm1"
-pytestmark = pytest.mark.timeout(900)  # a virtual machine without KVM boots, joins the cloud and starts a guest
+pytestmark = pytest.mark.timeout(1800)  # a virtual machine without KVM boots, joins the cloud and starts a guest, which is emulated twice
+PATIENCE = 600.0  # seconds for Nova to make an instance there, and for a guest to boot, while other tests have the cores
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def test_an_instance_goes_over_nbd_server_and_nbd_client_and_boots(
         operator: Operator, clouds: Clouds, machine: Host, src: Api, dst: Api, source: str) -> None:
     one = clouds.host(SOURCE)
     before, seen = one.run("sha256sum", disk(source)).stdout, seen_by_guest(one, source)
-    report = operator.report("-s", source, *operator.to(MACHINE))
+    report = replace(operator, patience=PATIENCE).report("-s", source, *operator.to(MACHINE))
     copy, id = report["copy"], report["destination"]["id"]
     assert (copy["transport"], copy["why_transport"]) == ("nbd", "nbd-server and nbd-client are at hand")
     assert copy["tls"] and copy["verified"] and copy["bytes"] > 64 * MiB
@@ -46,7 +48,7 @@ def test_an_instance_goes_over_nbd_server_and_nbd_client_and_boots(
     assert json.loads(machine.run("qemu-img", "info", "--output=json", disk(id)).stdout)["backing-filename-format"] == "raw"
     assert has_been_put_back(src, source, "SHUTOFF")
     dst.act(id, "os-start", until="ACTIVE")
-    assert f"last={last_record(one, source)} broken=0" in wait_for_console(dst, id, "GUEST boots=")
+    assert f"last={last_record(one, source)} broken=0" in wait_for_console(dst, id, "GUEST boots=", PATIENCE)
 
 
 def test_a_hypervisor_that_is_killed_outright_in_mid_copy_costs_nothing_but_the_copy(
@@ -55,7 +57,7 @@ def test_a_hypervisor_that_is_killed_outright_in_mid_copy_costs_nothing_but_the_
     before = clouds.host(SOURCE).run("sha256sum", disk(source)).stdout
     process = operator.at_a_third("-s", source, *operator.to(MACHINE), "--stall-timeout", "10", "--retries", "1")
     machine.kill()
-    done = ended(process)
+    done = ended(process, PATIENCE)
     assert done.returncode == 4 and "attempt 2 of 2 follows" in done.stderr and f"{MACHINE} did not confirm the end" in done.stderr, done.stderr
     assert clouds.host(SOURCE).run("sha256sum", disk(source)).stdout == before
     assert has_been_put_back(src, source, "SHUTOFF") and not dst.find("nova", "servers", "arrived")
