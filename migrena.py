@@ -636,32 +636,63 @@ class Disk:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of the disk, in bytes; where `holds_bytes` is false there is nothing in it to copy."""
+    """A stretch of the disk, in bytes; how many of them it holds, and in how many pieces, as far as that is known."""
 
     offset: int
     length: int
-    holds_bytes: bool
+    held: int
+    pieces: int = 1
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether it is held in so small pieces that a question about each of them costs more than what it holds."""
+        return self.held <= self.pieces * MiB // 16 and self.pieces > 64
 
 
-def chunks(length: int, extents: Sequence[tuple[int, int]], limit: int, least: int = 64 * MiB) -> tuple[Chunk, ...]:
-    """`length` bytes tiled with chunks of at most `limit`, the holes between the extents (offset, length) left whole.
+def chunks(length: int, stretches: Iterable[tuple[int, int, int, int]], limit: int, least: int = 64 * MiB, hole: int = 0) -> tuple[Chunk, ...]:
+    """`length` bytes tiled with chunks that hold `limit` bytes at most; a stretch is its offset, its length, what it holds and in how many pieces.
 
-    Each is at most a quarter of what is still to come, or `least`, so that little is left to be proven when the last one has arrived. The first is
-    half as long: two that flow together then end in turn, and there is always one whose digests can be taken.
+    Each holds at most a quarter of what is still to come, or `least`, so that little is left to be proven when the last one has arrived. The first
+    holds half as much: two that flow together then end in turn, and there is always one whose digests can be taken. A hole belongs to the chunk that
+    follows, the last one to the last; where `hole` is given, those of so many bytes or more are chunks of their own.
     """
-    tiles, at = [], 0
-    rest = total = sum(held for _, held in extents)
-    for offset, held in extents:
-        start, end = max(at, offset // MiB * MiB), min(length, -(-(offset + held) // MiB) * MiB)
-        if start > at:
-            tiles.append(Chunk(at, start - at, False))
-        at = max(at, end)
-        while start < end:
+    stretches, tiles = list(stretches), list[Chunk]()
+    at = begin = gathered = pieces = 0
+    rest = total = sum(held for _, _, held, _ in stretches)
+
+    def cut() -> None:
+        nonlocal begin, gathered, pieces, rest
+        if at > begin:
+            tiles.append(Chunk(begin, at - begin, gathered, pieces))
+        begin, gathered, pieces, rest = at, 0, 0, rest - gathered
+
+    def skip(start: int) -> None:
+        nonlocal at
+        is_chunk = hole and start - at >= hole
+        if is_chunk:
+            cut()
+        at = start
+        if is_chunk:
+            cut()
+
+    for offset, reach, held, count in stretches:
+        skip(max(at, offset // MiB * MiB))
+        end = min(length, -(-(offset + reach) // MiB) * MiB)
+        span = end - at
+        inside = min(held, span)  # the first MiB may be the last one before
+        while at < end:
             most = min(limit, max(least, rest // 4 // MiB * MiB))
             most = max(most // 2 // MiB * MiB, MiB) if rest == total else most
-            tiles.append(Chunk(start, min(end - start, most), True))
-            start, rest = start + tiles[-1].length, rest - tiles[-1].length
-    return (*tiles, Chunk(at, length - at, False)) if at < length else tuple(tiles)
+            taken = min(end - at, max((most - gathered) * span // inside // MiB * MiB, MiB))
+            at, gathered, pieces = at + taken, gathered + -(-inside * taken // span), pieces + -(-count * taken // span)
+            if most - gathered < MiB:
+                cut()
+    skip(length)
+    if tiles and not gathered and not hole:
+        tiles[-1] = dataclasses.replace(tiles[-1], length=length - tiles[-1].offset)
+    else:
+        cut()
+    return tuple(tiles)
 
 
 def is_covered(tile: Chunk, stretches: Iterable[tuple[int, int]]) -> bool:
@@ -2176,16 +2207,19 @@ PACKAGES: Final = {"qemu-img": ("qemu-utils", "qemu-img"), "qemu-nbd": ("qemu-ut
 NEEDED: Final = ("qemu-img", "qemu-nbd", "timeout", "flock", "ss", "ip")  # on both hosts, whatever the transport
 
 PYTHON: Final = ("python3", "-ISc")  # without what the host's owner has added to it, whose import costs more than ours
-# Runs on a hypervisor: `map|digest WHERE OFFSET LENGTH`. WHERE is a file, or unix:SOCKET of a qemu-nbd. `map` prints the
-# stretches worth copying, with how many bytes each holds; `digest` one sha256 of each block of 1 MiB that is not all zeros, with the
-# block's number: that of its runs of cells of 64 KiB that are not all zeros, each run after its place and length, so that holes need not
-# be read. Files are read past the page cache where they can be: what is proven comes from the disk, and others keep their cache.
+# Runs on a hypervisor: VERB WHERE OFFSET LENGTH. WHERE is a file, or an NBD export as qemu's node for it in JSON. `map` prints the stretches that
+# hold data, with how many bytes and in how many pieces; `pieces` each piece for itself; `digest` one sha256 of each block of 1 MiB that is not all
+# zeros, with the block's number: that of its runs of cells of 64 KiB that are not all zeros, each run after its place and length, so that holes need
+# not be read. `bring` goes on with FOLDER LIST FILE RATE: it makes FILE equal to WHERE at the pieces in LIST, and leaves them on the disk; FOLDER
+# has the certificates for TLS, RATE is the most bytes per second, or 0.
+# Files are read past the page cache where they can be: what is proven comes from the disk, and others keep their cache.
 BLOCKS: Final = r"""
-import hashlib, mmap, os, struct, sys, threading
-CELL, BLOCK, HOLE = 1 << 16, 1 << 20, 64 << 20  # a hole of the last size is worth a chunk of its own
-verb, where, offset, length = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+import hashlib, mmap, os, struct, sys, threading, time
+CELL, BLOCK, SPAN = 1 << 16, 1 << 20, 64 << 20  # a stretch goes on over holes as long as it is no longer than that
+verb, where, offset, length, *more = sys.argv[1:]
+offset, length = int(offset), int(length)
 end, local, zeros = offset + length, threading.local(), bytes(CELL)
-if where.startswith("unix:"):
+if where.startswith("{"):
     import json, socket, subprocess
 
 class File:
@@ -2210,31 +2244,91 @@ class File:
         found = os.preadv(self.fd, [into], at)
         if found < count:
             sys.exit("%s ends at byte %d" % (where, at + found))
+    def stream(self, pieces, room):
+        for at, count in pieces:
+            self.read(at, room, count)
+            yield at, count
 
 class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project), reading only, one connection a thread
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, node, folder=""):
+        self.node, self.folder = node, folder
     def extents(self):
-        map_of = ["qemu-img", "map", "--output=json", "--image-opts", "--start-offset=%d" % offset, "--max-length=%d" % length,
-                  "driver=raw,file.driver=nbd,file.server.type=unix,file.server.path=" + self.path]
+        image = ",".join(["driver=raw", "file.driver=nbd"] + ["file.%s=%s" % option for option in self.node.items()])
+        map_of = ["qemu-img", "map", "--output=json", "--image-opts", "--start-offset=%d" % offset, "--max-length=%d" % length, image]
         for part in json.loads(subprocess.check_output(map_of, stdin=subprocess.DEVNULL)):
             if part["data"] and not part["zero"] and part["start"] < end:
                 yield max(part["start"], offset), min(part["start"] + part["length"], end)
-    def answer(self, question, into):
-        local.link.sendall(question)
-        if local.link.recv_into(into, len(into), socket.MSG_WAITALL) < len(into):
-            sys.exit("the export ended")
+    def answer(self, into):
+        got = 0
+        while got < len(into):
+            count = local.link.recv_into(into[got:])
+            if not count:
+                sys.exit("the export ended")
+            got += count
         return into
-    def read(self, at, into, count):
-        if not hasattr(local, "link"):
+    def hear(self, count):
+        return self.answer(memoryview(bytearray(count)))
+    def connect(self):
+        place = [self.node.get("server." + key) for key in ("path", "host", "port")]
+        if place[0]:
             local.link = socket.socket(socket.AF_UNIX)
-            local.link.connect(self.path)
-            self.answer(b"", bytearray(18))
-            self.answer(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, 0), bytearray(10))
-        magic, error = struct.unpack(">II8x", self.answer(struct.pack(">IHHQQI", 0x25609513, 0, 0, at, at, count), bytearray(16)))
+            local.link.connect(place[0])
+        else:
+            local.link = socket.create_connection((place[1], int(place[2])), 60)
+            local.link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.hear(18)
+        local.link.sendall(struct.pack(">I", 3))
+        if "tls-creds" in self.node:
+            import ssl
+            local.link.sendall(struct.pack(">8sII", b"IHAVEOPT", 5, 0))
+            if struct.unpack(">12xII", self.hear(20)) != (1, 0):
+                sys.exit("the export takes no TLS")
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            tls.load_cert_chain(self.folder + "/client-cert.pem", self.folder + "/client-key.pem")
+            tls.load_verify_locations(self.folder + "/ca-cert.pem")
+            local.link = tls.wrap_socket(local.link, server_hostname=place[1])
+        name = self.node.get("export", "").encode()
+        local.link.sendall(struct.pack(">8sII", b"IHAVEOPT", 1, len(name)) + name)
+        self.hear(10)
+    def ask(self, at, count):
+        if not hasattr(local, "link"):
+            self.connect()
+        local.link.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, at, at, count))
+    def told(self):
+        magic, error, at = struct.unpack(">IIQ", self.hear(16))
         if magic != 0x67446698 or error:
             sys.exit("the export cannot be read at byte %d: error %d" % (at, error))
-        self.answer(b"", into[:count])
+        return at
+    def read(self, at, into, count):
+        self.ask(at, count)
+        self.told()
+        self.answer(into[:count])
+    def stream(self, pieces, room):  # as many questions under way as the wire may hold; answers come in any order
+        asked, rest = {}, iter(pieces)
+        piece, most = next(rest, None), 16 * BLOCK
+        while piece or asked:
+            if piece and len(asked) < 256 and most > 0:
+                self.ask(*piece)
+                asked[piece[0]] = piece[1]
+                most -= piece[1]
+                piece = next(rest, None)
+            else:
+                at = self.told()
+                count = asked.pop(at)
+                most += count
+                self.answer(room[:count])
+                yield at, count
+
+def runs_of(room, start, stop):  # of cells that are not all zeros
+    runs = []
+    for at in range(start, stop, CELL):
+        size = min(CELL, stop - at)
+        if room[at] or bytes(room[at:at + size]) != zeros[:size]:
+            if runs and runs[-1][1] == at:
+                runs[-1][1] = at + size
+            else:
+                runs.append([at, at + size])
+    return runs
 
 def digest(block):
     if not hasattr(local, "room"):
@@ -2243,13 +2337,7 @@ def digest(block):
     for first, last in blocks[block]:
         start, stop = first * CELL - base, min(last * CELL, end) - base
         disk.read(base + start, room[start:last * CELL - base], stop - start)
-        for at in range(start, stop, CELL):
-            size = min(CELL, stop - at)
-            if room[at] or bytes(room[at:at + size]) != zeros[:size]:
-                if runs and runs[-1][1] == at:
-                    runs[-1][1] = at + size
-                else:
-                    runs.append([at, at + size])
+        runs += runs_of(room, start, stop)
     for start, stop in runs:
         found.update(struct.pack(">QQ", base + start, stop - start))
         found.update(room[start:stop])
@@ -2262,16 +2350,48 @@ def work(turns):
     except BaseException as error:
         failures.append(error)
 
-disk, found, failures = Export(where[5:]) if where.startswith("unix:") else File(where), {}, []
-if verb == "map":
+def write(fd, data, at):
+    while data:
+        count = os.pwrite(fd, data, at)
+        data, at = data[count:], at + count
+
+def bring(wanted, path, rate):
+    pieces = ((at, min(BLOCK, start + count - at)) for start, count in wanted for at in range(start, start + count, BLOCK))
+    fd, room, done = os.open(path, os.O_RDWR), memoryview(mmap.mmap(-1, BLOCK)), 0
+    began = told = time.monotonic()
+    import ctypes
+    total, hollow = sum(count for _, count in wanted), ctypes.CDLL(None).fallocate
+    hollow.argtypes = ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64
+    for at, count in disk.stream(pieces, room):
+        last = 0
+        for start, stop in runs_of(room, 0, count) + [[count, count]]:
+            if start > last and hollow(fd, 3, at + last, start - last):  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+                write(fd, room[last:start], at + last)
+            write(fd, room[start:stop], at + start)
+            last = stop
+        done += count
+        time.sleep(max(0, began + done / rate - time.monotonic()) if rate else 0)
+        if time.monotonic() - told > 0.2:
+            told = time.monotonic()
+            print("(%.2f/100%%)" % (100 * done / total), flush=True)
+    os.fsync(fd)
+
+disk, found, failures = Export(json.loads(where), *more[:1]) if where.startswith("{") else File(where), {}, []
+if verb == "pieces":
+    for start, stop in disk.extents():
+        print(start, stop - start)
+elif verb == "map":
     held = []
     for start, stop in disk.extents():
-        if held and start - held[-1][1] < HOLE:
-            held[-1][1:] = stop, held[-1][2] + stop - start
+        if held and stop - held[-1][0] < SPAN:
+            held[-1][1:] = stop, held[-1][2] + stop - start, held[-1][3] + 1
         else:
-            held.append([start, stop, stop - start])
-    for start, stop, count in held:
-        print(start, stop - start, count)
+            held.append([start, stop, stop - start, 1])
+    for start, stop, count, pieces in held:
+        print(start, stop - start, count, pieces)
+elif verb == "bring":
+    with open(more[1]) as file:
+        bring([tuple(map(int, line.split())) for line in file], more[2], int(more[3]))
 else:
     blocks = {}  # each with its runs of cells that hold data
     for cell in (cell for start, stop in disk.extents() for cell in range(start // CELL, -(-stop // CELL))):
@@ -2543,7 +2663,7 @@ def same_content(one: tuple[Host, DiskImage], other: tuple[Host, DiskImage], sta
     """Whether two files hold the same bytes, by the digests of all their blocks, both hosts at work at once."""
     if (one[1].length, one[1].format) != (other[1].length, other[1].format):
         return False
-    return same_digests(digests, ((one[0], one[1].path), (other[0], other[1].path)), Chunk(0, one[1].length, True), stall)
+    return same_digests(digests, ((one[0], one[1].path), (other[0], other[1].path)), Chunk(0, one[1].length, one[1].length), stall)
 
 
 def same_digests(how: Digest, sides: tuple[tuple[Host, str], tuple[Host, str]], tile: Chunk, stall: float) -> bool:
@@ -2554,7 +2674,7 @@ def same_digests(how: Digest, sides: tuple[tuple[Host, str], tuple[Host, str]], 
 
 
 def digests(host: Host, where: str, offset: int, length: int, stall: float) -> dict[int, str]:
-    """sha256 of each block of 1 MiB that is not all zeros, by its number; `where` is a file or unix:SOCKET of a qemu-nbd."""
+    """sha256 of each block of 1 MiB that is not all zeros, by its number; `where` is a file, or an export as qemu's node in JSON."""
     printed = host.work(*PYTHON, BLOCKS, "digest", where, str(offset), str(length), stall=stall)
     return {int(number): found for number, _, found in (line.partition(" ") for line in printed.splitlines()) if found}
 
@@ -2832,8 +2952,8 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[tuple[
         readable = stack.enter_context(seen_by_guest(ends, source, job.source, job.whole_file))
         reader = stack.enter_context(reached(ends, job, export, job.length))
         tiles, held_bytes = tiles_of(source, readable, job)
-        proven = prove_what_is_there(ends, job, readable, [tile for tile in tiles if tile.holds_bytes and is_covered(tile, known)], tiles)
-        compared, sending = Comparison(ends, job, readable, stack), Sending(ends, job, reader, stack)
+        proven = prove_what_is_there(ends, job, readable, [tile for tile in tiles if tile.held and is_covered(tile, known)], tiles)
+        compared, sending = Comparison(ends, job, readable, stack), Sending(ends, job, readable, reader, stack)
 
         def arrived() -> None:
             tile = sending.wait_for_one()
@@ -2844,15 +2964,15 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[tuple[
             for lease in (hold, serving):
                 lease.check(is_running=True)
 
-        with witness.progress(sum(tile.length for tile in tiles if tile.holds_bytes)) as sending.show:
+        with witness.progress(sum(tile.held for tile in tiles)) as sending.show:
             for tile in tiles:
-                is_sent = tile.holds_bytes and tile not in proven
+                is_sent = tile.held and tile not in proven
                 if is_sent and len(sending) == job.lanes:
                     arrived()
                 compared.begin(tile)
                 if is_sent:
                     sending.begin(tile)
-                elif tile.holds_bytes:
+                elif tile.held:
                     sending.keep(tile)
             while sending:
                 arrived()
@@ -2907,7 +3027,7 @@ def make_zero(destination: Host, job: DiskJob, tiles: Sequence[Chunk]) -> None:
             stretches = (str(number) for tile in tiles[at : at + 500] for number in (tile.offset, _whole_sectors(tile.length)))
             destination.script(PUNCH, job.new, *stretches)
         return
-    pieces = [(at, min(GiB, tile.offset + tile.length - at)) for tile in tiles if tile.holds_bytes
+    pieces = [(at, min(GiB, tile.offset + tile.length - at)) for tile in tiles if tile.held
               for at in range(tile.offset, tile.offset + tile.length, GiB)]
     for first in range(0, len(pieces), 100):
         orders = (word for at, length in pieces[first : first + 100] for word in ("-c", f"write -q -z -u {at} {length}"))
@@ -2917,23 +3037,24 @@ def make_zero(destination: Host, job: DiskJob, tiles: Sequence[Chunk]) -> None:
 def tiles_of(source: Host, readable: str, job: DiskJob) -> tuple[tuple[Chunk, ...], int]:
     """The chunks of a job, and how many bytes the source holds, after a look at where; all of it where the host cannot tell."""
     if not job.with_python:
-        return chunks(job.length, [(0, job.length)], job.chunk), min(job.length, job.source.allocated)
+        return chunks(job.length, [(0, job.length, job.length, 1)], job.chunk), min(job.length, job.source.allocated)
     lines = source.work(*PYTHON, BLOCKS, "map", readable, "0", str(job.length), stall=600).splitlines()
-    found = [tuple(map(int, line.split())) for line in lines]
+    found = [(int(start), int(length), int(held), int(pieces)) for start, length, held, pieces in map(str.split, lines)]
     least = max(64 * MiB, job.settings.limit_rate * 5 // MiB * MiB)  # between two commands that are held back nothing flows
-    return chunks(job.length, [(start, length) for start, length, _ in found], job.chunk, least), sum(held for _, _, held in found)
+    hole = 64 * MiB if job.transport == "nbd" else 0  # a block device has none, and its reader would be sent zeros
+    return chunks(job.length, found, job.chunk, least, hole), sum(held for _, _, held, _ in found)
 
 
 @contextlib.contextmanager
 def seen_by_guest(ends: Ends, host: Host, image: DiskImage, whole_file: bool) -> Iterator[str]:
-    """What the digest program reads: the file itself, or unix:SOCKET of a qemu-nbd that shows what the guest sees."""
+    """What BLOCKS reads: the file itself, or an export that shows what the guest sees."""
     if whole_file or image.format == "raw":
         yield image.path
         return
     folder = ends.source_folder if host is ends.source else ends.destination_folder
     words = ("qemu-nbd", "-r", "-t", "-e", "8", "-k", f"{folder}/guest.sock", f"--pid-file={folder}/guest.pid", "-f", image.format, image.path)
     with host.daemon(f"{folder}/guest.pid", *words):
-        yield f"unix:{folder}/guest.sock"
+        yield json.dumps({"server.type": "unix", "server.path": f"{folder}/guest.sock"})
 
 
 def make_new(destination: Host, job: DiskJob) -> None:
@@ -2944,9 +3065,18 @@ def make_new(destination: Host, job: DiskJob) -> None:
     destination.script('umask 077; rm -f -- "$1"; shift; "$@"', job.new, *create)
 
 
-def copy_chunk(ends: Ends, job: DiskJob, reader: tuple[tuple[str, ...], Node], tile: Chunk, show: Callable[[int], None]) -> None:
+def copy_chunk(ends: Ends, job: DiskJob, readable: str, reader: tuple[tuple[str, ...], Node], tile: Chunk, show: Callable[[int], None]) -> None:
     """One chunk from the export into the same place of the new file; raises HostError when nothing moves for the job's stall time."""
     options, node = reader
+
+    def heard(said: str) -> None:
+        if shares := re.findall(r"\((\d+\.\d+)/100%\)", said):
+            show(int(tile.held * float(shares[-1]) / 100))
+
+    if tile.is_scattered and job.with_python and job.new_format == "raw":
+        pieces = ends.source.work(*PYTHON, BLOCKS, "pieces", readable, str(tile.offset), str(tile.length), stall=job.settings.stall_timeout)
+        bring(ends, job, node, tile, pieces, heard)
+        return
     available = job.length // 512 * 512 if job.transport == "nbd" and job.whole_file else _whole_sectors(job.length)
     is_last = tile.offset + tile.length == job.length
     length = available - tile.offset if is_last else tile.length
@@ -2957,13 +3087,17 @@ def copy_chunk(ends: Ends, job: DiskJob, reader: tuple[tuple[str, ...], Node], t
         node_of_new = {"driver": job.new_format, "file.driver": "file", "file.filename": job.new}
     rate = ("-r", str(job.settings.limit_rate)) if job.settings.limit_rate else ()
     cache = ("-T", "none", "-t", "none") if job.fresh_direct else ()
-
-    def heard(said: str) -> None:
-        if shares := re.findall(r"\((\d+\.\d+)/100%\)", said):
-            show(int(tile.length * float(shares[-1]) / 100))
-
     ends.destination.work("qemu-img", "convert", "-p", "-n", "-m", "16", "-W", *cache, *rate, *options, "--image-opts", "--target-image-opts",
                           _cut(node, tile.offset, length), _cut(node_of_new, tile.offset, length),
+                          stall=job.settings.stall_timeout, heard=heard, given=("flock", "-s", job.new))
+
+
+def bring(ends: Ends, job: DiskJob, node: Node, tile: Chunk, pieces: str, heard: Callable[[str], None]) -> None:
+    """Makes these pieces of a chunk (a line for each: offset, length) in the new file equal to the export, by one process however many they are."""
+    listed, where = f"{ends.destination_folder}/{tile.offset}.pieces", node["filename"] if "filename" in node else json.dumps(node)
+    ends.destination.script(PRIVATE_FILE, listed, stdin=pieces.encode())
+    more = (ends.destination_folder, listed, job.new, str(job.settings.limit_rate))
+    ends.destination.work(*PYTHON, BLOCKS, "bring", where, str(tile.offset), str(tile.length), *more,
                           stall=job.settings.stall_timeout, heard=heard, given=("flock", "-s", job.new))
 
 
@@ -3000,8 +3134,8 @@ def threads_for(host: Host, count: int) -> Iterator[ThreadPoolExecutor]:
 class Sending:
     """Chunks on their way into the new file: while one ends the next one flows already, so that the wire is never idle."""
 
-    def __init__(self, ends: Ends, job: DiskJob, reader: tuple[tuple[str, ...], Node], stack: contextlib.ExitStack) -> None:
-        self.ends, self.job, self.reader = ends, job, reader
+    def __init__(self, ends: Ends, job: DiskJob, readable: str, reader: tuple[tuple[str, ...], Node], stack: contextlib.ExitStack) -> None:
+        self.ends, self.job, self.readable, self.reader = ends, job, readable, reader
         self.show: Callable[[int], None] = lambda done: None
         self._pool = stack.enter_context(threads_for(ends.destination, job.lanes))
         self._flows: deque[tuple[Chunk, Future[None]]] = deque()
@@ -3012,7 +3146,7 @@ class Sending:
 
     def keep(self, tile: Chunk) -> None:
         """A chunk is there already."""
-        self._here[tile.offset] = tile.length
+        self._here[tile.offset] = tile.held
         self.show(sum(self._here.values()))
 
     @unbroken()
@@ -3020,7 +3154,7 @@ class Sending:
         """Sends a chunk off."""
         self._here[tile.offset] = 0
         show = functools.partial(self._here.__setitem__, tile.offset)
-        self._flows.append((tile, self._pool.submit(copy_chunk, self.ends, self.job, self.reader, tile, show)))
+        self._flows.append((tile, self._pool.submit(copy_chunk, self.ends, self.job, self.readable, self.reader, tile, show)))
 
     def wait_for_one(self) -> Chunk:
         """The chunk that was sent off first, when it has arrived. Raises HostError where it has not."""

@@ -23,48 +23,71 @@ def disks(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]], int]:
     return length, extents, draw(st.integers(1, 20)) * MiB
 
 
-@given(disks())
-def test_chunks_tile_the_disk_exactly_and_in_order(disk: tuple[int, list[tuple[int, int]], int]) -> None:
+Stretches = list[tuple[int, int, int, int]]
+
+
+def stretches(extents: list[tuple[int, int]]) -> Stretches:
+    return [(offset, held, held, 1) for offset, held in extents]
+
+
+@given(disks(), st.sampled_from((0, MiB, 5 * MiB)))
+def test_chunks_tile_the_disk_exactly_and_in_order(disk: tuple[int, list[tuple[int, int]], int], hole: int) -> None:
     length, extents, limit = disk
-    tiles = chunks(length, extents, limit)
+    tiles = chunks(length, stretches(extents), limit, MiB, hole)
     assert tiles[0].offset == 0
     assert tiles[-1].offset + tiles[-1].length == length
-    assert all(one.offset + one.length == other.offset for one, other in pairwise(tiles))
+    assert all(one.offset + one.length == other.offset and other.offset % MiB == 0 for one, other in pairwise(tiles))
     assert all(tile.length > 0 for tile in tiles)
 
 
-@given(disks())
-def test_no_chunk_that_is_copied_is_longer_than_the_limit(disk: tuple[int, list[tuple[int, int]], int]) -> None:
+@given(disks(), st.sampled_from((0, MiB, 5 * MiB)))
+def test_no_chunk_holds_more_than_the_limit(disk: tuple[int, list[tuple[int, int]], int], hole: int) -> None:
     length, extents, limit = disk
-    assert all(tile.length <= limit and tile.offset % MiB == 0 for tile in chunks(length, extents, limit) if tile.holds_bytes)
+    tiles = chunks(length, stretches(extents), limit, MiB, hole)
+    assert all(tile.held <= limit + len(extents) for tile in tiles)  # a byte for each that was cut in two
+    assert sum(tile.held for tile in tiles) <= sum(held for _, held in extents) + len(extents) + len(tiles)
 
 
 def touches(tile: Chunk, offset: int, held: int) -> bool:
     return tile.offset < offset + held and offset < tile.offset + tile.length
 
 
-@given(disks())
-def test_every_byte_that_is_held_is_copied_and_a_whole_mib_of_hole_is_not(disk: tuple[int, list[tuple[int, int]], int]) -> None:
+@given(disks(), st.sampled_from((0, MiB, 5 * MiB)))
+def test_every_byte_that_is_held_is_copied_and_a_hole_where_it_counts_is_not(disk: tuple[int, list[tuple[int, int]], int], hole: int) -> None:
     length, extents, limit = disk
-    tiles = chunks(length, extents, limit)
+    tiles = chunks(length, stretches(extents), limit, MiB, hole)
     for offset, held in extents:
-        assert all(tile.holds_bytes for tile in tiles if touches(tile, offset, held))
-    for tile in tiles:
-        for block in range(tile.offset, tile.offset + tile.length, MiB) if tile.holds_bytes else ():
-            assert any(touches(Chunk(block, MiB, True), *extent) for extent in extents)
+        assert all(tile.held for tile in tiles if touches(tile, offset, held))
+    for tile in tiles if hole else ():
+        blocks = range(tile.offset, tile.offset + tile.length, MiB)
+        empty = [not any(touches(Chunk(block, MiB, 1), *extent) for extent in extents) for block in blocks]
+        assert all(empty) or not any(all(empty[at : at + hole // MiB + 1]) for at in range(len(empty) - hole // MiB))
 
 
 def test_control_a_disk_without_extents_is_one_hole() -> None:
-    assert chunks(5 * MiB + 1, [], MiB) == (Chunk(0, 5 * MiB + 1, False),)
+    assert chunks(5 * MiB + 1, [], MiB) == (Chunk(0, 5 * MiB + 1, 0, 0),)
 
 
 def test_a_disk_that_is_full_is_copied_from_end_to_end() -> None:
-    assert chunks(3 * MiB + 7, [(0, 3 * MiB + 7)], 2 * MiB) == (Chunk(0, MiB, True), Chunk(MiB, 2 * MiB, True), Chunk(3 * MiB, 7, True))
+    tiles = chunks(3 * MiB + 7, [(0, 3 * MiB + 7, 3 * MiB + 7, 1)], 2 * MiB)
+    assert tiles == (Chunk(0, MiB, MiB), Chunk(MiB, 2 * MiB, 2 * MiB), Chunk(3 * MiB, 7, 7))
 
 
 def test_chunks_get_smaller_towards_the_end() -> None:
-    sizes = [tile.length // MiB for tile in chunks(4096 * MiB, [(0, 4096 * MiB)], 512 * MiB)]
+    sizes = [tile.length // MiB for tile in chunks(4096 * MiB, [(0, 4096 * MiB, 4096 * MiB, 1)], 512 * MiB)]
     assert sizes == [256, *[512] * 4, 448, 336, 252, 189, 141, 106, 80, 64, 64, 64, 48]
+
+
+def test_chunks_go_by_what_they_hold_and_holes_cost_no_chunk_of_their_own() -> None:
+    far_apart = [(at * 1024 * MiB, 2 * MiB, 2 * MiB, 1) for at in range(20)]
+    assert [(tile.length // MiB, tile.held // MiB) for tile in chunks(20480 * MiB, far_apart, 512 * MiB)] == [(15362, 32), (5118, 8)]
+    assert len(chunks(20480 * MiB, far_apart, 512 * MiB, hole=64 * MiB)) == 40
+
+
+def test_a_chunk_of_many_small_pieces_is_known_as_such() -> None:
+    crumbs = [(at * 64 * MiB, 64 * MiB, 4 * MiB, 1024) for at in range(64)]
+    assert all(tile.is_scattered for tile in chunks(4096 * MiB, crumbs, 512 * MiB))
+    assert not any(tile.is_scattered for tile in chunks(4096 * MiB, [(0, 4096 * MiB, 4096 * MiB, 3)], 512 * MiB))
 
 
 RAW = DiskImage("/d", "raw", size=MiB, length=MiB, allocated=MiB)
