@@ -236,10 +236,16 @@ def instance_id(value: object) -> str:
 
 
 def seconds(value: object) -> int:
-    """A whole number of seconds, at least one."""
-    if not re.fullmatch(r"[1-9]\d{0,8}", str(value)):
-        raise ValueError("is no number of seconds")
-    return int(str(value))
+    """A whole number of seconds, at least one: `30`, `30s`, `5m` or `2h`."""
+    match = re.fullmatch(r"([1-9]\d{0,8})([smh]?)", str(value).strip())
+    if not match:
+        raise ValueError("is no number of seconds, as in 30, 30s, 5m or 2h")
+    return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def limit(value: object) -> int:
+    """The same, or 0 for no limit."""
+    return 0 if str(value) == "0" else seconds(value)
 
 
 def ports(value: object) -> range:
@@ -361,6 +367,13 @@ class Settings:
     compress: str = option("auto", "--compress", read=words_of("auto", "on", "off"), jobs=MOVE, metavar="auto|on|off",
                            help="deflate what crosses the wire; auto: where the wire is measured to be slow")
     limit_rate: int = option(0, "--limit-rate", read=size, jobs=MOVE, metavar="RATE", help="bytes per second at most, as in 50M")
+    warm: bool = option(False, "--warm", help="copy while the source runs; it stops only for what has changed since")
+    warm_passes: int = option(0, "--warm-passes", read=count, jobs=MOVE, metavar="N",
+                              help="passes while it runs, the first one included (default: as long as each is clearly smaller)")
+    max_downtime: int = option(0, "--max-downtime", read=limit, jobs=MOVE, metavar="TIME",
+                               help="stop the source only when its downtime will be no longer than this, as in 30s")
+    warm_timeout: int = option(3600, "--warm-timeout", read=seconds, jobs=MOVE, metavar="TIME",
+                               help="give up where --max-downtime was not in reach for so long, the source untouched (default: 1h)")
     retries: int = option(5, "--retries", read=count, jobs=MOVE, metavar="N",
                           help="how often a copy that was cut off or stalled goes on by itself (default: 5)")
     stall_timeout: int = option(120, "--stall-timeout", read=seconds, jobs=MOVE, metavar="SECONDS",
@@ -394,7 +407,7 @@ class Settings:
 
 # What a run is asked for that a resume goes on with; never credentials, and never -e, which may hold secrets.
 KEPT: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "compress", "limit_rate", "chunk", "disk_path", "root_only",
-               "src_cloud", "dst_cloud")
+               "warm", "warm_passes", "max_downtime", "warm_timeout", "src_cloud", "dst_cloud")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -448,6 +461,8 @@ def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: 
         raise UsageError(f"CHUNK: {settings.chunk} is no multiple of 1 MiB")
     if settings.compress == "on" and settings.transport == "nbd":
         raise UsageError("--compress on goes with the transport qemu alone", "leave out --transport nbd")
+    if settings.warm and settings.transport == "nbd":
+        raise UsageError("--warm goes with the transport qemu alone", "leave out --transport nbd")
     if settings.nbd_device and not re.fullmatch(r"/dev/nbd\d+", settings.nbd_device):
         raise UsageError(f"NBD_DEVICE: {settings.nbd_device!r} is no /dev/nbdN")
     return settings
@@ -728,6 +743,7 @@ class DiskJob:
     fresh_direct: bool
     with_python: bool  # whether both hosts can run the digest program
     compress: bool = False  # whether what crosses the wire is deflated
+    is_live: bool = False  # whether a guest may be writing to the source
     stand: str = ""  # size and times of the source's file when it had been stopped: what changes it, changes them
 
     @property
@@ -786,6 +802,7 @@ class Moved:
     sent: int
     digest: str
     seconds: float
+    is_rest: bool = False  # `held` is what had changed since a warm copy's last pass
 
 
 def over_quota(limits: Mapping[str, int], flavor: Flavor) -> list[str]:
@@ -1261,7 +1278,7 @@ def _acts(entries: Iterable[Mapping[str, Any]]) -> tuple[Act, ...]:
 
 def _rate(entries: Sequence[Mapping[str, Any]]) -> float:
     """Bytes per second of the latest attempt, by the first and the last time that it said how far it was."""
-    begun = max((number for number, entry in enumerate(entries) if entry["event"] in ("job", "retry", "resume")), default=0)
+    begun = max((number for number, entry in enumerate(entries) if entry["event"] in ("job", "retry", "resume", "pass")), default=0)
     told = [(datetime.fromisoformat(entry["at"]), entry["done"]) for entry in entries[begun:] if entry["event"] == "progress"]
     seconds = (told[-1][0] - told[0][0]).total_seconds() if told else 0.0
     return (told[-1][1] - told[0][1]) / seconds if seconds > 0 else 0.0
@@ -2207,19 +2224,20 @@ PACKAGES: Final = {"qemu-img": ("qemu-utils", "qemu-img"), "qemu-nbd": ("qemu-ut
 NEEDED: Final = ("qemu-img", "qemu-nbd", "timeout", "flock", "ss", "ip")  # on both hosts, whatever the transport
 
 PYTHON: Final = ("python3", "-ISc")  # without what the host's owner has added to it, whose import costs more than ours
-# Runs on a hypervisor: VERB WHERE OFFSET LENGTH. WHERE is a file, or an NBD export as qemu's node for it in JSON. `map` prints the stretches that
-# hold data, with how many bytes and in how many pieces; `pieces` each piece for itself; `digest` one sha256 of each block of 1 MiB that is not all
-# zeros, with the block's number: that of its runs of cells of 64 KiB that are not all zeros, each run after its place and length, so that holes need
-# not be read. `bring` goes on with FOLDER LIST FILE RATE: it makes FILE equal to WHERE at the pieces in LIST, and leaves them on the disk; FOLDER
-# has the certificates for TLS, RATE is the most bytes per second, or 0.
+# Runs on a hypervisor: VERB WHERE OFFSET LENGTH RATE LIST FILE FOLDER. WHERE is a file, or an NBD export as qemu's node for it in JSON. `map`
+# prints the stretches that hold data, with how many bytes and in how many pieces; `pieces` each piece for itself; `digest` one sha256 of each block
+# of 1 MiB that is not all zeros, with the block's number: that of its runs of cells of 64 KiB that are not all zeros, each run after its place and
+# length, so that holes need not be read; LIST, where it is given, names the pieces whose blocks are wanted. `bring` makes FILE equal to WHERE at
+# the pieces in LIST, and leaves them on the disk; FOLDER has the certificates for TLS. RATE is the most bytes per second that are read, or 0.
 # Files are read past the page cache where they can be: what is proven comes from the disk, and others keep their cache.
 BLOCKS: Final = r"""
 import hashlib, mmap, os, struct, sys, threading, time
 CELL, BLOCK, SPAN = 1 << 16, 1 << 20, 64 << 20  # a stretch goes on over holes as long as it is no longer than that
-verb, where, offset, length, *more = sys.argv[1:]
-offset, length = int(offset), int(length)
+verb, where, offset, length, rate, listed, target, folder = (sys.argv[1:] + [""] * 4)[:8]
+offset, length, rate = int(offset), int(length), int(rate or 0)
 end, local, zeros = offset + length, threading.local(), bytes(CELL)
-if where.startswith("{"):
+sys.excepthook = lambda kind, error, trace: print("%s: %s" % ("the export" if where[0] == "{" else where, error), file=sys.stderr)
+if "{" in where[:1] + target[:1]:
     import json, socket, subprocess
 
 class File:
@@ -2249,9 +2267,9 @@ class File:
             self.read(at, room, count)
             yield at, count
 
-class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project), reading only, one connection a thread
-    def __init__(self, node, folder=""):
-        self.node, self.folder = node, folder
+class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project), one connection a thread
+    def __init__(self, node):
+        self.node, self.local = node, threading.local()
     def extents(self):
         image = ",".join(["driver=raw", "file.driver=nbd"] + ["file.%s=%s" % option for option in self.node.items()])
         map_of = ["qemu-img", "map", "--output=json", "--image-opts", "--start-offset=%d" % offset, "--max-length=%d" % length, image]
@@ -2261,7 +2279,7 @@ class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project),
     def answer(self, into):
         got = 0
         while got < len(into):
-            count = local.link.recv_into(into[got:])
+            count = self.local.link.recv_into(into[got:])
             if not count:
                 sys.exit("the export ended")
             got += count
@@ -2269,35 +2287,36 @@ class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project),
     def hear(self, count):
         return self.answer(memoryview(bytearray(count)))
     def connect(self):
-        place = [self.node.get("server." + key) for key in ("path", "host", "port")]
-        if place[0]:
-            local.link = socket.socket(socket.AF_UNIX)
-            local.link.connect(place[0])
+        path, host, port = [self.node.get("server." + key) for key in ("path", "host", "port")]
+        link = self.local.link = socket.socket(socket.AF_UNIX) if path else socket.create_connection((host, int(port)), 60)
+        if path:
+            link.connect(path)
         else:
-            local.link = socket.create_connection((place[1], int(place[2])), 60)
-            local.link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        link.settimeout(None)
         self.hear(18)
-        local.link.sendall(struct.pack(">I", 3))
+        link.sendall(struct.pack(">I", 3))
         if "tls-creds" in self.node:
             import ssl
-            local.link.sendall(struct.pack(">8sII", b"IHAVEOPT", 5, 0))
+            link.sendall(struct.pack(">8sII", b"IHAVEOPT", 5, 0))
             if struct.unpack(">12xII", self.hear(20)) != (1, 0):
                 sys.exit("the export takes no TLS")
             tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            tls.load_cert_chain(self.folder + "/client-cert.pem", self.folder + "/client-key.pem")
-            tls.load_verify_locations(self.folder + "/ca-cert.pem")
-            local.link = tls.wrap_socket(local.link, server_hostname=place[1])
+            tls.load_cert_chain(folder + "/client-cert.pem", folder + "/client-key.pem")
+            tls.load_verify_locations(folder + "/ca-cert.pem")
+            link = self.local.link = tls.wrap_socket(link, server_hostname=host)
         name = self.node.get("export", "").encode()
-        local.link.sendall(struct.pack(">8sII", b"IHAVEOPT", 1, len(name)) + name)
+        link.sendall(struct.pack(">8sII", b"IHAVEOPT", 1, len(name)) + name)
         self.hear(10)
-    def ask(self, at, count):
-        if not hasattr(local, "link"):
+    def ask(self, at, count, command=0, data=b""):
+        if not hasattr(self.local, "link"):
             self.connect()
-        local.link.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, at, at, count))
+        self.local.link.sendall(struct.pack(">IHHQQI", 0x25609513, 0, command, at, at, count))
+        self.local.link.sendall(data)
     def told(self):
         magic, error, at = struct.unpack(">IIQ", self.hear(16))
         if magic != 0x67446698 or error:
-            sys.exit("the export cannot be read at byte %d: error %d" % (at, error))
+            sys.exit("the export fails at byte %d: error %d" % (at, error))
         return at
     def read(self, at, into, count):
         self.ask(at, count)
@@ -2318,6 +2337,35 @@ class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project),
                 most += count
                 self.answer(room[:count])
                 yield at, count
+    def write(self, at, data):
+        self.ask(at, len(data), 1, data)
+        self.told()
+    def hollow(self, at, count):
+        self.ask(at, count, 6)
+        self.told()
+    def sync(self):
+        self.ask(0, 0, 3)
+        self.told()
+
+class NewFile:
+    def __init__(self, path):
+        import ctypes
+        self.fd, self.fallocate = os.open(path, os.O_RDWR), ctypes.CDLL(None).fallocate
+        self.fallocate.argtypes = ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64
+    def write(self, at, data):
+        while data:
+            count = os.pwrite(self.fd, data, at)
+            data, at = data[count:], at + count
+    def hollow(self, at, count):
+        if self.fallocate(self.fd, 3, at, count):  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+            self.write(at, bytes(count))
+    def sync(self):
+        os.fsync(self.fd)
+
+def hold_back(count):  # after so many bytes were read
+    global passed
+    passed += count
+    time.sleep(max(0, began + passed / rate - time.monotonic()) if rate else 0)
 
 def runs_of(room, start, stop):  # of cells that are not all zeros
     runs = []
@@ -2337,6 +2385,7 @@ def digest(block):
     for first, last in blocks[block]:
         start, stop = first * CELL - base, min(last * CELL, end) - base
         disk.read(base + start, room[start:last * CELL - base], stop - start)
+        hold_back(stop - start)
         runs += runs_of(room, start, stop)
     for start, stop in runs:
         found.update(struct.pack(">QQ", base + start, stop - start))
@@ -2350,33 +2399,28 @@ def work(turns):
     except BaseException as error:
         failures.append(error)
 
-def write(fd, data, at):
-    while data:
-        count = os.pwrite(fd, data, at)
-        data, at = data[count:], at + count
-
-def bring(wanted, path, rate):
+def bring(new):
     pieces = ((at, min(BLOCK, start + count - at)) for start, count in wanted for at in range(start, start + count, BLOCK))
-    fd, room, done = os.open(path, os.O_RDWR), memoryview(mmap.mmap(-1, BLOCK)), 0
-    began = told = time.monotonic()
-    import ctypes
-    total, hollow = sum(count for _, count in wanted), ctypes.CDLL(None).fallocate
-    hollow.argtypes = ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64
+    room, told, total = memoryview(mmap.mmap(-1, BLOCK)), began, sum(count for _, count in wanted)
     for at, count in disk.stream(pieces, room):
         last = 0
         for start, stop in runs_of(room, 0, count) + [[count, count]]:
-            if start > last and hollow(fd, 3, at + last, start - last):  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-                write(fd, room[last:start], at + last)
-            write(fd, room[start:stop], at + start)
+            if start > last:
+                new.hollow(at + last, start - last)
+            if stop > start:
+                new.write(at + start, room[start:stop])
             last = stop
-        done += count
-        time.sleep(max(0, began + done / rate - time.monotonic()) if rate else 0)
+        hold_back(count)
         if time.monotonic() - told > 0.2:
             told = time.monotonic()
-            print("(%.2f/100%%)" % (100 * done / total), flush=True)
-    os.fsync(fd)
+            print("(%.2f/100%%)" % (100 * passed / total), flush=True)
+    new.sync()
 
-disk, found, failures = Export(json.loads(where), *more[:1]) if where.startswith("{") else File(where), {}, []
+began, passed, wanted, found, failures = time.monotonic(), 0, [], {}, []
+disk = Export(json.loads(where)) if where.startswith("{") else File(where)
+if listed:
+    with open(listed) as file:
+        wanted = [tuple(map(int, line.split())) for line in file]
 if verb == "pieces":
     for start, stop in disk.extents():
         print(start, stop - start)
@@ -2390,11 +2434,13 @@ elif verb == "map":
     for start, stop, count, pieces in held:
         print(start, stop - start, count, pieces)
 elif verb == "bring":
-    with open(more[1]) as file:
-        bring([tuple(map(int, line.split())) for line in file], more[2], int(more[3]))
+    bring(Export(json.loads(target)) if target.startswith("{") else NewFile(target))
 else:
     blocks = {}  # each with its runs of cells that hold data
+    touched = {block for start, count in wanted for block in range(start // BLOCK, -(-(start + count) // BLOCK))}
     for cell in (cell for start, stop in disk.extents() for cell in range(start // CELL, -(-stop // CELL))):
+        if listed and cell * CELL // BLOCK not in touched:
+            continue
         runs = blocks.setdefault(cell * CELL // BLOCK, [])
         if runs and cell <= runs[-1][1]:
             runs[-1][1] = cell + 1
@@ -2673,9 +2719,18 @@ def same_digests(how: Digest, sides: tuple[tuple[Host, str], tuple[Host, str]], 
         return outcome(found[0]) == outcome(found[1])
 
 
+def blocks(verb: str, where: str, offset: int, length: int, *more: int | str) -> tuple[str, ...]:
+    """The words that run BLOCKS."""
+    return (*PYTHON, BLOCKS, verb, where, str(offset), str(length), *map(str, more))
+
+
 def digests(host: Host, where: str, offset: int, length: int, stall: float) -> dict[int, str]:
     """sha256 of each block of 1 MiB that is not all zeros, by its number; `where` is a file, or an export as qemu's node in JSON."""
-    printed = host.work(*PYTHON, BLOCKS, "digest", where, str(offset), str(length), stall=stall)
+    return digests_in(host.work(*blocks("digest", where, offset, length), stall=stall))
+
+
+def digests_in(printed: str) -> dict[int, str]:
+    """What the digest program has printed."""
     return {int(number): found for number, _, found in (line.partition(" ") for line in printed.splitlines()) if found}
 
 
@@ -2779,7 +2834,7 @@ def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple
             continue
         place = Export(host.nbd_address, number, name)
         by_nbd_server = job.transport == "nbd" and format == "raw"
-        words = nbd_server(ends, job, place, path) if by_nbd_server else qemu_nbd(ends, job, place, path, format)
+        words = nbd_server(ends, job, place, path) if by_nbd_server else (*gentle(job), *qemu_nbd(ends, job, place, path, format))
         with contextlib.ExitStack() as stack:
             try:
                 if job.compress:
@@ -2809,20 +2864,31 @@ def nbd_server(ends: Ends, job: DiskJob, place: Export, path: str) -> tuple[str,
     return ("nbd-server", "-C", f"{folder}/{place.port}.conf", "-p", f"{folder}/{place.port}.pid")
 
 
+def gentle(job: DiskJob) -> tuple[str, ...]:
+    """The words before those of a command on the source's host: while a guest runs there, it comes first with CPU and disk."""
+    return ("nice", "-n", "15", "ionice", "-c", "2", "-n", "7") if job.is_live else ()
+
+
+def shared(path: str, format: str) -> tuple[str, ...]:
+    """qemu-nbd's words for a disk that a guest has open: it takes no part in qemu's locks, and what it reads may be torn."""
+    return ("--image-opts", image_opts({"driver": format, "file.driver": "file", "file.filename": path, "file.locking": "off"}))
+
+
 def qemu_nbd(ends: Ends, job: DiskJob, place: Export, path: str, format: str) -> tuple[str, ...]:
     """The words that start qemu-nbd on a disk; it stays in the foreground, as a child of its lease."""
     folder = ends.source_folder
     cache = ("--cache=none", "--aio=native") if job.source_direct else ("--cache=writeback",)
     pidfile = f"{folder}/{'disk' if job.compress else place.port}.pid"
-    words = ("qemu-nbd", "-r", "-t", "-e", "8", "-x", place.name, f"--pid-file={pidfile}", *cache, "-f", format)
+    words = ("qemu-nbd", "-r", "-t", "-e", "8", "-x", place.name, f"--pid-file={pidfile}", *cache)
+    image = shared(path, format) if job.is_live else ("-f", format, path)
     if job.compress:
-        return (*words, "-k", f"{folder}/disk.sock", path)
+        return (*words, "-k", f"{folder}/disk.sock", *image)
     if job.settings.tls:
         words += ("--object", f"tls-creds-x509,id=t,dir={folder},endpoint=server,verify-peer=yes", "--tls-creds", "t")
     if not job.with_python:
-        return (*words, "-b", place.address, "-p", str(place.port), path)
+        return (*words, "-b", place.address, "-p", str(place.port), *image)
     client = "" if job.settings.tls else ends.client_address
-    return (*PYTHON, LISTEN, place.address, str(place.port), client, *words, path)
+    return (*PYTHON, LISTEN, place.address, str(place.port), client, *words, *image)
 
 
 def squeezed(ends: Ends, job: DiskJob, place: Export) -> tuple[str, ...]:
@@ -2906,11 +2972,14 @@ def _whole_sectors(length: int) -> int:
     return -(-length // 512) * 512
 
 
+Progress = Callable[[int], contextlib.AbstractContextManager[Callable[[int], None]]]  # a scope for so many bytes; gives what takes those done so far
+
+
 @dataclass(frozen=True)
 class Witness:
     """Those who look on while a disk moves: who shows the bytes, who is told of each chunk that has arrived, and who may stop it all."""
 
-    progress: Callable[[int], contextlib.AbstractContextManager[Callable[[int], None]]]
+    progress: Progress
     arrived: Callable[[Chunk], None] = lambda tile: None
     check: Callable[[], None] = lambda: None  # called between chunks; may raise
 
@@ -2939,21 +3008,50 @@ def hold_source(ends: Ends, job: DiskJob, stack: contextlib.ExitStack) -> Lease:
         raise FinalError(f"{ends.source.name}: {job.source.path} is in use: {error.said}", "find out who has it open (virsh list, lsof)") from error
 
 
+@dataclass(frozen=True)
+class Reading:
+    """The source's disk while it is read: by BLOCKS on its own host, and by those of the destination, with their options and qemu's node."""
+
+    readable: str
+    options: tuple[str, ...]
+    node: Node
+    leases: tuple[Lease, ...] = ()
+
+    def check(self) -> None:
+        """Raises CommandError where the export or the lock has ended."""
+        for lease in self.leases:
+            lease.check(is_running=True)
+
+
+@contextlib.contextmanager
+def reading(ends: Ends, job: DiskJob) -> Iterator[Reading]:
+    """The source's disk, served to the destination; of a source that has stopped, locked and proven unchanged at the scope's end."""
+    with contextlib.ExitStack() as stack:
+        if not job.is_live:
+            require_stand(ends.source, job)
+        hold = () if job.is_live else (hold_source(ends, job, stack),)
+        export, serving = stack.enter_context(exported(ends, job, job.source.path, job.export_format))
+        readable = stack.enter_context(seen_by_guest(ends, ends.source, job.source, job))
+        options, node = stack.enter_context(reached(ends, job, export, job.length))
+        found = Reading(readable, options, node, (*hold, serving))
+        yield found
+        if not job.is_live:
+            require_stand(ends.source, job)
+            require_still_held(ends.source, job.source.path, ends.source_folder)
+        for lease in found.leases:  # all at once; their ends are awaited with the scope
+            lease.release()
+
+
 def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[tuple[int, int]] = ()) -> Moved:
     """Brings the source's disk into the new file and proves it; of what an earlier attempt has sent (`known`), only what is not proven again.
 
     Raises HostError when a host, a command or the proof fails. The source's lock is held for as long as the export lives.
     """
     began, before, source = time.monotonic(), received(ends), ends.source
-    require_stand(source, job)
-    with contextlib.ExitStack() as stack:
-        hold = hold_source(ends, job, stack)
-        export, serving = stack.enter_context(exported(ends, job, job.source.path, job.export_format))
-        readable = stack.enter_context(seen_by_guest(ends, source, job.source, job.whole_file))
-        reader = stack.enter_context(reached(ends, job, export, job.length))
-        tiles, held_bytes = tiles_of(source, readable, job)
-        proven = prove_what_is_there(ends, job, readable, [tile for tile in tiles if tile.held and is_covered(tile, known)], tiles)
-        compared, sending = Comparison(ends, job, readable, stack), Sending(ends, job, readable, reader, stack)
+    with reading(ends, job) as disk, contextlib.ExitStack() as stack:
+        tiles, held_bytes = tiles_of(source, disk.readable, job)
+        proven = prove_what_is_there(ends, job, disk.readable, [tile for tile in tiles if tile.held and is_covered(tile, known)], tiles)
+        compared, sending = Comparison(ends, job, disk.readable, stack), Sending(ends, job, disk, stack)
 
         def arrived() -> None:
             tile = sending.wait_for_one()
@@ -2961,8 +3059,7 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[tuple[
             witness.check()
             compared.arrived(tile)
             require_stand(source, job)
-            for lease in (hold, serving):
-                lease.check(is_running=True)
+            disk.check()
 
         with witness.progress(sum(tile.held for tile in tiles)) as sending.show:
             for tile in tiles:
@@ -2978,10 +3075,6 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[tuple[
                 arrived()
         copy_tail(ends, job)
         digest = compared.finish()
-        require_stand(source, job)
-        require_still_held(source, job.source.path, ends.source_folder)
-        for lease in (hold, serving):  # both at once; their ends are awaited with the scope
-            lease.release()
     return Moved(held_bytes, received(ends) - before, digest, time.monotonic() - began)
 
 
@@ -2991,7 +3084,7 @@ def prove_what_is_there(ends: Ends, job: DiskJob, readable: str, claimed: Sequen
     if claimed and destination.succeeds("test", "-f", job.new):
         destination.script(UNWRITTEN, job.new, locked(job.new))
         if can_be(lambda: make_sound(destination, job)):
-            with seen_by_guest(ends, destination, job.new_image, job.whole_file) as place:
+            with seen_by_guest(ends, destination, job.new_image, job) as place:
                 sides, stall = ((ends.source, readable), (destination, place)), job.settings.stall_timeout
                 proven = frozenset(tile for tile in claimed if same_digests(digests_for(job), sides, tile, stall))
             if can_be(lambda: make_zero(destination, job, [tile for tile in tiles if tile not in proven])):
@@ -3038,7 +3131,7 @@ def tiles_of(source: Host, readable: str, job: DiskJob) -> tuple[tuple[Chunk, ..
     """The chunks of a job, and how many bytes the source holds, after a look at where; all of it where the host cannot tell."""
     if not job.with_python:
         return chunks(job.length, [(0, job.length, job.length, 1)], job.chunk), min(job.length, job.source.allocated)
-    lines = source.work(*PYTHON, BLOCKS, "map", readable, "0", str(job.length), stall=600).splitlines()
+    lines = source.work(*blocks("map", readable, 0, job.length), stall=600).splitlines()
     found = [(int(start), int(length), int(held), int(pieces)) for start, length, held, pieces in map(str.split, lines)]
     least = max(64 * MiB, job.settings.limit_rate * 5 // MiB * MiB)  # between two commands that are held back nothing flows
     hole = 64 * MiB if job.transport == "nbd" else 0  # a block device has none, and its reader would be sent zeros
@@ -3046,13 +3139,14 @@ def tiles_of(source: Host, readable: str, job: DiskJob) -> tuple[tuple[Chunk, ..
 
 
 @contextlib.contextmanager
-def seen_by_guest(ends: Ends, host: Host, image: DiskImage, whole_file: bool) -> Iterator[str]:
+def seen_by_guest(ends: Ends, host: Host, image: DiskImage, job: DiskJob) -> Iterator[str]:
     """What BLOCKS reads: the file itself, or an export that shows what the guest sees."""
-    if whole_file or image.format == "raw":
+    if job.whole_file or image.format == "raw":
         yield image.path
         return
     folder = ends.source_folder if host is ends.source else ends.destination_folder
-    words = ("qemu-nbd", "-r", "-t", "-e", "8", "-k", f"{folder}/guest.sock", f"--pid-file={folder}/guest.pid", "-f", image.format, image.path)
+    opened = shared(image.path, image.format) if job.is_live and host is ends.source else ("-f", image.format, image.path)
+    words = ("qemu-nbd", "-r", "-t", "-e", "8", "-k", f"{folder}/guest.sock", f"--pid-file={folder}/guest.pid", *opened)
     with host.daemon(f"{folder}/guest.pid", *words):
         yield json.dumps({"server.type": "unix", "server.path": f"{folder}/guest.sock"})
 
@@ -3065,17 +3159,12 @@ def make_new(destination: Host, job: DiskJob) -> None:
     destination.script('umask 077; rm -f -- "$1"; shift; "$@"', job.new, *create)
 
 
-def copy_chunk(ends: Ends, job: DiskJob, readable: str, reader: tuple[tuple[str, ...], Node], tile: Chunk, show: Callable[[int], None]) -> None:
+def copy_chunk(ends: Ends, job: DiskJob, disk: Reading, tile: Chunk, show: Callable[[int], None]) -> None:
     """One chunk from the export into the same place of the new file; raises HostError when nothing moves for the job's stall time."""
-    options, node = reader
-
-    def heard(said: str) -> None:
-        if shares := re.findall(r"\((\d+\.\d+)/100%\)", said):
-            show(int(tile.held * float(shares[-1]) / 100))
-
+    heard = share_of(tile.held, show)
     if tile.is_scattered and job.with_python and job.new_format == "raw":
-        pieces = ends.source.work(*PYTHON, BLOCKS, "pieces", readable, str(tile.offset), str(tile.length), stall=job.settings.stall_timeout)
-        bring(ends, job, node, tile, pieces, heard)
+        pieces = ends.source.work(*blocks("pieces", disk.readable, tile.offset, tile.length), stall=job.settings.stall_timeout)
+        bring(ends, job, disk.node, pieces, heard)
         return
     available = job.length // 512 * 512 if job.transport == "nbd" and job.whole_file else _whole_sectors(job.length)
     is_last = tile.offset + tile.length == job.length
@@ -3087,18 +3176,46 @@ def copy_chunk(ends: Ends, job: DiskJob, readable: str, reader: tuple[tuple[str,
         node_of_new = {"driver": job.new_format, "file.driver": "file", "file.filename": job.new}
     rate = ("-r", str(job.settings.limit_rate)) if job.settings.limit_rate else ()
     cache = ("-T", "none", "-t", "none") if job.fresh_direct else ()
-    ends.destination.work("qemu-img", "convert", "-p", "-n", "-m", "16", "-W", *cache, *rate, *options, "--image-opts", "--target-image-opts",
-                          _cut(node, tile.offset, length), _cut(node_of_new, tile.offset, length),
+    ends.destination.work("qemu-img", "convert", "-p", "-n", "-m", "16", "-W", *cache, *rate, *disk.options, "--image-opts", "--target-image-opts",
+                          _cut(disk.node, tile.offset, length), _cut(node_of_new, tile.offset, length),
                           stall=job.settings.stall_timeout, heard=heard, given=("flock", "-s", job.new))
 
 
-def bring(ends: Ends, job: DiskJob, node: Node, tile: Chunk, pieces: str, heard: Callable[[str], None]) -> None:
-    """Makes these pieces of a chunk (a line for each: offset, length) in the new file equal to the export, by one process however many they are."""
-    listed, where = f"{ends.destination_folder}/{tile.offset}.pieces", node["filename"] if "filename" in node else json.dumps(node)
+def share_of(total: int, show: Callable[[int], None]) -> Callable[[str], None]:
+    """What hears qemu-img's and our own words for a share that is done, as in (12.34/100%), and shows it in bytes."""
+    def heard(said: str) -> None:
+        if shares := re.findall(r"\((\d+\.\d+)/100%\)", said):
+            show(int(total * float(shares[-1]) / 100))
+
+    return heard
+
+
+def bring(ends: Ends, job: DiskJob, node: Node, pieces: str, heard: Callable[[str], None]) -> None:
+    """Makes these pieces (a line for each: offset, length) of the new file equal to the export, by one process however many they are."""
+    where, folder = node["filename"] if "filename" in node else json.dumps(node), ends.destination_folder
+    listed = put_list(ends, pieces)
+    with writable(ends, job) as target:
+        words = blocks("bring", where, 0, job.length, job.settings.limit_rate, listed, target, folder)
+        ends.destination.work(*words, stall=job.settings.stall_timeout, heard=heard, given=("flock", "-s", job.new))
+
+
+def put_list(ends: Ends, pieces: str) -> str:
+    """The path of a file on the destination with these lines."""
+    listed = f"{ends.destination_folder}/{secrets.token_hex(8)}.pieces"
     ends.destination.script(PRIVATE_FILE, listed, stdin=pieces.encode())
-    more = (ends.destination_folder, listed, job.new, str(job.settings.limit_rate))
-    ends.destination.work(*PYTHON, BLOCKS, "bring", where, str(tile.offset), str(tile.length), *more,
-                          stall=job.settings.stall_timeout, heard=heard, given=("flock", "-s", job.new))
+    return listed
+
+
+@contextlib.contextmanager
+def writable(ends: Ends, job: DiskJob) -> Iterator[str]:
+    """What BLOCKS writes to: the new file itself where it is raw, or an export of it."""
+    if job.new_format == "raw":
+        yield job.new
+        return
+    socket_file, pidfile = f"{ends.destination_folder}/new.sock", f"{ends.destination_folder}/new.pid"
+    words = ("qemu-nbd", "-t", "-k", socket_file, f"--pid-file={pidfile}", "--discard=unmap", "-f", job.new_format, job.new)
+    with ends.destination.daemon(pidfile, *words):
+        yield json.dumps({"server.type": "unix", "server.path": socket_file})
 
 
 def copy_tail(ends: Ends, job: DiskJob) -> None:
@@ -3134,8 +3251,8 @@ def threads_for(host: Host, count: int) -> Iterator[ThreadPoolExecutor]:
 class Sending:
     """Chunks on their way into the new file: while one ends the next one flows already, so that the wire is never idle."""
 
-    def __init__(self, ends: Ends, job: DiskJob, readable: str, reader: tuple[tuple[str, ...], Node], stack: contextlib.ExitStack) -> None:
-        self.ends, self.job, self.readable, self.reader = ends, job, readable, reader
+    def __init__(self, ends: Ends, job: DiskJob, disk: Reading, stack: contextlib.ExitStack) -> None:
+        self.ends, self.job, self.disk = ends, job, disk
         self.show: Callable[[int], None] = lambda done: None
         self._pool = stack.enter_context(threads_for(ends.destination, job.lanes))
         self._flows: deque[tuple[Chunk, Future[None]]] = deque()
@@ -3154,7 +3271,7 @@ class Sending:
         """Sends a chunk off."""
         self._here[tile.offset] = 0
         show = functools.partial(self._here.__setitem__, tile.offset)
-        self._flows.append((tile, self._pool.submit(copy_chunk, self.ends, self.job, self.readable, self.reader, tile, show)))
+        self._flows.append((tile, self._pool.submit(copy_chunk, self.ends, self.job, self.disk, tile, show)))
 
     def wait_for_one(self) -> Chunk:
         """The chunk that was sent off first, when it has arrived. Raises HostError where it has not."""
@@ -3189,20 +3306,20 @@ class Comparison:
             self._digest(1, self.job.new, self._tiles[: self._tiles.index(tile) + 1])
         for earlier, one, other in zip(self._tiles, *self._found, strict=False):
             if one.done() and other.done():
-                self._compare(earlier, one.result(), other.result())
+                require_equal(earlier, one.result(), other.result())
 
     def finish(self) -> str:
         """The digest of the whole, which both ends agree on; empty where no proof was asked for. Raises HostError where they differ."""
         if not self.job.settings.verify:
             return ""
-        place = self._stack.enter_context(seen_by_guest(self.ends, self.ends.destination, self.job.new_image, self.job.whole_file))
+        place = self._stack.enter_context(seen_by_guest(self.ends, self.ends.destination, self.job.new_image, self.job))
         self._digest(1, place, self._tiles)
-        whole = hashlib.sha256()
+        found: dict[int, str] = {}
         for tile, one, other in zip(self._tiles, *self._found, strict=True):
             here, there = outcome(one), outcome(other)
-            self._compare(tile, here, there)
-            whole.update("".join(f"{block} {found}\n" for block, found in sorted(here.items())).encode())
-        return whole.hexdigest()
+            require_equal(tile, here, there)
+            found |= here
+        return digest_of_all(found)
 
     @unbroken()
     def _digest(self, end: int, place: str, tiles: Sequence[Chunk]) -> None:
@@ -3211,13 +3328,117 @@ class Comparison:
         host, found, stall = (self.ends.source, self.ends.destination)[end], self._found[end], self.job.settings.stall_timeout
         found += [self._pools[end].submit(how, host, place, tile.offset, tile.length, stall) for tile in tiles[len(found) :]]
 
-    @staticmethod
-    def _compare(tile: Chunk, one: Mapping[int, str], other: Mapping[int, str]) -> None:
-        if one != other:
-            blocks = sorted({block for block, _ in one.items() ^ other.items()})
-            raise FinalError(f"the copy is not the source: {len(blocks)} blocks of 1 MiB differ between byte {tile.offset:,} and "
-                             f"{tile.offset + tile.length:,}, the first one at {blocks[0] * MiB:,}",
-                             "nothing was put in place; run it again, and have disks and network of both hosts checked")
+
+def require_equal(tile: Chunk, one: Mapping[int, str], other: Mapping[int, str]) -> None:
+    """Raises FinalError where the digests of a chunk differ."""
+    if one != other:
+        changed = differing(one, other)
+        raise FinalError(f"the copy is not the source: {len(changed)} blocks of 1 MiB differ between byte {tile.offset:,} and "
+                         f"{tile.offset + tile.length:,}, the first one at {changed[0] * MiB:,}",
+                         "nothing was put in place; run it again, and have disks and network of both hosts checked")
+
+
+def differing(one: Mapping[int, str], other: Mapping[int, str]) -> list[int]:
+    """The blocks whose digests are not the same, in order."""
+    return sorted({block for block, _ in one.items() ^ other.items()})
+
+
+def digest_of_all(found: Mapping[int, str]) -> str:
+    """One digest for a whole disk, of those of its blocks."""
+    return hashlib.sha256("".join(f"{block} {digest}\n" for block, digest in sorted(found.items())).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over a disk that is in the new file already: bytes that had changed, seconds to find them, to send them, and in all."""
+
+    changed: int
+    looking: float
+    sending: float
+    seconds: float
+
+
+def warm_pass(ends: Ends, job: DiskJob, there: Mapping[int, str], progress: Progress) -> tuple[Pass, dict[int, str]]:
+    """Makes the new file what the source's file is, or was a moment ago: the guest goes on writing, so that this is a cache and no copy.
+
+    `there` are the digests of the new file, where they are known; gives those of afterwards, read from the destination's disk.
+    """
+    began, source, destination, stall = time.monotonic(), ends.source, ends.destination, job.settings.stall_timeout
+    is_there = destination.succeeds("test", "-f", job.new) and can_be(lambda: make_sound(destination, job))
+    if not is_there:
+        make_new(destination, job)
+    with reading(ends, job) as disk:
+        if is_there:
+            there = there or digests_there(ends, job)
+            words = blocks("digest", disk.readable, 0, job.length, job.settings.limit_rate)
+            pieces = as_pieces(differing(digests_in(source.work(*gentle(job), *words, stall=stall)), there), job.length)
+        else:
+            lines = source.work(*gentle(job), *blocks("pieces", disk.readable, 0, job.length), stall=stall).splitlines()
+            pieces = [(int(start), int(count)) for start, count in map(str.split, lines)]
+        looked, changed = time.monotonic(), sum(count for _, count in pieces)
+        bring_shown(ends, job, disk, pieces, progress)
+        sent = time.monotonic()
+    found = digests_there(ends, job, pieces) if is_there else digests_there(ends, job)
+    touched = {block for start, count in pieces for block in range(start // MiB, -(-(start + count) // MiB))}
+    there = {**{block: digest for block, digest in there.items() if block not in touched}, **found}
+    return Pass(changed, looked - began, sent - looked, time.monotonic() - began), there
+
+
+def bring_shown(ends: Ends, job: DiskJob, disk: Reading, pieces: Sequence[tuple[int, int]], progress: Progress) -> None:
+    """Brings these pieces, and shows how far that is."""
+    total = sum(count for _, count in pieces)
+    with progress(total) as show:
+        if pieces:
+            bring(ends, job, disk.node, listed_pieces(pieces), share_of(total, show))
+        show(total)
+
+
+def digests_there(ends: Ends, job: DiskJob, pieces: Sequence[tuple[int, int]] | None = None) -> dict[int, str]:
+    """The digests of the new file, or of those of its blocks that these pieces touch."""
+    listed = put_list(ends, listed_pieces(pieces)) if pieces is not None else ""
+    with seen_by_guest(ends, ends.destination, job.new_image, job) as place:
+        words = blocks("digest", place, 0, job.length, 0, listed)
+        return digests_in(ends.destination.work(*words, stall=job.settings.stall_timeout)) if pieces != [] else {}
+
+
+def as_pieces(changed: Iterable[int], length: int) -> list[tuple[int, int]]:
+    """Blocks of 1 MiB as offsets and lengths, those side by side together."""
+    pieces: list[tuple[int, int]] = []
+    for block in sorted(changed):
+        start, count = block * MiB, min(MiB, length - block * MiB)
+        if pieces and sum(pieces[-1]) == start:
+            start, count = pieces[-1][0], pieces.pop()[1] + count
+        pieces.append((start, count))
+    return [(start, count) for start, count in pieces if count > 0]
+
+
+def listed_pieces(pieces: Iterable[tuple[int, int]]) -> str:
+    """A line for each: offset, length."""
+    return "".join(f"{start} {count}\n" for start, count in pieces)
+
+
+def move_changes(ends: Ends, job: DiskJob, witness: Witness) -> Moved:
+    """Sends what the source, now stopped, has other than the new file, and proves every byte of both, as move_disk does.
+
+    Raises HostError when a host, a command or the proof fails. The source's lock is held for as long as the export lives.
+    """
+    began, before, destination, stall = time.monotonic(), received(ends), ends.destination, job.settings.stall_timeout
+    destination.script(UNWRITTEN, job.new, locked(job.new))
+    if not can_be(lambda: make_sound(destination, job)):
+        make_new(destination, job)
+    with reading(ends, job) as disk, threads_for(destination, 1) as pool:
+        proving = pool.submit(digests_there, ends, job)
+        here = digests(ends.source, disk.readable, 0, job.length, stall)
+        there = outcome(proving)
+        changed = differing(here, there)
+        pieces = as_pieces(changed, _whole_sectors(job.length))
+        bring_shown(ends, job, disk, pieces, witness.progress)
+        witness.check()
+        disk.check()
+        copy_tail(ends, job)
+        again = digests_there(ends, job, pieces)
+        require_equal(Chunk(0, job.length, 0), here, {**{block: found for block, found in there.items() if block not in changed}, **again})
+    return Moved(sum(count for _, count in pieces), received(ends) - before, digest_of_all(here), time.monotonic() - began, True)
 
 
 def settle_disk(host: Host, job: DiskJob) -> None:
@@ -3248,6 +3469,7 @@ def check_qcow2(host: Host, job: DiskJob) -> None:
 # ---- 9. Copy ---------------------------------------------------------------------------------------------------------
 
 LOCKED_BY: Final = "migrena run "  # how the reason of our lock on a source begins; the run's id follows
+SETTING_UP: Final = 2.0  # seconds that a stopped source waits for its export, its locks and the swap, whatever its size
 CLAIM_PAUSE: Final = 1.0  # seconds after which a run on another machine, that saw no mark before ours, has written its own
 
 # What an operator does about a source in these states; only ACTIVE and SHUTOFF can be copied.
@@ -3631,6 +3853,8 @@ def bring_disk(run: Run, host: Host, new: Server) -> float:
     with slots(run.journal.path.parent, (run.source_host.name, host.name), run.settings.max_per_host, run.screen):
         with both_ends(run, host) as ends:
             job = prepare(run, ends, new)
+        if run.settings.warm and run.plan.server.is_running:
+            copy_while_it_runs(run, host, job)
         began = stop_source(run)
         job = look_again(run, job)
         transfer(run, host, job)
@@ -3638,6 +3862,79 @@ def bring_disk(run: Run, host: Host, new: Server) -> float:
         with run.screen.step(title), run.journal.act("swap in", new=job.new):
             settle_disk(host, job)
     return began
+
+
+def copy_while_it_runs(run: Run, host: Host, job: DiskJob) -> None:
+    """Brings over what the disk holds while the source runs, again and again, until little is left to be sent when it has stopped.
+
+    Raises FinalError where --max-downtime is not in reach, and the HostError that no further attempt can help with; the source runs on.
+    """
+    if not job.with_python:
+        raise HostError("python3 is missing on a host, without which --warm cannot tell what has changed", "install it, or leave out --warm")
+    job, passes, there = dataclasses.replace(job, is_live=True), list[Pass](), dict[int, str]()
+    began, settings, screen = time.monotonic(), run.settings, run.screen
+    nova = 2 * screen.seconds.get("Stop destination instance", 5.0)  # a stop and a start, as long as a stop has just taken
+    with screen.step("Copy the disk while the source runs."), run.journal.act("warm copy", new=job.new) as result:
+        screen.note(f"{run.source_host.name}:{job.source.path} -> {host.name}:{job.new}")
+        while not passes or wants_another_pass(settings, passes, nova, time.monotonic() - began):
+            one, found = patiently(run, host, functools.partial(one_pass, run, job, there), lambda: require_it_runs(run), "runs on")
+            there = found
+            passes.append(one)
+            expected = f"; stopped now, it would be down for about {span(downtime(passes, nova))}" if len(passes) > 1 else ""
+            screen.note(f"Pass {len(passes)}: {human(one.changed)} {'sent' if len(passes) == 1 else 'had changed, sent'} in {span(one.sending)}"
+                        f"{f', found in {span(one.looking)}' if len(passes) > 1 else ''}{expected}")
+            run.journal.write("pass", number=len(passes), **dataclasses.asdict(one))
+        result["passes"] = len(passes)
+    run.report.copy["passes"] = [dataclasses.asdict(one) for one in passes]
+
+
+def one_pass(run: Run, job: DiskJob, there: Mapping[int, str], ends: Ends) -> tuple[Pass, dict[int, str]]:
+    """One pass over the source's file, as long as it is by now."""
+    require_it_runs(run)
+    length = int(ends.source.run("stat", "-c", "%s", "--", job.source.path))
+    job = dataclasses.replace(job, source=dataclasses.replace(job.source, length=length))
+    return warm_pass(ends, job, there, functools.partial(told_progress, run))
+
+
+def require_it_runs(run: Run) -> None:
+    """Raises CloudError when the source is no longer where it was, or does not run."""
+    server = run.source.server(run.plan.server.id)
+    if (server.host, server.hypervisor) != (run.plan.server.host, run.plan.server.hypervisor):
+        raise CloudError(f"the source has moved to {server.hypervisor} while it was being copied", "run it again")
+    if server.status != "ACTIVE" or server.power != 1:
+        raise CloudError(f"the source is {server.status} in the middle of the copy: somebody has stopped it",
+                         "find out who; run it again, without --warm if it is to stay stopped")
+
+
+def downtime(passes: Sequence[Pass], nova: float) -> float:
+    """Seconds that the source would be down, were it stopped now: Nova's stop and start, finding what has changed and sending it."""
+    return nova + SETTING_UP + passes[-1].looking + left_after(passes) / rate_of(passes)
+
+
+def left_after(passes: Sequence[Pass]) -> float:
+    """Bytes that will have changed again, as fast as they did in the passes before."""
+    return passes[-1].changed / passes[-2].seconds * passes[-1].seconds
+
+
+def rate_of(passes: Sequence[Pass]) -> float:
+    """Bytes per second that the wire carries: as in the pass that sent the most."""
+    most = max(passes, key=lambda one: one.changed)
+    return max(most.changed, 1) / max(most.sending, 0.01)
+
+
+def wants_another_pass(settings: Settings, passes: Sequence[Pass], nova: float, elapsed: float) -> bool:
+    """Whether to go on while the source runs. Raises FinalError where --max-downtime is not in reach."""
+    is_last = 0 < settings.warm_passes <= len(passes)
+    if settings.max_downtime:
+        if len(passes) == 1:
+            return True  # what changes is seen by the second
+        if (expected := downtime(passes, nova)) <= settings.max_downtime:
+            return False
+        if is_last or elapsed > settings.warm_timeout:
+            raise FinalError(f"after {len(passes)} passes in {span(elapsed)} the source would still be down for about {span(expected)}",
+                             f"allow more than --max-downtime {settings.max_downtime}, or try again when the guest writes less")
+        return True
+    return not is_last and (len(passes) == 1 or (left_after(passes) < passes[-1].changed / 2 and left_after(passes) > rate_of(passes) / 2))
 
 
 def claim_source(run: Run) -> None:
@@ -3781,7 +4078,7 @@ def plan_job(run: Run, ends: Ends, fresh: Disk) -> DiskJob:
                  and same_content((ends.source, disk.base), (host, fresh.base), settings.stall_timeout))
     whole_file, why_view = view(disk, fresh, equal)
     compress = settings.compress == "on"
-    transport, why_transport = pick_transport("qemu" if compress else settings.transport, lacking, disk.top, whole_file)
+    transport, why_transport = pick_transport("qemu" if compress or settings.warm else settings.transport, lacking, disk.top, whole_file)
     if transport == "nbd" and lacking:
         raise HostError(f"--transport nbd cannot work: missing is {', '.join(lacking)}", "use --transport qemu, or install what is missing")
     if not whole_file and settings.verify and not with_python:
@@ -3865,19 +4162,17 @@ def transfer(run: Run, host: Host, job: DiskJob) -> None:
         moved = move_patiently(run, host, job, SourceWatch(run))
         rate = moved.held / max(moved.seconds, 0.001)
         proof = f"both ends have digest {moved.digest[:16]}…" if moved.digest else "not proven, as asked for with --no-verify"
-        run.screen.note(f"Done. {human(moved.held)} in {span(moved.seconds)}, {human(rate)}/s; {proof}")
+        what = f"{human(moved.held)} that had changed, in" if moved.is_rest else f"{human(moved.held)} in"
+        run.screen.note(f"Done. {what} {span(moved.seconds)}{'' if moved.is_rest else f', {human(rate)}/s'}; {proof}")
         result |= {"held": moved.held, "digest": moved.digest}
     run.report.copy |= {"verified": bool(moved.digest), "digest": moved.digest, "bytes": moved.held, "length": job.length,
                         "sent": moved.sent, "sent_per_held": round(moved.sent / max(moved.held, 1), 4),
                         "seconds": round(moved.seconds, 2), "rate": round(rate)}
-    run.journal.write("finished", clouds=[run.source.url, run.destination.url], rate=round(rate) if moved.held > MiB else 0)
+    run.journal.write("finished", clouds=[run.source.url, run.destination.url], rate=round(rate) if moved.held > MiB and not moved.is_rest else 0)
 
 
 def move_patiently(run: Run, host: Host, job: DiskJob, check: Callable[[], None]) -> Moved:
-    """Moves the disk, again and again where a command, an export, a device or a connection fails; what has arrived is proven and kept.
-
-    Raises the HostError that no further attempt can help with, or that of the last one.
-    """
+    """Moves the disk, again and again where something fails; what has arrived is proven and kept. Raises as `patiently` does."""
     known = list(run.earlier.record.arrived) if run.earlier else []
 
     def arrived(tile: Chunk) -> None:
@@ -3885,19 +4180,33 @@ def move_patiently(run: Run, host: Host, job: DiskJob, check: Callable[[], None]
         run.journal.write("chunk", offset=tile.offset, length=tile.length)
 
     witness = Witness(functools.partial(told_progress, run), arrived, check)
+
+    def attempt(ends: Ends) -> Moved:
+        if job.settings.warm and job.with_python and ends.destination.succeeds("test", "-f", job.new):
+            return move_changes(ends, job, witness)
+        return move_disk(ends, job, witness, known)
+
+    return patiently(run, host, attempt, check, "stays stopped")
+
+
+def patiently(run: Run, host: Host, act: Callable[[Ends], T], check: Callable[[], None], meanwhile: str) -> T:
+    """What an act on both ends gives, tried again and again where a command, an export, a device or a connection fails.
+
+    Raises the HostError that no further attempt can help with, or that of the last one.
+    """
     for attempt in range(run.settings.retries + 1):
         try:
             if attempt:
                 run.source_host.revive()
                 host.revive()
             with both_ends(run, host) as ends:
-                return move_disk(ends, job, witness, known)
+                return act(ends)
         except HostError as error:
             if attempt == run.settings.retries or isinstance(error, FinalError) or any(words in str(error) for words in NO_ROOM):
                 raise
             pause = min(2 ** (attempt + 1), 60)
             run.journal.write("retry", attempt=attempt + 1, error=str(error), pause=pause)
-            run.screen.warn(f"{error}; attempt {attempt + 2} of {run.settings.retries + 1} follows in {pause} s, the source stays stopped")
+            run.screen.warn(f"{error}; attempt {attempt + 2} of {run.settings.retries + 1} follows in {pause} s, the source {meanwhile}")
             time.sleep(pause)
             check()
     raise AssertionError("the last attempt returns or raises")
@@ -3977,6 +4286,7 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, destination:
     yield f"transport    {transport}{' with TLS' if settings.tls else ' in clear'}: {why} (the destination's host may lack something)"
     amounts = {"the file": top.allocated} if top.format == "raw" or not plan.disk.base else {
         "the file, if the bases are equal": top.allocated, "what the guest sees, if they are not": plan.disk.guest_bytes}
+    is_warm = settings.warm and plan.was_running
     rates = {f"{human(known_rate)}/s, as in the last run": known_rate} if known_rate else {"1 Gbit/s": 1.25e8, "10 Gbit/s": 1.25e9}
     if settings.limit_rate:
         rates = {f"{human(settings.limit_rate)}/s, the limit": float(settings.limit_rate)}
@@ -3984,14 +4294,18 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, destination:
         yield f"to move      {human(amount)}: {what}"
         yield f"  space      {human(space_needed(top, plan.disk, amount == top.allocated))} at the destination"
         for name, rate in rates.items():
-            kind, also = ("downtime", ", and the time to stop and start") if plan.was_running else ("duration", "")
+            kind, also = ("downtime", ", and the time to stop and start") if plan.was_running and not is_warm else ("duration", "")
             yield f"  {kind}   about {span(amount / rate)} at {name}{also}"
+    if is_warm:
+        yield "downtime     for finding and sending what changes meanwhile, and the time to stop and start: the source runs until then"
     yield f"afterwards   {'start ' + settings.start_after if settings.start_after else 'nothing is started'}"
 
 
 def copy(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     """The job without a word in first place: survey, refuse, and then the plan is printed or executed."""
     check_extra(settings.extra_args)
+    if not settings.warm and {"max_downtime", "warm_passes", "warm_timeout"} & set(call.flags):
+        raise UsageError("--max-downtime, --warm-passes and --warm-timeout mean something with --warm alone", "give --warm too")
     creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
     folder, screen, run = state_folder(settings, call.environment), undo.screen, new_run()
     with contextlib.ExitStack() as stack:

@@ -8,8 +8,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrena import Chunk, Disk, DiskImage, chunks, human, over_quota, pick_transport, space_needed, span, view
-from unit.makers import a_base, a_disk, a_flavor, an_overlay
+from migrena import (
+    Chunk,
+    Disk,
+    DiskImage,
+    FinalError,
+    Pass,
+    as_pieces,
+    chunks,
+    human,
+    over_quota,
+    pick_transport,
+    space_needed,
+    span,
+    view,
+    wants_another_pass,
+)
+from unit.makers import a_base, a_disk, a_flavor, an_overlay, some_settings
 
 MiB = 1024**2
 
@@ -88,6 +103,38 @@ def test_a_chunk_of_many_small_pieces_is_known_as_such() -> None:
     crumbs = [(at * 64 * MiB, 64 * MiB, 4 * MiB, 1024) for at in range(64)]
     assert all(tile.is_scattered for tile in chunks(4096 * MiB, crumbs, 512 * MiB))
     assert not any(tile.is_scattered for tile in chunks(4096 * MiB, [(0, 4096 * MiB, 4096 * MiB, 3)], 512 * MiB))
+
+
+def passes(*changed: int, seconds: float = 10.0, looking: float = 2.0) -> list[Pass]:
+    """Passes that each found so many MiB changed, at 100 MiB/s."""
+    return [Pass(found * MiB, looking, found / 100, seconds) for found in changed]
+
+
+@pytest.mark.parametrize(("found", "different", "another"), [
+    (passes(4000), {}, True),  # what changes is known by the second
+    (passes(4000, 1000), {}, False),  # it would find as much again
+    ([*passes(4000, seconds=50), *passes(1000)], {}, True),
+    ([*passes(4000, seconds=50), *passes(200)], {}, False),  # less than half a second of the wire
+    (passes(4000), {"warm_passes": 1}, False),
+    ([*passes(4000, seconds=50), *passes(1000)], {"warm_passes": 2}, False),
+    (passes(4000), {"max_downtime": 30}, True),
+    (passes(4000, 1000), {"max_downtime": 30}, False),
+    (passes(4000, 1000), {"max_downtime": 15}, True),
+    (passes(4000, 1000), {"max_downtime": 15, "warm_passes": 3}, True),
+])
+def test_passes_go_on_while_that_is_of_use(found: list[Pass], different: dict[str, int], another: bool) -> None:
+    assert wants_another_pass(some_settings(**different), found, 4.0, 60.0) is another
+
+
+@pytest.mark.parametrize("different", [{"warm_timeout": 59}, {"warm_passes": 2}])
+def test_a_downtime_that_is_not_in_reach_is_told(different: dict[str, int]) -> None:
+    with pytest.raises(FinalError, match=r"after 2 passes in 0:01:00 the source would still be down for about 18.0 s"):
+        wants_another_pass(some_settings(max_downtime=15, **different), passes(4000, 1000), 4.0, 60.0)
+
+
+def test_blocks_side_by_side_are_brought_together() -> None:
+    assert as_pieces([7, 1, 2, 3, 9], 9 * MiB + 5) == [(MiB, 3 * MiB), (7 * MiB, MiB), (9 * MiB, 5)]
+    assert as_pieces([9], 9 * MiB) == as_pieces([], MiB) == []
 
 
 RAW = DiskImage("/d", "raw", size=MiB, length=MiB, allocated=MiB)

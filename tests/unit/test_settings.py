@@ -72,6 +72,8 @@ def test_settling_nothing_gives_the_defaults() -> None:
     ({}, {}, {"limit_rate": "fast"}, "LIMIT_RATE in config.py: 'fast' is no size"),
     ({}, {}, {"transport": "quemu"}, r"TRANSPORT in config.py: 'quemu' is none of auto, nbd, qemu; did you mean qemu\?"),
     ({"compress": "on"}, {}, {"transport": "nbd"}, "--compress on goes with the transport qemu alone"),
+    ({"warm": True}, {}, {"transport": "nbd"}, "--warm goes with the transport qemu alone"),
+    ({"max_downtime": "soon"}, {}, {}, "--max-downtime: 'soon' is no number of seconds, as in 30, 30s, 5m or 2h"),
     ({}, {}, {"chunk": "1K"}, "CHUNK: 1024 is no multiple of 1 MiB"),
     ({}, {}, {"chunk": 1024**2 + 1}, "CHUNK: 1048577 is no multiple of 1 MiB"),
     ({}, {}, {"chunk": 0}, "CHUNK: 0 is no multiple of 1 MiB"),

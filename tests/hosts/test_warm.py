@@ -1,0 +1,189 @@
+"""A warm copy: the source runs while its disk goes over, and nothing that its guest wrote is lost, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from hosts.operators import Operator, ended, has_arrived, is_complete
+from hosts.rig import INSTANCES, MiB, base, processes, running, wait_for, wait_until_clean
+
+# A guest that writes 64 KiB somewhere in PLACES of its disk, again and again with PAUSE seconds between, until it is asked to end.
+GUEST = """
+import os, random, signal, subprocess, sys, time
+disk, format, places, pause = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+pidfile, going = os.path.dirname(disk) + "/guest.pid", [True]
+signal.signal(signal.SIGTERM, lambda *_: going.clear())
+qemu = subprocess.Popen(["qemu-io", "-f", format, disk], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+number = 0
+while going:
+    number += 1
+    qemu.stdin.write("write -P %d %d 65536\\n" % (number % 255 + 1, random.randrange(places) * 65536))
+    qemu.stdin.flush()
+    if number == 8:
+        with open(pidfile, "w") as file:
+            file.write(str(os.getpid()))
+    time.sleep(pause)
+qemu.stdin.write("flush\\nquit\\n")
+qemu.stdin.close()
+qemu.wait()
+os.remove(pidfile)
+"""
+Guest = Callable[..., None]
+
+
+@pytest.fixture
+def guest(operator: Operator) -> Iterator[Guest]:
+    """Starts the source's guest, which writes to so many places of its disk."""
+    with_guest: list[object] = []
+    host, folder = operator.source.host, operator.source.path.rpartition("/")[0]
+
+    def start(places: int = 16, pause: float = 0.02) -> None:
+        words = ("python3", "-c", GUEST, operator.source.path, operator.source.format, str(places), str(pause))
+        scope = running(host, *words)
+        scope.__enter__()
+        with_guest.append(scope)
+        wait_for("the guest", lambda: runs(operator))
+
+    yield start
+    host.run("sh", "-c", 'pid=$(cat "$1/guest.pid" 2>/dev/null) && kill "$pid"; sleep 0.5; rm -f "$1/guest.pid"', "sh", folder, check=False)
+    for scope in with_guest:
+        scope.__exit__(None, None, None)  # type: ignore[attr-defined]
+
+
+def runs(operator: Operator) -> bool:
+    """Whether the guest is there, and writes."""
+    return operator.source.host.run("test", "-e", f"{operator.source.path.rpartition('/')[0]}/guest.pid", check=False).returncode == 0
+
+
+def events(operator: Operator) -> list[str]:
+    """What the journal of the only run says has happened, by name."""
+    (path,) = (operator.folder / "state").glob("*.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [f"{line['event']} {str(line.get('act', '')).partition(' 0')[0]}".strip() for line in lines]
+
+
+def done(operator: Operator, *words: str) -> dict[str, object]:
+    """The report of a warm copy that must succeed, held to all that must be so."""
+    ended = operator.copy("--warm", "--json", *words)
+    assert ended.returncode == 0, ended.stderr
+    report: dict[str, object] = json.loads(ended.stdout)
+    is_complete(operator, str(report["run"]))
+    return report
+
+
+@pytest.mark.parametrize("words", [(), ("--no-tls",), ("--compress", "on"), ("--limit-rate", "20M"), ("--warm-passes", "1"), ("--no-verify",)])
+def test_what_a_guest_writes_meanwhile_arrives(operator: Operator, guest: Guest, words: tuple[str, ...]) -> None:
+    guest()
+    copy = done(operator, *words)["copy"]
+    assert isinstance(copy, dict)
+    passes = copy["passes"]
+    assert len(passes) == 1 if "--warm-passes" in words else len(passes) >= 2
+    assert passes[0]["changed"] > 26 * MiB and copy["bytes"] < 8 * MiB  # what is left to be sent is what the guest has written to
+    assert copy["verified"] and len(str(copy["digest"])) == 64
+
+
+def test_the_source_runs_until_little_is_left(operator: Operator, guest: Guest) -> None:
+    guest()
+    done(operator)
+    happened = events(operator)
+    assert happened.index("done warm copy") < happened.index("intent stop source") < happened.index("intent copy")
+
+
+def test_a_disk_that_grows_meanwhile_arrives_whole(operator: Operator, guest: Guest) -> None:
+    guest(places=1000, pause=0.002)
+    done(operator, "--limit-rate", "12M", "--warm-passes", "2")
+
+
+def test_what_the_guest_sees_goes_over_where_the_bases_differ(operator: Operator, guest: Guest) -> None:
+    operator.lab["dst"].run("rm", f"{INSTANCES}/_base/debian")
+    base(operator.lab["dst"], "another", path=f"{INSTANCES}/_base/debian")
+    guest()
+    try:
+        done(operator)
+    finally:
+        operator.lab["dst"].run("rm", f"{INSTANCES}/_base/debian")
+
+
+def test_a_source_that_is_stopped_is_copied_as_ever(operator: Operator) -> None:
+    operator.clouds[0].stop(operator.id)
+    ended = operator.copy("--warm")
+    assert ended.returncode == 0 and "while the source runs" not in ended.stderr, ended.stderr
+
+
+def is_untouched(operator: Operator) -> None:
+    """The source and its guest run, nobody else has the disk open, and nothing is left in the destination."""
+    operator.is_as_found()
+    assert runs(operator) and operator.made() == []
+    operator.clouds[0].stop(operator.id)
+    for host in operator.lab:
+        wait_until_clean(host)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("line", ["intent of warm copy", "progress", "pass"])
+def test_an_interrupted_warm_pass_leaves_the_source_running(operator: Operator, guest: Guest, line: str, number: signal.Signals) -> None:
+    guest()
+    ended = operator.copy("--warm", throw=[(line, number)])
+    assert ended.returncode == 128 + number, ended.stderr
+    is_untouched(operator)
+
+
+@pytest.mark.parametrize(("line", "runs_on"), [
+    ("intent of warm copy", True), ("progress", True), ("pass", True), ("done of warm copy", True), ("intent of stop source", True),
+    ("done of stop source", False), ("intent of copy", False), ("done of copy", False), ("intent of swap in", False)])
+def test_a_run_that_is_killed_goes_on_from_where_it_was(operator: Operator, guest: Guest, line: str, runs_on: bool) -> None:
+    guest()
+    assert operator.copy("--warm", throw=[(line, signal.SIGKILL)]).returncode == -signal.SIGKILL
+    assert runs(operator) == runs_on
+    ((run, _),) = operator.states()
+    ended = operator.run("resume", run)
+    assert ended.returncode == 0, ended.stderr
+    has_arrived(operator, run)
+
+
+def test_a_downtime_that_is_not_in_reach_leaves_the_source_running(operator: Operator, guest: Guest) -> None:
+    guest(places=900, pause=0.001)
+    ended = operator.copy("--warm", "--max-downtime", "1s", "--warm-timeout", "2s")
+    assert ended.returncode == 1 and "would still be down for about" in ended.stderr, ended.stderr
+    assert "--max-downtime" in ended.stderr
+    is_untouched(operator)
+
+
+def test_a_downtime_that_is_in_reach_is_waited_for(operator: Operator, guest: Guest) -> None:
+    guest()
+    report = done(operator, "--max-downtime", "10m")
+    assert isinstance(report["copy"], dict) and len(report["copy"]["passes"]) == 2
+
+
+def test_a_limit_of_the_downtime_without_a_warm_copy_is_refused(operator: Operator) -> None:
+    ended = operator.copy("--max-downtime", "30s")
+    assert ended.returncode == 2 and "give --warm too" in ended.stderr and operator.made() == []
+
+
+def test_a_source_that_is_stopped_by_somebody_meanwhile_ends_it(operator: Operator, guest: Guest) -> None:
+    guest()
+    process = operator.begin("-s", operator.id, "-d", "new", "--warm", "--limit-rate", "3M")
+    wait_for("the first pass", lambda: any(path.read_text().count('"progress"') for path in (operator.folder / "state").glob("*.jsonl")))
+    operator.clouds[0].stop(operator.id)
+    said = ended(process, 1)
+    assert "somebody has stopped it" in said
+    assert operator.made() == [] and operator.clouds[0].rows()[operator.id]["status"] == "SHUTOFF"
+
+
+@pytest.mark.parametrize(("side", "word"), [("src", "qemu-nbd"), ("dst", "python3")])
+def test_a_program_that_dies_in_a_warm_pass_costs_an_attempt(operator: Operator, guest: Guest, side: str, word: str) -> None:
+    guest()
+    process = operator.begin("-s", operator.id, "-d", "new", "--warm", "--limit-rate", "6M")
+    wait_for("the first pass", lambda: any(path.read_text().count('"progress"') for path in (operator.folder / "state").glob("*.jsonl")))
+    host = operator.lab[side]
+    for pid, words in processes(host).items():
+        if words[0] == word and ("bring" in words if side == "dst" else "--pid-file" in " ".join(words)):
+            host.run("kill", "-9", str(pid))
+    said = ended(process, 0)
+    assert "the source runs on" in said
+    (run, _), = operator.states()
+    has_arrived(operator, run)
