@@ -2352,10 +2352,14 @@ class NewFile:
         import ctypes
         self.fd, self.fallocate = os.open(path, os.O_RDWR), ctypes.CDLL(None).fallocate
         self.fallocate.argtypes = ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64
+        self.unwritten = 0
     def write(self, at, data):
+        self.unwritten += len(data)
         while data:
             count = os.pwrite(self.fd, data, at)
             data, at = data[count:], at + count
+        if self.unwritten > 16 * BLOCK:  # on its way to the disk now, and not all of it at the end
+            self.unwritten = os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED) or 0
     def hollow(self, at, count):
         if self.fallocate(self.fd, 3, at, count):  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
             self.write(at, bytes(count))
