@@ -265,6 +265,7 @@ def boots(host: Host, id: str) -> int:
 
 def left_on(host: Host) -> list[str]:
     """Whatever of migrena is on a hypervisor: processes and files."""
-    processes = [line for line in (" ".join(argv) for _, argv in host.processes()) if re.search(r"nbd|qemu-img|migrena-\d{8}T", line)]
+    lines = [" ".join(argv) for _, argv in host.processes()]
+    processes = [line for line in lines if re.search(r"nbd|qemu-img|migrena-\d{8}T", line) and "--force-share" not in line]  # Nova looks so
     files = host.run("sh", "-c", f"ls -d /run/migrena* /tmp/migrena* {DISKS}/*/*migrena* 2>/dev/null", check=False).stdout.split()
     return processes + files
