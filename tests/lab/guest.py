@@ -33,7 +33,7 @@ PROMPT 0
 TIMEOUT 0
 LABEL lab
   KERNEL /vmlinuz
-  APPEND initrd=/initrd console=ttyS0 quiet panic=1 tsc=unstable mitigations=off
+  APPEND initrd=/initrd console=ttyS0 quiet panic=1 tsc=unstable mitigations=off no_timer_check
 """
 
 
