@@ -1874,7 +1874,7 @@ def received_within(channel: paramiko.Channel, seconds: float) -> bytes:
     until = time.monotonic() + seconds
     while True:
         with unbroken():
-            channel.settimeout(max(0.0, min(0.5, until - time.monotonic())))
+            channel.settimeout(min(0.5, max(0.01, until - time.monotonic())))
             try:
                 return channel.recv(65536)
             except TimeoutError:
@@ -1900,9 +1900,15 @@ def unheard() -> Iterator[None]:
 
 
 def _drain(channel: paramiko.Channel, into: bytearray, most: int = 16384) -> None:
-    """Reads a channel's standard error to its end: left unread, it would block standard output too."""
+    """Reads a channel's standard error to its end, however long it is silent: left unread, it would block standard output too."""
     with unheard():
-        while piece := channel.recv_stderr(8192):
+        while True:
+            try:
+                piece = channel.recv_stderr(8192)
+            except TimeoutError:  # of the one patience that a channel has, which is for its output
+                continue
+            if not piece:
+                return
             into += piece
             del into[:-most]
 
@@ -2574,7 +2580,7 @@ if [ -n "$device" ]; then
 fi
 timeout 60 "$@" ${device:+"$device"} </dev/null >"$said" 2>&1 || { cat "$said" >&2; echo "nbd-client did not connect" >&2; exit 1; }
 [ -n "$device" ] || device=$(sed -n 's,.*Connected \\(/dev/nbd[0-9]*\\).*,\\1,p' "$said")
-[ -b "$device" ] || { cat "$said" >&2; exit 1; }
+[ -b "$device" ] || { cat "$said" >&2; echo "nbd-client connected, but to no device that is there" >&2; exit 1; }
 state=/sys/block/${device#/dev/}
 trap '' PIPE
 echo "$device $(cat "$state/size")"

@@ -45,6 +45,16 @@ def test_hazard_a_warning_on_standard_error_counts_as_failure_and_an_exit_status
             way("sh", "-c", "echo done; exit 3")
 
 
+def test_what_a_long_command_says_after_a_silence_is_told_too(src: Host) -> None:
+    with pytest.raises(CommandError, match="(?s)status 1: careful.*the reason") as caught:
+        src.work("sh", "-c", "echo careful >&2; sleep 3; echo the reason >&2; exit 1", stall=30)
+    assert caught.value.said == "careful\nthe reason"
+
+
+def test_five_megabytes_after_a_silence_block_nothing(src: Host) -> None:
+    assert len(src.work("sh", "-c", f"echo careful >&2; sleep 3; {BOTH}", stall=30)) == 2 * MANY
+
+
 @pytest.mark.parametrize("status", [1, 2, 7, 127, 255])
 def test_a_failure_names_host_command_status_and_what_was_said(src: Host, status: int) -> None:
     for way in (src.run, lambda *words: src.work(*words, stall=30)):
