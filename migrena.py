@@ -649,6 +649,10 @@ class Disk:
         return self.chain[1] if len(self.chain) == 2 else None
 
 
+SPAN: Final = 64 * MiB  # what a chunk holds at least, unless that is all
+Piece = tuple[int, int]  # offset and length
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A stretch of the disk, in bytes; how many of them it holds, and in how many pieces, as far as that is known."""
@@ -664,7 +668,7 @@ class Chunk:
         return self.held <= self.pieces * MiB // 16 and self.pieces > 64
 
 
-def chunks(length: int, stretches: Iterable[tuple[int, int, int, int]], limit: int, least: int = 64 * MiB, hole: int = 0) -> tuple[Chunk, ...]:
+def chunks(length: int, stretches: Iterable[Sequence[int]], limit: int, least: int = SPAN, hole: int = 0) -> tuple[Chunk, ...]:
     """`length` bytes tiled with chunks that hold `limit` bytes at most; a stretch is its offset, its length, what it holds and in how many pieces.
 
     Each holds at most a quarter of what is still to come, or `least`, so that little is left to be proven when the last one has arrived. The first
@@ -710,7 +714,7 @@ def chunks(length: int, stretches: Iterable[tuple[int, int, int, int]], limit: i
     return tuple(tiles)
 
 
-def is_covered(tile: Chunk, stretches: Iterable[tuple[int, int]]) -> bool:
+def is_covered(tile: Chunk, stretches: Iterable[Piece]) -> bool:
     """Whether every byte of a chunk lies in one of these stretches (offset, length), whatever chunks they once were."""
     at = tile.offset
     for offset, length in sorted(stretches):
@@ -889,11 +893,17 @@ class Screen:
     def step(self, title: str) -> Iterator[None]:
         """A scope for one step of the run: says its title, and afterwards keeps the seconds it took."""
         self.say(title, is_title=True)
+        with self.timed(title.rstrip(".")):
+            yield
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """A scope whose seconds are kept for the report."""
         began = time.monotonic()
         try:
             yield
         finally:
-            self.seconds[title.rstrip(".")] = round(time.monotonic() - began, 2)
+            self.seconds[what] = round(time.monotonic() - began, 2)
 
     def note(self, line: str) -> None:
         """A fact below the step."""
@@ -2238,7 +2248,7 @@ PYTHON: Final = ("python3", "-ISc")  # without what the host's owner has added t
 # Files are read past the page cache where they can be: what is proven comes from the disk, and others keep their cache.
 BLOCKS: Final = r"""
 import hashlib, mmap, os, struct, sys, threading, time
-CELL, BLOCK, SPAN = 1 << 16, 1 << 20, 64 << 20  # a stretch goes on over holes as long as it is no longer than that
+CELL, BLOCK, SPAN = 1 << 16, 1 << 20, 64 << 20  # a stretch goes on over holes as long as it is no longer than SPAN
 verb, where, offset, length, rate, listed, target, folder = (sys.argv[1:] + [""] * 4)[:8]
 offset, length, rate = int(offset), int(length), int(rate or 0)
 end, local, zeros = offset + length, threading.local(), bytes(CELL)
@@ -2623,7 +2633,7 @@ def tools_lacking(host: Host, tools: Sequence[str]) -> list[str]:
 
 
 Node = dict[str, str]  # one of qemu's block nodes, option by option
-Digest = Callable[[Host, str, int, int, float], dict[int, str]]  # as `digests` below takes them
+Digest = Callable[[Host, str, int, int, float], str]  # as `digests` below takes them
 
 
 def image_opts(node: Node) -> str:
@@ -2734,20 +2744,27 @@ def blocks(verb: str, where: str, offset: int, length: int, *more: int | str) ->
     return (*PYTHON, BLOCKS, verb, where, str(offset), str(length), *map(str, more))
 
 
-def digests(host: Host, where: str, offset: int, length: int, stall: float) -> dict[int, str]:
-    """sha256 of each block of 1 MiB that is not all zeros, by its number; `where` is a file, or an export as qemu's node in JSON."""
-    return digests_in(host.work(*blocks("digest", where, offset, length), stall=stall))
+def numbers_in(printed: str) -> list[tuple[int, ...]]:
+    """The numbers of each line."""
+    return [tuple(map(int, line.split())) for line in printed.splitlines()]
 
 
-def digests_in(printed: str) -> dict[int, str]:
-    """What the digest program has printed."""
-    return {int(number): found for number, _, found in (line.partition(" ") for line in printed.splitlines()) if found}
+def digests(host: Host, where: str, offset: int, length: int, stall: float, *more: int | str, before: Sequence[str] = ()) -> str:
+    """A line for each block of 1 MiB that is not all zeros: its number, its sha256; `where` is a file, or an export as qemu's node in JSON."""
+    printed = host.work(*before, *blocks("digest", where, offset, length, *more), stall=stall)
+    return printed.replace(".\n", "")  # signs of life
 
 
-def digest_of_chunk(host: Host, where: str, offset: int, length: int, stall: float) -> dict[int, str]:
+def by_block(lines: str) -> dict[int, str]:
+    """The digests of these lines by their blocks."""
+    return {int(number): found for number, found in map(str.split, lines.splitlines())}
+
+
+def digest_of_chunk(host: Host, where: str, offset: int, length: int, stall: float) -> str:
     """The same as one digest of the whole stretch of a file, for hosts without python3."""
     count = "dd if=\"$1\" iflag=skip_bytes,count_bytes skip=\"$2\" count=\"$3\" bs=1M status=none | sha256sum"
-    return {offset // MiB: host.work("sh", "-c", count, "migrena", where, str(offset), str(length), stall=max(stall, 3600)).split()[0]}
+    found = host.work("sh", "-c", count, "migrena", where, str(offset), str(length), stall=max(stall, 3600)).split()[0]
+    return f"{offset // MiB} {found}\n"
 
 
 def digests_for(job: DiskJob) -> Digest:
@@ -3052,7 +3069,7 @@ def reading(ends: Ends, job: DiskJob) -> Iterator[Reading]:
             lease.release()
 
 
-def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[tuple[int, int]] = ()) -> Moved:
+def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[Piece] = ()) -> Moved:
     """Brings the source's disk into the new file and proves it; of what an earlier attempt has sent (`known`), only what is not proven again.
 
     Raises HostError when a host, a command or the proof fails. The source's lock is held for as long as the export lives.
@@ -3141,10 +3158,9 @@ def tiles_of(source: Host, readable: str, job: DiskJob) -> tuple[tuple[Chunk, ..
     """The chunks of a job, and how many bytes the source holds, after a look at where; all of it where the host cannot tell."""
     if not job.with_python:
         return chunks(job.length, [(0, job.length, job.length, 1)], job.chunk), min(job.length, job.source.allocated)
-    lines = source.work(*blocks("map", readable, 0, job.length), stall=600).splitlines()
-    found = [(int(start), int(length), int(held), int(pieces)) for start, length, held, pieces in map(str.split, lines)]
-    least = max(64 * MiB, job.settings.limit_rate * 5 // MiB * MiB)  # between two commands that are held back nothing flows
-    hole = 64 * MiB if job.transport == "nbd" else 0  # a block device has none, and its reader would be sent zeros
+    found = numbers_in(source.work(*blocks("map", readable, 0, job.length), stall=600))
+    least = max(SPAN, job.settings.limit_rate * 5 // MiB * MiB)  # between two commands that are held back nothing flows
+    hole = SPAN if job.transport == "nbd" else 0  # a block device has none, and its reader would be sent zeros
     return chunks(job.length, found, job.chunk, least, hole), sum(held for _, _, held, _ in found)
 
 
@@ -3171,10 +3187,8 @@ def make_new(destination: Host, job: DiskJob) -> None:
 
 def copy_chunk(ends: Ends, job: DiskJob, disk: Reading, tile: Chunk, show: Callable[[int], None]) -> None:
     """One chunk from the export into the same place of the new file; raises HostError when nothing moves for the job's stall time."""
-    heard = share_of(tile.held, show)
     if tile.is_scattered and job.with_python and job.new_format == "raw":
-        pieces = ends.source.work(*blocks("pieces", disk.readable, tile.offset, tile.length), stall=job.settings.stall_timeout)
-        bring(ends, job, disk.node, pieces, heard)
+        bring(ends, job, disk.node, pieces_held(ends.source, disk.readable, tile.offset, tile.length, job), show)
         return
     available = job.length // 512 * 512 if job.transport == "nbd" and job.whole_file else _whole_sectors(job.length)
     is_last = tile.offset + tile.length == job.length
@@ -3188,7 +3202,7 @@ def copy_chunk(ends: Ends, job: DiskJob, disk: Reading, tile: Chunk, show: Calla
     cache = ("-T", "none", "-t", "none") if job.fresh_direct else ()
     ends.destination.work("qemu-img", "convert", "-p", "-n", "-m", "16", "-W", *cache, *rate, *disk.options, "--image-opts", "--target-image-opts",
                           _cut(disk.node, tile.offset, length), _cut(node_of_new, tile.offset, length),
-                          stall=job.settings.stall_timeout, heard=heard, given=("flock", "-s", job.new))
+                          stall=job.settings.stall_timeout, heard=share_of(tile.held, show), given=("flock", "-s", job.new))
 
 
 def share_of(total: int, show: Callable[[int], None]) -> Callable[[str], None]:
@@ -3200,19 +3214,28 @@ def share_of(total: int, show: Callable[[int], None]) -> Callable[[str], None]:
     return heard
 
 
-def bring(ends: Ends, job: DiskJob, node: Node, pieces: str, heard: Callable[[str], None]) -> None:
-    """Makes these pieces (a line for each: offset, length) of the new file equal to the export, by one process however many they are."""
-    where, folder = node["filename"] if "filename" in node else json.dumps(node), ends.destination_folder
-    listed = put_list(ends, pieces)
-    with writable(ends, job) as target:
-        words = blocks("bring", where, 0, job.length, job.settings.limit_rate, listed, target, folder)
-        ends.destination.work(*words, stall=job.settings.stall_timeout, heard=heard, given=("flock", "-s", job.new))
+def pieces_held(source: Host, readable: str, offset: int, length: int, job: DiskJob) -> list[Piece]:
+    """What the source holds of a stretch, piece by piece."""
+    printed = source.work(*gentle(job), *blocks("pieces", readable, offset, length), stall=job.settings.stall_timeout)
+    return [(start, count) for start, count in numbers_in(printed)]
 
 
-def put_list(ends: Ends, pieces: str) -> str:
-    """The path of a file on the destination with these lines."""
+def bring(ends: Ends, job: DiskJob, node: Node, pieces: Sequence[Piece], show: Callable[[int], None]) -> None:
+    """Makes these pieces of the new file equal to the export, by one process however many they are, and shows the bytes done."""
+    total = sum(count for _, count in pieces)
+    if pieces:
+        where, folder = node["filename"] if "filename" in node else json.dumps(node), ends.destination_folder
+        with writable(ends, job) as target:
+            words = blocks("bring", where, 0, job.length, job.settings.limit_rate, put_list(ends, pieces), target, folder)
+            heard = share_of(total, show)
+            ends.destination.work(*words, stall=job.settings.stall_timeout, heard=heard, given=("flock", "-s", job.new))
+    show(total)
+
+
+def put_list(ends: Ends, pieces: Sequence[Piece]) -> str:
+    """The path of a file on the destination with a line for each piece."""
     listed = f"{ends.destination_folder}/{secrets.token_hex(8)}.pieces"
-    ends.destination.script(PRIVATE_FILE, listed, stdin=pieces.encode())
+    ends.destination.script(PRIVATE_FILE, listed, stdin="".join(f"{start} {count}\n" for start, count in pieces).encode())
     return listed
 
 
@@ -3298,7 +3321,8 @@ class Comparison:
         self.ends, self.job, self.readable, self._stack = ends, job, readable, stack
         self._pools = tuple(stack.enter_context(threads_for(host, 1)) for host in (ends.source, ends.destination))
         self._tiles: list[Chunk] = []
-        self._found: tuple[list[Future[dict[int, str]]], list[Future[dict[int, str]]]] = ([], [])  # of the source, of the new file
+        self._found: tuple[deque[Future[str]], deque[Future[str]]] = deque(), deque()  # of the source and the new file, those not yet compared
+        self._compared, self._whole = 0, hashlib.sha256()
 
     def begin(self, tile: Chunk) -> None:
         """A chunk is about to be sent, or need not be: the source's digests can be taken."""
@@ -3314,9 +3338,8 @@ class Comparison:
         is_whole = tile.offset + tile.length < self.job.length or self.job.length % 512 == 0  # the end of others gets its length later
         if self.job.new_format == "raw" and is_whole:  # only a file that is nobody's image can be read while it is being written
             self._digest(1, self.job.new, self._tiles[: self._tiles.index(tile) + 1])
-        for earlier, one, other in zip(self._tiles, *self._found, strict=False):
-            if one.done() and other.done():
-                require_equal(earlier, one.result(), other.result())
+        while all(found and found[0].done() for found in self._found):
+            self._compare()
 
     def finish(self) -> str:
         """The digest of the whole, which both ends agree on; empty where no proof was asked for. Raises HostError where they differ."""
@@ -3324,19 +3347,23 @@ class Comparison:
             return ""
         place = self._stack.enter_context(seen_by_guest(self.ends, self.ends.destination, self.job.new_image, self.job))
         self._digest(1, place, self._tiles)
-        found: dict[int, str] = {}
-        for tile, one, other in zip(self._tiles, *self._found, strict=True):
-            here, there = outcome(one), outcome(other)
-            require_equal(tile, here, there)
-            found |= here
-        return digest_of_all(found)
+        while self._compared < len(self._tiles):
+            self._compare()
+        return self._whole.hexdigest()
+
+    def _compare(self) -> None:
+        """Compares the next chunk, and keeps no more of it than its share in the digest of the whole."""
+        here, there = (outcome(found.popleft()) for found in self._found)
+        require_equal(self._tiles[self._compared], by_block(here), by_block(there))
+        self._whole.update(here.encode())
+        self._compared += 1
 
     @unbroken()
     def _digest(self, end: int, place: str, tiles: Sequence[Chunk]) -> None:
         """Begins at one end with those of the chunks that were not begun yet."""
         how = digests_for(self.job)
         host, found, stall = (self.ends.source, self.ends.destination)[end], self._found[end], self.job.settings.stall_timeout
-        found += [self._pools[end].submit(how, host, place, tile.offset, tile.length, stall) for tile in tiles[len(found) :]]
+        found += [self._pools[end].submit(how, host, place, tile.offset, tile.length, stall) for tile in tiles[self._compared + len(found) :]]
 
 
 def require_equal(tile: Chunk, one: Mapping[int, str], other: Mapping[int, str]) -> None:
@@ -3351,11 +3378,6 @@ def require_equal(tile: Chunk, one: Mapping[int, str], other: Mapping[int, str])
 def differing(one: Mapping[int, str], other: Mapping[int, str]) -> list[int]:
     """The blocks whose digests are not the same, in order."""
     return sorted({block for block, _ in one.items() ^ other.items()})
-
-
-def digest_of_all(found: Mapping[int, str]) -> str:
-    """One digest for a whole disk, of those of its blocks."""
-    return hashlib.sha256("".join(f"{block} {digest}\n" for block, digest in sorted(found.items())).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -3373,58 +3395,49 @@ def warm_pass(ends: Ends, job: DiskJob, there: Mapping[int, str], progress: Prog
 
     `there` are the digests of the new file, where they are known; gives those of afterwards, read from the destination's disk.
     """
-    began, source, destination, stall = time.monotonic(), ends.source, ends.destination, job.settings.stall_timeout
+    began, destination, stall = time.monotonic(), ends.destination, job.settings.stall_timeout
     is_there = destination.succeeds("test", "-f", job.new) and can_be(lambda: make_sound(destination, job))
     if not is_there:
         make_new(destination, job)
     with reading(ends, job) as disk:
         if is_there:
             there = there or digests_there(ends, job)
-            words = blocks("digest", disk.readable, 0, job.length, job.settings.limit_rate)
-            pieces = as_pieces(differing(digests_in(source.work(*gentle(job), *words, stall=stall)), there), job.length)
+            here = digests(ends.source, disk.readable, 0, job.length, stall, job.settings.limit_rate, before=gentle(job))
+            pieces = as_pieces(differing(by_block(here), there), job.length)
         else:
-            lines = source.work(*gentle(job), *blocks("pieces", disk.readable, 0, job.length), stall=stall).splitlines()
-            pieces = [(int(start), int(count)) for start, count in map(str.split, lines)]
+            there, pieces = {}, pieces_held(ends.source, disk.readable, 0, job.length, job)
         looked, changed = time.monotonic(), sum(count for _, count in pieces)
-        bring_shown(ends, job, disk, pieces, progress)
+        with progress(changed) as show:
+            bring(ends, job, disk.node, pieces, show)
         sent = time.monotonic()
-    found = digests_there(ends, job, pieces) if is_there else digests_there(ends, job)
-    touched = {block for start, count in pieces for block in range(start // MiB, -(-(start + count) // MiB))}
-    there = {**{block: digest for block, digest in there.items() if block not in touched}, **found}
+    there = digests_after(ends, job, there, pieces)
     return Pass(changed, looked - began, sent - looked, time.monotonic() - began), there
 
 
-def bring_shown(ends: Ends, job: DiskJob, disk: Reading, pieces: Sequence[tuple[int, int]], progress: Progress) -> None:
-    """Brings these pieces, and shows how far that is."""
-    total = sum(count for _, count in pieces)
-    with progress(total) as show:
-        if pieces:
-            bring(ends, job, disk.node, listed_pieces(pieces), share_of(total, show))
-        show(total)
-
-
-def digests_there(ends: Ends, job: DiskJob, pieces: Sequence[tuple[int, int]] | None = None) -> dict[int, str]:
-    """The digests of the new file, or of those of its blocks that these pieces touch."""
-    listed = put_list(ends, listed_pieces(pieces)) if pieces is not None else ""
+def digests_there(ends: Ends, job: DiskJob, *more: int | str) -> dict[int, str]:
+    """The digests of the new file, block by block."""
     with seen_by_guest(ends, ends.destination, job.new_image, job) as place:
-        words = blocks("digest", place, 0, job.length, 0, listed)
-        return digests_in(ends.destination.work(*words, stall=job.settings.stall_timeout)) if pieces != [] else {}
+        return by_block(digests(ends.destination, place, 0, job.length, job.settings.stall_timeout, *more))
 
 
-def as_pieces(changed: Iterable[int], length: int) -> list[tuple[int, int]]:
+def digests_after(ends: Ends, job: DiskJob, before: Mapping[int, str], pieces: Sequence[Piece]) -> dict[int, str]:
+    """The digests of the new file after these pieces were brought, of which those that they touch are taken again."""
+    if not pieces:
+        return dict(before)
+    touched = {block for start, count in pieces for block in range(start // MiB, -(-(start + count) // MiB))}
+    kept = {block: digest for block, digest in before.items() if block not in touched}
+    return kept | digests_there(ends, job, 0, put_list(ends, pieces))
+
+
+def as_pieces(changed: Iterable[int], length: int) -> list[Piece]:
     """Blocks of 1 MiB as offsets and lengths, those side by side together."""
-    pieces: list[tuple[int, int]] = []
+    pieces: list[Piece] = []
     for block in sorted(changed):
         start, count = block * MiB, min(MiB, length - block * MiB)
         if pieces and sum(pieces[-1]) == start:
             start, count = pieces[-1][0], pieces.pop()[1] + count
         pieces.append((start, count))
     return [(start, count) for start, count in pieces if count > 0]
-
-
-def listed_pieces(pieces: Iterable[tuple[int, int]]) -> str:
-    """A line for each: offset, length."""
-    return "".join(f"{start} {count}\n" for start, count in pieces)
 
 
 def move_changes(ends: Ends, job: DiskJob, witness: Witness) -> Moved:
@@ -3439,16 +3452,16 @@ def move_changes(ends: Ends, job: DiskJob, witness: Witness) -> Moved:
     with reading(ends, job) as disk, threads_for(destination, 1) as pool:
         proving = pool.submit(digests_there, ends, job)
         here = digests(ends.source, disk.readable, 0, job.length, stall)
-        there = outcome(proving)
-        changed = differing(here, there)
-        pieces = as_pieces(changed, _whole_sectors(job.length))
-        bring_shown(ends, job, disk, pieces, witness.progress)
+        there, wanted = outcome(proving), by_block(here)
+        pieces = as_pieces(differing(wanted, there), _whole_sectors(job.length))
+        sent = sum(count for _, count in pieces)
+        with witness.progress(sent) as show:
+            bring(ends, job, disk.node, pieces, show)
         witness.check()
         disk.check()
         copy_tail(ends, job)
-        again = digests_there(ends, job, pieces)
-        require_equal(Chunk(0, job.length, 0), here, {**{block: found for block, found in there.items() if block not in changed}, **again})
-    return Moved(sum(count for _, count in pieces), received(ends) - before, digest_of_all(here), time.monotonic() - began, True)
+        require_equal(Chunk(0, job.length, 0), wanted, digests_after(ends, job, there, pieces))
+    return Moved(sent, received(ends) - before, hashlib.sha256(here.encode()).hexdigest(), time.monotonic() - began, True)
 
 
 def settle_disk(host: Host, job: DiskJob) -> None:
@@ -3478,6 +3491,7 @@ def check_qcow2(host: Host, job: DiskJob) -> None:
 
 # ---- 9. Copy ---------------------------------------------------------------------------------------------------------
 
+STOP_DESTINATION: Final = "Stop destination instance"  # the step whose time tells how long Nova takes for a stop
 LOCKED_BY: Final = "migrena run "  # how the reason of our lock on a source begins; the run's id follows
 SETTING_UP: Final = 2.0  # seconds that a stopped source waits for its export, its locks and the swap, whatever its size
 CLAIM_PAUSE: Final = 1.0  # seconds after which a run on another machine, that saw no mark before ours, has written its own
@@ -3883,12 +3897,11 @@ def copy_while_it_runs(run: Run, host: Host, job: DiskJob) -> None:
         raise HostError("python3 is missing on a host, without which --warm cannot tell what has changed", "install it, or leave out --warm")
     job, passes, there = dataclasses.replace(job, is_live=True), list[Pass](), dict[int, str]()
     began, settings, screen = time.monotonic(), run.settings, run.screen
-    nova = 2 * screen.seconds.get("Stop destination instance", 5.0)  # a stop and a start, as long as a stop has just taken
+    nova = 2 * screen.seconds.get(STOP_DESTINATION, 5.0)  # a stop and a start, as long as a stop has just taken
     with screen.step("Copy the disk while the source runs."), run.journal.act("warm copy", new=job.new) as result:
         screen.note(f"{run.source_host.name}:{job.source.path} -> {host.name}:{job.new}")
         while not passes or wants_another_pass(settings, passes, nova, time.monotonic() - began):
-            one, found = patiently(run, host, functools.partial(one_pass, run, job, there), lambda: require_it_runs(run), "runs on")
-            there = found
+            one, there = patiently(run, host, functools.partial(one_pass, run, job, there), lambda: require_it_runs(run), "runs on")
             passes.append(one)
             expected = f"; stopped now, it would be down for about {span(downtime(passes, nova))}" if len(passes) > 1 else ""
             screen.note(f"Pass {len(passes)}: {human(one.changed)} {'sent' if len(passes) == 1 else 'had changed, sent'} in {span(one.sending)}"
@@ -4056,7 +4069,7 @@ def both_ends(run: Run, destination: Host) -> Iterator[Ends]:
 
 def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
     """The whole plan of the transfer, rehearsed, with the destination stopped; all of it while the source still runs."""
-    with run.screen.step("Stop destination instance."), run.journal.act("stop destination", server=new.id):
+    with run.screen.step(f"{STOP_DESTINATION}."), run.journal.act("stop destination", server=new.id):
         path = run.settings.disk_path % new.id
         fresh = survey_disk(ends.destination, new.id, path, shared=True)
         run.destination.stop(new.id)
@@ -4321,7 +4334,7 @@ def copy(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     with contextlib.ExitStack() as stack:
         if not settings.dry_run:  # before the survey, so that what was seen stays so
             stack.enter_context(only_run_of(folder, settings.src_uid, run))
-        with ThreadPoolExecutor(2) as pool:
+        with screen.timed("Survey"), ThreadPoolExecutor(2) as pool:
             looking = pool.submit(survey_source, settings, creds["src"], screen, stack)
             other = pool.submit(survey_destination, settings, creds["dst"])
             source, destination = outcome(looking), outcome(other)
@@ -4526,7 +4539,7 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         refuse_state(record)
         settings = call.settings(record.facts.get("settings"))
         creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
-        with ThreadPoolExecutor(2) as pool:
+        with screen.timed("Survey"), ThreadPoolExecutor(2) as pool:
             looking = pool.submit(survey_source, settings, creds["src"], screen, stack)
             other = pool.submit(survey_made, settings, creds["dst"], record, screen)
             source, made = outcome(looking), outcome(other)

@@ -50,6 +50,7 @@ def test_what_the_report_says_is_what_happened(operator: Operator, clouds: Cloud
     assert copy["sent_per_held"] == pytest.approx(copy["sent"] / copy["bytes"], abs=1e-4)
     assert all(10 < report["api_calls"][cloud] < 100 for cloud in ("source", "destination"))
     assert all(10 < report["ssh_commands"][host] < 100 for host in (SOURCE, DESTINATION))
+    assert {"Survey", "Migrate disk to destination instance"} < set(report["seconds"])
     assert copy["length"] == int(one.run("stat", "-c", "%s", disk(source)).stdout)
     assert one.run("sha256sum", disk(source)).stdout == before
     assert same_to_both_guests(one, source, other, id)
