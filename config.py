@@ -40,6 +40,7 @@ WARM = False  # copy while the source runs, and stop it only for what has change
 WARM_PASSES = 0  # passes while it runs; 0: as long as each is clearly smaller than the one before
 MAX_DOWNTIME = 0  # as in "30s": a warm copy stops the source only when it will be down no longer; 0: no limit
 WARM_TIMEOUT = "1h"  # for so long; then it gives up and leaves the source as it was
+BITMAP = False  # the source's qcow2 file notes what its guest changes meanwhile, and is put right when it has stopped
 STALL_TIMEOUT = 120  # seconds without a byte after which a copy has stalled; there is no limit on the whole
 RETRIES = 5  # how often a copy that was cut off or has stalled goes on by itself, the source kept stopped
 MAX_PER_HOST = 2  # copies at a time from or to one hypervisor, of all runs on this machine; later ones wait

@@ -374,6 +374,8 @@ class Settings:
                                help="stop the source only when its downtime will be no longer than this, as in 30s")
     warm_timeout: int = option(3600, "--warm-timeout", read=seconds, jobs=MOVE, metavar="TIME",
                                help="give up where --max-downtime was not in reach for so long, the source untouched (default: 1h)")
+    bitmap: bool = option(False, "--bitmap", help="with --warm: libvirt notes in the source's qcow2 file what its guest changes, which then "
+                          "need not be read again; taken out when it has stopped")
     retries: int = option(5, "--retries", read=count, jobs=MOVE, metavar="N",
                           help="how often a copy that was cut off or stalled goes on by itself (default: 5)")
     stall_timeout: int = option(120, "--stall-timeout", read=seconds, jobs=MOVE, metavar="SECONDS",
@@ -407,7 +409,7 @@ class Settings:
 
 # What a run is asked for that a resume goes on with; never credentials, and never -e, which may hold secrets.
 KEPT: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "compress", "limit_rate", "chunk", "disk_path", "root_only",
-               "warm", "warm_passes", "max_downtime", "warm_timeout", "src_cloud", "dst_cloud")
+               "warm", "warm_passes", "max_downtime", "warm_timeout", "bitmap", "src_cloud", "dst_cloud")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -714,6 +716,11 @@ def chunks(length: int, stretches: Iterable[Sequence[int]], limit: int, least: i
     return tuple(tiles)
 
 
+def bitmap_of(run: str) -> str:
+    """The name of the dirty bitmap that a run has in the source's file while the source runs."""
+    return f"migrena-{run}"
+
+
 def is_covered(tile: Chunk, stretches: Iterable[Piece]) -> bool:
     """Whether every byte of a chunk lies in one of these stretches (offset, length), whatever chunks they once were."""
     at = tile.offset
@@ -807,6 +814,7 @@ class Moved:
     digest: str
     seconds: float
     is_rest: bool = False  # `held` is what had changed since a warm copy's last pass
+    unread: int = 0  # bytes that a dirty bitmap calls unchanged since both ends' digests were taken
 
 
 def over_quota(limits: Mapping[str, int], flavor: Flavor) -> list[str]:
@@ -2588,7 +2596,11 @@ if [ -n "$device" ]; then
   [ -b "$device" ] || { echo "$device does not exist" >&2; exit 1; }
   [ "$(cat "$state/size")" = 0 ] && [ ! -e "$state/pid" ] || { echo "$device is in use by someone else" >&2; exit 1; }
 fi
-timeout 60 "$@" ${device:+"$device"} </dev/null >"$said" 2>&1 || { cat "$said" >&2; echo "nbd-client did not connect" >&2; exit 1; }
+n=0
+until timeout 60 "$@" ${device:+"$device"} </dev/null >"$said" 2>&1; do
+  n=$((n + 1))
+  [ "$n" -lt 2 ] || { cat "$said" >&2; echo "nbd-client did not connect" >&2; exit 1; }
+done
 [ -n "$device" ] || device=$(sed -n 's,.*Connected \\(/dev/nbd[0-9]*\\).*,\\1,p' "$said")
 [ -b "$device" ] || { cat "$said" >&2; echo "nbd-client connected, but to no device that is there" >&2; exit 1; }
 state=/sys/block/${device#/dev/}
@@ -2618,6 +2630,88 @@ sync "$(dirname "$1")"
 UNWRITTEN: Final = """
 flock -n -- "$1" true || { echo "an earlier attempt still writes to $1" >&2; exit 1; }
 exec qemu-img info --image-opts "$2"
+"""
+
+# $1 the instance, $2 its disk, $3 the bitmap. Nova cannot undefine a domain of which libvirt knows a checkpoint: the bitmap alone stays.
+ADD_BITMAP: Final = """
+target=$(virsh -q domblklist "$1" | while read -r name file; do [ "$file" != "$2" ] || echo "$name"; done)
+[ -n "$target" ] || { echo "libvirt knows no disk $2 of $1" >&2; exit 1; }
+virsh -q checkpoint-create-as "$1" "$3" --diskspec "$target,checkpoint=bitmap,bitmap=$3" >&2 || exit
+virsh -q checkpoint-delete "$1" "$3" --metadata >&2
+"""
+
+# $1 the instance, $2 its disk, $3 the bitmap, which need not be there. Of a running instance libvirt takes it out, told of the checkpoint again;
+# one that broke when qemu was killed has to wait until it is stopped.
+DROP_BITMAP: Final = """
+domain=$1; disk=$2; bitmap=$3
+is_in_file() { case "$(qemu-img info -U --output=json -f qcow2 "$disk")" in *"\\"$bitmap\\""*) ;; *) false;; esac; }
+drop() {
+  case "$(LC_ALL=C virsh -q domstate "$domain" 2>/dev/null)" in ''|'shut off')
+    ! is_in_file || qemu-img bitmap --remove -f qcow2 "$disk" "$bitmap"
+    return
+  esac
+  if ! virsh -q checkpoint-info "$domain" "$bitmap" >/dev/null 2>&1; then
+    target=$(virsh -q domblklist "$domain" | while read -r name file; do [ "$file" != "$disk" ] || echo "$name"; done)
+    said=$(printf '<domaincheckpoint><name>%s</name><creationTime>%s</creationTime><disks><disk name="%s" checkpoint="bitmap" bitmap="%s"/>%s' \\
+      "$bitmap" "$(date +%s)" "$target" "$bitmap" '</disks></domaincheckpoint>' |
+      LC_ALL=C virsh -q checkpoint-create "$domain" /dev/stdin --redefine --redefine-validate 2>&1) || {
+      case "$said" in *'missing or broken bitmap'*) ! is_in_file && return; esac
+      echo "$said"
+      return 1
+    }
+  fi
+  virsh -q checkpoint-delete "$domain" "$bitmap" >/dev/null || { virsh -q checkpoint-delete "$domain" "$bitmap" --metadata; return 1; }
+}
+n=0
+until said=$(drop 2>&1); do  # it may be starting or stopping just then
+  n=$((n + 1))
+  [ "$n" -lt 15 ] || { echo "$said" >&2; exit 1; }
+  sleep 1
+done
+"""
+
+# Runs on the source's host: FILE EXPORT LENGTH. Prints the runs of blocks of 1 MiB of a qcow2 file that hold nothing but a guest's data which was
+# not written since a dirty bitmap began: the first block, and how many. EXPORT is qemu's node for an export with that bitmap as its x-dirty-bitmap,
+# in which dirty stretches show as no data. All else, the file's own tables among it, may have changed.
+UNCHANGED: Final = r"""
+import json, subprocess, sys
+path, export, length = sys.argv[1], sys.argv[2], int(sys.argv[3])
+BLOCK = 1 << 20
+
+def stretches(*image):
+    return json.loads(subprocess.check_output(["qemu-img", "map", "--output=json"] + list(image), stdin=subprocess.DEVNULL))
+
+held, at = [0] * -(-length // BLOCK), 0  # bytes of each block that have not changed
+def hold(start, stop):
+    while start < stop:
+        block = start // BLOCK
+        end = min(stop, (block + 1) * BLOCK)
+        if block < len(held):
+            held[block] += end - start
+        start = end
+
+dirty = [(part["start"], part["start"] + part["length"]) for part in stretches("--image-opts", export) if not part["data"]]
+own = "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path}})
+for part in stretches(own):
+    if not part["data"] or "offset" not in part:  # compressed data has no place of its own
+        continue
+    start, stop, shift = part["start"], part["start"] + part["length"], part["offset"] - part["start"]
+    while at < len(dirty) and dirty[at][1] <= start:
+        at += 1
+    for first, last in dirty[at:]:
+        if first >= stop:
+            break
+        hold(start + shift, max(start, first) + shift)
+        start = max(start, last)
+    hold(start + shift, stop + shift)
+first = None
+for block, count in enumerate(held + [0]):
+    is_whole = block < len(held) and count == min(BLOCK, length - block * BLOCK)
+    if is_whole and first is None:
+        first = block
+    elif not is_whole and first is not None:
+        print(first, block - first)
+        first = None
 """
 
 SAMPLE: Final = 8 * MiB  # what a rehearsal sends
@@ -2951,7 +3045,7 @@ def attached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[
            "-tlshostname", export.address) if job.settings.tls else ()
     words = ("nbd-client", "-N", export.name, "-R", "-timeout", "30", *tls, export.address, str(export.port))
     with ends.destination.lease(LEASED_DEVICE, *words, given=(job.settings.nbd_device, f"{folder}/attached")) as lease:
-        device, sectors = lease.line(90.0).split()
+        device, sectors = lease.line(150.0).split()
         if int(sectors) * 512 != length // 512 * 512:  # an unconnected device has size 0, and reading it succeeds
             raise HostError(f"{ends.destination.name}: {device} shows {int(sectors) * 512:,} bytes of the export's {length:,}")
         yield device
@@ -3226,16 +3320,17 @@ def bring(ends: Ends, job: DiskJob, node: Node, pieces: Sequence[Piece], show: C
     if pieces:
         where, folder = node["filename"] if "filename" in node else json.dumps(node), ends.destination_folder
         with writable(ends, job) as target:
-            words = blocks("bring", where, 0, job.length, job.settings.limit_rate, put_list(ends, pieces), target, folder)
+            listed = put_list(ends.destination, folder, pieces)
+            words = blocks("bring", where, 0, job.length, job.settings.limit_rate, listed, target, folder)
             heard = share_of(total, show)
             ends.destination.work(*words, stall=job.settings.stall_timeout, heard=heard, given=("flock", "-s", job.new))
     show(total)
 
 
-def put_list(ends: Ends, pieces: Sequence[Piece]) -> str:
-    """The path of a file on the destination with a line for each piece."""
-    listed = f"{ends.destination_folder}/{secrets.token_hex(8)}.pieces"
-    ends.destination.script(PRIVATE_FILE, listed, stdin="".join(f"{start} {count}\n" for start, count in pieces).encode())
+def put_list(host: Host, folder: str, pieces: Sequence[Piece]) -> str:
+    """The path of a file in a host's private folder with a line for each piece."""
+    listed = f"{folder}/{secrets.token_hex(8)}.pieces"
+    host.script(PRIVATE_FILE, listed, stdin="".join(f"{start} {count}\n" for start, count in pieces).encode())
     return listed
 
 
@@ -3390,10 +3485,23 @@ class Pass:
     seconds: float
 
 
-def warm_pass(ends: Ends, job: DiskJob, there: Mapping[int, str], progress: Progress) -> tuple[Pass, dict[int, str]]:
+@dataclass(frozen=True)
+class Known:
+    """What a warm copy's last pass tells: the digests of both ends, and how many bytes of the source they are of; empty where it took none."""
+
+    here: Mapping[int, str] = field(default_factory=dict)
+    there: Mapping[int, str] = field(default_factory=dict)
+    length: int = 0
+    unchanged: frozenset[int] = frozenset()  # blocks that no guest has written to since, by a dirty bitmap
+
+
+NOTHING_KNOWN: Final = Known()
+
+
+def warm_pass(ends: Ends, job: DiskJob, known: Known, progress: Progress) -> tuple[Pass, Known]:
     """Makes the new file what the source's file is, or was a moment ago: the guest goes on writing, so that this is a cache and no copy.
 
-    `there` are the digests of the new file, where they are known; gives those of afterwards, read from the destination's disk.
+    Gives the digests that were taken of the source before, and those of the new file afterwards, read from the destination's disk.
     """
     began, destination, stall = time.monotonic(), ends.destination, job.settings.stall_timeout
     is_there = destination.succeeds("test", "-f", job.new) and can_be(lambda: make_sound(destination, job))
@@ -3401,23 +3509,38 @@ def warm_pass(ends: Ends, job: DiskJob, there: Mapping[int, str], progress: Prog
         make_new(destination, job)
     with reading(ends, job) as disk:
         if is_there:
-            there = there or digests_there(ends, job)
-            here = digests(ends.source, disk.readable, 0, job.length, stall, job.settings.limit_rate, before=gentle(job))
-            pieces = as_pieces(differing(by_block(here), there), job.length)
+            here = by_block(digests(ends.source, disk.readable, 0, job.length, stall, job.settings.limit_rate, before=gentle(job)))
+            known = Known(here, known.there or digests_there(ends, job), job.length)
+            pieces = as_pieces(differing(here, known.there), job.length)
         else:
-            there, pieces = {}, pieces_held(ends.source, disk.readable, 0, job.length, job)
+            known, pieces = NOTHING_KNOWN, pieces_held(ends.source, disk.readable, 0, job.length, job)
         looked, changed = time.monotonic(), sum(count for _, count in pieces)
         with progress(changed) as show:
             bring(ends, job, disk.node, pieces, show)
         sent = time.monotonic()
-    there = digests_after(ends, job, there, pieces)
-    return Pass(changed, looked - began, sent - looked, time.monotonic() - began), there
+    known = dataclasses.replace(known, there=digests_after(ends, job, known.there, pieces))
+    return Pass(changed, looked - began, sent - looked, time.monotonic() - began), known
 
 
-def digests_there(ends: Ends, job: DiskJob, *more: int | str) -> dict[int, str]:
-    """The digests of the new file, block by block."""
+def unchanged_since(source: Host, folder: str, job: DiskJob, known: Known) -> frozenset[int]:
+    """The blocks of the stopped source's file that are in the new one, by digests that were taken since its dirty bitmap began.
+
+    Raises CommandError where the file has no such bitmap, or one that was not kept to the end because qemu was killed.
+    """
+    bitmap, pidfile, socket_file = bitmap_of(job.run), f"{folder}/bitmap.pid", f"{folder}/bitmap.sock"
+    words = ("qemu-nbd", "-r", "-t", "-B", bitmap, "-k", socket_file, f"--pid-file={pidfile}", "-f", "qcow2", job.source.path)
+    node = {"driver": "nbd", "server.type": "unix", "server.path": socket_file, "x-dirty-bitmap": f"qemu:dirty-bitmap:{bitmap}"}
+    with source.daemon(pidfile, *words):
+        printed = source.work(*PYTHON, UNCHANGED, job.source.path, image_opts(node), str(known.length), stall=600)
+    found = (block for first, count in numbers_in(printed) for block in range(first, first + count))
+    return frozenset(block for block in found if known.here.get(block) == known.there.get(block))
+
+
+def digests_there(ends: Ends, job: DiskJob, pieces: Sequence[Piece] = ()) -> dict[int, str]:
+    """The digests of the new file, or of those of its blocks that these pieces touch."""
+    listed = (0, put_list(ends.destination, ends.destination_folder, pieces)) if pieces else ()
     with seen_by_guest(ends, ends.destination, job.new_image, job) as place:
-        return by_block(digests(ends.destination, place, 0, job.length, job.settings.stall_timeout, *more))
+        return by_block(digests(ends.destination, place, 0, job.length, job.settings.stall_timeout, *listed))
 
 
 def digests_after(ends: Ends, job: DiskJob, before: Mapping[int, str], pieces: Sequence[Piece]) -> dict[int, str]:
@@ -3426,7 +3549,7 @@ def digests_after(ends: Ends, job: DiskJob, before: Mapping[int, str], pieces: S
         return dict(before)
     touched = {block for start, count in pieces for block in range(start // MiB, -(-(start + count) // MiB))}
     kept = {block: digest for block, digest in before.items() if block not in touched}
-    return kept | digests_there(ends, job, 0, put_list(ends, pieces))
+    return kept | digests_there(ends, job, pieces)
 
 
 def as_pieces(changed: Iterable[int], length: int) -> list[Piece]:
@@ -3440,28 +3563,36 @@ def as_pieces(changed: Iterable[int], length: int) -> list[Piece]:
     return [(start, count) for start, count in pieces if count > 0]
 
 
-def move_changes(ends: Ends, job: DiskJob, witness: Witness) -> Moved:
+def move_changes(ends: Ends, job: DiskJob, witness: Witness, known: Known) -> Moved:
     """Sends what the source, now stopped, has other than the new file, and proves every byte of both, as move_disk does.
 
-    Raises HostError when a host, a command or the proof fails. The source's lock is held for as long as the export lives.
+    Blocks that are known to be `unchanged` are not read again: the digests stand that both ends had while the source ran. Raises HostError
+    when a host, a command or the proof fails. The source's lock is held for as long as the export lives.
     """
     began, before, destination, stall = time.monotonic(), received(ends), ends.destination, job.settings.stall_timeout
     destination.script(UNWRITTEN, job.new, locked(job.new))
     if not can_be(lambda: make_sound(destination, job)):
         make_new(destination, job)
+        known = NOTHING_KNOWN
+    asked = as_pieces(set(range(-(-job.length // MiB))) - known.unchanged, job.length)
     with reading(ends, job) as disk, threads_for(destination, 1) as pool:
-        proving = pool.submit(digests_there, ends, job)
-        here = digests(ends.source, disk.readable, 0, job.length, stall)
-        there, wanted = outcome(proving), by_block(here)
-        pieces = as_pieces(differing(wanted, there), _whole_sectors(job.length))
+        proving = pool.submit(digests_there, ends, job, asked)
+        listed = put_list(ends.source, ends.source_folder, asked)
+        here = by_block(digests(ends.source, disk.readable, 0, job.length, stall, 0, listed))
+        here |= {block: known.here[block] for block in known.unchanged & known.here.keys()}
+        there = outcome(proving)
+        there |= {block: known.there[block] for block in known.unchanged & known.there.keys()}
+        pieces = as_pieces(differing(here, there), _whole_sectors(job.length))
         sent = sum(count for _, count in pieces)
         with witness.progress(sent) as show:
             bring(ends, job, disk.node, pieces, show)
         witness.check()
         disk.check()
         copy_tail(ends, job)
-        require_equal(Chunk(0, job.length, 0), wanted, digests_after(ends, job, there, pieces))
-    return Moved(sent, received(ends) - before, hashlib.sha256(here.encode()).hexdigest(), time.monotonic() - began, True)
+        require_equal(Chunk(0, job.length, 0), here, digests_after(ends, job, there, pieces))
+    digest = hashlib.sha256("".join(f"{block} {found}\n" for block, found in sorted(here.items())).encode()).hexdigest()
+    unread = job.length - sum(count for _, count in asked)
+    return Moved(sent, received(ends) - before, digest, time.monotonic() - began, True, unread)
 
 
 def settle_disk(host: Host, job: DiskJob) -> None:
@@ -3877,31 +4008,35 @@ def bring_disk(run: Run, host: Host, new: Server) -> float:
     with slots(run.journal.path.parent, (run.source_host.name, host.name), run.settings.max_per_host, run.screen):
         with both_ends(run, host) as ends:
             job = prepare(run, ends, new)
+        known = NOTHING_KNOWN
         if run.settings.warm and run.plan.server.is_running:
-            copy_while_it_runs(run, host, job)
+            known = copy_while_it_runs(run, host, job)
         began = stop_source(run)
+        known = read_bitmap(run, job, known)
         job = look_again(run, job)
-        transfer(run, host, job)
+        transfer(run, host, job, known)
         title = f"{'Rebase backing file, check' if job.whole_file and job.fresh.backing else 'Check'} and swap in the disk."
         with run.screen.step(title), run.journal.act("swap in", new=job.new):
             settle_disk(host, job)
     return began
 
 
-def copy_while_it_runs(run: Run, host: Host, job: DiskJob) -> None:
+def copy_while_it_runs(run: Run, host: Host, job: DiskJob) -> Known:
     """Brings over what the disk holds while the source runs, again and again, until little is left to be sent when it has stopped.
 
-    Raises FinalError where --max-downtime is not in reach, and the HostError that no further attempt can help with; the source runs on.
+    Gives what is known of both ends then, where a dirty bitmap tells what becomes of it. Raises FinalError where --max-downtime is not in
+    reach, and the HostError that no further attempt can help with; the source runs on.
     """
     if not job.with_python:
         raise HostError("python3 is missing on a host, without which --warm cannot tell what has changed", "install it, or leave out --warm")
-    job, passes, there = dataclasses.replace(job, is_live=True), list[Pass](), dict[int, str]()
+    job, passes, known = dataclasses.replace(job, is_live=True), list[Pass](), NOTHING_KNOWN
     began, settings, screen = time.monotonic(), run.settings, run.screen
     nova = 2 * screen.seconds.get(STOP_DESTINATION, 5.0)  # a stop and a start, as long as a stop has just taken
     with screen.step("Copy the disk while the source runs."), run.journal.act("warm copy", new=job.new) as result:
         screen.note(f"{run.source_host.name}:{job.source.path} -> {host.name}:{job.new}")
+        has_bitmap = settings.bitmap and begin_bitmap(run, job)
         while not passes or wants_another_pass(settings, passes, nova, time.monotonic() - began):
-            one, there = patiently(run, host, functools.partial(one_pass, run, job, there), lambda: require_it_runs(run), "runs on")
+            one, known = patiently(run, host, functools.partial(one_pass, run, job, known), lambda: require_it_runs(run), "runs on")
             passes.append(one)
             expected = f"; stopped now, it would be down for about {span(downtime(passes, nova))}" if len(passes) > 1 else ""
             screen.note(f"Pass {len(passes)}: {human(one.changed)} {'sent' if len(passes) == 1 else 'had changed, sent'} in {span(one.sending)}"
@@ -3909,14 +4044,60 @@ def copy_while_it_runs(run: Run, host: Host, job: DiskJob) -> None:
             run.journal.write("pass", number=len(passes), **dataclasses.asdict(one))
         result["passes"] = len(passes)
     run.report.copy["passes"] = [dataclasses.asdict(one) for one in passes]
+    return known if has_bitmap else NOTHING_KNOWN
 
 
-def one_pass(run: Run, job: DiskJob, there: Mapping[int, str], ends: Ends) -> tuple[Pass, dict[int, str]]:
+def begin_bitmap(run: Run, job: DiskJob) -> bool:
+    """Whether the source's file notes what its guest changes from now on; a warning where it cannot."""
+    host, path, bitmap = run.source_host, job.source.path, bitmap_of(job.run)
+    if job.export_format != "raw" or job.source.format != "qcow2":
+        run.screen.warn(f"no dirty bitmap: {'a raw disk has none' if job.source.format == 'raw' else 'what the guest sees is copied, not the file'}")
+        return False
+    drop_bitmap_at_end(run)
+    try:
+        with run.journal.act("add bitmap", path=path, bitmap=bitmap):
+            drop_bitmap(host, run.plan.server.id, path, job.run)  # an earlier process's, begun before what this one has read
+            host.script(ADD_BITMAP, run.plan.server.id, path, bitmap)
+    except CommandError as error:
+        run.screen.warn(f"no dirty bitmap: {error}")
+        return False
+    run.screen.note(f"{host.name}:{path} carries the dirty bitmap {bitmap} until the source has stopped.")
+    return True
+
+
+def drop_bitmap_at_end(run: Run) -> None:
+    """However the run ends, the source's file does not keep the dirty bitmap."""
+    host, path = run.source_host, run.plan.disk.top.path
+    run.undo.always(f"take the dirty bitmap out of {host.name}:{path}", lambda: drop_bitmap(host, run.plan.server.id, path, run.plan.run))
+
+
+def drop_bitmap(host: Host, source: str, path: str, run: str) -> None:
+    """Takes a run's dirty bitmap out of a source's file, whether the source runs or not; nothing happens where there is none."""
+    host.script(DROP_BITMAP, source, path, bitmap_of(run))
+
+
+def read_bitmap(run: Run, job: DiskJob, known: Known) -> Known:
+    """What is known, with what the stopped source's dirty bitmap tells; it is taken out. Without one, nothing counts as unchanged."""
+    if not run.settings.bitmap:
+        return known
+    host = run.source_host
+    if known.here:
+        try:
+            with host.private_folder(job.run) as folder:
+                known = dataclasses.replace(known, unchanged=unchanged_since(host, folder, job, known))
+        except CommandError as error:
+            run.screen.warn(f"the dirty bitmap tells nothing, and both disks are read whole: {error}")
+    with run.journal.act("drop bitmap", path=job.source.path):
+        drop_bitmap(host, run.plan.server.id, job.source.path, job.run)
+    return known
+
+
+def one_pass(run: Run, job: DiskJob, known: Known, ends: Ends) -> tuple[Pass, Known]:
     """One pass over the source's file, as long as it is by now."""
     require_it_runs(run)
     length = int(ends.source.run("stat", "-c", "%s", "--", job.source.path))
     job = dataclasses.replace(job, source=dataclasses.replace(job.source, length=length))
-    return warm_pass(ends, job, there, functools.partial(told_progress, run))
+    return warm_pass(ends, job, known, functools.partial(told_progress, run))
 
 
 def require_it_runs(run: Run) -> None:
@@ -3981,6 +4162,8 @@ def inherit(run: Run, earlier: Earlier) -> None:
     else:
         run.undo.on_failure(f"delete destination {run.settings.dst_name}", lambda: delete_made(run))
         undo_stop(run)
+    if run.settings.bitmap:
+        drop_bitmap_at_end(run)
     run.journal.write("resume", pid=os.getpid())
 
 
@@ -4175,39 +4358,40 @@ def look_again(run: Run, job: DiskJob) -> DiskJob:
     return dataclasses.replace(job, source=chain[0], stand=stand_of(host, job.source.path))
 
 
-def transfer(run: Run, host: Host, job: DiskJob) -> None:
+def transfer(run: Run, host: Host, job: DiskJob, known: Known) -> None:
     """Copies and proves. A half-made file goes with the destination, whose whole folder Nova deletes."""
     inode = host.run("stat", "-c", "%i", "--", job.fresh.path).strip()
     run.journal.write("job", new=job.new, kept=job.kept, host=host.name, stand=job.stand, inode=inode, whole_file=job.whole_file)
     with run.screen.step("Migrate disk to destination instance."), run.journal.act("copy", new=job.new, length=job.length) as result:
         run.screen.note(f"{run.source_host.name}:{job.source.path}")
         run.screen.note(f"-> {host.name}:{job.fresh.path}")
-        moved = move_patiently(run, host, job, SourceWatch(run))
+        moved = move_patiently(run, host, job, SourceWatch(run), known)
         rate = moved.held / max(moved.seconds, 0.001)
         proof = f"both ends have digest {moved.digest[:16]}…" if moved.digest else "not proven, as asked for with --no-verify"
+        proof += f", of {human(moved.unread)} since before the stop: by the dirty bitmap they have not changed" if moved.unread else ""
         what = f"{human(moved.held)} that had changed, in" if moved.is_rest else f"{human(moved.held)} in"
         run.screen.note(f"Done. {what} {span(moved.seconds)}{'' if moved.is_rest else f', {human(rate)}/s'}; {proof}")
         result |= {"held": moved.held, "digest": moved.digest}
-    run.report.copy |= {"verified": bool(moved.digest), "digest": moved.digest, "bytes": moved.held, "length": job.length,
-                        "sent": moved.sent, "sent_per_held": round(moved.sent / max(moved.held, 1), 4),
+    run.report.copy |= {"verified": bool(moved.digest), "digest": moved.digest, "proven_by_bitmap": moved.unread, "bytes": moved.held,
+                        "length": job.length, "sent": moved.sent, "sent_per_held": round(moved.sent / max(moved.held, 1), 4),
                         "seconds": round(moved.seconds, 2), "rate": round(rate)}
     run.journal.write("finished", clouds=[run.source.url, run.destination.url], rate=round(rate) if moved.held > MiB and not moved.is_rest else 0)
 
 
-def move_patiently(run: Run, host: Host, job: DiskJob, check: Callable[[], None]) -> Moved:
+def move_patiently(run: Run, host: Host, job: DiskJob, check: Callable[[], None], known: Known = NOTHING_KNOWN) -> Moved:
     """Moves the disk, again and again where something fails; what has arrived is proven and kept. Raises as `patiently` does."""
-    known = list(run.earlier.record.arrived) if run.earlier else []
+    there = list(run.earlier.record.arrived) if run.earlier else []
 
     def arrived(tile: Chunk) -> None:
-        known.append((tile.offset, tile.length))
+        there.append((tile.offset, tile.length))
         run.journal.write("chunk", offset=tile.offset, length=tile.length)
 
     witness = Witness(functools.partial(told_progress, run), arrived, check)
 
     def attempt(ends: Ends) -> Moved:
         if job.settings.warm and job.with_python and ends.destination.succeeds("test", "-f", job.new):
-            return move_changes(ends, job, witness)
-        return move_disk(ends, job, witness, known)
+            return move_changes(ends, job, witness, known)
+        return move_disk(ends, job, witness, there)
 
     return patiently(run, host, attempt, check, "stays stopped")
 
@@ -4321,14 +4505,16 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, destination:
             yield f"  {kind}   about {span(amount / rate)} at {name}{also}"
     if is_warm:
         yield "downtime     for finding and sending what changes meanwhile, and the time to stop and start: the source runs until then"
+        if settings.bitmap:
+            yield f"bitmap       {top.path} carries a dirty bitmap meanwhile, the one thing that is ever added to it"
     yield f"afterwards   {'start ' + settings.start_after if settings.start_after else 'nothing is started'}"
 
 
 def copy(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     """The job without a word in first place: survey, refuse, and then the plan is printed or executed."""
     check_extra(settings.extra_args)
-    if not settings.warm and {"max_downtime", "warm_passes", "warm_timeout"} & set(call.flags):
-        raise UsageError("--max-downtime, --warm-passes and --warm-timeout mean something with --warm alone", "give --warm too")
+    if not settings.warm and {"max_downtime", "warm_passes", "warm_timeout", "bitmap"} & set(call.flags):
+        raise UsageError("--max-downtime, --warm-passes, --warm-timeout and --bitmap mean something with --warm alone", "give --warm too")
     creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
     folder, screen, run = state_folder(settings, call.environment), undo.screen, new_run()
     with contextlib.ExitStack() as stack:
@@ -4687,7 +4873,7 @@ def undoing(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, scr
         return
     if source.host:
         yield (f"see that nothing is left on {host_name(source, settings)}",
-               functools.partial(clean_host, host_name(source, settings), settings, screen, traces.run, []))
+               functools.partial(clean_host, host_name(source, settings), settings, screen, traces.run, [], source.id))
     if source.locked and source.lock_reason in ("", f"{LOCKED_BY}{traces.run}") and (source.lock_reason or MARK in source.metadata):
         yield f"unlock source {source.id}", functools.partial(one.unlock, source.id)
     if traces.was_running and not source.is_running:
@@ -4702,14 +4888,17 @@ def stop_and_keep(cloud: Cloud, id: str) -> None:
     cloud.wait(id, lambda server: server.is_stopped, lambda server: None)
 
 
-def clean_host(name: str, settings: Settings, screen: Screen, run: str, paths: Sequence[str]) -> None:
-    """Sees to it that a host has neither private folders of a run nor these files of it; its processes end with their leases."""
+def clean_host(name: str, settings: Settings, screen: Screen, run: str, paths: Sequence[str], source: str = "") -> None:
+    """Sees to it that a host has neither private folders of a run, nor these files, nor a bitmap in a source; processes end with their leases."""
     with contextlib.closing(connect(name, settings, screen)) as host:
         limit = time.monotonic() + LEASE_LIMIT
         while (left := host.script(LEFT_FOLDERS, run).splitlines()) and time.monotonic() < limit:
             time.sleep(1)
         if left or paths:
             host.run("rm", "-rf", "--", *left, *paths)
+        path = settings.disk_path % source
+        if source and host.succeeds("grep", "-qsF", f'{path}": "qcow2"', f"{path}.info"):
+            drop_bitmap(host, source, path, run)
 
 
 # ---- 13. Door --------------------------------------------------------------------------------------------------------
