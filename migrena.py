@@ -2670,24 +2670,23 @@ until said=$(drop 2>&1); do  # it may be starting or stopping just then
 done
 """
 
-# Runs on the source's host: FILE EXPORT LENGTH. Prints the runs of blocks of 1 MiB of a qcow2 file that hold nothing but a guest's data which was
-# not written since a dirty bitmap began: the first block, and how many. EXPORT is qemu's node for an export with that bitmap as its x-dirty-bitmap,
-# in which dirty stretches show as no data. All else, the file's own tables among it, may have changed.
+# Runs on the source's host: FILE EXPORT. Prints the runs of blocks of 1 MiB of a qcow2 file that hold nothing but a guest's data which was not
+# written since a dirty bitmap began: the first block, and how many. EXPORT is qemu's node for an export with that bitmap as its x-dirty-bitmap,
+# in which dirty stretches show as no data. All else may have changed: the file's own tables, and its last block, which may have been shorter.
 UNCHANGED: Final = r"""
-import json, subprocess, sys
-path, export, length = sys.argv[1], sys.argv[2], int(sys.argv[3])
+import json, os, subprocess, sys
+path, export = sys.argv[1:]
 BLOCK = 1 << 20
 
 def stretches(*image):
     return json.loads(subprocess.check_output(["qemu-img", "map", "--output=json"] + list(image), stdin=subprocess.DEVNULL))
 
-held, at = [0] * -(-length // BLOCK), 0  # bytes of each block that have not changed
+held, at = [0] * (os.stat(path).st_size // BLOCK + 1), 0  # bytes of each block that have not changed
 def hold(start, stop):
     while start < stop:
         block = start // BLOCK
         end = min(stop, (block + 1) * BLOCK)
-        if block < len(held):
-            held[block] += end - start
+        held[block] += end - start
         start = end
 
 dirty = [(part["start"], part["start"] + part["length"]) for part in stretches("--image-opts", export) if not part["data"]]
@@ -2706,10 +2705,9 @@ for part in stretches(own):
     hold(start + shift, stop + shift)
 first = None
 for block, count in enumerate(held + [0]):
-    is_whole = block < len(held) and count == min(BLOCK, length - block * BLOCK)
-    if is_whole and first is None:
+    if count == BLOCK and first is None:
         first = block
-    elif not is_whole and first is not None:
+    elif count != BLOCK and first is not None:
         print(first, block - first)
         first = None
 """
@@ -3487,11 +3485,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Known:
-    """What a warm copy's last pass tells: the digests of both ends, and how many bytes of the source they are of; empty where it took none."""
+    """What a warm copy's last pass tells: the digests of both ends; empty where it took none."""
 
     here: Mapping[int, str] = field(default_factory=dict)
     there: Mapping[int, str] = field(default_factory=dict)
-    length: int = 0
     unchanged: frozenset[int] = frozenset()  # blocks that no guest has written to since, by a dirty bitmap
 
 
@@ -3510,7 +3507,7 @@ def warm_pass(ends: Ends, job: DiskJob, known: Known, progress: Progress) -> tup
     with reading(ends, job) as disk:
         if is_there:
             here = by_block(digests(ends.source, disk.readable, 0, job.length, stall, job.settings.limit_rate, before=gentle(job)))
-            known = Known(here, known.there or digests_there(ends, job), job.length)
+            known = Known(here, known.there or digests_there(ends, job))
             pieces = as_pieces(differing(here, known.there), job.length)
         else:
             known, pieces = NOTHING_KNOWN, pieces_held(ends.source, disk.readable, 0, job.length, job)
@@ -3531,7 +3528,7 @@ def unchanged_since(source: Host, folder: str, job: DiskJob, known: Known) -> fr
     words = ("qemu-nbd", "-r", "-t", "-B", bitmap, "-k", socket_file, f"--pid-file={pidfile}", "-f", "qcow2", job.source.path)
     node = {"driver": "nbd", "server.type": "unix", "server.path": socket_file, "x-dirty-bitmap": f"qemu:dirty-bitmap:{bitmap}"}
     with source.daemon(pidfile, *words):
-        printed = source.work(*PYTHON, UNCHANGED, job.source.path, image_opts(node), str(known.length), stall=600)
+        printed = source.work(*PYTHON, UNCHANGED, job.source.path, image_opts(node), stall=600)
     found = (block for first, count in numbers_in(printed) for block in range(first, first + count))
     return frozenset(block for block in found if known.here.get(block) == known.there.get(block))
 

@@ -116,3 +116,22 @@ def test_a_run_that_was_killed_goes_on_with_a_bitmap_of_its_own(
     assert report["copy"]["proven_by_bitmap"] > 48 * MiB and carries_no_bitmap(clouds.host(SOURCE), running)
     went_on(clouds, dst, running, report["destination"]["id"])
     assert has_been_put_back(src, running, "SHUTOFF")
+
+
+@pytest.mark.parametrize(("line", "number"), [
+    ("Stop source instance", signal.SIGINT), ("Stop source instance", signal.SIGKILL), ("Migrate disk to", signal.SIGKILL)])
+def test_a_source_that_is_started_again_carries_no_bitmap(
+        operator: Operator, clouds: Clouds, src: Api, dst: Api, running: str, line: str, number: signal.Signals) -> None:
+    last = last_record(clouds.host(SOURCE), running)
+    process = operator.begin("-s", running, *operator.to(DESTINATION), "--warm", "--bitmap", "--no-tls")
+    assert process.stderr
+    while line not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    assert ended(process).returncode == (128 + number if number == signal.SIGINT else -number)
+    if number == signal.SIGKILL:
+        done = operator.run("rollback", operator.last_run)
+        assert done.returncode == 0, done.stderr
+    assert has_been_put_back(src, running, "ACTIVE") and not dst.find("nova", "servers", "arrived")
+    assert carries_no_bitmap(clouds.host(SOURCE), running)
+    assert "broken=0" in wait_for_console(src, running, "GUEST boots=") and last_record(clouds.host(SOURCE), running) >= last
