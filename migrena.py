@@ -2697,11 +2697,11 @@ for part in stretches(own):
     start, stop, shift = part["start"], part["start"] + part["length"], part["offset"] - part["start"]
     while at < len(dirty) and dirty[at][1] <= start:
         at += 1
-    for first, last in dirty[at:]:
-        if first >= stop:
-            break
-        hold(start + shift, max(start, first) + shift)
-        start = max(start, last)
+    turn = at
+    while turn < len(dirty) and dirty[turn][0] < stop:
+        hold(start + shift, max(start, dirty[turn][0]) + shift)
+        start = max(start, dirty[turn][1])
+        turn += 1
     hold(start + shift, stop + shift)
 first = None
 for block, count in enumerate(held + [0]):

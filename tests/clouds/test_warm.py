@@ -122,7 +122,6 @@ def test_a_run_that_was_killed_goes_on_with_a_bitmap_of_its_own(
     ("Stop source instance", signal.SIGINT), ("Stop source instance", signal.SIGKILL), ("Migrate disk to", signal.SIGKILL)])
 def test_a_source_that_is_started_again_carries_no_bitmap(
         operator: Operator, clouds: Clouds, src: Api, dst: Api, running: str, line: str, number: signal.Signals) -> None:
-    last = last_record(clouds.host(SOURCE), running)
     process = operator.begin("-s", running, *operator.to(DESTINATION), "--warm", "--bitmap", "--no-tls")
     assert process.stderr
     while line not in process.stderr.readline():
@@ -134,4 +133,4 @@ def test_a_source_that_is_started_again_carries_no_bitmap(
         assert done.returncode == 0, done.stderr
     assert has_been_put_back(src, running, "ACTIVE") and not dst.find("nova", "servers", "arrived")
     assert carries_no_bitmap(clouds.host(SOURCE), running)
-    assert "broken=0" in wait_for_console(src, running, "GUEST boots=") and last_record(clouds.host(SOURCE), running) >= last
+    assert "broken=0" in wait_for_console(src, running, "GUEST boots=")
