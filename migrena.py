@@ -2474,9 +2474,9 @@ else:
             runs[-1][1] = cell + 1
         else:
             runs.append([cell, cell + 1])
-    order = sorted(blocks)
-    for at in range(0, len(order), 256):
-        turns = iter(order[at:at + 256])
+    order, turn = sorted(blocks), max(1, min(256, rate // BLOCK)) if rate else 256  # a sign of life each second, however little is let through
+    for at in range(0, len(order), turn):
+        turns = iter(order[at:at + turn])
         threads = [threading.Thread(target=work, args=(turns,)) for _ in range(min(4, os.cpu_count() or 1))]
         for thread in threads:
             thread.start()
@@ -2484,7 +2484,7 @@ else:
             thread.join()
         if failures:
             sys.exit(str(failures[0]))
-        for block in order[at:at + 256]:
+        for block in order[at:at + turn]:
             if found[block]:
                 print(block, found[block])
         print(".", flush=True)  # a sign of life, all zeros or not

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from hosts.operators import Operator, ended, has_arrived, is_complete
 from hosts.rig import INSTANCES, MiB, base, processes, running, wait_for, wait_until_clean
+from hosts.test_storage import own_file_system
+from lab.processes import command
 
 # A guest that writes 64 KiB somewhere in PLACES of its disk, again and again with PAUSE seconds between, until it is asked to end.
 GUEST = """
@@ -64,6 +67,11 @@ def events(operator: Operator) -> list[str]:
     (path,) = (operator.folder / "state").glob("*.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [f"{line['event']} {str(line.get('act', '')).partition(' 0')[0]}".strip() for line in lines]
+
+
+def has_progress(operator: Operator) -> bool:
+    """Whether something is on its way by the journal."""
+    return any(path.read_text().count('"progress"') for path in (operator.folder / "state").glob("*.jsonl"))
 
 
 def done(operator: Operator, *words: str) -> dict[str, object]:
@@ -167,7 +175,7 @@ def test_a_limit_of_the_downtime_without_a_warm_copy_is_refused(operator: Operat
 def test_a_source_that_is_stopped_by_somebody_meanwhile_ends_it(operator: Operator, guest: Guest) -> None:
     guest()
     process = operator.begin("-s", operator.id, "-d", "new", "--warm", "--limit-rate", "3M")
-    wait_for("the first pass", lambda: any(path.read_text().count('"progress"') for path in (operator.folder / "state").glob("*.jsonl")))
+    wait_for("the first pass", lambda: has_progress(operator))
     operator.clouds[0].stop(operator.id)
     said = ended(process, 1)
     assert "somebody has stopped it" in said
@@ -178,7 +186,7 @@ def test_a_source_that_is_stopped_by_somebody_meanwhile_ends_it(operator: Operat
 def test_a_program_that_dies_in_a_warm_pass_costs_an_attempt(operator: Operator, guest: Guest, side: str, word: str) -> None:
     guest()
     process = operator.begin("-s", operator.id, "-d", "new", "--warm", "--limit-rate", "6M")
-    wait_for("the first pass", lambda: any(path.read_text().count('"progress"') for path in (operator.folder / "state").glob("*.jsonl")))
+    wait_for("the first pass", lambda: has_progress(operator))
     host = operator.lab[side]
     for pid, words in processes(host).items():
         if words[0] == word and ("bring" in words if side == "dst" else "--pid-file" in " ".join(words)):
@@ -187,3 +195,29 @@ def test_a_program_that_dies_in_a_warm_pass_costs_an_attempt(operator: Operator,
     assert "the source runs on" in said
     (run, _), = operator.states()
     has_arrived(operator, run)
+
+
+@pytest.mark.parametrize("name", ["src", "dst"])
+def test_a_cable_that_is_pulled_in_a_warm_pass_costs_an_attempt(operator: Operator, guest: Guest, name: str) -> None:
+    guest()
+    process = operator.begin("-s", operator.id, "-d", "new", "--warm", "--limit-rate", "6M", "--stall-timeout", "4")
+    wait_for("the first pass", lambda: has_progress(operator))
+    cable = operator.lab.spec.link(name)
+    command("ip", "link", "set", cable, "down")
+    time.sleep(8)
+    assert runs(operator)
+    command("ip", "link", "set", cable, "up")
+    assert "the source runs on" in ended(process, 0)
+    ((run, _),) = operator.states()
+    has_arrived(operator, run)
+
+
+def test_a_destination_that_fills_up_in_a_warm_pass_leaves_the_source_running(operator: Operator, guest: Guest) -> None:
+    host = operator.lab["dst"]
+    with own_file_system(host, "250m"):
+        guest()
+        process = operator.begin("-s", operator.id, "-d", "new", "--warm", "--limit-rate", "6M")
+        wait_for("the first pass", lambda: has_progress(operator))
+        host.run("sh", "-c", f"head -c 1G /dev/zero > {INSTANCES}/filler", check=False)
+        assert "No space left on device" in ended(process, 1)
+        is_untouched(operator)
