@@ -14,8 +14,8 @@ from lab.clouds import Clouds
 from lab.hosts import Host
 
 MACHINE = "dst-vm1"
-pytestmark = pytest.mark.timeout(1800)  # a virtual machine without KVM boots, joins the cloud and starts a guest, which is emulated twice
-PATIENCE = 600.0  # seconds for Nova to make an instance there, and for a guest to boot, while other tests have the cores
+pytestmark = pytest.mark.timeout(2400)  # a virtual machine without KVM boots, joins the cloud and starts a guest, which is emulated twice
+PATIENCE = 900.0  # seconds for Nova to make an instance there, and for a guest to boot, while other tests have the cores
 
 
 @pytest.fixture(scope="module")

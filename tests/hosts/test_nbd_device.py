@@ -20,6 +20,7 @@ from migrena import HostError, Settings
 
 Driver = Callable[..., "subprocess.Popen[str]"]
 THEIRS = "/root/theirs"
+pytestmark = pytest.mark.timeout(600)  # machines without KVM, beside other tests
 
 
 @pytest.fixture
