@@ -716,11 +716,6 @@ def chunks(length: int, stretches: Iterable[Sequence[int]], limit: int, least: i
     return tuple(tiles)
 
 
-def bitmap_of(run: str) -> str:
-    """The name of the dirty bitmap that a run has in the source's file while the source runs."""
-    return f"migrena-{run}"
-
-
 def is_covered(tile: Chunk, stretches: Iterable[Piece]) -> bool:
     """Whether every byte of a chunk lies in one of these stretches (offset, length), whatever chunks they once were."""
     at = tile.offset
@@ -728,6 +723,11 @@ def is_covered(tile: Chunk, stretches: Iterable[Piece]) -> bool:
         if offset <= at < offset + length:
             at = offset + length
     return at >= tile.offset + tile.length
+
+
+def bitmap_of(run: str) -> str:
+    """The name of the dirty bitmap that a run has in the source's file while the source runs."""
+    return f"migrena-{run}"
 
 
 def new_beside(path: str, run: str) -> str:

@@ -29,6 +29,7 @@ from migrena import (
     disk_chain,
     drop_bitmap,
     move_changes,
+    stand_of,
     unchanged_since,
 )
 
@@ -74,7 +75,7 @@ def prepared(pair: tuple[Instance, Instance], make_copy: MakeCopy) -> Iterator[t
 def looked_at_again(ends: Ends, job: DiskJob) -> DiskJob:
     """The job for the file as it is by now."""
     top = disk_chain(ends.source, job.source.path, "qcow2", shared=False)[0]
-    return dataclasses.replace(job, source=top, stand=ends.source.run("stat", "-c", "%s %.Y %.Z %i", job.source.path).strip())
+    return dataclasses.replace(job, source=top, stand=stand_of(ends.source, job.source.path))
 
 
 def written(seed: int) -> list[str]:
