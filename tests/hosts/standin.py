@@ -21,7 +21,7 @@ from typing import Any
 
 import migrena
 from hosts.rig import INSTANCES, Instance, MiB
-from lab.hosts import Lab
+from lab.hosts import Host, Lab
 from unit.makers import a_flavor, an_image
 
 # A guest that runs is a qemu-io with the disk open: see hosts/test_warm.py. It ends as one that is asked to by its power button.
@@ -74,6 +74,10 @@ class Servers:
                 found[path.stem] = json.loads(path.read_text())
         return found
 
+    def hypervisor(self) -> Host:
+        """The host by what is written down of it: it may have died and come up again since this process began."""
+        return (Lab.recorded(self.lab.spec.tag) or self.lab)[self.host]
+
     def change(self, id: str, how: Callable[[Row], Mapping[str, Any]]) -> None:
         """Changes a server; whoever else does that at the same time waits."""
         with open(self.folder / f"{id}.lock", "w", encoding="utf-8") as lock:
@@ -103,22 +107,22 @@ class Servers:
 
     def create(self, name: str, image: str, flavor: str, meta: Mapping[str, str], **extra: object) -> Row:
         id = str(uuid.uuid4())
-        host = self.lab[self.host]
+        host = self.hypervisor()
         host.run("mkdir", "-p", f"{INSTANCES}/{id}")
         Instance(host, f"{INSTANCES}/{id}/disk").overlay(f"{INSTANCES}/_base/debian", 64 * MiB)
         self.add(id, name, metadata=dict(meta))
         return self.get(id)
 
     def delete(self, id: str) -> None:
-        self.lab[self.host].run("rm", "-rf", f"{INSTANCES}/{id}")
+        self.hypervisor().run("rm", "-rf", f"{INSTANCES}/{id}")
         self._path(id).unlink(missing_ok=True)
 
     def stop(self, id: str) -> None:
-        self.lab[self.host].run("sh", "-c", POWER_OFF, "sh", f"{INSTANCES}/{id}")
+        self.hypervisor().run("sh", "-c", POWER_OFF, "sh", f"{INSTANCES}/{id}")
         self.put(id, status="SHUTOFF", **{"OS-EXT-STS:power_state": 4})
 
     def start(self, id: str) -> None:
-        self.lab[self.host].run("chown", "64060:64060", f"{INSTANCES}/{id}/disk")  # as libvirt does, and so the file's ctime changes
+        self.hypervisor().run("chown", "64060:64060", f"{INSTANCES}/{id}/disk")  # as libvirt does, and so the file's ctime changes
         self.put(id, status="ACTIVE", **{"OS-EXT-STS:power_state": 1})
 
     def lock(self, id: str, reason: str) -> None:
