@@ -119,13 +119,7 @@ def clouds() -> Iterator[Clouds]:
         purge()
     found = Clouds(HYPERVISORS)
     found.up()
-    api = found.api("dst")
-    for name in ("guest", "guest-other"):  # an instance that is stopped while it boots would not hear of it for ten seconds
-        image = api.find("glance", "images", name)
-        assert image
-        if "os_shutdown_timeout" not in image:
-            api.call("PATCH", "glance", f"/images/{image['id']}", [{"op": "add", "path": "/os_shutdown_timeout", "value": "1"}],
-                     {"Content-Type": "application/openstack-images-v2.1-json-patch"})
+    stop_soon(found.api("dst"))
     yield found
     if not was_up:
         found.down()
@@ -191,6 +185,15 @@ def running(src: Api, source: str) -> str:
     """The same instance, while it runs."""
     src.act(source, "os-start", until="ACTIVE")
     return source
+
+
+def stop_soon(api: Api) -> None:
+    """Has Nova wait for guests of these images for a second: one that is stopped while it boots would not hear of it for ten."""
+    for name in ("guest", "guest-other"):
+        image = api.find("glance", "images", name)
+        if image and "os_shutdown_timeout" not in image:
+            api.call("PATCH", "glance", f"/images/{image['id']}", [{"op": "add", "path": "/os_shutdown_timeout", "value": "1"}],
+                     {"Content-Type": "application/openstack-images-v2.1-json-patch"})
 
 
 def as_before(src: Api, dst: Api, source: str) -> None:

@@ -29,7 +29,7 @@ say "boots=$boots last=$last broken=$gaps base=$(md5sum base.bin | cut -c1-12)"
 mkdir -p /etc/acpi/PWRF # the folder that acpid looks into when the power button is pressed
 cat >/etc/acpi/PWRF/00000080 <<'X'
 #!/bin/busybox sh
-kill "$(cat /writer)"
+kill "$(cat /writer)" $(cat /rewriter 2>/dev/null)
 cd /
 sync
 echo "GUEST powers off after record $(tail -n 1 /mnt/records | cut -d' ' -f1)" >/dev/ttyS0
@@ -47,4 +47,14 @@ chmod 755 /etc/acpi/PWRF/00000080
 	done
 ) &
 echo $! >/writer
+# So many MiB of the disk, from its 140th on, are rewritten again and again where its 130th begins with "rewrite NUMBER".
+set -- $(dd if=/dev/vda bs=1M skip=130 count=1 2>/dev/null | head -c 32 | tr -dc 'a-z0-9 ')
+if [ "$1" = rewrite ]; then
+	while :; do
+		dd if=base.bin of=/dev/vda bs=1M skip=$((turn % 8)) seek=$((140 + turn % $2)) count=1 conv=notrunc,fsync 2>/dev/null
+		turn=$((turn + 1))
+		sleep 0.2
+	done &
+	echo $! >/rewriter
+fi
 exec acpid -d >/dev/null 2>&1

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import disks, show, ways, wire
+from bench import disks, downtime, show, ways, wire
 from bench.rounds import Order
 from conftest import REPOSITORY
 
@@ -60,6 +60,9 @@ def test_what_readme_shows_is_the_time_until_the_copy_is_on_the_disk() -> None:
 def test_readme_shows_the_committed_results_and_so_does_the_picture() -> None:
     records = show.read(RESULTS)
     assert show.brief(records) in (REPOSITORY / "README.md").read_text()
+    downtimes = show.read(downtime.RECORDS)
+    assert downtime.table(downtimes) in (REPOSITORY / "README.md").read_text()
+    assert downtime.picture(downtimes) == downtime.RECORDS.with_suffix(".svg").read_text()
     assert show.picture(records) == RESULTS.with_suffix(".svg").read_text()
     assert all(record["equal"] for record in records if record["kind"] == "run" and record["way"] != "iperf3")
 
@@ -77,10 +80,22 @@ def test_the_picture_is_sound_and_holds_every_way() -> None:
     assert widths == [pytest.approx(11 / 30 * show.BAR_WIDTH, abs=0.1)]
 
 
+def test_downtimes_are_medians_with_novas_part_and_what_the_guest_felt() -> None:
+    runs = [{"kind": "run", "size": size, "way": way, "downtime": down, "nova": 4.0, "bytes": 3 * MiB, "write_ms_before": 1.2, "equal": down < 30,
+             **({"write_ms_during": 2.5} if way == "warm" else {})}
+            for size, way, down in ((1.0, "cold", 20.0), (1.0, "cold", 40.0), (1.0, "warm", 6.0), (2.0, "warm", 9.0))]
+    rows = [[cell.strip() for cell in line[2:-1].split("|")] for line in downtime.table([HEAD, *runs]).splitlines()[2:]]
+    assert rows == [["1", "cold", "30.0", "4.0", "3", "1.2", "", "1 of 2"], ["1", "warm", "6.0", "4.0", "3", "1.2", "2.5", "1 of 1"],
+                    ["2", "warm", "9.0", "4.0", "3", "1.2", "2.5", "1 of 1"]]
+    texts = [element.text for element in ElementTree.fromstring(downtime.picture([HEAD, *runs])).iter() if element.tag.endswith("text")]
+    assert {"1 GiB", "2 GiB", "cold", "warm", "30.0 s", "9.0 s"} <= set(texts)
+
+
 def test_a_run_that_was_cut_off_can_be_shown(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(record) for record in RECORDS)[:-5])
     assert show.read(tmp_path / "x.jsonl") == json.loads(json.dumps(RECORDS[:-1]))
     assert "migrena abc" in show.table([HEAD]) and "</svg>" in show.picture([HEAD])
+    assert "| way |" in downtime.table([HEAD]) and "</svg>" in downtime.picture([HEAD])
 
 
 def test_scattered_data_is_as_much_as_asked_for_lies_apart_and_is_written_in_no_order() -> None:
