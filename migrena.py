@@ -68,7 +68,7 @@ import urllib.parse
 import uuid
 import xml.etree.ElementTree as ElementTree
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -82,6 +82,7 @@ if TYPE_CHECKING:  # `--help` must not wait for these; each is imported where it
 VERSION: Final = "1.0.0"
 MiB: Final = 1024**2
 GiB: Final = 1024**3
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -259,9 +260,7 @@ def ports(value: object) -> range:
 
 def port(value: object) -> int:
     """One TCP port; 0 stands for none given."""
-    if str(value) not in ("", "0"):
-        return ports(value)[0]
-    return 0
+    return 0 if str(value) in ("", "0") else ports(value)[0]
 
 
 def disk_path(value: object) -> str:
@@ -349,17 +348,14 @@ class Settings:
     yes: bool = option(False, "--yes", config=False, jobs=("rollback",), help="also undo a run that was successful")
     src_uid: str = option("", "-s", "--src-uid", "--src-uuid", read=instance_id, config=False, metavar="UUID", help="the source instance's id")
     dst_name: str = option("", "-d", "--dst-name", config=False, metavar="NAME", help="name of the new instance in the destination")
-    flavor: str = option("", "-f", "--flavor", config=False, metavar="FLAVOR",
-                         help="its flavor, name or id (left out: matched from the source)")
-    image: str = option("", "-i", "--image-id", config=False, metavar="IMAGE",
-                        help="its image, name or id (left out: the one with the same content)")
+    flavor: str = option("", "-f", "--flavor", config=False, metavar="FLAVOR", help="its flavor, name or id (left out: matched from the source)")
+    image: str = option("", "-i", "--image-id", config=False, metavar="IMAGE", help="its image, name or id (left out: the one with the same content)")
     extra_args: dict[str, Any] = option({}, "-e", "--extra-args", read=literal, config=False, metavar="EXTRA",
                                         help="more arguments of Nova's create, a Python literal or JSON: "
                                         "\"{'nics': [{'net-id': 'ID'}], 'security_groups': ['default']}\"")
     start_after: str = option("", "-a", "--start-after", read=start_words, config=False, nargs="?", const="all",
                               metavar="all|src|dst", help="start these afterwards; -a alone means all, nothing without it")
-    root_only: bool = option(False, "--root-only", config=False,
-                             help="go on although volumes, ephemeral disks or a config drive would stay behind")
+    root_only: bool = option(False, "--root-only", config=False, help="go on although volumes, ephemeral disks or a config drive would stay behind")
     transport: str = option("auto", "--transport", read=words_of("auto", "nbd", "qemu"), metavar="auto|nbd|qemu",
                             help="nbd: nbd-server and nbd-client; qemu: qemu-nbd and qemu-img; auto picks")
     tls: bool = option(True, "--no-tls", help="send the disk in clear; only the destination's address is let in")
@@ -376,8 +372,7 @@ class Settings:
                                help="give up where --max-downtime was not in reach for so long, the source untouched (default: 1h)")
     bitmap: bool = option(False, "--bitmap", help="with --warm: libvirt notes in the source's qcow2 file what its guest changes, which then "
                           "need not be read again; taken out when it has stopped")
-    retries: int = option(5, "--retries", read=count, jobs=MOVE, metavar="N",
-                          help="how often a copy that was cut off or stalled goes on by itself (default: 5)")
+    retries: int = option(5, "--retries", read=count, jobs=MOVE, metavar="N", help="how often a copy that was cut off goes on by itself (default: 5)")
     stall_timeout: int = option(120, "--stall-timeout", read=seconds, jobs=MOVE, metavar="SECONDS",
                                 help="without a byte for so long a copy has stalled (default: 120)")
     max_per_host: int = option(2, "--max-per-host", read=positive, jobs=MOVE, metavar="N",
@@ -461,10 +456,9 @@ def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: 
     settings = Settings(**values)
     if settings.chunk < MiB or settings.chunk % MiB:
         raise UsageError(f"CHUNK: {settings.chunk} is no multiple of 1 MiB")
-    if settings.compress == "on" and settings.transport == "nbd":
-        raise UsageError("--compress on goes with the transport qemu alone", "leave out --transport nbd")
-    if settings.warm and settings.transport == "nbd":
-        raise UsageError("--warm goes with the transport qemu alone", "leave out --transport nbd")
+    for flag, is_given in (("--compress on", settings.compress == "on"), ("--warm", settings.warm)):
+        if is_given and settings.transport == "nbd":
+            raise UsageError(f"{flag} goes with the transport qemu alone", "leave out --transport nbd")
     if settings.nbd_device and not re.fullmatch(r"/dev/nbd\d+", settings.nbd_device):
         raise UsageError(f"NBD_DEVICE: {settings.nbd_device!r} is no /dev/nbdN")
     return settings
@@ -525,8 +519,8 @@ def cloud_from_yaml(name: str, environment: Mapping[str, str]) -> dict[str, Any]
     import yaml
 
     named = environment.get("OS_CLIENT_CONFIG_FILE")
-    places = [Path(named)] if named else [folder / "clouds.yaml" for folder in (
-        Path.cwd(), Path.home() / ".config/openstack", Path("/etc/openstack"))]
+    folders = Path.cwd(), Path.home() / ".config/openstack", Path("/etc/openstack")
+    places = [Path(named)] if named else [folder / "clouds.yaml" for folder in folders]
     for path in places:
         if not path.is_file():
             continue
@@ -1098,7 +1092,7 @@ class Journal:
                 self.write("ended", result="left" if undo.left else result, error=error, left=undo.left)
             if self._is_broken:
                 undo.screen.warn(f"the journal {self.path} does not tell how the run has ended: `status` will call it killed")
-            self._file.close()
+            self.close()
 
     def close(self) -> None:
         """Nothing more will be written."""
@@ -1414,6 +1408,13 @@ def outcome(flow: Future[T], meanwhile: Callable[[], None] = lambda: None) -> T:
         meanwhile()
 
 
+def at_once(one: Callable[[], T], other: Callable[[], S]) -> tuple[T, S]:
+    """What two acts give that are at work at the same time; raises what the first raises, else what the other does."""
+    with ThreadPoolExecutor(2) as pool:
+        flow, side = pool.submit(one), pool.submit(other)
+        return outcome(flow), outcome(side)
+
+
 # ---- 6. Host ---------------------------------------------------------------------------------------------------------
 
 # A lease ties what runs on a hypervisor to our SSH channel, which is its standard input: we send a dot every few seconds,
@@ -1425,6 +1426,7 @@ hold() { while [ "$(timeout 60 head -c 1)" = . ]; do :; done; }
 trap 'status=$?; printf "\\000"; hold; exit "$status"' EXIT
 """
 BEAT: Final = 5.0  # seconds between dots
+DEAF_AFTER: Final = 30.0  # seconds after which a host that does not take up a command is given up
 LEFT_BEHIND: Final = 9  # exit status of a lease that could not undo what it had done
 
 LEASED_COMMAND: Final = HOLD + """
@@ -1595,8 +1597,7 @@ class Target:
         import paramiko
 
         through: Any = stack.enter_context(proxied(self.proxy)) if self.proxy else None
-        client = paramiko.SSHClient()
-        stack.callback(client.close)
+        client = stack.enter_context(paramiko.SSHClient())
         for path in self.known_hosts:
             with contextlib.suppress(FileNotFoundError):
                 client.load_host_keys(path)
@@ -1712,11 +1713,7 @@ class Host:
 
     def succeeds(self, *words: str) -> bool:
         """Whether a command ends with status 0."""
-        try:
-            self.run(*words)
-        except CommandError:
-            return False
-        return True
+        return can_be(lambda: self.run(*words))
 
     def work(self, *words: str, stall: float, heard: Callable[[str], None] = lambda said: None, given: Sequence[str] = ()) -> str:
         """What a long command prints, under a lease, no zero bytes; `heard` gets each piece as it comes. Ends it after `stall` s of silence."""
@@ -1774,18 +1771,24 @@ class Host:
     @unbroken()
     def _start(self, words: Sequence[str], before: Sequence[str], seconds: float, form: str = "{}") -> tuple[paramiko.Channel, Lease]:
         """Starts a command, with what goes before its words unsaid in messages; nothing holds it yet."""
+        import paramiko
+
         with self._wall(words):
             self._screen.trace(f"{self.name}$ {shlex.join(words)}")
             self._screen.commands[self.name] = self._screen.commands.get(self.name, 0) + 1
-            channel = _transport(self._client).open_session(timeout=30)
-            channel.settimeout(seconds)
-            alarm = threading.Timer(30, channel.close)  # paramiko itself waits for the answer as long as the connection seems to live
-            alarm.daemon = True
-            alarm.start()
+            began = time.monotonic()
             try:
+                channel = _transport(self._client).open_session(timeout=DEAF_AFTER)
+                channel.settimeout(seconds)
+                alarm = threading.Timer(DEAF_AFTER, channel.close)  # paramiko itself waits as long as the connection seems to live
+                alarm.daemon = True
+                alarm.start()
                 channel.exec_command(form.format(shlex.join((*self._prefix, *before, *words))).encode("utf-8", "surrogateescape"))
-            finally:
                 alarm.cancel()
+            except (paramiko.SSHException, EOFError) as error:
+                if time.monotonic() - began < DEAF_AFTER:
+                    raise
+                raise TimeoutError from error  # it did not break: nobody answers
         return channel, Lease(self, channel, words)
 
     @contextlib.contextmanager
@@ -1887,6 +1890,15 @@ class Lease:
         self.drop()
 
 
+def can_be(act: Callable[[], object]) -> bool:
+    """Whether an act succeeds; False where one of its commands fails."""
+    try:
+        act()
+    except CommandError:
+        return False
+    return True
+
+
 def received_within(channel: paramiko.Channel, seconds: float) -> bytes:
     """What a channel has to say next, empty at its end; raises TimeoutError after `seconds` of silence. Signals are heard while it is silent."""
     until = time.monotonic() + seconds
@@ -1908,13 +1920,11 @@ def exit_status_of(channel: paramiko.Channel) -> int:
     return channel.exit_status
 
 
-@contextlib.contextmanager
-def unheard() -> Iterator[None]:
-    """For what is said to a host that may be gone: whether the connection still carries it makes no difference any more."""
+def unheard() -> contextlib.suppress:
+    """A scope for what is said to a host that may be gone: whether the connection still carries it makes no difference any more."""
     import paramiko
 
-    with contextlib.suppress(paramiko.SSHException, EOFError, OSError):
-        yield
+    return contextlib.suppress(paramiko.SSHException, EOFError, OSError)
 
 
 def _drain(channel: paramiko.Channel, into: bytearray, most: int = 16384) -> None:
@@ -1978,8 +1988,7 @@ def api_wall(label: str, url: str, act: str) -> Iterator[None]:
                          "check user, password, project and domains", 401) from error
     except auth_exceptions.EndpointNotFound as error:
         raise CloudError(f"{label} cloud: {shorten(str(error))}", "check region_name and interface in the credentials", 404) from error
-    except (auth_exceptions.ClientException, nova_exceptions.ClientException, glance_exceptions.ClientException,
-            requests.RequestException) as error:
+    except (auth_exceptions.ClientException, nova_exceptions.ClientException, glance_exceptions.ClientException, requests.RequestException) as error:
         code = getattr(error, "http_status", None) or getattr(error, "code", None)
         code = code if isinstance(code, int) else 0 if isinstance(error, auth_exceptions.ConnectionError) else 400
         way_out = "check auth_url, and whether this machine reaches it" if act == "sign in" else ""
@@ -2149,9 +2158,10 @@ class Cloud:
                 if time.monotonic() > limit or (error.code != 409 and not error.may_pass):
                     raise
 
-    def stop(self, id: str) -> None:
-        """Asks Nova to stop an instance; one that is stopped already is left alone."""
+    def stop(self, id: str, changed: Callable[[Server], None]) -> None:
+        """Stops an instance; one that is stopped already is left alone. Raises CloudError as `wait` does."""
         self._insist(f"stop server {id}", lambda: self.server(id).is_stopped or self._nova.servers.stop(id))
+        self.wait(id, lambda server: server.is_stopped, changed)
 
     def start(self, id: str, changed: Callable[[Server], None]) -> Server:
         """An instance that was started; raises CloudError with the reason from os-instance-actions: Nova accepts a start that fails."""
@@ -2207,18 +2217,11 @@ class Cloud:
 
     def wait(self, id: str, ready: Callable[[Server], bool], changed: Callable[[Server], None]) -> Server:
         """The instance when `ready` says so. Raises CloudError when it goes to ERROR, and when nothing changes for half an hour."""
-        last, since, outage = ("", ""), time.monotonic(), 0.0
+        last, since = ("", ""), time.monotonic()
         for _ in self._polls():
-            try:
-                server = self.server(id)
-                if ready(server):
-                    return server
-                outage = 0.0
-            except CloudError as error:
-                outage = outage or time.monotonic()
-                if not error.may_pass or time.monotonic() - outage > OUTAGE_LIMIT:
-                    raise
-                continue
+            server = self._insist(f"show server {id}", lambda: self.server(id))
+            if ready(server):
+                return server
             changed(server)
             if server.status == "ERROR":
                 raise CloudError(f"{self.label} cloud: server {id} went to ERROR: {server.fault or 'Nova gives no reason'}")
@@ -2248,18 +2251,29 @@ PACKAGES: Final = {"qemu-img": ("qemu-utils", "qemu-img"), "qemu-nbd": ("qemu-ut
 NEEDED: Final = ("qemu-img", "qemu-nbd", "timeout", "flock", "ss", "ip")  # on both hosts, whatever the transport
 
 PYTHON: Final = ("python3", "-ISc")  # without what the host's owner has added to it, whose import costs more than ours
+# For programs on hypervisors: TLS for a run's "server" or "client", which take only each other.
+TLS_OF: Final = """
+def tls_of(who, folder):
+    import ssl
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if who == "server" else ssl.PROTOCOL_TLS_CLIENT)
+    tls.load_cert_chain("%s/%s-cert.pem" % (folder, who), "%s/%s-key.pem" % (folder, who))
+    tls.load_verify_locations(folder + "/ca-cert.pem")
+    tls.verify_mode = ssl.CERT_REQUIRED
+    return tls
+"""
+
 # Runs on a hypervisor: VERB WHERE OFFSET LENGTH RATE LIST FILE FOLDER. WHERE is a file, or an NBD export as qemu's node for it in JSON. `map`
 # prints the stretches that hold data, with how many bytes and in how many pieces; `pieces` each piece for itself; `digest` one sha256 of each block
 # of 1 MiB that is not all zeros, with the block's number: that of its runs of cells of 64 KiB that are not all zeros, each run after its place and
 # length, so that holes need not be read; LIST, where it is given, names the pieces whose blocks are wanted. `bring` makes FILE equal to WHERE at
 # the pieces in LIST, and leaves them on the disk; FOLDER has the certificates for TLS. RATE is the most bytes per second that are read, or 0.
 # Files are read past the page cache where they can be: what is proven comes from the disk, and others keep their cache.
-BLOCKS: Final = r"""
+BLOCKS: Final = TLS_OF + r"""
 import hashlib, mmap, os, struct, sys, threading, time
 CELL, BLOCK, SPAN = 1 << 16, 1 << 20, 64 << 20  # a stretch goes on over holes as long as it is no longer than SPAN
 verb, where, offset, length, rate, listed, target, folder = (sys.argv[1:] + [""] * 4)[:8]
 offset, length, rate = int(offset), int(length), int(rate or 0)
-end, local, zeros = offset + length, threading.local(), bytes(CELL)
+end, zeros = offset + length, bytes(CELL)
 sys.excepthook = lambda kind, error, trace: print("%s: %s" % ("the export" if where[0] == "{" else where, error), file=sys.stderr)
 if "{" in where[:1] + target[:1]:
     import json, socket, subprocess
@@ -2295,7 +2309,7 @@ class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project),
     def __init__(self, node):
         self.node, self.local = node, threading.local()
     def extents(self):
-        image = ",".join(["driver=raw", "file.driver=nbd"] + ["file.%s=%s" % option for option in self.node.items()])
+        image = ",".join(["driver=raw"] + ["file.%s=%s" % option for option in self.node.items()])
         map_of = ["qemu-img", "map", "--output=json", "--image-opts", "--start-offset=%d" % offset, "--max-length=%d" % length, image]
         for part in json.loads(subprocess.check_output(map_of, stdin=subprocess.DEVNULL)):
             if part["data"] and not part["zero"] and part["start"] < end:
@@ -2321,14 +2335,10 @@ class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project),
         self.hear(18)
         link.sendall(struct.pack(">I", 3))
         if "tls-creds" in self.node:
-            import ssl
             link.sendall(struct.pack(">8sII", b"IHAVEOPT", 5, 0))
             if struct.unpack(">12xII", self.hear(20)) != (1, 0):
                 sys.exit("the export takes no TLS")
-            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            tls.load_cert_chain(folder + "/client-cert.pem", folder + "/client-key.pem")
-            tls.load_verify_locations(folder + "/ca-cert.pem")
-            link = self.local.link = tls.wrap_socket(link, server_hostname=host)
+            link = self.local.link = tls_of("client", folder).wrap_socket(link, server_hostname=host)
         name = self.node.get("export", "").encode()
         link.sendall(struct.pack(">8sII", b"IHAVEOPT", 1, len(name)) + name)
         self.hear(10)
@@ -2406,10 +2416,8 @@ def runs_of(room, start, stop):  # of cells that are not all zeros
                 runs.append([at, at + size])
     return runs
 
-def digest(block):
-    if not hasattr(local, "room"):
-        local.room = mmap.mmap(-1, BLOCK)  # begins with a page, as reading past the cache needs it
-    room, base, runs, found = memoryview(local.room), block * BLOCK, [], hashlib.sha256()
+def digest(block, room):
+    base, runs, found = block * BLOCK, [], hashlib.sha256()
     for first, last in blocks[block]:
         start, stop = first * CELL - base, min(last * CELL, end) - base
         disk.read(base + start, room[start:last * CELL - base], stop - start)
@@ -2422,8 +2430,9 @@ def digest(block):
 
 def work(turns):
     try:
+        room = memoryview(mmap.mmap(-1, BLOCK))  # begins with a page, as reading past the cache needs it
         for block in turns:
-            found[block] = digest(block)
+            found[block] = digest(block, room)
     except BaseException as error:
         failures.append(error)
 
@@ -2519,18 +2528,13 @@ os.execvp(sys.argv[4], sys.argv[4:])
 
 # Carries NBD connections over a slow wire: `serve` hands those that come over the wire (fd 3, see LISTEN) to the socket NEAR, `fetch` takes them at
 # NEAR to the wire. What the source says goes in frames: its length in 4 bytes, whose highest bit is set where zlib made it shorter (RFC 1950).
-SQUEEZE: Final = r"""
-import asyncio, os, socket, ssl, struct, sys, zlib
+SQUEEZE: Final = TLS_OF + r"""
+import asyncio, os, socket, struct, sys, zlib
 role, pidfile, near, folder, address, port = sys.argv[1:]
 DEFLATED, MOST = 1 << 31, 1 << 20
-serves, loop, tls = role == "serve", asyncio.new_event_loop(), None
+serves, loop = role == "serve", asyncio.new_event_loop()
 asyncio.set_event_loop(loop)
-if folder:
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if serves else ssl.PROTOCOL_TLS_CLIENT)
-    mine = folder + ("/server" if serves else "/client")
-    tls.load_cert_chain(mine + "-cert.pem", mine + "-key.pem")
-    tls.load_verify_locations(folder + "/ca-cert.pem")
-    tls.verify_mode = ssl.CERT_REQUIRED
+tls = tls_of("server" if serves else "client", folder) if folder else None
 
 def ending(way):
     async def end(said, heard, *more):
@@ -2540,9 +2544,6 @@ def ending(way):
             heard.close()
     return end
 
-async def as_it_is(piece):
-    return piece
-
 async def framed(piece):
     short = await loop.run_in_executor(None, zlib.compress, piece, 1)
     if len(short) < len(piece):
@@ -2550,12 +2551,12 @@ async def framed(piece):
     return struct.pack(">I", len(piece)) + piece
 
 @ending
-async def pass_on(said, heard, form=as_it_is):
+async def pass_on(said, heard, form=None):
     while True:
         piece = await said.read(MOST)
         if not piece:
             return
-        heard.write(await form(piece))
+        heard.write(await form(piece) if form else piece)
         await heard.drain()
 
 @ending
@@ -2596,11 +2597,8 @@ if [ -n "$device" ]; then
   [ -b "$device" ] || { echo "$device does not exist" >&2; exit 1; }
   [ "$(cat "$state/size")" = 0 ] && [ ! -e "$state/pid" ] || { echo "$device is in use by someone else" >&2; exit 1; }
 fi
-n=0
-until timeout 60 "$@" ${device:+"$device"} </dev/null >"$said" 2>&1; do
-  n=$((n + 1))
-  [ "$n" -lt 2 ] || { cat "$said" >&2; echo "nbd-client did not connect" >&2; exit 1; }
-done
+connect() { timeout 60 "$@" ${device:+"$device"} </dev/null >"$said" 2>&1; }
+connect "$@" || connect "$@" || { cat "$said" >&2; echo "nbd-client did not connect" >&2; exit 1; }
 [ -n "$device" ] || device=$(sed -n 's,.*Connected \\(/dev/nbd[0-9]*\\).*,\\1,p' "$said")
 [ -b "$device" ] || { cat "$said" >&2; echo "nbd-client connected, but to no device that is there" >&2; exit 1; }
 state=/sys/block/${device#/dev/}
@@ -2632,9 +2630,13 @@ flock -n -- "$1" true || { echo "an earlier attempt still writes to $1" >&2; exi
 exec qemu-img info --image-opts "$2"
 """
 
+TARGET: Final = """
+target_of() { virsh -q domblklist "$1" | while read -r name file; do [ "$file" != "$2" ] || echo "$name"; done; }
+"""
+
 # $1 the instance, $2 its disk, $3 the bitmap. Nova cannot undefine a domain of which libvirt knows a checkpoint: the bitmap alone stays.
-ADD_BITMAP: Final = """
-target=$(virsh -q domblklist "$1" | while read -r name file; do [ "$file" != "$2" ] || echo "$name"; done)
+ADD_BITMAP: Final = TARGET + """
+target=$(target_of "$1" "$2")
 [ -n "$target" ] || { echo "libvirt knows no disk $2 of $1" >&2; exit 1; }
 virsh -q checkpoint-create-as "$1" "$3" --diskspec "$target,checkpoint=bitmap,bitmap=$3" >&2 || exit
 virsh -q checkpoint-delete "$1" "$3" --metadata >&2
@@ -2642,21 +2644,23 @@ virsh -q checkpoint-delete "$1" "$3" --metadata >&2
 
 # $1 the instance, $2 its disk, $3 the bitmap, which need not be there. Of a running instance libvirt takes it out, told of the checkpoint again;
 # one that broke when qemu was killed has to wait until it is stopped.
-DROP_BITMAP: Final = """
+DROP_BITMAP: Final = TARGET + """
 domain=$1; disk=$2; bitmap=$3
-is_in_file() { case "$(qemu-img info -U --output=json -f qcow2 "$disk")" in *"\\"$bitmap\\""*) ;; *) false;; esac; }
+drop_from_file() {
+  info=$(qemu-img info -U --output=json -f qcow2 "$disk") || return
+  case "$info" in *"\\"$bitmap\\""*) qemu-img bitmap --remove -f qcow2 "$disk" "$bitmap";; esac
+}
 drop() {
   case "$(LC_ALL=C virsh -q domstate "$domain" 2>/dev/null)" in ''|'shut off')
-    ! is_in_file || qemu-img bitmap --remove -f qcow2 "$disk" "$bitmap"
+    drop_from_file
     return
   esac
   if ! virsh -q checkpoint-info "$domain" "$bitmap" >/dev/null 2>&1; then
-    target=$(virsh -q domblklist "$domain" | while read -r name file; do [ "$file" != "$disk" ] || echo "$name"; done)
     said=$(printf '<domaincheckpoint><name>%s</name><creationTime>%s</creationTime><disks><disk name="%s" checkpoint="bitmap" bitmap="%s"/>%s' \\
-      "$bitmap" "$(date +%s)" "$target" "$bitmap" '</disks></domaincheckpoint>' |
+      "$bitmap" "$(date +%s)" "$(target_of "$domain" "$disk")" "$bitmap" '</disks></domaincheckpoint>' |
       LC_ALL=C virsh -q checkpoint-create "$domain" /dev/stdin --redefine --redefine-validate 2>&1) || {
-      case "$said" in *'missing or broken bitmap'*) ! is_in_file && return; esac
       echo "$said"
+      case "$said" in *'missing or broken bitmap'*) drop_from_file; return; esac
       return 1
     }
   fi
@@ -2670,9 +2674,9 @@ until said=$(drop 2>&1); do  # it may be starting or stopping just then
 done
 """
 
-# Runs on the source's host: FILE EXPORT. Prints the runs of blocks of 1 MiB of a qcow2 file that hold nothing but a guest's data which was not
-# written since a dirty bitmap began: the first block, and how many. EXPORT is qemu's node for an export with that bitmap as its x-dirty-bitmap,
-# in which dirty stretches show as no data. All else may have changed: the file's own tables, and its last block, which may have been shorter.
+# Runs on the source's host: FILE EXPORT. Prints the numbers of those blocks of 1 MiB of a qcow2 file that hold nothing but a guest's data which was
+# not written since a dirty bitmap began. EXPORT is qemu's node for an export with that bitmap as its x-dirty-bitmap, in which dirty stretches
+# show as no data. All else may have changed: the file's own tables, and its last block, which may have been shorter.
 UNCHANGED: Final = r"""
 import json, os, subprocess, sys
 path, export = sys.argv[1:]
@@ -2683,11 +2687,8 @@ def stretches(*image):
 
 held, at = [0] * (os.stat(path).st_size // BLOCK + 1), 0  # bytes of each block that have not changed
 def hold(start, stop):
-    while start < stop:
-        block = start // BLOCK
-        end = min(stop, (block + 1) * BLOCK)
-        held[block] += end - start
-        start = end
+    for block in range(start // BLOCK, -(-stop // BLOCK)):
+        held[block] += max(0, min(stop, (block + 1) * BLOCK) - max(start, block * BLOCK))
 
 dirty = [(part["start"], part["start"] + part["length"]) for part in stretches("--image-opts", export) if not part["data"]]
 own = "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path}})
@@ -2703,13 +2704,7 @@ for part in stretches(own):
         start = max(start, dirty[turn][1])
         turn += 1
     hold(start + shift, stop + shift)
-first = None
-for block, count in enumerate(held + [0]):
-    if count == BLOCK and first is None:
-        first = block
-    elif count != BLOCK and first is not None:
-        print(first, block - first)
-        first = None
+print(*[block for block, count in enumerate(held) if count == BLOCK], sep="\n")
 """
 
 SAMPLE: Final = 8 * MiB  # what a rehearsal sends
@@ -2826,9 +2821,8 @@ def same_content(one: tuple[Host, DiskImage], other: tuple[Host, DiskImage], sta
 
 def same_digests(how: Digest, sides: tuple[tuple[Host, str], tuple[Host, str]], tile: Chunk, stall: float) -> bool:
     """Whether the digests of a chunk are equal on both sides (a host, and what it reads), which are at work at once."""
-    with ThreadPoolExecutor(2) as pool:
-        found = [pool.submit(how, host, where, tile.offset, tile.length, stall) for host, where in sides]
-        return outcome(found[0]) == outcome(found[1])
+    one, other = at_once(*(functools.partial(how, host, where, tile.offset, tile.length, stall) for host, where in sides))
+    return one == other
 
 
 def blocks(verb: str, where: str, offset: int, length: int, *more: int | str) -> tuple[str, ...]:
@@ -2864,13 +2858,20 @@ def digests_for(job: DiskJob) -> Digest:
     return digests if job.with_python else digest_of_chunk
 
 
-def held(host: Host, path: str, folder: str) -> contextlib.AbstractContextManager[Lease]:
+@contextlib.contextmanager
+def served_here(host: Host, folder: str, name: str, *words: str) -> Iterator[tuple[Lease, Node]]:
+    """A qemu-nbd with these words on a socket in our private folder, and qemu's node for it; raises CommandError where it does not serve."""
+    socket_file, pidfile = f"{folder}/{name}.sock", f"{folder}/{name}.pid"
+    with host.daemon(pidfile, "qemu-nbd", "-t", "-k", socket_file, f"--pid-file={pidfile}", *words) as lease:
+        yield lease, {"driver": "nbd", "server.type": "unix", "server.path": socket_file}
+
+
+def held(host: Host, path: str, folder: str) -> contextlib.AbstractContextManager[tuple[Lease, Node]]:
     """Holds qemu's lock on a disk: nobody had it open for writing when the scope began, and no guest can start on it within.
 
-    Raises CommandError where somebody has it open. The qemu-nbd serves nobody: its socket lies in our private folder.
+    Raises CommandError where somebody has it open. The qemu-nbd is there for nobody to read from.
     """
-    pidfile = f"{folder}/hold.pid"
-    return host.daemon(pidfile, "qemu-nbd", "-r", "-t", "-k", f"{folder}/hold.sock", f"--pid-file={pidfile}", "--image-opts", locked(path))
+    return served_here(host, folder, "hold", "-r", "--image-opts", locked(path))
 
 
 def require_still_held(host: Host, path: str, folder: str) -> None:
@@ -3119,14 +3120,6 @@ def require_stand(source: Host, job: DiskJob) -> None:
                          "find out who has started the source, or has written to its disk or replaced it, and run migrena again")
 
 
-def hold_source(ends: Ends, job: DiskJob, stack: contextlib.ExitStack) -> Lease:
-    """Locks the source's file for as long as the scope; raises FinalError where somebody has it open."""
-    try:
-        return stack.enter_context(held(ends.source, job.source.path, ends.source_folder))
-    except CommandError as error:
-        raise FinalError(f"{ends.source.name}: {job.source.path} is in use: {error.said}", "find out who has it open (virsh list, lsof)") from error
-
-
 @dataclass(frozen=True)
 class Reading:
     """The source's disk while it is read: by BLOCKS on its own host, and by those of the destination, with their options and qemu's node."""
@@ -3143,22 +3136,32 @@ class Reading:
 
 
 @contextlib.contextmanager
-def reading(ends: Ends, job: DiskJob) -> Iterator[Reading]:
-    """The source's disk, served to the destination; of a source that has stopped, locked and proven unchanged at the scope's end."""
+def reading(ends: Ends, job: DiskJob, *holds: Lease) -> Iterator[Reading]:
+    """The source's disk, served to the destination; what holds it meanwhile is let go with the scope."""
     with contextlib.ExitStack() as stack:
-        if not job.is_live:
-            require_stand(ends.source, job)
-        hold = () if job.is_live else (hold_source(ends, job, stack),)
         export, serving = stack.enter_context(exported(ends, job, job.source.path, job.export_format))
         readable = stack.enter_context(seen_by_guest(ends, ends.source, job.source, job))
         options, node = stack.enter_context(reached(ends, job, export, job.length))
-        found = Reading(readable, options, node, (*hold, serving))
+        found = Reading(readable, options, node, (*holds, serving))
         yield found
-        if not job.is_live:
-            require_stand(ends.source, job)
-            require_still_held(ends.source, job.source.path, ends.source_folder)
         for lease in found.leases:  # all at once; their ends are awaited with the scope
             lease.release()
+
+
+@contextlib.contextmanager
+def reading_stopped(ends: Ends, job: DiskJob) -> Iterator[Reading]:
+    """The disk of a source that has stopped: locked, and proven unchanged at the scope's end. Raises FinalError where somebody has it open."""
+    source, path = ends.source, job.source.path
+    require_stand(source, job)
+    with contextlib.ExitStack() as stack:
+        try:
+            hold, _ = stack.enter_context(held(source, path, ends.source_folder))
+        except CommandError as error:
+            raise FinalError(f"{source.name}: {path} is in use: {error.said}", "find out who has it open (virsh list, lsof)") from error
+        with reading(ends, job, hold) as disk:
+            yield disk
+            require_stand(source, job)
+            require_still_held(source, path, ends.source_folder)
 
 
 def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[Piece] = ()) -> Moved:
@@ -3167,7 +3170,7 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[Piece]
     Raises HostError when a host, a command or the proof fails. The source's lock is held for as long as the export lives.
     """
     began, before, source = time.monotonic(), received(ends), ends.source
-    with reading(ends, job) as disk, contextlib.ExitStack() as stack:
+    with reading_stopped(ends, job) as disk, contextlib.ExitStack() as stack:
         tiles, held_bytes = tiles_of(source, disk.readable, job)
         proven = prove_what_is_there(ends, job, disk.readable, [tile for tile in tiles if tile.held and is_covered(tile, known)], tiles)
         compared, sending = Comparison(ends, job, disk.readable, stack), Sending(ends, job, disk, stack)
@@ -3212,15 +3215,6 @@ def prove_what_is_there(ends: Ends, job: DiskJob, readable: str, claimed: Sequen
     return frozenset()
 
 
-def can_be(act: Callable[[], None]) -> bool:
-    """Whether an act succeeds; False where one of its commands fails."""
-    try:
-        act()
-    except CommandError:
-        return False
-    return True
-
-
 def make_sound(destination: Host, job: DiskJob) -> None:
     """Brings a new file that was left in the middle into a form that can be gone on with; raises CommandError where it cannot."""
     if job.new_format == "raw":
@@ -3257,16 +3251,15 @@ def tiles_of(source: Host, readable: str, job: DiskJob) -> tuple[tuple[Chunk, ..
 
 
 @contextlib.contextmanager
-def seen_by_guest(ends: Ends, host: Host, image: DiskImage, job: DiskJob) -> Iterator[str]:
-    """What BLOCKS reads: the file itself, or an export that shows what the guest sees."""
+def seen_by_guest(ends: Ends, host: Host, image: DiskImage, job: DiskJob, *, is_written: bool = False) -> Iterator[str]:
+    """What BLOCKS reads, or writes to: the file itself, or an export that shows what the guest sees."""
     if job.whole_file or image.format == "raw":
         yield image.path
         return
     folder = ends.source_folder if host is ends.source else ends.destination_folder
     opened = shared(image.path, image.format) if job.is_live and host is ends.source else ("-f", image.format, image.path)
-    words = ("qemu-nbd", "-r", "-t", "-e", "8", "-k", f"{folder}/guest.sock", f"--pid-file={folder}/guest.pid", *opened)
-    with host.daemon(f"{folder}/guest.pid", *words):
-        yield json.dumps({"server.type": "unix", "server.path": f"{folder}/guest.sock"})
+    with served_here(host, folder, "guest", *(("--discard=unmap",) if is_written else ("-r", "-e", "8")), *opened) as (_, node):
+        yield json.dumps(node)
 
 
 def make_new(destination: Host, job: DiskJob) -> None:
@@ -3317,7 +3310,7 @@ def bring(ends: Ends, job: DiskJob, node: Node, pieces: Sequence[Piece], show: C
     total = sum(count for _, count in pieces)
     if pieces:
         where, folder = node["filename"] if "filename" in node else json.dumps(node), ends.destination_folder
-        with writable(ends, job) as target:
+        with seen_by_guest(ends, ends.destination, job.new_image, job, is_written=True) as target:
             listed = put_list(ends.destination, folder, pieces)
             words = blocks("bring", where, 0, job.length, job.settings.limit_rate, listed, target, folder)
             heard = share_of(total, show)
@@ -3330,18 +3323,6 @@ def put_list(host: Host, folder: str, pieces: Sequence[Piece]) -> str:
     listed = f"{folder}/{secrets.token_hex(8)}.pieces"
     host.script(PRIVATE_FILE, listed, stdin="".join(f"{start} {count}\n" for start, count in pieces).encode())
     return listed
-
-
-@contextlib.contextmanager
-def writable(ends: Ends, job: DiskJob) -> Iterator[str]:
-    """What BLOCKS writes to: the new file itself where it is raw, or an export of it."""
-    if job.new_format == "raw":
-        yield job.new
-        return
-    socket_file, pidfile = f"{ends.destination_folder}/new.sock", f"{ends.destination_folder}/new.pid"
-    words = ("qemu-nbd", "-t", "-k", socket_file, f"--pid-file={pidfile}", "--discard=unmap", "-f", job.new_format, job.new)
-    with ends.destination.daemon(pidfile, *words):
-        yield json.dumps({"server.type": "unix", "server.path": socket_file})
 
 
 def copy_tail(ends: Ends, job: DiskJob) -> None:
@@ -3524,13 +3505,11 @@ def unchanged_since(source: Host, folder: str, job: DiskJob, known: Known) -> fr
 
     Raises CommandError where the file has no such bitmap, or one that was not kept to the end because qemu was killed.
     """
-    bitmap, pidfile, socket_file = bitmap_of(job.run), f"{folder}/bitmap.pid", f"{folder}/bitmap.sock"
-    words = ("qemu-nbd", "-r", "-t", "-B", bitmap, "-k", socket_file, f"--pid-file={pidfile}", "-f", "qcow2", job.source.path)
-    node = {"driver": "nbd", "server.type": "unix", "server.path": socket_file, "x-dirty-bitmap": f"qemu:dirty-bitmap:{bitmap}"}
-    with source.daemon(pidfile, *words):
-        printed = source.work(*PYTHON, UNCHANGED, job.source.path, image_opts(node), stall=600)
-    found = (block for first, count in numbers_in(printed) for block in range(first, first + count))
-    return frozenset(block for block in found if known.here.get(block) == known.there.get(block))
+    bitmap = bitmap_of(job.run)
+    with served_here(source, folder, "bitmap", "-r", "-B", bitmap, "-f", "qcow2", job.source.path) as (_, node):
+        dirty = image_opts({**node, "x-dirty-bitmap": f"qemu:dirty-bitmap:{bitmap}"})
+        printed = source.work(*PYTHON, UNCHANGED, job.source.path, dirty, stall=600)
+    return frozenset(block for block in map(int, printed.split()) if known.here.get(block) == known.there.get(block))
 
 
 def digests_there(ends: Ends, job: DiskJob, pieces: Sequence[Piece] = ()) -> dict[int, str]:
@@ -3545,8 +3524,12 @@ def digests_after(ends: Ends, job: DiskJob, before: Mapping[int, str], pieces: S
     if not pieces:
         return dict(before)
     touched = {block for start, count in pieces for block in range(start // MiB, -(-(start + count) // MiB))}
-    kept = {block: digest for block, digest in before.items() if block not in touched}
-    return kept | digests_there(ends, job, pieces)
+    return of_blocks(before, before.keys() - touched) | digests_there(ends, job, pieces)
+
+
+def of_blocks(found: Mapping[int, str], some: Set[int]) -> dict[int, str]:
+    """The digests of these blocks, where they have any."""
+    return {block: found[block] for block in some & found.keys()}
 
 
 def as_pieces(changed: Iterable[int], length: int) -> list[Piece]:
@@ -3572,13 +3555,11 @@ def move_changes(ends: Ends, job: DiskJob, witness: Witness, known: Known) -> Mo
         make_new(destination, job)
         known = NOTHING_KNOWN
     asked = as_pieces(set(range(-(-job.length // MiB))) - known.unchanged, job.length)
-    with reading(ends, job) as disk, threads_for(destination, 1) as pool:
+    with reading_stopped(ends, job) as disk, threads_for(destination, 1) as pool:
         proving = pool.submit(digests_there, ends, job, asked)
         listed = put_list(ends.source, ends.source_folder, asked)
-        here = by_block(digests(ends.source, disk.readable, 0, job.length, stall, 0, listed))
-        here |= {block: known.here[block] for block in known.unchanged & known.here.keys()}
-        there = outcome(proving)
-        there |= {block: known.there[block] for block in known.unchanged & known.there.keys()}
+        here = of_blocks(known.here, known.unchanged) | by_block(digests(ends.source, disk.readable, 0, job.length, stall, 0, listed))
+        there = of_blocks(known.there, known.unchanged) | outcome(proving)
         pieces = as_pieces(differing(here, there), _whole_sectors(job.length))
         sent = sum(count for _, count in pieces)
         with witness.progress(sent) as show:
@@ -4050,7 +4031,7 @@ def begin_bitmap(run: Run, job: DiskJob) -> bool:
     if job.export_format != "raw" or job.source.format != "qcow2":
         run.screen.warn(f"no dirty bitmap: {'a raw disk has none' if job.source.format == 'raw' else 'what the guest sees is copied, not the file'}")
         return False
-    drop_bitmap_at_end(run)
+    drop_bitmap_on_failure(run)
     try:
         with run.journal.act("add bitmap", path=path, bitmap=bitmap):
             drop_bitmap(host, run.plan.server.id, path, job.run)  # an earlier process's, begun before what this one has read
@@ -4062,10 +4043,10 @@ def begin_bitmap(run: Run, job: DiskJob) -> bool:
     return True
 
 
-def drop_bitmap_at_end(run: Run) -> None:
-    """However the run ends, the source's file does not keep the dirty bitmap."""
+def drop_bitmap_on_failure(run: Run) -> None:
+    """If the run fails, the source's file does not keep the dirty bitmap; a run that goes on takes it out when the source has stopped."""
     host, path = run.source_host, run.plan.disk.top.path
-    run.undo.always(f"take the dirty bitmap out of {host.name}:{path}", lambda: drop_bitmap(host, run.plan.server.id, path, run.plan.run))
+    run.undo.on_failure(f"take the dirty bitmap out of {host.name}:{path}", lambda: drop_bitmap(host, run.plan.server.id, path, run.plan.run))
 
 
 def drop_bitmap(host: Host, source: str, path: str, run: str) -> None:
@@ -4159,8 +4140,8 @@ def inherit(run: Run, earlier: Earlier) -> None:
     else:
         run.undo.on_failure(f"delete destination {run.settings.dst_name}", lambda: delete_made(run))
         undo_stop(run)
-    if run.settings.bitmap:
-        drop_bitmap_at_end(run)
+        if run.settings.bitmap:
+            drop_bitmap_on_failure(run)
     run.journal.write("resume", pid=os.getpid())
 
 
@@ -4252,8 +4233,7 @@ def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
     with run.screen.step(f"{STOP_DESTINATION}."), run.journal.act("stop destination", server=new.id):
         path = run.settings.disk_path % new.id
         fresh = survey_disk(ends.destination, new.id, path, shared=True)
-        run.destination.stop(new.id)
-        run.destination.wait(new.id, lambda server: server.is_stopped, run.changed)
+        run.destination.stop(new.id, run.changed)
         run.screen.note("Done. Current status: SHUTOFF")
     with run.screen.step("Compare bases, space and the way between the hypervisors."):
         job = plan_job(run, ends, fresh)
@@ -4272,8 +4252,8 @@ def plan_job(run: Run, ends: Ends, fresh: Disk) -> DiskJob:
     """What will be copied and how, from both disks; says it on the screen and in the report."""
     settings, disk, host = run.settings, run.plan.disk, ends.destination
     missing = {end: set(tools_lacking(end, list(PACKAGES))) for end in (ends.source, host)}
-    lacking = [f"{tool} on {end.name}" for end, tool in ((ends.source, "nbd-server"), (host, "nbd-client"), (host, "modprobe"))
-               if tool in missing[end]]
+    for_nbd = (ends.source, "nbd-server"), (host, "nbd-client"), (host, "modprobe")
+    lacking = [f"{tool} on {end.name}" for end, tool in for_nbd if tool in missing[end]]
     if not lacking and not host.succeeds("sh", "-c", "[ -e /sys/block/nbd0 ] || modprobe -n -q nbd"):
         lacking = [f"the module nbd on {host.name}"]
     with_python = not any("python3" in tools for tools in missing.values())
@@ -4322,8 +4302,7 @@ def stop_source(run: Run) -> float:
         if not run.earlier:
             undo_stop(run)
         asked = time.monotonic()
-        run.source.stop(id)
-        run.source.wait(id, lambda server: server.is_stopped, run.changed)
+        run.source.stop(id, run.changed)
         run.source.lock(id, f"{LOCKED_BY}{run.plan.run}")
         run.screen.note("Done. Current status: SHUTOFF")
     return asked
@@ -4517,10 +4496,9 @@ def copy(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     with contextlib.ExitStack() as stack:
         if not settings.dry_run:  # before the survey, so that what was seen stays so
             stack.enter_context(only_run_of(folder, settings.src_uid, run))
-        with screen.timed("Survey"), ThreadPoolExecutor(2) as pool:
-            looking = pool.submit(survey_source, settings, creds["src"], screen, stack)
-            other = pool.submit(survey_destination, settings, creds["dst"])
-            source, destination = outcome(looking), outcome(other)
+        with screen.timed("Survey"):
+            source, destination = at_once(lambda: survey_source(settings, creds["src"], screen, stack),
+                                          lambda: survey_destination(settings, creds["dst"]))
         if there := already_there(settings, destination):
             return tell_already(settings, there, screen, report)
         if reasons := refuse(settings, source, destination, known_runs(folder)):
@@ -4605,12 +4583,11 @@ def as_json(record: RunRecord) -> dict[str, Any]:
 
 def table_lines(records: Sequence[RunRecord]) -> Iterator[str]:
     """One aligned line for each run, and below it what is left behind."""
-    rows = [("RUN", "STATE", "STEP", "BYTES", "%", "RATE", "LEFT", "SOURCE -> DESTINATION")]
-    for record in records:
-        rows.append((record.run, record.state, "-" if record.state == "done" else record.step, human(record.done) if record.total else "-",
-                     str(record.done * 100 // record.total) if record.total else "-", f"{human(record.rate)}/s" if record.rate else "-",
-                     span(record.seconds_left) if record.seconds_left else "-",
-                     f"{record.facts.get('source_name') or record.source or '?'} -> {record.facts.get('name') or '?'}"))
+    rows = [("RUN", "STATE", "STEP", "BYTES", "%", "RATE", "LEFT", "SOURCE -> DESTINATION"), *(
+        (record.run, record.state, "-" if record.state == "done" else record.step, human(record.done) if record.total else "-",
+         str(record.done * 100 // record.total) if record.total else "-", f"{human(record.rate)}/s" if record.rate else "-",
+         span(record.seconds_left) if record.seconds_left else "-",
+         f"{record.facts.get('source_name') or record.source or '?'} -> {record.facts.get('name') or '?'}") for record in records)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for number, row in enumerate(rows if records else ()):
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -4722,10 +4699,9 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         refuse_state(record)
         settings = call.settings(record.facts.get("settings"))
         creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
-        with screen.timed("Survey"), ThreadPoolExecutor(2) as pool:
-            looking = pool.submit(survey_source, settings, creds["src"], screen, stack)
-            other = pool.submit(survey_made, settings, creds["dst"], record, screen)
-            source, made = outcome(looking), outcome(other)
+        with screen.timed("Survey"):
+            source, made = at_once(lambda: survey_source(settings, creds["src"], screen, stack),
+                                   lambda: survey_made(settings, creds["dst"], record, screen))
         stand = stand_of(source.host, source.disk.top.path) if source.host and source.disk else ""
         if reasons := refuse_resume(record, source, made, stand):
             raise Refused.of(reasons)
@@ -4881,8 +4857,7 @@ def undoing(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, scr
 def stop_and_keep(cloud: Cloud, id: str) -> None:
     """Stops an instance, in whatever state it is but ERROR."""
     cloud.wait(id, lambda server: not server.task, lambda server: None)
-    cloud.stop(id)
-    cloud.wait(id, lambda server: server.is_stopped, lambda server: None)
+    cloud.stop(id, lambda server: None)
 
 
 def clean_host(name: str, settings: Settings, screen: Screen, run: str, paths: Sequence[str], source: str = "") -> None:
@@ -4999,8 +4974,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error is: a name that the locale cannot show is no failure
     environment, screen, report = os.environ, Screen(), Report()
     arguments = sys.argv[1:] if arguments is None else arguments
-    settings = Settings()
-    undo = Undo(screen)
+    settings, undo = Settings(), Undo(screen)
     try:
         with signals(undo):
             call = read_call(arguments, environment, screen)

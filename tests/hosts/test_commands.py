@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import paramiko
 import pytest
@@ -53,6 +54,27 @@ def test_what_a_long_command_says_after_a_silence_is_told_too(src: Host) -> None
 
 def test_five_megabytes_after_a_silence_block_nothing(src: Host) -> None:
     assert len(src.work("sh", "-c", f"echo careful >&2; sleep 3; {BOTH}", stall=30)) == 2 * MANY
+
+
+@pytest.mark.parametrize("late", [paramiko.Transport.open_session, paramiko.Channel.exec_command])
+def test_a_host_that_takes_up_no_command_is_given_up_and_said_to_be_silent(
+        src: Host, lab: Lab, monkeypatch: pytest.MonkeyPatch, late: Callable[..., Any]) -> None:
+    """sshd stops between the operator's words: where a channel is asked for, and where it is told the command."""
+    connections = [str(pid) for pid, words in lab["src"].processes() if words[0].startswith("sshd: ")]
+
+    def stopped(*words: Any, **more: Any) -> Any:
+        lab["src"].run("kill", "-STOP", *connections)
+        return late(*words, **more)
+
+    monkeypatch.setattr(migrena, "DEAF_AFTER", 2.0)
+    monkeypatch.setattr(paramiko.Transport if late.__name__ == "open_session" else paramiko.Channel, late.__name__, stopped)
+    try:
+        with pytest.raises(HostError, match="`true` made no progress and was given up"):
+            src.run("true")
+    finally:
+        lab["src"].run("kill", "-CONT", *connections)
+    monkeypatch.undo()
+    assert src.run("echo", "back") == "back\n"
 
 
 @pytest.mark.parametrize("status", [1, 2, 7, 127, 255])

@@ -234,7 +234,7 @@ def test_holes_make_no_difference_to_digests_and_every_byte_does(lab: Lab, src: 
     assert digests(src, dense, 0, 8 * MiB, 60) == found
     with src.private_folder("test") as folder, src.daemon(f"{folder}/pid", "qemu-nbd", "-r", "-t", "-e", "8", "-k", f"{folder}/socket",
                                                           f"--pid-file={folder}/pid", "-f", "qcow2", view):
-        assert digests(src, json.dumps({"server.type": "unix", "server.path": f"{folder}/socket"}), 0, 8 * MiB, 60) == found
+        assert digests(src, json.dumps({"driver": "nbd", "server.type": "unix", "server.path": f"{folder}/socket"}), 0, 8 * MiB, 60) == found
     for place in (0, 700, CELL, MiB - 1, MiB, 2 * MiB - 1, 5 * MiB + CELL - 1, 6 * MiB, 8 * MiB - 1):
         host.run("cp", "--sparse=always", instance.path, dense)
         before = Path(f"{host.root}{dense}").read_bytes()[place]
