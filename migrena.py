@@ -2038,13 +2038,14 @@ class Cloud:
 
     def _insist(self, act: str, do: Callable[[], T]) -> T:
         """What an act gives that may be repeated: it lives through an outage, and waits for the end of a task that is under way."""
-        limit = time.monotonic() + OUTAGE_LIMIT
+        outage = 0.0
         for _ in self._polls():
             try:
                 with self._wall(act):
                     return do()
             except CloudError as error:
-                if time.monotonic() > limit or (error.code != 409 and not error.may_pass):
+                outage = outage or time.monotonic()
+                if time.monotonic() - outage > OUTAGE_LIMIT or (error.code != 409 and not error.may_pass):
                     raise
         raise AssertionError("polls never end")
 
@@ -2647,7 +2648,7 @@ virsh -q checkpoint-delete "$1" "$3" --metadata >&2
 DROP_BITMAP: Final = TARGET + """
 domain=$1; disk=$2; bitmap=$3
 drop_from_file() {
-  info=$(qemu-img info -U --output=json -f qcow2 "$disk") || return
+  [ ! -e "$disk" ] || info=$(qemu-img info -U --output=json -f qcow2 "$disk") || return
   case "$info" in *"\\"$bitmap\\""*) qemu-img bitmap --remove -f qcow2 "$disk" "$bitmap";; esac
 }
 drop() {
@@ -4998,10 +4999,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for each in SIGNALS:  # all is done but the telling, which an impatient one shall not cut short
         signal.signal(each, signal.SIG_IGN)
     if undo.left:
-        report.not_undone = undo.left
+        code, report.not_undone = 4, undo.left
         for line in undo.left:
             screen.say(f"left behind: {line}", always=True)
-        code = 4
     if undo.left and report.run:
         screen.say(f"  try: ./migrena.py rollback {report.run}; ./migrena.py status {report.run} shows what was done", always=True)
     if settings.json:

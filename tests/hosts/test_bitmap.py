@@ -159,6 +159,17 @@ def test_a_bitmap_of_a_guest_that_was_killed_tells_nothing_and_is_taken_out(
     host.run("qemu-img", "check", "-q", path)
 
 
+def test_a_file_that_cannot_be_read_is_not_taken_for_one_without_a_bitmap_and_one_that_is_gone_is(
+        prepared: tuple[Ends, DiskJob, Known], pair: tuple[Instance, Instance]) -> None:
+    ends, job, _ = prepared
+    host, path = pair[0].host, pair[0].path
+    host.run("sh", "-c", 'printf "?" | dd of="$1" conv=notrunc status=none', "sh", path)
+    with pytest.raises(CommandError, match="not in qcow2 format"):
+        drop_bitmap(ends.source, "nobody", path, job.run)
+    host.run("rm", path)
+    drop_bitmap(ends.source, "nobody", path, job.run)
+
+
 def test_where_libvirt_does_not_help_both_disks_are_read_whole(operator: Operator) -> None:
     ended = operator.copy("--warm", "--bitmap", "--json")
     assert ended.returncode == 0 and "no dirty bitmap: " in ended.stderr, ended.stderr
