@@ -4081,7 +4081,7 @@ def one_pass(run: Run, job: DiskJob, known: Known, ends: Ends) -> tuple[Pass, Kn
 
 def require_it_runs(run: Run) -> None:
     """Raises CloudError when the source is no longer where it was, or does not run."""
-    server = run.source.server(run.plan.server.id)
+    server = run.source.wait(run.plan.server.id, lambda server: True, run.changed)  # an API that fails for a while is lived through
     if (server.host, server.hypervisor) != (run.plan.server.host, run.plan.server.hypervisor):
         raise CloudError(f"the source has moved to {server.hypervisor} while it was being copied", "run it again")
     if server.status != "ACTIVE" or server.power != 1:

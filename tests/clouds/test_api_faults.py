@@ -72,6 +72,19 @@ def test_an_api_that_is_silent_for_a_minute_in_mid_run_delays_it(
     assert is_complete(clouds, src, source, done.stdout.strip())
 
 
+def test_a_warm_copy_lives_through_an_api_that_fails_while_the_source_runs_on(
+        operator: Operator, clouds: Clouds, src: Api, running: str, between: Middle) -> None:
+    """Before each pass Nova is asked whether the source still runs."""
+    def spoil(name: str, before: int) -> str:
+        is_due = name == "src GET server" and "dst POST os-stop" in between.seen and "src POST os-stop" not in between.seen
+        return "500" if is_due and len(between.spoiled) < 3 else PASS
+
+    between.spoil = spoil
+    done = operator.run("-s", running, *operator.to(DESTINATION), "--warm", env=between.environment)
+    assert done.returncode == 0 and between.spoiled == ["src GET server"] * 3, done.stderr
+    assert is_complete(clouds, src, running, done.stdout.strip())
+
+
 STEPS = ["src POST metadata", CREATE, "dst POST os-stop", "src POST lock", "src POST unlock", "dst POST os-start"]
 
 

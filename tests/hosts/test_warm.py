@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 
+from hosts.faults import fill, small_folder
 from hosts.operators import Operator, ended, has_arrived, is_complete
 from hosts.rig import INSTANCES, MiB, base, processes, running, wait_for, wait_until_clean
-from hosts.test_storage import own_file_system
+from hosts.test_networks import IMPATIENT, cut, without_sshd
+from hosts.test_state_folder import pad
+from hosts.test_storage import own_file_system, proxy
 from lab.processes import command
 
 # A guest that writes 64 KiB somewhere in PLACES of its disk, again and again with PAUSE seconds between, until it is asked to end.
@@ -74,6 +78,20 @@ def events(operator: Operator) -> list[str]:
 def has_progress(operator: Operator) -> bool:
     """Whether something is on its way by the journal."""
     return any(path.read_text().count('"progress"') for path in (operator.folder / "state").glob("*.jsonl"))
+
+
+def in_a_pass(operator: Operator, *words: str, **different: str) -> subprocess.Popen[str]:
+    """A warm copy whose first pass is under way, in an environment that may be different."""
+    process = operator.begin("-s", operator.id, "-d", "new", "--warm", "--limit-rate", "6M", *words, throw=(), **different)
+    wait_for("the first pass", lambda: has_progress(operator))
+    return process
+
+
+def goes_on(operator: Operator, process: subprocess.Popen[str]) -> None:
+    """The run needed a further attempt, while the source ran on, and was successful."""
+    assert "the source runs on" in ended(process, 0)
+    ((run, _),) = operator.states()
+    has_arrived(operator, run)
 
 
 def done(operator: Operator, *words: str) -> dict[str, object]:
@@ -176,8 +194,7 @@ def test_a_limit_of_the_downtime_without_a_warm_copy_is_refused(operator: Operat
 
 def test_a_source_that_is_stopped_by_somebody_meanwhile_ends_it(operator: Operator, guest: Guest) -> None:
     guest()
-    process = operator.begin("-s", operator.id, "-d", "new", "--warm", "--limit-rate", "3M")
-    wait_for("the first pass", lambda: has_progress(operator))
+    process = in_a_pass(operator)
     operator.clouds[0].stop(operator.id)
     said = ended(process, 1)
     assert "somebody has stopped it" in said
@@ -187,31 +204,24 @@ def test_a_source_that_is_stopped_by_somebody_meanwhile_ends_it(operator: Operat
 @pytest.mark.parametrize(("side", "word"), [("src", "qemu-nbd"), ("dst", "python3")])
 def test_a_program_that_dies_in_a_warm_pass_costs_an_attempt(operator: Operator, guest: Guest, side: str, word: str) -> None:
     guest()
-    process = operator.begin("-s", operator.id, "-d", "new", "--warm", "--limit-rate", "6M")
-    wait_for("the first pass", lambda: has_progress(operator))
+    process = in_a_pass(operator)
     host = operator.lab[side]
     for pid, words in processes(host).items():
         if words[0] == word and ("bring" in words if side == "dst" else "--pid-file" in " ".join(words)):
             host.run("kill", "-9", str(pid))
-    said = ended(process, 0)
-    assert "the source runs on" in said
-    (run, _), = operator.states()
-    has_arrived(operator, run)
+    goes_on(operator, process)
 
 
 @pytest.mark.parametrize("name", ["src", "dst"])
 def test_a_cable_that_is_pulled_in_a_warm_pass_costs_an_attempt(operator: Operator, guest: Guest, name: str) -> None:
     guest()
-    process = operator.begin("-s", operator.id, "-d", "new", "--warm", "--limit-rate", "6M", "--stall-timeout", "4")
-    wait_for("the first pass", lambda: has_progress(operator))
+    process = in_a_pass(operator, *IMPATIENT)
     cable = operator.lab.spec.link(name)
     command("ip", "link", "set", cable, "down")
     time.sleep(8)
     assert runs(operator)
     command("ip", "link", "set", cable, "up")
-    assert "the source runs on" in ended(process, 0)
-    ((run, _),) = operator.states()
-    has_arrived(operator, run)
+    goes_on(operator, process)
 
 
 @pytest.mark.parametrize("name", ["src", "dst"])
@@ -219,25 +229,67 @@ def test_a_hypervisor_that_dies_in_a_warm_pass_and_comes_up_again_costs_an_attem
     """All that runs on it ends at once; and a part of the new file is lost, as where a kernel had not written it yet."""
     if name == "dst":  # else the guest would end with its host
         guest()
-    process = operator.begin("-s", operator.id, "-d", "new", "--warm", "--limit-rate", "6M", "--stall-timeout", "4")
-    wait_for("the first pass", lambda: has_progress(operator))
+    process = in_a_pass(operator, *IMPATIENT)
     operator.lab[name].kill()
     host = operator.lab.start(name)
     if name == "dst":
         host.run("sh", "-ec", f"fallocate -p -o 4M -l 8M {INSTANCES}/*/disk.migrena-*")
     else:
         operator = replace(operator, source=replace(operator.source, host=host))
-    assert "the source runs on" in ended(process, 0)
-    ((run, _),) = operator.states()
-    has_arrived(operator, run)
+    goes_on(operator, process)
 
 
 def test_a_destination_that_fills_up_in_a_warm_pass_leaves_the_source_running(operator: Operator, guest: Guest) -> None:
     host = operator.lab["dst"]
     with own_file_system(host, "250m"):
         guest()
-        process = operator.begin("-s", operator.id, "-d", "new", "--warm", "--limit-rate", "6M")
-        wait_for("the first pass", lambda: has_progress(operator))
+        process = in_a_pass(operator)
         host.run("sh", "-c", f"head -c 1G /dev/zero > {INSTANCES}/filler", check=False)
         assert "No space left on device" in ended(process, 1)
+        is_untouched(operator)
+
+
+@pytest.mark.parametrize("name", ["src", "dst"])
+def test_an_sshd_that_ends_in_a_warm_pass_and_is_started_again_costs_an_attempt(operator: Operator, guest: Guest, name: str) -> None:
+    guest()
+    process = in_a_pass(operator)
+    with without_sshd(operator.lab[name]):
+        wait_for("another attempt", lambda: "retry" in " ".join(events(operator)), 150)
+    goes_on(operator, process)
+
+
+def test_a_loss_of_the_operator_s_network_in_a_warm_pass_costs_an_attempt(operator: Operator, guest: Guest) -> None:
+    guest()
+    process = in_a_pass(operator, *IMPATIENT)
+    with cut(operator.lab, "", "src", "dst"):
+        wait_for("another attempt", lambda: "retry" in " ".join(events(operator)), 150)
+        assert runs(operator)
+    goes_on(operator, process)
+
+
+def test_a_loss_for_good_of_the_operator_s_network_in_a_warm_pass_leaves_the_source_running(operator: Operator, guest: Guest) -> None:
+    guest()
+    process = in_a_pass(operator, *IMPATIENT, "--retries", "0", LEASE_SECONDS="20")
+    with cut(operator.lab, "", "src", "dst"):
+        assert "left behind: check that nothing of ours is left on src did not succeed" in ended(process, 4)
+        assert runs(operator)
+    ((run, _),) = operator.states()
+    assert operator.run("rollback", run).returncode == 0
+    is_untouched(operator)
+
+
+def test_a_byte_that_changes_on_the_way_in_a_warm_pass_is_sent_again(operator: Operator) -> None:
+    with proxy(operator.lab, str(13 * MiB)):  # the rehearsal has taken 8
+        copy = done(operator, "--no-tls")["copy"]
+    assert isinstance(copy, dict) and [one["changed"] // MiB for one in copy["passes"]][1:] == [1]  # nobody else has changed anything
+
+
+def test_a_state_folder_that_fills_up_in_a_warm_pass_leaves_the_source_running(operator: Operator, guest: Guest) -> None:
+    guest()
+    with small_folder(operator.folder / "state", "64k"):
+        process = in_a_pass(operator)
+        (journal,) = (operator.folder / "state").glob("*.jsonl")
+        pad(journal)
+        fill(operator.folder / "state")
+        assert f"the journal {journal} can no longer be written" in ended(process, 1)
         is_untouched(operator)
