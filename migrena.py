@@ -372,7 +372,7 @@ class Settings:
                                help="give up where --max-downtime was not in reach for so long, the source untouched (default: 1h)")
     bitmap: bool = option(False, "--bitmap", help="with --warm: libvirt notes in the source's qcow2 file what its guest changes, which then "
                           "need not be read again; taken out when it has stopped")
-    retries: int = option(5, "--retries", read=count, jobs=MOVE, metavar="N", help="how often a copy that was cut off goes on by itself (default: 5)")
+    retries: int = option(5, "--retries", read=count, jobs=MOVE, metavar="N", help="how often a copy cut off or stalled goes on (default: 5)")
     stall_timeout: int = option(120, "--stall-timeout", read=seconds, jobs=MOVE, metavar="SECONDS",
                                 help="without a byte for so long a copy has stalled (default: 120)")
     max_per_host: int = option(2, "--max-per-host", read=positive, jobs=MOVE, metavar="N",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -73,19 +72,8 @@ def measure(given: argparse.Namespace) -> Path:
 def main() -> int:
     """Measures, then shows; or shows what was measured before."""
     given = words()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all scopes are closed
-    try:
-        home().mkdir(parents=True, exist_ok=True)
-        path = given.file if given.show else measure(given)
-        records = show.read(path)
-        picture = path.with_suffix(".svg")
-        picture.write_text(show.picture(records))
-        print(f"{show.brief(records)}\n\n{show.table(records)}")
-        say(f"the picture is {picture}")
-    except (LabError, KeyboardInterrupt) as error:
-        print(f"bench: {error or 'interrupted'}", file=sys.stderr)
-        return 1
-    return 0
+    return show.told(lambda: given.file if given.show else measure(given),
+                     lambda records: f"{show.brief(records)}\n\n{show.table(records)}", show.picture)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench import rounds, wire
-from bench.show import median, read
+from bench.show import median, told
 from clouds.conftest import DESTINATION, SOURCE, Operator, as_before, boots, disk, ended, last_record, stop_soon, wait_for_console, write_random
 from lab.api import Api
 from lab.clouds import Clouds, Options, purge
@@ -167,19 +166,13 @@ def main() -> int:
     parser.add_argument("show", nargs="?", choices=["show"], help="print the table and draw the picture of FILE, measure nothing")
     parser.add_argument("file", nargs="?", type=Path, default=RECORDS, help="JSON lines of a run; the committed ones unless said")
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    path = given.file
-    try:
-        if not given.show:
-            path = given.out or home() / "bench" / f"downtime-{time.strftime('%Y%m%dT%H%M%S')}.jsonl"
-            measure(given.sizes, given.ways, given.rounds, given.rewritten, path)
-        records = read(path)
-        path.with_suffix(".svg").write_text(picture(records))
-        print(table(records))
-    except (LabError, KeyboardInterrupt) as error:
-        print(f"bench: {error or 'interrupted'}", file=sys.stderr)
-        return 1
-    return 0
+
+    def measured_now() -> Path:
+        path: Path = given.out or home() / "bench" / f"downtime-{time.strftime('%Y%m%dT%H%M%S')}.jsonl"
+        measure(given.sizes, given.ways, given.rounds, given.rewritten, path)
+        return path
+
+    return told(lambda: given.file if given.show else measured_now(), table, picture)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any, Final
+
+from lab.processes import LabError, home, say
 
 Record = Mapping[str, Any]
 MiB: Final = 1024**2
@@ -52,6 +56,23 @@ def read(path: Path) -> list[Record]:
         except json.JSONDecodeError:
             break
     return found
+
+
+def told(found: Callable[[], Path], table: Callable[[Sequence[Record]], str], picture: Callable[[Sequence[Record]], str]) -> int:
+    """The exit code of a benchmark that measures or finds a file of JSON lines: prints its table, and draws its picture beside it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all scopes are closed
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+        path = found()
+        records = read(path)
+        drawn = path.with_suffix(".svg")
+        drawn.write_text(picture(records))
+        print(table(records))
+        say(f"the picture is {drawn}")
+    except (LabError, KeyboardInterrupt) as error:
+        print(f"bench: {error or 'interrupted'}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def median(records: Sequence[Record], key: str) -> float:
