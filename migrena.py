@@ -1644,6 +1644,18 @@ def _transport(client: paramiko.SSHClient) -> paramiko.Transport:
     return transport
 
 
+@contextlib.contextmanager
+def closed_after(seconds: float, channel: paramiko.Channel) -> Iterator[None]:
+    """Closes a channel when what is done in this scope takes longer."""
+    alarm = threading.Timer(seconds, channel.close)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    finally:
+        alarm.cancel()
+
+
 class Host:
     """One hypervisor: commands as words in, text out. One SSH connection carries them all."""
 
@@ -1780,11 +1792,8 @@ class Host:
             try:
                 channel = _transport(self._client).open_session(timeout=DEAF_AFTER)
                 channel.settimeout(seconds)
-                alarm = threading.Timer(DEAF_AFTER, channel.close)  # paramiko itself waits as long as the connection seems to live
-                alarm.daemon = True
-                alarm.start()
-                channel.exec_command(form.format(shlex.join((*self._prefix, *before, *words))).encode("utf-8", "surrogateescape"))
-                alarm.cancel()
+                with closed_after(DEAF_AFTER, channel):  # paramiko itself waits as long as the connection seems to live
+                    channel.exec_command(form.format(shlex.join((*self._prefix, *before, *words))).encode("utf-8", "surrogateescape"))
             except (paramiko.SSHException, EOFError) as error:
                 if time.monotonic() - began < DEAF_AFTER:
                     raise
@@ -2054,6 +2063,10 @@ class Cloud:
         with self._wall(f"show server {id}"):
             return self._read(self._nova.servers.get(id).to_dict())
 
+    def steady_server(self, id: str) -> Server:
+        """An instance by its id, also through an API that fails for a while."""
+        return self._insist(f"show server {id}", lambda: self.server(id))
+
     def servers_named(self, name: str) -> list[Server]:
         """The instances of this project that have exactly this name."""
         with self._wall("list servers"):
@@ -2201,7 +2214,7 @@ class Cloud:
 
     def mark_of(self, id: str) -> str | None:
         """The run whose mark an instance carries, if any."""
-        return self._insist(f"show server {id}", lambda: self.server(id)).metadata.get(MARK)
+        return self.steady_server(id).metadata.get(MARK)
 
     def mark(self, id: str, marks: Mapping[str, str]) -> None:
         """Writes into an instance's metadata."""
@@ -2220,7 +2233,7 @@ class Cloud:
         """The instance when `ready` says so. Raises CloudError when it goes to ERROR, and when nothing changes for half an hour."""
         last, since = ("", ""), time.monotonic()
         for _ in self._polls():
-            server = self._insist(f"show server {id}", lambda: self.server(id))
+            server = self.steady_server(id)
             if ready(server):
                 return server
             changed(server)
@@ -4081,7 +4094,7 @@ def one_pass(run: Run, job: DiskJob, known: Known, ends: Ends) -> tuple[Pass, Kn
 
 def require_it_runs(run: Run) -> None:
     """Raises CloudError when the source is no longer where it was, or does not run."""
-    server = run.source.wait(run.plan.server.id, lambda server: True, run.changed)  # an API that fails for a while is lived through
+    server = run.source.steady_server(run.plan.server.id)
     if (server.host, server.hypervisor) != (run.plan.server.host, run.plan.server.hypervisor):
         raise CloudError(f"the source has moved to {server.hypervisor} while it was being copied", "run it again")
     if server.status != "ACTIVE" or server.power != 1:
