@@ -25,11 +25,13 @@ Map of the rooms; each uses only rooms above it:
      6 Host        one hypervisor over SSH
      7 Cloud       one OpenStack cloud: Nova and Glance
      8 Disks       images, exports, attachments, ranges, digests
-     9 Copy        survey, refuse, execute
-    10 Status      what the journals tell of the runs
-    11 Resume      goes on with a run that was cut off
-    12 Rollback    undoes a run, with its journal or without
-    13 Door        command line, signals, exit codes
+     9 Image       carries images from one Glance to another
+    10 Copy        survey, refuse, execute
+    11 Status      what the journals tell of the runs
+    12 Resume      goes on with a run that was cut off
+    13 Rollback    undoes a run, with its journal or without
+    14 Spread      live-migrates instances until they are spread as a map says
+    15 Door        command line, signals, exit codes
 """
 
 from __future__ import annotations
@@ -55,9 +57,11 @@ import re
 import runpy
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -320,10 +324,19 @@ def start_words(value: object) -> str:
     return "all" if "all" in chosen or len(chosen) == 2 else "".join(chosen)
 
 
+def names(value: object) -> tuple[str, ...]:
+    """Several names, from a list or with commas between."""
+    found = tuple(map(text, value.split(",") if isinstance(value, str) else value)) if isinstance(value, (str, list, tuple)) else ()
+    if not all(found) or not found:
+        raise ValueError("is no list of names")
+    return found
+
+
 COPY: Final = ("copy",)  # the jobs that know a flag
 MOVE: Final = ("copy", "resume")
-ACT: Final = ("copy", "resume", "rollback")
-ALL: Final = (*ACT, "status")
+SEND: Final = ("copy", "resume", "image")
+ACT: Final = ("copy", "resume", "rollback", "image")
+ALL: Final = (*ACT, "status", "live-migrate")
 
 
 def option(default: T, *flags: str, help: str, read: Callable[[Any], T] | None = None, config: bool = True, **more: Any) -> T:
@@ -345,7 +358,17 @@ class Settings:
                          help="the run that is marked on this source instance, also where its journal is lost")
     keep_destination: bool = option(False, "--keep-destination", config=False, jobs=("rollback",),
                                     help="stop the new instance and leave it, in place of deleting it")
-    yes: bool = option(False, "--yes", config=False, jobs=("rollback",), help="also undo a run that was successful")
+    yes: bool = option(False, "--yes", "-y", "--y", config=False, jobs=("rollback", "live-migrate"),
+                       help="ask nothing: also undo a run that was successful; move each instance")
+    host_map: str = option("", "--host-map", "--host_map", config=False, jobs=("live-migrate",), metavar="FILE",
+                           help='JSON: {"compute001": ["web-0"], "compute003": ["db-0", "db-1"]}, instances by name or id')
+    cloud: str = option("", "--cloud", config=False, jobs=("live-migrate",), metavar="src|dst|NAME",
+                        help="the cloud: one of config.py, or a name in clouds.yaml (left out: by OS_* variables)")
+    timeout: int = option(600, "--timeout", read=seconds, config=False, jobs=("live-migrate",), metavar="TIME",
+                          help="for one instance (default: 600)")
+    keep_waiting: bool = option(False, "--keep-waiting", config=False, jobs=("live-migrate",), help="after the timeout, wait on")
+    abort: bool = option(False, "--abort", config=False, jobs=("live-migrate",), help="after the timeout, end the migration")
+    keep_going: bool = option(False, "--keep-going", config=False, jobs=("live-migrate",), help="go on with the next one after a failure")
     src_uid: str = option("", "-s", "--src-uid", "--src-uuid", read=instance_id, config=False, metavar="UUID", help="the source instance's id")
     dst_name: str = option("", "-d", "--dst-name", config=False, metavar="NAME", help="name of the new instance in the destination")
     flavor: str = option("", "-f", "--flavor", config=False, metavar="FLAVOR", help="its flavor, name or id (left out: matched from the source)")
@@ -353,6 +376,15 @@ class Settings:
     extra_args: dict[str, Any] = option({}, "-e", "--extra-args", read=literal, config=False, metavar="EXTRA",
                                         help="more arguments of Nova's create, a Python literal or JSON: "
                                         "\"{'nics': [{'net-id': 'ID'}], 'security_groups': ['default']}\"")
+    images: tuple[str, ...] = option((), "-i", "--image-id", read=names, config=False, jobs=("image",), action="append", metavar="IMAGE",
+                                     help="an image of the source, name or id; may be given more than once")
+    tag: str = option("", "--tag", config=False, jobs=("image",), metavar="TAG", help="all images of the source with this tag")
+    new_name: str = option("", "--name", config=False, jobs=("image",), metavar="NAME", help="its name in the destination, if not the same")
+    disk_format: str = option("", "--disk-format", read=words_of("", "raw", "qcow2", "vmdk"), config=False, jobs=("image",),
+                              metavar="raw|qcow2|vmdk", help="convert it, on this machine")
+    work_folder: str = option("", "--work-folder", jobs=("image",), metavar="PATH", help="where it is converted (default: the system's folder "
+                              "for temporary files)")
+    copy_image: bool = option(False, "--copy-image", help="carry the source's image first, where the destination lacks it")
     start_after: str = option("", "-a", "--start-after", read=start_words, config=False, nargs="?", const="all",
                               metavar="all|src|dst", help="start these afterwards; -a alone means all, nothing without it")
     root_only: bool = option(False, "--root-only", config=False, help="go on although volumes, ephemeral disks or a config drive would stay behind")
@@ -362,7 +394,7 @@ class Settings:
     verify: bool = option(True, "--no-verify", help="leave out the comparison of both ends' digests")
     compress: str = option("auto", "--compress", read=words_of("auto", "on", "off"), jobs=MOVE, metavar="auto|on|off",
                            help="deflate what crosses the wire; auto: where the wire is measured to be slow")
-    limit_rate: int = option(0, "--limit-rate", read=size, jobs=MOVE, metavar="RATE", help="bytes per second at most, as in 50M")
+    limit_rate: int = option(0, "--limit-rate", read=size, jobs=SEND, metavar="RATE", help="bytes per second at most, as in 50M")
     warm: bool = option(False, "--warm", help="copy while the source runs; it stops only for what has changed since")
     warm_passes: int = option(0, "--warm-passes", read=count, jobs=MOVE, metavar="N",
                               help="passes while it runs, the first one included (default: as long as each is clearly smaller)")
@@ -379,7 +411,7 @@ class Settings:
                                help="copies at a time from or to one hypervisor; later ones wait (default: 2)")
     src_cloud: str = option("", "--src-cloud", jobs=ACT, metavar="NAME", help="the source's name in clouds.yaml")
     dst_cloud: str = option("", "--dst-cloud", jobs=ACT, metavar="NAME", help="the destination's name in clouds.yaml")
-    dry_run: bool = option(False, "-n", "--dry-run", config=False, help="print the plan, change nothing")
+    dry_run: bool = option(False, "-n", "--dry-run", config=False, jobs=("copy", "image", "live-migrate"), help="print the plan, change nothing")
     log_file: str = option("", "--log-file", jobs=ALL, metavar="PATH", help="append every line to this file too, stamped, also with -q")
     verbose: bool = option(False, "-v", "--verbose", jobs=ALL, help="show every remote command")
     quiet: bool = option(False, "-q", "--quiet", jobs=ALL, help="say nothing at all, not even the new id, unless something is wrong")
@@ -487,7 +519,7 @@ def credentials(side: str, settings: Settings, environment: Mapping[str, str]) -
     """The credentials of `src` or `dst`: clouds.yaml by --SIDE-cloud, else SIDE_OS_* variables, else config.py."""
     name: str = getattr(settings, f"{side}_cloud")
     prefix = f"{side.upper()}_OS_"
-    from_environment = {key[len(prefix) :].lower(): value for key, value in environment.items() if key.startswith(prefix)}
+    from_environment = from_variables(prefix, environment)
     if name:
         found = cloud_from_yaml(name, environment)
     elif "auth_url" in from_environment:
@@ -498,6 +530,24 @@ def credentials(side: str, settings: Settings, environment: Mapping[str, str]) -
         raise UsageError(f"no credentials for the {'source' if side == 'src' else 'destination'} cloud",
                          f"fill in {side.upper()}_CREDS in config.py, or give --{side}-cloud or {prefix}AUTH_URL and the like")
     return modern(found)
+
+
+def credentials_of(cloud: str, settings: Settings, environment: Mapping[str, str]) -> dict[str, Any]:
+    """The credentials of src, of dst, of a cloud in clouds.yaml, or those of OS_* variables where no cloud is named."""
+    if cloud in ("src", "dst"):
+        return credentials(cloud, settings, environment)
+    if cloud := cloud or environment.get("OS_CLOUD", ""):
+        return modern(cloud_from_yaml(cloud, environment))
+    found = from_variables("OS_", environment)
+    if "auth_url" not in found:
+        raise UsageError("no cloud is named", "give --cloud src, dst or a name in clouds.yaml, or OS_AUTH_URL and the like")
+    return modern(found)
+
+
+def from_variables(prefix: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Credentials in variables of this prefix, without what such files hold for other clients."""
+    found = {key[len(prefix) :].lower(): value for key, value in environment.items() if key.startswith(prefix)}
+    return {key: value for key, value in found.items() if not re.fullmatch(r".*_api_version|cloud|client_config_file", key)}
 
 
 def modern(found: dict[str, Any]) -> dict[str, Any]:
@@ -850,6 +900,52 @@ def pick_transport(wanted: str, lacking: Sequence[str], top: DiskImage, whole_fi
     return next((transport, why) for holds, transport, why in rules if holds)
 
 
+@dataclass(frozen=True)
+class ComputeHost:
+    """A compute host: whether Nova gives it instances, and what is free there by Placement's classes; empty where that is not told."""
+
+    name: str
+    is_enabled: bool
+    is_up: bool
+    free: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Move:
+    """An instance, and the host where it shall be."""
+
+    server: Server
+    to: str
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is not there."""
+        return self.server.host != self.to
+
+    @property
+    def needs(self) -> dict[str, int]:
+        """What it takes of a host, by Placement's classes."""
+        flavor = self.server.flavor
+        return {"VCPU": flavor.vcpus, "MEMORY_MB": flavor.ram, "DISK_GB": flavor.disk + flavor.ephemeral + -(-flavor.swap // 1024)}
+
+
+def in_order(moves: Sequence[Move], hosts: Iterable[ComputeHost]) -> list[Move]:
+    """The moves in their order, but those that have no room until another one has left after it; raises Refused for a ring of full hosts."""
+    free, waiting, ordered = {host.name: dict(host.free) for host in hosts}, list(moves), list[Move]()
+    while waiting:
+        fits = (move for move in waiting if all(free[move.to].get(name, need) >= need for name, need in move.needs.items()))
+        if not (move := next(fits, None)):
+            told = ", ".join(f"{move.server.name} to {move.to}" for move in waiting)
+            raise Refused(f"no host has room for the first of these moves: {told}", "leave one out, or make room on a host")
+        waiting.remove(move)
+        ordered.append(move)
+        for name, need in move.needs.items():
+            for host, change in ((move.to, -need), (move.server.host, need)):
+                if name in free.get(host, {}):
+                    free[host][name] += change
+    return ordered
+
+
 def human(count: float) -> str:
     """Bytes for people: `1.8 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -875,6 +971,12 @@ def stamp() -> str:
 def printable(line: str) -> str:
     """One line without what a terminal would obey: control characters are written out."""
     return "".join(sign if sign.isprintable() else " " if sign == "\n" else sign.encode("unicode_escape").decode() for sign in line)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table; each column is as wide as the widest that is in it."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 class Screen:
@@ -1006,6 +1108,11 @@ def state_folder(settings: Settings, environment: Mapping[str, str], *, to_write
     except OSError as error:
         raise UsageError(f"the state folder {folder} cannot be used: {error}", "name another one in STATE_FOLDER") from error
     return folder
+
+
+def new_run() -> str:
+    """The id of a new run; ids sort by the time of day."""
+    return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
 def parse_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -1247,6 +1354,11 @@ class RunRecord:
         return any(act.name in ("start destination", "mark destination done") for act in self.acts)
 
     @property
+    def carries_image(self) -> bool:
+        """Whether it is one of the job `image`."""
+        return self.facts.get("job") == "image"
+
+    @property
     def stopped_at(self) -> datetime | None:
         """When the source was first asked to stop, by the clock of this machine."""
         return next((datetime.fromisoformat(act.began) for act in self.acts if act.name == "stop source"), None)
@@ -1347,6 +1459,7 @@ class Undo:
         self._steps = [step for step in self._steps if step[2]]
 
     def __enter__(self) -> Undo:
+        self.has_begun, self._kept, self._steps = False, "", []  # images are carried one after the other, each undone for itself
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -1997,11 +2110,117 @@ def api_wall(label: str, url: str, act: str) -> Iterator[None]:
                          "check user, password, project and domains", 401) from error
     except auth_exceptions.EndpointNotFound as error:
         raise CloudError(f"{label} cloud: {shorten(str(error))}", "check region_name and interface in the credentials", 404) from error
-    except (auth_exceptions.ClientException, nova_exceptions.ClientException, glance_exceptions.ClientException, requests.RequestException) as error:
+    except (auth_exceptions.ClientException, nova_exceptions.ClientException, glance_exceptions.ClientException, glance_exceptions.BaseException,
+            requests.RequestException) as error:
         code = getattr(error, "http_status", None) or getattr(error, "code", None)
-        code = code if isinstance(code, int) else 0 if isinstance(error, auth_exceptions.ConnectionError) else 400
+        is_gone = isinstance(error, (auth_exceptions.ConnectionError, glance_exceptions.CommunicationError))
+        code = code if isinstance(code, int) else 0 if is_gone else 400
         way_out = "check auth_url, and whether this machine reaches it" if act == "sign in" else ""
         raise CloudError(f"{label} cloud: {act}: {shorten(str(error)) or type(error).__name__}", way_out, code) from error
+
+
+class ImageStore:
+    """The Glance of one cloud; an image is what Glance tells of it. Every method raises CloudError, whatever the library raises."""
+
+    def __init__(self, cloud: Cloud, glance: Any) -> None:
+        self._cloud, self._images = cloud, glance.images
+
+    def all(self) -> list[dict[str, Any]]:
+        """All images that these credentials see."""
+        with self._cloud.wall("list images"):
+            return [dict(raw) for raw in self._images.list()]
+
+    def one(self, id: str) -> dict[str, Any] | None:
+        """An image by its id, or None where it is gone."""
+        from glanceclient import exc
+
+        with self._cloud.wall(f"show image {id}"):
+            try:
+                return dict(self._images.get(id))
+            except exc.HTTPNotFound:
+                return None
+
+    def pieces(self, id: str) -> Iterator[bytes]:
+        """What an image holds, 64 KiB after 64 KiB."""
+        with self._cloud.wall(f"read image {id}"):
+            yield from self._images.data(id, do_checksum=False) or ()  # whoever reads it takes its digests
+
+    def make(self, **facts: object) -> str:
+        """The id of a new image that holds nothing yet."""
+        with self._cloud.wall(f"create image {facts.get('name')}"):
+            return str(self._images.create(**facts).id)
+
+    def describe(self, id: str, *left_out: str, **facts: object) -> None:
+        """Sets what is told of an image, and takes properties out."""
+        with self._cloud.wall(f"describe image {id}"):
+            self._images.update(id, remove_props=list(left_out), **facts)
+
+    def send(self, id: str, content: object, size: int) -> None:
+        """Gives a new image its content, of so many bytes, by its method `read`."""
+        with self._cloud.wall(f"upload image {id}"):
+            self._images.upload(id, content, image_size=size)
+
+    def delete(self, id: str) -> None:
+        """Deletes an image; one that is gone is no failure."""
+        from glanceclient import exc
+
+        with self._cloud.wall(f"delete image {id}"), contextlib.suppress(exc.HTTPNotFound):
+            self._images.delete(id)
+
+
+class Fleet:
+    """All instances and compute hosts of one cloud, for its admins. Every method raises CloudError, whatever the library raises."""
+
+    def __init__(self, cloud: Cloud, nova: Any, placement: Callable[[str], Any]) -> None:
+        self._cloud, self._nova, self._placement = cloud, nova, placement
+
+    def servers(self) -> list[Server]:
+        """The instances of all projects."""
+        with self._cloud.wall("list servers of all projects"):
+            return [self._cloud.read(raw.to_dict()) for raw in self._nova.servers.list(search_opts={"all_tenants": True}, limit=-1)]
+
+    def hosts(self) -> list[ComputeHost]:
+        """The compute hosts, each with what is free there; that is not told where Placement does not answer us."""
+        with self._cloud.wall("list compute services"):
+            services = self._nova.services.list(binary="nova-compute")
+            node_of = {node.service["host"]: node.hypervisor_hostname for node in self._nova.hypervisors.list()}
+        free: dict[str, dict[str, int]] = {}
+        with contextlib.suppress(CloudError), self._cloud.wall("see what is free"):
+            for provider in self._placement("/resource_providers")["resource_providers"]:
+                path = f"/resource_providers/{provider['uuid']}"
+                used = self._placement(f"{path}/usages")["usages"]
+                free[provider["name"]] = {name: int((entry["total"] - entry["reserved"]) * entry["allocation_ratio"]) - used.get(name, 0)
+                                          for name, entry in self._placement(f"{path}/inventories")["inventories"].items()}
+        return [ComputeHost(one.host, one.status == "enabled", one.state == "up", free.get(node_of.get(one.host, ""), {})) for one in services]
+
+    def move(self, id: str, host: str) -> None:
+        """Asks Nova to live-migrate an instance to a host, its local disks too where they are not shared."""
+        try:
+            with self._cloud.wall(f"live-migrate server {id}"):
+                self._nova.servers.live_migrate(id, host=host, block_migration="auto")
+        except CloudError as error:
+            if not error.may_pass or not self._cloud.steady_server(id).task:  # else it is the answer that was lost
+                raise
+
+    def progress(self, id: str) -> tuple[int, int] | None:
+        """Bytes of memory and disks that the migration under way has carried, and those it has to; None where none is under way."""
+        records = self._cloud.insist(f"show migrations of server {id}", lambda: self._nova.server_migrations.list(id))
+        if not records:
+            return None
+        record = records[0].to_dict()
+        done, total = (sum(int(record.get(f"{what}_{kind}_bytes") or 0) for what in ("memory", "disk")) for kind in ("processed", "total"))
+        return min(done, total), total
+
+    def last_migration(self, id: str) -> tuple[int, str]:
+        """The number and the state of the latest live migration of an instance; (0, "") where there was none."""
+        found = self._cloud.insist(f"list migrations of server {id}",
+                                   lambda: self._nova.migrations.list(instance_uuid=id, migration_type="live-migration"))
+        return max(((int(one.id), str(one.status)) for one in found), default=(0, ""))
+
+    def abort(self, id: str, migration: int) -> None:
+        """Asks Nova to end a migration; the instance stays where it is."""
+        with self._cloud.wall(f"abort migration {migration} of server {id}"):
+            self._nova.server_migrations.live_migration_abort(id, migration)
 
 
 class Cloud:
@@ -2011,7 +2230,7 @@ class Cloud:
 
     def __init__(self, label: str, creds: Mapping[str, Any], glance_endpoint: str = "") -> None:
         self.label, self.url = label, str(creds["auth_url"])
-        with self._wall("sign in"):
+        with self.wall("sign in"):
             self._open(dict(creds), glance_endpoint)
 
     def _open(self, creds: dict[str, Any], glance_endpoint: str) -> None:
@@ -2037,20 +2256,24 @@ class Cloud:
         newest = api_versions.discover_version(nova, api_versions.APIVersion("2.latest"))
         self._nova: Any = nova_client.Client(newest, session=opened, region_name=region, endpoint_type=interface)
         self._version = (newest.ver_major, newest.ver_minor)
-        self._glance: Any = GlanceClient("2", session=opened, endpoint=glance_endpoint or None, region_name=region, interface=interface)
+        glance = GlanceClient("2", session=opened, endpoint=glance_endpoint or None, region_name=region, interface=interface)
+        self.store = ImageStore(self, glance)
+        placement = {"service_type": "placement", "region_name": region, "interface": interface}
+        self.fleet = Fleet(self, self._nova, lambda path: opened.get(path, endpoint_filter=placement).json())
 
     def _count(self, *_: object, **__: object) -> None:
         self.calls += 1
 
-    def _wall(self, act: str) -> contextlib.AbstractContextManager[None]:
+    def wall(self, act: str) -> contextlib.AbstractContextManager[None]:
+        """A scope out of which the libraries' exceptions come as CloudError."""
         return api_wall(self.label, self.url, act)
 
-    def _insist(self, act: str, do: Callable[[], T]) -> T:
+    def insist(self, act: str, do: Callable[[], T]) -> T:
         """What an act gives that may be repeated: it lives through an outage, and waits for the end of a task that is under way."""
         outage = 0.0
-        for _ in self._polls():
+        for _ in self.polls():
             try:
-                with self._wall(act):
+                with self.wall(act):
                     return do()
             except CloudError as error:
                 outage = outage or time.monotonic()
@@ -2060,30 +2283,31 @@ class Cloud:
 
     def server(self, id: str) -> Server:
         """An instance by its id."""
-        with self._wall(f"show server {id}"):
-            return self._read(self._nova.servers.get(id).to_dict())
+        with self.wall(f"show server {id}"):
+            return self.read(self._nova.servers.get(id).to_dict())
 
     def steady_server(self, id: str) -> Server:
         """An instance by its id, also through an API that fails for a while."""
-        return self._insist(f"show server {id}", lambda: self.server(id))
+        return self.insist(f"show server {id}", lambda: self.server(id))
 
     def servers_named(self, name: str) -> list[Server]:
         """The instances of this project that have exactly this name."""
-        with self._wall("list servers"):
+        with self.wall("list servers"):
             found = self._nova.servers.list(search_opts={"name": f"^{re.escape(name)}$"}, limit=-1)
-            return [self._read(server.to_dict()) for server in found if server.name == name]
+            return [self.read(server.to_dict()) for server in found if server.name == name]
 
     def made_by(self, run: str, origin: str = "") -> list[Server]:
         """The instances that a run has made, or whatever was made from `origin`, under whatever name by now."""
-        found = self._insist("list servers", lambda: self._nova.servers.list(limit=-1))  # else no more than the first page is listed
-        return [server for server in (self._read(raw.to_dict()) for raw in found)
+        found = self.insist("list servers", lambda: self._nova.servers.list(limit=-1))  # else no more than the first page is listed
+        return [server for server in (self.read(raw.to_dict()) for raw in found)
                 if (run and run in (server.metadata.get(MARK), server.metadata.get(DONE))) or (origin and server.metadata.get(ORIGIN) == origin)]
 
     @functools.cached_property
     def _flavors(self) -> dict[str, Flavor]:
         return {flavor.id: flavor for flavor in self.flavors()}
 
-    def _read(self, raw: Mapping[str, Any]) -> Server:
+    def read(self, raw: Mapping[str, Any]) -> Server:
+        """An instance as Nova tells it."""
         addresses = [entry for entries in raw.get("addresses", {}).values() for entry in entries]
         return Server(
             id=raw["id"], name=raw["name"], status=raw["status"],
@@ -2105,28 +2329,13 @@ class Cloud:
 
     def flavors(self) -> list[Flavor]:
         """All flavors, the private ones too."""
-        with self._wall("list flavors"):
+        with self.wall("list flavors"):
             return [self._flavor_of(flavor.to_dict()) for flavor in self._nova.flavors.list(is_public=None)]
-
-    def images(self) -> list[Image]:
-        """All images that these credentials see."""
-        with self._wall("list images"):
-            return [_image(raw) for raw in self._glance.images.list()]
-
-    def image(self, id: str) -> Image | None:
-        """An image by its id, or None where it is gone."""
-        from glanceclient import exc
-
-        with self._wall(f"show image {id}"):
-            try:
-                return _image(self._glance.images.get(id))
-            except exc.HTTPNotFound:
-                return None
 
     def sees_hosts(self) -> bool:
         """Whether these credentials are an admin's, who is told on which host an instance is."""
         try:
-            with self._wall("list hypervisors"):
+            with self.wall("list hypervisors"):
                 self._nova.hypervisors.list(detailed=False)
         except CloudError as error:
             if error.code in (401, 403):
@@ -2136,7 +2345,7 @@ class Cloud:
 
     def limits(self) -> dict[str, int]:
         """This project's quota and what is used of it, by Nova's names."""
-        with self._wall("show limits"):
+        with self.wall("show limits"):
             return {limit.name: limit.value for limit in self._nova.limits.get().absolute}
 
     def create(self, name: str, image: str, flavor: str, extra: Mapping[str, Any], marks: Mapping[str, str]) -> str:
@@ -2144,13 +2353,13 @@ class Cloud:
         extra = {**extra, "meta": {**extra.get("meta", {}), **marks}}
         if self._version >= (2, 37):
             extra.setdefault("nics", "auto")
-        with self._wall(f"create server {name}"):
+        with self.wall(f"create server {name}"):
             return str(self._nova.servers.create(name, image, flavor, **extra).id)
 
     def delete(self, id: str) -> None:
         """Deletes an instance and waits until it is gone; raises CloudError when Nova fails five times, or has not in half an hour."""
         refused, asked, limit = 0, 0.0, time.monotonic() + UNCHANGED_LIMIT
-        for _ in self._polls():
+        for _ in self.polls():
             try:
                 server = self.server(id)
                 if server.status == "DELETED":
@@ -2160,7 +2369,7 @@ class Cloud:
                     raise CloudError(f"{self.label} cloud: server {id} is not deleted: {server.fault or 'Nova gives no reason'}", code=400)
                 if is_deleting and time.monotonic() < asked + 30:
                     continue
-                with self._wall(f"delete server {id}"):  # Nova ignores a repeated request, until it takes the instance's host for dead
+                with self.wall(f"delete server {id}"):  # Nova ignores a repeated request, until it takes the instance's host for dead
                     if server.status == "SOFT_DELETED":  # a cloud that keeps what is deleted for a while keeps its disk too
                         self._nova.servers.force_delete(id)
                     else:
@@ -2174,12 +2383,12 @@ class Cloud:
 
     def stop(self, id: str, changed: Callable[[Server], None]) -> None:
         """Stops an instance; one that is stopped already is left alone. Raises CloudError as `wait` does."""
-        self._insist(f"stop server {id}", lambda: self.server(id).is_stopped or self._nova.servers.stop(id))
+        self.insist(f"stop server {id}", lambda: self.server(id).is_stopped or self._nova.servers.stop(id))
         self.wait(id, lambda server: server.is_stopped, changed)
 
     def start(self, id: str, changed: Callable[[Server], None]) -> Server:
         """An instance that was started; raises CloudError with the reason from os-instance-actions: Nova accepts a start that fails."""
-        self._insist(f"start server {id}", lambda: self.server(id).is_running or self._nova.servers.start(id))
+        self.insist(f"start server {id}", lambda: self.server(id).is_running or self._nova.servers.start(id))
 
         def settled(server: Server) -> bool:
             return server.is_running or (server.is_stopped and bool(self.why_failed(id, "start")))
@@ -2200,17 +2409,17 @@ class Cloud:
             latest = next((entry for entry in self._nova.instance_action.list(id) if entry.action == action), None)
             return list(self._nova.instance_action.get(id, latest.request_id).events or ()) if latest else []
 
-        failed = [event for event in self._insist(f"show actions of server {id}", look) if event.get("result") == "Error"]
+        failed = [event for event in self.insist(f"show actions of server {id}", look) if event.get("result") == "Error"]
         return str(failed[0].get("details") or failed[0].get("traceback") or "Nova gives no details") if failed else ""
 
     def lock(self, id: str, reason: str) -> None:
         """Locks an instance against its users; admins are not held by that."""
         reasons = {"reason": reason} if self._version >= (2, 73) else {}
-        self._insist(f"lock server {id}", lambda: self._nova.servers.lock(id, **reasons))
+        self.insist(f"lock server {id}", lambda: self._nova.servers.lock(id, **reasons))
 
     def unlock(self, id: str) -> None:
         """Takes the lock off an instance."""
-        self._insist(f"unlock server {id}", lambda: self._nova.servers.unlock(id))
+        self.insist(f"unlock server {id}", lambda: self._nova.servers.unlock(id))
 
     def mark_of(self, id: str) -> str | None:
         """The run whose mark an instance carries, if any."""
@@ -2218,7 +2427,7 @@ class Cloud:
 
     def mark(self, id: str, marks: Mapping[str, str]) -> None:
         """Writes into an instance's metadata."""
-        self._insist(f"mark server {id}", lambda: self._nova.servers.set_meta(id, dict(marks)))
+        self.insist(f"mark server {id}", lambda: self._nova.servers.set_meta(id, dict(marks)))
 
     def unmark(self, id: str, run: str, *keys: str) -> None:
         """Takes a run's marks of these keys out of an instance's metadata; where another run's mark is, all stays."""
@@ -2227,12 +2436,12 @@ class Cloud:
             if there.get(MARK) in (run, None) and (found := [key for key in keys if key in there]):
                 self._nova.servers.delete_meta(id, found)
 
-        self._insist(f"unmark server {id}", take)
+        self.insist(f"unmark server {id}", take)
 
     def wait(self, id: str, ready: Callable[[Server], bool], changed: Callable[[Server], None]) -> Server:
         """The instance when `ready` says so. Raises CloudError when it goes to ERROR, and when nothing changes for half an hour."""
         last, since = ("", ""), time.monotonic()
-        for _ in self._polls():
+        for _ in self.polls():
             server = self.steady_server(id)
             if ready(server):
                 return server
@@ -2246,13 +2455,33 @@ class Cloud:
         raise AssertionError("polls never end")
 
     @staticmethod
-    def _polls() -> Iterator[float]:
+    def polls() -> Iterator[float]:
         """Turns of a loop, each a little later than the one before: 0.2 s apart at first, 2 s in the end."""
         pause = 0.2
         while True:
             yield pause
             time.sleep(pause)
             pause = min(pause * 1.3, 2.0)
+
+
+@contextlib.contextmanager
+def nothing_touched() -> Iterator[None]:
+    """A scope in which clouds are only looked at: what they do not tell is a refusal."""
+    try:
+        yield
+    except CloudError as error:
+        raise Refused.of(error.reasons) from error
+
+
+def both_clouds(settings: Settings, environment: Mapping[str, str]) -> tuple[Cloud, Cloud]:
+    """Source and destination; raises Refused with all the reasons why one cannot be reached."""
+    creds = [credentials(side, settings, environment) for side in ("src", "dst")]
+    with ThreadPoolExecutor(2) as pool:
+        opening = [pool.submit(Cloud, "source", creds[0]), pool.submit(Cloud, "destination", creds[1], settings.dst_glance_endpoint)]
+    errors = [error for one in opening if isinstance(error := one.exception(), MigrenaError)]
+    if errors:
+        raise Refused.of([reason for error in errors for reason in error.reasons])
+    return outcome(opening[0]), outcome(opening[1])
 
 
 # ---- 8. Disks --------------------------------------------------------------------------------------------------------
@@ -3612,7 +3841,303 @@ def check_qcow2(host: Host, job: DiskJob) -> None:
                         f"{job.source.size:,} on {wanted or 'none'} were expected")
 
 
-# ---- 9. Copy ---------------------------------------------------------------------------------------------------------
+# ---- 9. Image --------------------------------------------------------------------------------------------------------
+
+CAME_FROM: Final = ("source_uuid", "source_cloud")  # keys of a carried image's properties: which image it was, and in which cloud
+CARRIED_BY: Final = "migrena_run"  # key of a property of an image on its way: the run that carries it
+GLANCES_OWN: Final = frozenset({  # what another Glance is not told, or is told otherwise
+    "id", "status", "checksum", "os_hash_algo", "os_hash_value", "size", "virtual_size", "created_at", "updated_at", "owner", "self", "file",
+    "schema", "direct_url", "locations", "stores", "name", "container_format", "disk_format", "min_disk", "min_ram", "tags", "visibility",
+    "protected", *CAME_FROM, CARRIED_BY})
+QEMUS: Final = {"raw": "raw", "iso": "raw", "qcow2": "qcow2", "vmdk": "vmdk", "vdi": "vdi", "vhd": "vpc", "vhdx": "vhdx", "ploop": "parallels"}
+BOUND: Final = {"img_signature": "is signed: its signature would not be accepted there", "os_encrypt_key_id": "is encrypted: its key stays behind",
+                "cinder_encryption_key_id": "is encrypted: its key stays behind", "kernel_id": "needs its kernel image by its id"}
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """One image to be carried: what the source's Glance tells of it, what it will be, and the id of the same content in the destination."""
+
+    source: Mapping[str, Any]
+    name: str
+    disk_format: str
+    there: str = ""
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether what arrives is not what was sent."""
+        return self.disk_format != str(self.source["disk_format"])
+
+    @property
+    def size(self) -> int:
+        """Bytes to be read."""
+        return int(self.source.get("size") or 0)
+
+
+class Stream:
+    """Bytes on their way to a reader: counted, held to `rate` bytes per second (0: as they come), shown, and digested."""
+
+    def __init__(self, pieces: Iterator[bytes], told: Mapping[str, Any], rate: int, show: Callable[[int], None]) -> None:
+        self._pieces, self._rate, self._show = pieces, rate, show
+        self._began, self.done = time.monotonic(), 0
+        known = {"md5", "sha512", str(told.get("os_hash_algo"))} & hashlib.algorithms_available
+        self._digests = {name: hashlib.new(name, usedforsecurity=False) for name in known}
+
+    def read(self, size: int = -1) -> bytes:
+        """The next piece, as long as it comes; empty at the end."""
+        piece = next(self._pieces, b"")
+        for digest in self._digests.values():
+            digest.update(piece)
+        self.done += len(piece)
+        self._show(self.done)
+        if self._rate:
+            time.sleep(max(0.0, self._began + self.done / self._rate - time.monotonic()))
+        return piece
+
+    def prove(self, told: Mapping[str, Any], side: str) -> str:
+        """The digest that Glance tells of an image; raises FinalError where that of these bytes is another, or where it tells none."""
+        for name, value in ((told.get("os_hash_algo"), told.get("os_hash_value")), ("md5", told.get("checksum"))):
+            if name in self._digests and value:
+                if self._digests[name].hexdigest() != value:
+                    raise FinalError(f"{side} cloud: image {told['id']} is not what was read: its {name} differs", "run it again")
+                return str(value)
+        raise FinalError(f"{side} cloud: Glance tells no digest of image {told['id']} that could be compared", "use Glance of 2018 or later")
+
+
+def wanted_images(settings: Settings, here: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Reason]]:
+    """The images of the source that were named, by id, name or tag; and the reasons why some cannot be told."""
+    if settings.tag:
+        found = [raw for raw in here if settings.tag in raw.get("tags", ())]
+        return found, [] if found else [Reason(f"source cloud: no image has the tag {settings.tag!r}", "see: openstack image list --tag TAG")]
+    chosen, reasons = list[Mapping[str, Any]](), []
+    for name in settings.images:
+        found = [raw for raw in here if raw["id"] == name] or [raw for raw in here if raw.get("name") == name]
+        chosen += [raw for raw in found[:1] if raw not in chosen]
+        if not found:
+            near = ", ".join(difflib.get_close_matches(name, [str(raw.get("name")) for raw in here], n=5, cutoff=0.3)) or "none"
+            reasons.append(Reason(f"source cloud: there is no image {name!r}", f"nearest: {near}"))
+        if len(found) > 1:
+            reasons.append(Reason(f"source cloud: {len(found)} images are named {name!r}: {', '.join(raw['id'] for raw in found)}", "give the id"))
+    return chosen, reasons
+
+
+def plan_image(settings: Settings, raw: Mapping[str, Any], there: Sequence[Mapping[str, Any]]) -> ImagePlan:
+    """What will become of one image of the source, when what the destination has is this."""
+    plan = ImagePlan(raw, settings.new_name or str(raw.get("name") or raw["id"]), settings.disk_format or str(raw.get("disk_format")))
+    same = [other for other in there if other.get("status") == "active" and not other.get(CARRIED_BY) and
+            (other.get(CAME_FROM[0]) == raw["id"] and other.get("disk_format") == plan.disk_format if plan.is_converted else
+             _image(other).equals(_image(raw)))]
+    same.sort(key=lambda other: other.get("name") != plan.name)
+    return dataclasses.replace(plan, there=str(same[0]["id"])) if same else plan
+
+
+def refuse_reading(plan: ImagePlan, source: Cloud) -> Iterator[Reason]:
+    """What Glance says where these credentials may not read an image that has to be carried."""
+    if plan.there or plan.source.get("status") != "active":
+        return
+    try:
+        next(source.store.pieces(plan.source["id"]), b"")
+    except CloudError as error:
+        yield Reason(f"image {plan.source.get('name')!r} cannot be read: {error}", "use an account that may download it")
+
+
+def refuse_image(settings: Settings, plan: ImagePlan, there: Sequence[Mapping[str, Any]]) -> Iterator[Reason]:
+    """What forbids to carry an image, by all that is told of it and of those that are there."""
+    raw, name = plan.source, plan.source.get("name")
+    if raw.get("status") != "active":
+        yield Reason(f"image {name!r} is {raw.get('status')}, not active", "wait until it is, or name another one")
+    for key, why in BOUND.items():
+        if raw.get(key):
+            yield Reason(f"image {name!r} {why} ({key})", "make an image without that first")
+    if plan.there:
+        return
+    if plan.is_converted:
+        yield from refuse_conversion(settings, plan)
+    for other in there:
+        if other.get(CARRIED_BY) and other.get(CAME_FROM[0]) == raw["id"]:
+            yield Reason(f"run {other[CARRIED_BY]} is carrying it, or was cut off while it did",
+                         f"if it is over: ./migrena.py rollback {other[CARRIED_BY]}, or openstack image delete {other['id']}")
+        elif other.get("name") == plan.name:
+            yield Reason(f"destination cloud: image {plan.name!r} has other content ({other['id']})", "choose another one with --name")
+
+
+def refuse_conversion(settings: Settings, plan: ImagePlan) -> Iterator[Reason]:
+    """What forbids to convert an image on this machine, whose folder has to have room for both forms."""
+    name, container, folder = plan.source.get("name"), plan.source.get("container_format"), work_folder(settings)
+    if container != "bare":
+        yield Reason(f"image {name!r} cannot be converted: it is in a container ({container})", "leave out --disk-format")
+    if (given := plan.source.get("disk_format")) not in QEMUS:
+        yield Reason(f"image {name!r} cannot be converted: qemu-img does not read {given}", "leave out --disk-format")
+    if not shutil.which("qemu-img"):
+        yield Reason(f"image {name!r} cannot be converted: this machine has no qemu-img", f"install {' or '.join(PACKAGES['qemu-img'])}")
+    need = plan.size + max(plan.size, int(plan.source.get("virtual_size") or 0))
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        yield Reason(f"{folder} cannot be used: {error.strerror}", "name another one with --work-folder")
+    else:
+        if free < need:
+            yield Reason(f"{human(free)} are free in {folder}, {human(need)} are needed", "name another one with --work-folder")
+
+
+def work_folder(settings: Settings) -> str:
+    """The folder of this machine where images are converted."""
+    return settings.work_folder or tempfile.gettempdir()
+
+
+def locally(*words: str) -> str:
+    """What a command on this machine prints; raises MigrenaError with what it says where it fails."""
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise MigrenaError(f"`{shorten(shlex.join(words))}` ended with status {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+@contextlib.contextmanager
+def converted(stream: Stream, plan: ImagePlan, folder: str) -> Iterator[Path]:
+    """The image in the other format, as a file that is gone with the scope. Raises FinalError for one that names further files."""
+    with tempfile.TemporaryDirectory(prefix="migrena-", dir=folder) as place:
+        given, made, format = Path(place) / "given", Path(place) / "made", QEMUS[plan.source["disk_format"]]
+        with given.open("wb") as file:
+            for piece in iter(stream.read, b""):
+                file.write(piece)
+        if names_further_files(given, format):
+            raise FinalError("the image names a further file, which would be read from this machine", "do not trust it")
+        more = ("-o", "subformat=streamOptimized") if plan.disk_format == "vmdk" else ()
+        locally("qemu-img", "convert", "-f", format, "-O", plan.disk_format, *more, str(given), str(made))
+        given.unlink()
+        yield made
+
+
+def names_further_files(path: Path, format: str) -> bool:
+    """Whether an image consists of more than this file: a base, a file of data, extents. qemu is asked only where it opens none of them.
+
+    Layout: docs/interop/qcow2.txt of QEMU; VMware's Virtual Disk Format. Hazard: CVE-2024-32498.
+    """
+    with path.open("rb") as file:
+        magic, version, base, features = struct.unpack(">4sIQ56xQ", file.read(80).ljust(80, b"\0"))
+    if format == "qcow2":
+        return bool(base or (version > 2 and features & 4))
+    if format == "vmdk" and magic != b"KDMV":
+        return True  # it is a text that names extents
+    return "backing-filename" in json.loads(locally("qemu-img", "info", "--output=json", "-f", format, str(path)))
+
+
+@dataclass(frozen=True)
+class Carriage:
+    """What it takes to carry an image: both clouds, where it is told, and how a failure is undone."""
+
+    settings: Settings
+    screen: Screen
+    journal: Journal
+    undo: Undo
+    source: Cloud
+    destination: Cloud
+    run: str
+
+
+def carry(by: Carriage, plan: ImagePlan) -> str:
+    """The id of a new image in the destination, active, and proven by both Glances' digests. Raises MigrenaError; a failure deletes it."""
+    store, raw, began = by.destination.store, plan.source, time.monotonic()
+    by.undo.on_failure(f"delete image {plan.name}", lambda: delete_carried(by.destination, by.run))
+    with by.journal.act("create image", name=plan.name) as result:
+        result["image"] = id = store.make(
+            name=plan.name, disk_format=plan.disk_format, container_format=raw["container_format"], min_disk=raw.get("min_disk") or 0,
+            min_ram=raw.get("min_ram") or 0, tags=list(raw.get("tags") or ()), visibility="private",
+            **{CARRIED_BY: by.run, CAME_FROM[0]: raw["id"], CAME_FROM[1]: by.source.url})
+    if plan.is_converted:
+        by.screen.note(f"It is read, converted to {plan.disk_format} in {work_folder(by.settings)}, and sent.")
+    refused = describe(store, id, {key: value for key, value in raw.items() if key not in GLANCES_OWN and value is not None})
+    with by.journal.act("copy image", image=id, size=plan.size), by.screen.progress(plan.size) as show:
+        stream = Stream(by.source.store.pieces(raw["id"]), raw, by.settings.limit_rate, show)
+        if plan.is_converted:
+            with converted(stream, plan, work_folder(by.settings)) as made, made.open("rb") as file:
+                sent = Stream(iter(lambda: file.read(MiB), b""), {}, 0, lambda done: None)
+                store.send(id, sent, made.stat().st_size)
+        else:
+            sent = stream
+            store.send(id, stream, plan.size)
+        stream.prove(raw, "source")
+    there = store.one(id) or {"id": id}
+    digest = sent.prove(there, "destination")
+    refused += describe(store, id, {"visibility": raw.get("visibility"), "protected": raw.get("protected")}, CARRIED_BY)
+    arrived = f", as {plan.disk_format} {human(sent.done)}" if plan.is_converted else ""
+    by.screen.note(f"Done. {human(stream.done)} in {span(time.monotonic() - began)}{arrived}; both Glances agree, digest {digest[:16]}…")
+    if refused:
+        by.screen.warn(f"the destination's Glance does not accept {', '.join(refused)}")
+    return id
+
+
+def describe(store: ImageStore, id: str, facts: Mapping[str, Any], *left_out: str) -> list[str]:
+    """Sets all of these facts that Glance accepts, takes properties out, and gives the names of the facts that it refused."""
+    try:
+        store.describe(id, *left_out, **facts)
+        return []
+    except CloudError as error:
+        if error.code not in (400, 403, 409, 413) or not facts:
+            raise
+    if left_out:
+        store.describe(id, *left_out)
+    elif len(facts) == 1:
+        return list(facts)
+    return [name for key, value in facts.items() for name in describe(store, id, {key: value})]
+
+
+def delete_carried(cloud: Cloud, run: str) -> None:
+    """Deletes what this run was carrying to a cloud."""
+    for raw in cloud.store.all():
+        if raw.get(CARRIED_BY) == run:
+            cloud.store.delete(raw["id"])
+
+
+def image(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
+    """The job `image`: carries images from the source's Glance to the destination's, one after the other."""
+    if bool(settings.images) == bool(settings.tag):
+        raise UsageError("name either images or a tag", "./migrena.py image -i IMAGE [-i IMAGE], or ./migrena.py image --tag TAG")
+    if settings.new_name and len(settings.images) != 1:
+        raise UsageError("--name is for one image", "leave it out")
+    folder, screen = state_folder(settings, call.environment), undo.screen
+    with screen.timed("Survey"), nothing_touched():
+        source, destination = both_clouds(settings, call.environment)
+        here, there = at_once(source.store.all, destination.store.all)
+    chosen, reasons = wanted_images(settings, here)
+    plans = [plan_image(settings, raw, there) for raw in chosen]
+    for name in sorted({plan.name for plan in plans if [other.name for other in plans].count(plan.name) > 1}):
+        reasons.append(Reason(f"several of these images are named {name!r}", "carry them one by one, with --name"))
+    reasons += [reason for plan in plans for reason in (*refuse_image(settings, plan, there), *refuse_reading(plan, source))]
+    if reasons:
+        raise Refused.of(reasons)
+    report.images = [{"source": plan.source["id"], "name": plan.name, "destination": plan.there, "bytes": plan.size,
+                      "result": "already there" if plan.there else "to be carried"} for plan in plans]
+    try:
+        for plan, row in zip(plans, () if settings.dry_run else report.images, strict=False):
+            if not plan.there:
+                begun, row["result"] = time.monotonic(), "not carried"
+                row["destination"] = carry_alone(settings, folder, undo, (source, destination), plan)
+                row["result"], row["seconds"] = "carried", round(time.monotonic() - begun, 2)
+            if not (settings.json or settings.quiet):
+                print(row["destination"])
+    finally:
+        told = [(str(row["result"]), human(int(str(row["bytes"]))), str(row["name"]), str(row["destination"])) for row in report.images]
+        for line in aligned([("RESULT", "SIZE", "NAME", "IMAGE"), *told]):
+            screen.say(line, always=settings.dry_run)
+    report.result = "planned" if settings.dry_run else "done"
+    return 0
+
+
+def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Cloud, Cloud], plan: ImagePlan) -> str:
+    """The id of an image that is carried by a run of its own, with a lock and a journal."""
+    run, raw = new_run(), plan.source
+    with only_run_of(folder, raw["id"], run):
+        journal = Journal(folder, run)
+        with journal.beginning():
+            journal.write("run", job="image", pid=os.getpid(), source=raw["id"], source_name=raw.get("name"), name=plan.name,
+                          clouds=[cloud.url for cloud in clouds], settings={key: getattr(settings, key) for key in ("src_cloud", "dst_cloud")})
+        with journal.ending(undo), undo, undo.screen.step(f"Carry image {raw.get('name')} ({human(plan.size)})."):
+            return carry(Carriage(settings, undo.screen, journal, undo, *clouds, run), plan)
+
+
+# ---- 10. Copy --------------------------------------------------------------------------------------------------------
 
 STOP_DESTINATION: Final = "Stop destination instance"  # the step whose time tells how long Nova takes for a stop
 LOCKED_BY: Final = "migrena run "  # how the reason of our lock on a source begins; the run's id follows
@@ -3644,6 +4169,7 @@ class SourceFacts:
     disk: Disk | None = None
     image: Image | None = None
     lacking: tuple[str, ...] = ()
+    told_image: Mapping[str, Any] | None = None  # with --copy-image: all that Glance tells of the image
     problems: tuple[Reason, ...] = ()
 
 
@@ -3655,6 +4181,7 @@ class DestinationFacts:
     same_name: tuple[Server, ...] = ()
     flavors: tuple[Flavor, ...] = ()
     images: tuple[Image, ...] = ()
+    told_images: tuple[Mapping[str, Any], ...] = ()  # all that Glance tells of them
     sees_hosts: bool = True
     limits: Mapping[str, int] = field(default_factory=dict)
     problems: tuple[Reason, ...] = ()
@@ -3667,7 +4194,8 @@ def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, 
         cloud = found["cloud"] = Cloud("source", creds)
         server = found["server"] = cloud.server(settings.src_uid)
         if server.image and not settings.image:
-            found["image"] = cloud.image(server.image)
+            told = cloud.store.one(server.image)
+            found |= {"image": _image(told), "told_image": told} if told else {}
         if server.host:
             host = found["host"] = connect(host_name(server, settings), settings, screen)
             stack.callback(host.close)
@@ -3705,7 +4233,8 @@ def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> Destinat
     """Looks at what the destination cloud has: the name, flavors, images, and whether it tells hosts."""
     try:
         cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
-        return DestinationFacts(cloud, tuple(cloud.servers_named(settings.dst_name)), tuple(cloud.flavors()), tuple(cloud.images()),
+        told = tuple(cloud.store.all())
+        return DestinationFacts(cloud, tuple(cloud.servers_named(settings.dst_name)), tuple(cloud.flavors()), tuple(map(_image, told)), told,
                                 cloud.sees_hosts(), cloud.limits())
     except CloudError as error:
         return DestinationFacts(None, problems=error.reasons)
@@ -3850,11 +4379,21 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
     except Refused as refusal:
         reasons += refusal.reasons
     try:
-        if settings.image or (source.server and source.server.image):
+        if source.cloud and (carried := image_to_carry(settings, source, destination)):
+            reasons += (*refuse_image(settings, carried, destination.told_images), *refuse_reading(carried, source.cloud))
+        elif settings.image or (source.server and source.server.image):
             pick_image(settings.image, destination.images, source.image)
     except Refused as refusal:
         reasons += refusal.reasons
     return reasons
+
+
+def image_to_carry(settings: Settings, source: SourceFacts, destination: DestinationFacts) -> ImagePlan | None:
+    """With --copy-image, the source's image where the destination has none of its content."""
+    if not settings.copy_image or settings.image or not source.told_image:
+        return None
+    plan = plan_image(settings, source.told_image, destination.told_images)
+    return None if plan.there else plan
 
 
 def already_there(settings: Settings, destination: DestinationFacts) -> Server | None:
@@ -3873,16 +4412,12 @@ class Plan:
     image: Image
     left_behind: tuple[str, ...]
     was_running: bool = False  # whether the source ran when the run found it
+    carried: ImagePlan | None = None  # the image, where it has to be carried first
 
     @property
     def marks(self) -> dict[str, str]:
         """What the metadata of both servers says while the run is under way."""
         return {MARK: self.run, WAS: "ACTIVE" if self.was_running else "SHUTOFF"}
-
-
-def new_run() -> str:
-    """The id of a new run; ids sort by the time of day."""
-    return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
 def make_plan(settings: Settings, source: SourceFacts, destination: DestinationFacts, run: str) -> Plan:
@@ -3893,8 +4428,9 @@ def make_plan(settings: Settings, source: SourceFacts, destination: DestinationF
     left = [f"volume {id}" for id in server.volumes]
     left += [f"ephemeral disk {name}" for name in disk.beside if re.search(r"local|eph", name)]
     left += ["the config drive"] if server.config_drive else []
-    return Plan(run, server, disk, pick_flavor(settings.flavor, destination.flavors, server),
-                pick_image(settings.image, destination.images, source.image), tuple(left), server.status == "ACTIVE")
+    carried = image_to_carry(settings, source, destination)
+    image = Image("", carried.name, "queued", "", "") if carried else pick_image(settings.image, destination.images, source.image)
+    return Plan(run, server, disk, pick_flavor(settings.flavor, destination.flavors, server), image, tuple(left), server.status == "ACTIVE", carried)
 
 
 @dataclass
@@ -3911,6 +4447,8 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     api_calls: dict[str, int] = field(default_factory=dict)  # of each cloud
     ssh_commands: dict[str, int] = field(default_factory=dict)  # of each host, over one connection
+    images: list[dict[str, object]] = field(default_factory=list)  # of the job `image`: what became of each
+    moves: list[dict[str, object]] = field(default_factory=list)  # of the job `live-migrate`: the same
     warnings: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)  # of the instance, in the source cloud: volumes and the like
     not_undone: list[str] = field(default_factory=list)
@@ -3972,6 +4510,7 @@ def execute(run: Run) -> str:
     Every step finds out what an earlier process of the same run has done already, and does only the rest.
     """
     claim_source(run)
+    run = carry_first(run)
     new = adopt_destination(run, run.earlier.destination) if run.earlier else create_destination(run)
     source, began = run.plan.server.id, time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -4157,6 +4696,16 @@ def inherit(run: Run, earlier: Earlier) -> None:
         if run.settings.bitmap:
             drop_bitmap_on_failure(run)
     run.journal.write("resume", pid=os.getpid())
+
+
+def carry_first(run: Run) -> Run:
+    """The run, with the source's image in the destination where it had to be carried. It stays there, whatever becomes of the rest."""
+    plan = run.plan
+    if not plan.carried:
+        return run
+    with run.screen.step("Carry the source's image, which the destination lacks."):
+        id = carry(Carriage(run.settings, run.screen, run.journal, run.undo, run.source, run.destination, plan.run), plan.carried)
+    return dataclasses.replace(run, plan=dataclasses.replace(plan, image=dataclasses.replace(plan.image, id=id, status="active")))
 
 
 def require_mark(run: Run, mark: str | None) -> None:
@@ -4478,7 +5027,8 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, destination:
     yield f"  disk       {top.path}: {top.format}, {human(top.size)} to the guest, {human(top.allocated)} in the file"
     for base in plan.disk.chain[1:]:
         yield f"  base       {base.path}: {base.format}, {human(base.length)}"
-    yield f"destination  {settings.dst_name}, flavor {plan.flavor.name}, image {plan.image.name} ({plan.image.id}), on the host that Nova chooses"
+    image_id = plan.image.id or "carried first"
+    yield f"destination  {settings.dst_name}, flavor {plan.flavor.name}, image {plan.image.name} ({image_id}), on the host that Nova chooses"
     transport, why = pick_transport(settings.transport, [tool for tool in ("nbd-server",) if tool in source.lacking], top, True)
     yield f"transport    {transport}{' with TLS' if settings.tls else ' in clear'}: {why} (the destination's host may lack something)"
     amounts = {"the file": top.allocated} if top.format == "raw" or not plan.disk.base else {
@@ -4563,7 +5113,7 @@ def tell_what_stays(screen: Screen, plan: Plan) -> None:
         screen.warn("the source boots by UEFI: its NVRAM (boot entries) is not copied, and Nova makes a new one")
 
 
-# ---- 10. Status ------------------------------------------------------------------------------------------------------
+# ---- 11. Status ------------------------------------------------------------------------------------------------------
 
 
 def status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
@@ -4602,20 +5152,22 @@ def table_lines(records: Sequence[RunRecord]) -> Iterator[str]:
          str(record.done * 100 // record.total) if record.total else "-", f"{human(record.rate)}/s" if record.rate else "-",
          span(record.seconds_left) if record.seconds_left else "-",
          f"{record.facts.get('source_name') or record.source or '?'} -> {record.facts.get('name') or '?'}") for record in records)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for number, row in enumerate(rows if records else ()):
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        if number:
-            yield from (f"    {line}" for line in what_to_do(records[number - 1]))
+    head, *lines = aligned(rows)
+    if records:
+        yield head
+    for line, record in zip(lines, records, strict=True):
+        yield line
+        yield from (f"    {told}" for told in what_to_do(record))
 
 
 def what_to_do(record: RunRecord) -> Iterator[str]:
     """What a run that ended badly has left behind, and the ways on."""
     yield from (f"left behind: {line}" for line in record.left)
     if record.state == "killed":
-        yield "it may have left the new instance, and the mark and the lock on the source"
+        yield "it may have left " + ("half an image" if record.carries_image else "the new instance, and the mark and the lock on the source")
     if record.state in ("killed", "left"):
-        yield f"{'' if record.is_undoing else f'go on: ./migrena.py resume {record.run}    '}undo: ./migrena.py rollback {record.run}"
+        can_go_on = not (record.is_undoing or record.carries_image)
+        yield f"{f'go on: ./migrena.py resume {record.run}    ' if can_go_on else ''}undo: ./migrena.py rollback {record.run}"
 
 
 def detail_lines(record: RunRecord) -> Iterator[str]:
@@ -4640,7 +5192,7 @@ def detail_lines(record: RunRecord) -> Iterator[str]:
     yield from what_to_do(record)
 
 
-# ---- 11. Resume ------------------------------------------------------------------------------------------------------
+# ---- 12. Resume ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -4707,6 +5259,8 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     run = find_run(folder, settings.run)
     record = read_run(folder, run)
     refuse_state(record)
+    if record.carries_image:
+        raise Refused(f"run {run} carried an image, which is not gone on with", f"./migrena.py rollback {run}, then the command again")
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_run_of(folder, record.source, run))
         record = read_run(folder, run, is_ours=True)  # it may have gone on until the lock was ours
@@ -4732,7 +5286,7 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         return see_through(Run(settings, screen, journal, undo, report, plan, source.cloud, made.cloud, source.host, earlier))
 
 
-# ---- 12. Rollback ----------------------------------------------------------------------------------------------------
+# ---- 13. Rollback ----------------------------------------------------------------------------------------------------
 
 # Prints what private folders a run still has on a host.
 LEFT_FOLDERS: Final = 'for folder in /run/migrena-"$1"-* /tmp/migrena-"$1"-*; do [ ! -e "$folder" ] || echo "$folder"; done'
@@ -4749,6 +5303,7 @@ class Traces:
     made: tuple[Server, ...]
     was_running: bool
     was_successful: bool
+    has_image: bool = False  # whether it was carrying the source's image too
 
 
 def find_traces(clouds: tuple[Cloud, Cloud], source_id: str, record: RunRecord | None) -> Traces:
@@ -4774,7 +5329,8 @@ def find_traces(clouds: tuple[Cloud, Cloud], source_id: str, record: RunRecord |
     is_untouched = bool(record and record.state == "killed" and source and MARK not in source.metadata and not made)  # or undone already
     was_running = record.was_running and not is_untouched if record else was == "ACTIVE"
     return Traces(run, source_id, source, tuple(made), was_running,
-                  bool(record and record.state == "done") or started or any(DONE in server.metadata for server in made))
+                  bool(record and record.state == "done") or started or any(DONE in server.metadata for server in made),
+                  record is not None and any(act.name == "create image" for act in record.acts))
 
 
 def refuse_rollback(settings: Settings, traces: Traces) -> list[Reason]:
@@ -4805,6 +5361,8 @@ def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
                 report.run, report.result = record.run, "rolled back"
                 return 0
         clouds = both_clouds(settings, call.environment)
+        if record and record.carries_image:
+            return take_back_image(record, clouds[1], Journal(folder, record.run), undo, report)
         traces = find_traces(clouds, source_id, record)
         if reasons := refuse_rollback(settings, traces):
             raise Refused.of(reasons)
@@ -4825,26 +5383,30 @@ def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     return 0
 
 
+def take_back_image(record: RunRecord, cloud: Cloud, journal: Journal, undo: Undo, report: Report) -> int:
+    """Deletes what a run of the job `image` had not brought to an end."""
+    if record.state == "done":
+        raise Refused(f"run {record.run} was successful: its image may be in use", "openstack image delete, if that is wanted")
+    what, report.run = f"delete image {record.facts.get('name')}", record.run
+    with journal.ending(undo, "rolled back", "left"):
+        journal.write("rollback", pid=os.getpid())
+        with undo.screen.step(f"{what[0].upper()}{what[1:]}."):
+            undo.attempt(what, functools.partial(journaled, journal, what, lambda: delete_carried(cloud, record.run)))
+    report.result = "rolled back" if not undo.left else "left"
+    return 0
+
+
 def journaled(journal: Journal, what: str, action: Callable[[], None]) -> None:
     """Does a step, with its intent and its result in the journal."""
     with journal.act(what):
         action()
 
 
-def both_clouds(settings: Settings, environment: Mapping[str, str]) -> tuple[Cloud, Cloud]:
-    """Source and destination; raises Refused with all the reasons why one cannot be reached."""
-    creds = [credentials(side, settings, environment) for side in ("src", "dst")]
-    with ThreadPoolExecutor(2) as pool:
-        opening = [pool.submit(Cloud, "source", creds[0]), pool.submit(Cloud, "destination", creds[1], settings.dst_glance_endpoint)]
-    errors = [error for one in opening if isinstance(error := one.exception(), MigrenaError)]
-    if errors:
-        raise Refused.of([reason for error in errors for reason in error.reasons])
-    return outcome(opening[0]), outcome(opening[1])
-
-
 def undoing(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, screen: Screen) -> Iterator[tuple[str, Callable[[], None]]]:
     """The steps that undo a run, in their order, each with its name. The source's mark goes last: until then all can be done again."""
     one, other = clouds
+    if traces.has_image:
+        yield "see that no half image is left", functools.partial(delete_carried, other, traces.run)
     for server in traces.made:
         if settings.keep_destination:
             yield f"stop destination {server.id}", functools.partial(stop_and_keep, other, server.id)
@@ -4887,7 +5449,176 @@ def clean_host(name: str, settings: Settings, screen: Screen, run: str, paths: S
             drop_bitmap(host, source, path, run)
 
 
-# ---- 13. Door --------------------------------------------------------------------------------------------------------
+# ---- 14. Spread ------------------------------------------------------------------------------------------------------
+
+GIVEN_UP: Final = ("error", "failed", "cancelled")  # how Nova calls a live migration that has not come to its end
+
+
+def one_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError where a key is in it twice."""
+    names = [name for name, _ in pairs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"names {', '.join(sorted(twice))} twice")
+    return dict(pairs)
+
+
+def read_map(path: str) -> dict[str, list[str]]:
+    """Which instances shall be on which host; raises UsageError where the file tells no such thing."""
+    try:
+        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"), object_pairs_hook=one_each)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in found.values()):
+        raise UsageError(f"{path} is no map of hosts", 'write it as {"compute001": ["web-0"], "compute003": ["db-0", "db-1"]}')
+    return found
+
+
+def find_moves(wanted: Mapping[str, Sequence[str]], servers: Sequence[Server]) -> tuple[list[Move], list[Reason]]:
+    """The instances of the map, each with its host there; and the reasons why some cannot be told."""
+    moves, reasons = list[Move](), list[Reason]()
+    for host, name in ((host, name) for host, names in wanted.items() for name in names):
+        found = [server for server in servers if server.id == name] or [server for server in servers if server.name == name]
+        moves += [Move(server, host) for server in found[:1]]
+        if not found:
+            near = did_you_mean(name, {server.name for server in servers})
+            reasons.append(Reason(f"there is no instance {name!r}{near}", "see: openstack server list --all-projects"))
+        if len(found) > 1:
+            reasons.append(Reason(f"{len(found)} instances are named {name!r}: {', '.join(server.id for server in found)}", "give the id"))
+    return moves, reasons
+
+
+def refuse_moves(wanted: Mapping[str, Sequence[str]], moves: Sequence[Move], hosts: Sequence[ComputeHost]) -> Iterator[Reason]:
+    """What forbids to bring the instances of the map to their hosts."""
+    known = {host.name: host for host in hosts}
+    for name in sorted(wanted.keys() - known.keys()):
+        yield Reason(f"there is no compute host {name!r}{did_you_mean(name, known)}", f"known: {', '.join(sorted(known)) or 'none'}")
+    for name in sorted({move.to for move in moves if move.is_due} & known.keys()):
+        if not (known[name].is_up and known[name].is_enabled):
+            yield Reason(f"compute host {name} is {'disabled' if known[name].is_up else 'down'}", "see: openstack compute service list")
+    for id, name in {move.server.id: move.server.name for move in moves}.items():
+        if len(places := [move.to for move in moves if move.server.id == id]) > 1:
+            yield Reason(f"instance {name} is in the map {len(places)} times: on {', '.join(places)}", "leave it at one place")
+    for server in (move.server for move in moves if move.is_due):
+        if server.status not in ("ACTIVE", "PAUSED") or server.task:
+            yield Reason(f"instance {server.name} is {server.status} {server.task}".rstrip() + ", and cannot be live-migrated",
+                         "start it, or wait for its task")
+        if not server.host:
+            yield Reason(f"these credentials are not told on which host {server.name} is", "use an admin's credentials")
+        elif server.host in known and not known[server.host].is_up:
+            yield Reason(f"{server.name} is on compute host {server.host}, which is down", "live migration needs it; see: openstack server evacuate")
+
+
+def spread(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
+    """The job `live-migrate`: moves instances within one cloud until each is on the host of the map."""
+    if not settings.host_map:
+        raise UsageError("--host-map is missing", "./migrena.py live-migrate --host-map host_map.json")
+    if settings.keep_waiting and settings.abort:
+        raise UsageError("--keep-waiting and --abort exclude each other", "give one of them")
+    screen, wanted = undo.screen, read_map(settings.host_map)
+    creds = credentials_of(settings.cloud, settings, call.environment)
+    with screen.timed("Survey"), nothing_touched():
+        cloud = Cloud("the", creds)
+        servers, hosts = at_once(cloud.fleet.servers, cloud.fleet.hosts)
+    moves, reasons = find_moves(wanted, servers)
+    if reasons := [*reasons, *refuse_moves(wanted, moves, hosts)]:
+        raise Refused.of(reasons)
+    due = in_order([move for move in moves if move.is_due], hosts)
+    rows = [(move.server.name, move.server.id, move.server.host, move.to if move.is_due else "stays") for move in moves]
+    for line in aligned([("INSTANCE", "ID", "HOST", "TO"), *rows]):
+        screen.say(line, always=settings.dry_run)
+    report.moves = [{"id": move.server.id, "name": move.server.name, "from": move.server.host, "to": move.to, "result": "planned"} for move in due]
+    if settings.dry_run or not due:
+        report.result = "planned" if due else "done"
+        screen.say(f"{len(due)} of {len(moves)} instances are to be moved." if due else "All are where they shall be.")
+        return 0
+    if not settings.yes and not sys.stdin.isatty():
+        raise Refused("there is no terminal to ask at, and nothing is moved unasked", "give -y")
+    for move, row in zip(due, report.moves, strict=True):
+        if settings.yes or agreed(screen, move):
+            move_one(cloud, move, settings, undo, row)
+        else:
+            row["result"] = "declined"
+    failed = [move.server.name for move, row in zip(due, report.moves, strict=True) if row["result"] == "failed"]
+    if failed:
+        raise CloudError(f"{len(failed)} of {len(due)} instances were not moved: {', '.join(failed)}")
+    report.result = "done"
+    return 0
+
+
+def agreed(screen: Screen, move: Move) -> bool:
+    """Whether the operator wants an instance to be moved."""
+    screen.say(f"Move {move.server.name} from {move.server.host} to {move.to}? [y/N]", always=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def move_one(cloud: Cloud, move: Move, settings: Settings, undo: Undo, row: dict[str, object]) -> None:
+    """Live-migrates one instance, and keeps what became of it. Raises CloudError with Nova's reason; with --keep-going that is only told."""
+    screen, began = undo.screen, time.monotonic()
+    try:
+        with screen.step(f"Live-migrate {move.server.name} from {move.server.host} to {move.to}."):
+            row["result"] = "failed"
+            before, _ = cloud.fleet.last_migration(move.server.id)
+            cloud.fleet.move(move.server.id, move.to)
+            see_it_arrive(cloud, move, before, settings, undo)
+            row["result"] = "moved"
+            screen.note(f"Done, in {span(time.monotonic() - began)}.")
+    except CloudError as error:
+        row["error"] = str(error)
+        if not settings.keep_going:
+            raise
+        screen.say(f"error: {error}", always=True)
+    finally:
+        row["seconds"] = round(time.monotonic() - began, 2)
+
+
+def see_it_arrive(cloud: Cloud, move: Move, before: int, settings: Settings, undo: Undo) -> None:
+    """Watches a live migration, which has a higher number than `before`; raises CloudError where the instance does not arrive."""
+    server, screen, limit = move.server, undo.screen, time.monotonic() + settings.timeout
+    number, state, total, show = before, "", 0, None
+    with contextlib.ExitStack() as stack:
+        try:
+            for _ in cloud.polls():
+                now = cloud.steady_server(server.id)
+                if (now.host, now.status, now.task) == (move.to, server.status, ""):
+                    if show:
+                        show(total)
+                    return
+                number, state = cloud.fleet.last_migration(server.id)
+                if number > before and state in GIVEN_UP and not now.task:
+                    why = cloud.why_failed(server.id, "live-migration") or f"the reason is in the log of nova-compute on {server.host} or {move.to}"
+                    raise CloudError(f"{server.name} stays on {now.host}: Nova calls migration {number} {state}: {why}")
+                done, total = cloud.fleet.progress(server.id) or (total, total)
+                show = show or (stack.enter_context(screen.progress(total)) if total else None)
+                if show:
+                    show(done)
+                else:
+                    screen.status(f"Current status: {now.status} {now.task}, migration {state or 'not begun'}")
+                if time.monotonic() > limit:
+                    limit = float("inf")
+                    overdue(cloud, move, number, state, settings, undo)
+        except Interrupted:
+            undo.left.append(f"migration {number} of {server.name} to {move.to} goes on, since that is Nova's")
+            raise
+
+
+def overdue(cloud: Cloud, move: Move, number: int, state: str, settings: Settings, undo: Undo) -> None:
+    """A migration has taken longer than --timeout: it is ended, waited for, or, which raises CloudError, left to Nova."""
+    told = f"{move.server.name} has not arrived within {span(settings.timeout)}; Nova calls its migration {number} {state or 'not begun'}"
+    if any(host.name == move.to and not host.is_up for host in cloud.fleet.hosts()):
+        told += f", and compute host {move.to} down"
+    if settings.abort:
+        undo.screen.warn(f"{told}: it is ended")
+        cloud.fleet.abort(move.server.id, number)
+    elif settings.keep_waiting:
+        undo.screen.warn(f"{told}: waiting on")
+    else:
+        undo.left.append(f"migration {number} of {move.server.name} to {move.to} goes on, since that is Nova's")
+        raise CloudError(told, f"see: openstack server migration list --server {move.server.id}; --keep-waiting waits on, --abort ends it")
+
+
+# ---- 15. Door --------------------------------------------------------------------------------------------------------
 
 RUNTIME: Final = ("paramiko", "novaclient", "glanceclient", "keystoneauth1", "cryptography", "requests", "tqdm", "yaml")  # requirements.txt
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -4908,12 +5639,15 @@ class Job:
 
 
 JOBS: Final = {
-    "copy": Job(copy, "migrena.py -s SRC_UUID -d DST_NAME [-f FLAVOR] [-i IMAGE] [options]\n       migrena.py status|resume|rollback --help",
+    "copy": Job(copy, "migrena.py -s SRC_UUID -d DST_NAME [-f FLAVOR] [-i IMAGE] [options]\n"
+                "       migrena.py status|resume|rollback|image|live-migrate --help",
                 "Moves an instance, with its disk, from one OpenStack cloud to another: from hypervisor to hypervisor,\n"
                 "the source read-only, the copy proven. The source is never deleted.\n\n"
                 "  status [RUN]     shows the runs of this machine, or one of them\n"
                 "  resume RUN       goes on with a run that was cut off\n"
-                "  rollback RUN     undoes a run that was cut off, or was successful but is not wanted"),
+                "  rollback RUN     undoes a run that was cut off, or was successful but is not wanted\n"
+                "  image -i IMAGE   carries an image from one Glance to the other\n"
+                "  live-migrate     spreads instances over the hosts of one cloud as a map says"),
     "status": Job(status, "migrena.py status [RUN] [options]",
                   "Shows the runs of this machine, the newest first, or one of them with its steps. Asks no cloud and no host."),
     "resume": Job(resume, "migrena.py resume RUN [options]",
@@ -4922,6 +5656,11 @@ JOBS: Final = {
     "rollback": Job(rollback, "migrena.py rollback RUN | --run-of SRC_UUID [options]",
                     "Undoes a run: the new instance is deleted, the source is unlocked, and started if it ran when the run found it.\n"
                     "Asks nothing; goes on past what fails, and lists that."),
+    "image": Job(image, "migrena.py image -i IMAGE [-i IMAGE] | --tag TAG [options]",
+                 "Carries images (snapshots too) from the source's Glance to the destination's, with all that is told of them, proven\n"
+                 "by the digests of both. An image whose content is there already is success."),
+    "live-migrate": Job(spread, "migrena.py live-migrate --host-map FILE [options]",
+                        "Live-migrates instances within one cloud, one after the other, until each is on the host that the map says."),
 }
 
 
@@ -4931,7 +5670,7 @@ def parser(job: str = "copy") -> argparse.ArgumentParser:
                                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("--version", action="version", version=f"migrena {VERSION}")
     made.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help="settings (default: config.py beside migrena.py)")
-    if job != "copy":
+    if job in ("status", "resume", "rollback"):
         made.add_argument("run", metavar="RUN", nargs=None if job == "resume" else "?", default=argparse.SUPPRESS,
                           help="the run's id, or its beginning")
     for row in dataclasses.fields(Settings):

@@ -22,11 +22,12 @@ from typing import Any
 import migrena
 from hosts.rig import INSTANCES, Instance, MiB
 from lab.hosts import Host, Lab
-from unit.makers import a_flavor, an_image
+from unit.makers import a_flavor
 
 # A guest that runs is a qemu-io with the disk open: see hosts/test_warm.py. It ends as one that is asked to by its power button.
 POWER_OFF = 'pid=$(cat "$1/guest.pid" 2>/dev/null) || exit 0; kill "$pid"; while [ -e "$1/guest.pid" ]; do sleep 0.05; done'
 PAGE = 20  # servers that are listed unless all are asked for; 1000 in a real Nova
+IMAGE = {"id": "image-1", "name": "debian", "status": "active", "os_hash_value": "hash-1", "checksum": "sum-1"}
 FLAVOR = {"original_name": "small", "vcpus": 1, "ram": 512, "disk": 10, "ephemeral": 0, "swap": 0}
 
 
@@ -149,15 +150,10 @@ class StandIn(migrena.Cloud):
         side = "src" if label == "source" else "dst"
         self._nova = SimpleNamespace(servers=Servers(self.lab, self.folder / side, side),
                                      instance_action=SimpleNamespace(list=lambda id: []))
+        self.store = migrena.ImageStore(self, SimpleNamespace(images=SimpleNamespace(list=lambda: [IMAGE], get=lambda id: IMAGE)))
 
     def flavors(self) -> list[migrena.Flavor]:
         return [a_flavor()]
-
-    def images(self) -> list[migrena.Image]:
-        return [an_image()]
-
-    def image(self, id: str) -> migrena.Image | None:
-        return an_image()
 
     def sees_hosts(self) -> bool:
         return True

@@ -105,6 +105,14 @@ class Api:
         self.call("PUT", "glance", f"/images/{made['id']}/file", path, {"Content-Type": "application/octet-stream"})
         return str(made["id"])
 
+    def download(self, identity: str) -> bytes:
+        """What an image holds."""
+        if not self._token:
+            self._login()
+        request = urllib.request.Request(f"{self.cloud.url('glance')}/v2/images/{identity}/file", headers={"X-Auth-Token": self._token})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
+            return bytes(answer.read())
+
     # ---- servers ----
 
     def server(self, name_or_id: str) -> dict[str, Any]:

@@ -32,6 +32,8 @@ SAMPLES: dict[str, tuple[tuple[object, Any], ...]] = {
     "disk_path": (("/a/%s", "/a/%s"), ("/b/%s", "/b/%s"), ("/c/%s", "/c/%s")),
     "hosts": (({"a": "b"}, {"a": migrena.HostEntry("b")}), ("{'c': 'd'}", {"c": migrena.HostEntry("d")}),
               ({"e": "f"}, {"e": migrena.HostEntry("f")})),
+    "images": ((["a"], ("a",)), ("b", ("b",)), (["c", "d"], ("c", "d"))),
+    "disk_format": (("raw", "raw"), ("qcow2", "qcow2"), ("vmdk", "vmdk")),
     "sudo": (("yes", "yes"), ("no", "no"), ("yes", "yes")),
     "chunk": (("1M", 1024**2), ("2M", 2 * 1024**2), ("3M", 3 * 1024**2)),
     "tls": ((False, False), ("no", False), (False, False)),

@@ -1,0 +1,88 @@
+"""What an image's bytes are held to on their way, and what forbids to carry one; the way itself is tried on real clouds."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrena import FinalError, ImagePlan, Stream, plan_image, refuse_image, wanted_images
+from unit.makers import some_settings
+
+CONTENT = [b"one", b"two", b""]
+SHA512, MD5 = (getattr(hashlib, name)(b"onetwo").hexdigest() for name in ("sha512", "md5"))
+
+
+def told(**different: Any) -> dict[str, Any]:
+    """What Glance tells of an active image."""
+    return {"id": "1", "name": "debian", "status": "active", "disk_format": "qcow2", "container_format": "bare", "size": 6, "tags": [],
+            "os_hash_algo": "sha512", "os_hash_value": SHA512, "checksum": MD5, **different}
+
+
+def a_stream(**different: Any) -> Stream:
+    """Bytes that were read to their end."""
+    shown: list[int] = []
+    stream = Stream(iter(CONTENT), told(**different), 0, shown.append)
+    assert b"".join(iter(stream.read, b"")) == b"onetwo" and shown[-1] == stream.done == 6
+    return stream
+
+
+def test_bytes_are_proven_by_whatever_digest_a_glance_tells() -> None:
+    assert a_stream().prove(told(), "source") == SHA512
+    assert a_stream().prove(told(os_hash_algo=None, os_hash_value=None), "source") == MD5
+    assert a_stream(os_hash_algo="unheard-of").prove(told(os_hash_algo="unheard-of"), "source") == MD5
+    sha256 = hashlib.sha256(b"onetwo").hexdigest()
+    assert a_stream(os_hash_algo="sha256").prove(told(os_hash_algo="sha256", os_hash_value=sha256), "source") == sha256
+
+
+@pytest.mark.parametrize(("different", "words"), [({"os_hash_value": "0"}, "is not what was read"),
+                                                  ({"os_hash_algo": "sha3_512", "checksum": None}, "no digest"),
+                                                  ({"os_hash_algo": None, "os_hash_value": None, "checksum": None}, "no digest")])
+def test_bytes_that_are_others_or_cannot_be_compared_are_no_copy(different: dict[str, Any], words: str) -> None:
+    with pytest.raises(FinalError, match=words):
+        a_stream().prove(told(**different), "destination")
+
+
+def test_images_are_found_by_id_by_name_and_by_tag() -> None:
+    here = [told(), told(id="2", name="twin"), told(id="3", name="twin", tags=["web"])]
+    assert wanted_images(some_settings(images=("1", "debian")), here) == ([here[0]], [])
+    assert wanted_images(some_settings(tag="web"), here) == ([here[2]], [])
+    for asked, words in (({"images": ("twin",)}, "2 images are named 'twin': 2, 3"), ({"images": ("debina",)}, "no image 'debina'"),
+                         ({"tag": "x"}, "tag 'x'")):
+        ((reason,),) = (wanted_images(some_settings(**asked), here)[1],)
+        assert words in reason.problem
+
+
+def test_the_same_content_is_there_already_whatever_its_name_and_one_of_the_same_name_first() -> None:
+    there = [told(id="8", name="other"), told(id="9")]
+    assert plan_image(some_settings(), told(), there).there == "9"
+    for half in ({"status": "queued"}, {"migrena_run": "R"}):
+        assert plan_image(some_settings(), told(), [told(id="8", **half)]).there == ""
+    assert plan_image(some_settings(disk_format="raw"), told(), there).there == ""
+    assert plan_image(some_settings(disk_format="raw"), told(), [told(id="7", disk_format="raw", source_uuid="1", os_hash_value="x")]).there == "7"
+
+
+@pytest.mark.parametrize(("different", "there", "words"), [
+    ({"status": "queued"}, [], "is queued, not active"), ({"img_signature": "x"}, [], "is signed"),
+    ({"os_encrypt_key_id": "x"}, [], "is encrypted"), ({"cinder_encryption_key_id": "x"}, [], "is encrypted"),
+    ({"kernel_id": "x"}, [], "kernel image"),
+    ({}, [told(id="5", os_hash_value="x")], "has other content (5)"),
+    ({}, [told(id="5", os_hash_value="x", source_uuid="1", migrena_run="R")], "run R is carrying it")])
+def test_what_forbids_to_carry_an_image_is_told(different: dict[str, Any], there: list[dict[str, Any]], words: str) -> None:
+    (reason,) = refuse_image(some_settings(), ImagePlan(told(**different), "debian", "qcow2"), there)
+    assert words in reason.problem
+
+
+def test_a_folder_without_room_for_both_forms_is_refused(tmp_path: Path) -> None:
+    for folder, size, words in ((tmp_path, 2**62, "are needed"), (tmp_path / "none", 6, "cannot be used: No such file")):
+        (reason,) = refuse_image(some_settings(work_folder=str(folder)), ImagePlan(told(size=size), "debian", "raw"), [])
+        assert words in reason.problem and "--work-folder" in reason.way_out
+
+
+def test_an_image_in_a_container_is_not_converted() -> None:
+    (reason,) = refuse_image(some_settings(), ImagePlan(told(container_format="ova"), "debian", "raw"), [])
+    assert "in a container (ova)" in reason.problem
+    (reason,) = refuse_image(some_settings(), ImagePlan(told(disk_format="aki"), "debian", "raw"), [])
+    assert "does not read aki" in reason.problem

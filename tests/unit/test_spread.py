@@ -1,0 +1,84 @@
+"""The map of hosts, what forbids to follow it, and the order of the moves; the moves themselves are tried on real clouds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrena import ComputeHost, Flavor, Move, Reason, Refused, Server, UsageError, find_moves, in_order, read_map, refuse_moves
+from unit.makers import a_flavor, a_server
+
+HOSTS = [ComputeHost("cmp1", True, True), ComputeHost("cmp2", True, True), ComputeHost("off", False, True), ComputeHost("gone", True, False)]
+
+
+def on(host: str, name: str, **different: Any) -> Server:
+    """An instance on a host."""
+    return a_server(id=f"id-{name}", name=name, host=host, hypervisor=host, **different)
+
+
+WEB, OTHER, STOPPED = on("cmp1", "web"), on("cmp2", "other"), on("cmp1", "stopped", status="SHUTOFF")
+SERVERS = [WEB, OTHER, STOPPED, on("gone", "lost"), on("cmp1", "twin"), a_server(id="id-second", name="twin", hypervisor="cmp2")]
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ('{"cmp1": ["a",]}', "line 1, column 15"), ('{\n"cmp1" ["a"]}', "line 2, column 8"),
+    ("[]", "no map of hosts"), ('{"cmp1": "a"}', "no map of hosts"),
+    ('{"cmp1": [1]}', "no map of hosts"), ('{"cmp1": ["a"], "cmp1": []}', "names cmp1 twice"), ("", "line 1, column 1"), (None, "No such file")])
+def test_a_file_that_is_no_map_is_refused_with_its_place(tmp_path: Path, content: str | None, words: str) -> None:
+    path = tmp_path / "map.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UsageError, match=words):
+        read_map(str(path))
+
+
+def forbidden(wanted: dict[str, list[str]], servers: list[Server]) -> list[Reason]:
+    """All that forbids to follow a map."""
+    moves, reasons = find_moves(wanted, servers)
+    return [*reasons, *refuse_moves(wanted, moves, HOSTS)]
+
+
+@pytest.mark.parametrize(("wanted", "words"), [
+    ({"cmp3": ["web"]}, ["no compute host 'cmp3'; did you mean cmp", "known: cmp1, cmp2, gone, off"]),
+    ({"off": ["web"]}, ["off is disabled"]), ({"gone": ["web"]}, ["gone is down"]),
+    ({"cmp2": ["nobody"]}, ["no instance 'nobody'"]), ({"cmp2": ["twin"]}, ["2 instances are named 'twin'", "id-second"]),
+    ({"cmp2": ["web", "id-web"]}, ["web is in the map 2 times"]), ({"cmp2": ["web"], "cmp1": ["web"]}, ["2 times: on cmp2, cmp1"]),
+    ({"cmp2": ["lost"]}, ["lost is on compute host gone, which is down"]), ({"cmp2": ["wbe"]}, ["no instance 'wbe'; did you mean web"]),
+    ({"cmp2": ["stopped"]}, ["stopped is SHUTOFF, and cannot"]), ({"cmp3": ["nobody"], "off": ["web"]}, ["cmp3", "nobody", "disabled"])])
+def test_all_that_forbids_a_move_is_told_at_once(wanted: dict[str, list[str]], words: list[str]) -> None:
+    told = " ".join(f"{reason.problem} {reason.way_out}" for reason in forbidden(wanted, SERVERS))
+    for word in words:
+        assert word in told
+
+
+def test_what_is_where_it_shall_be_may_be_stopped_and_its_host_disabled() -> None:
+    settled = [on("off", "still", status="SHUTOFF")]
+    assert find_moves({"off": ["still"]}, settled)[0] == [Move(settled[0], "off")] and forbidden({"off": ["still"]}, settled) == []
+
+
+def large(host: str, name: str, ram: int = 4) -> Server:
+    """An instance that takes so much memory, and next to nothing else."""
+    return on(host, name, flavor=a_flavor(vcpus=1, ram=ram, disk=0))
+
+
+def full(name: str, ram: int) -> ComputeHost:
+    """A host with so much memory left."""
+    return ComputeHost(name, True, True, {"VCPU": 100, "MEMORY_MB": ram, "DISK_GB": 100})
+
+
+def test_moves_keep_their_order_but_wait_for_room() -> None:
+    one, other, third = (Move(large("a", "one"), "b"), Move(large("b", "other"), "c"), Move(large("c", "third", 1), "a"))
+    assert in_order([one, other, third], [full("a", 0), full("b", 4), full("c", 4)]) == [one, other, third]
+    assert in_order([one, other, third], [full("a", 1), full("b", 0), full("c", 3)]) == [third, other, one]
+    assert in_order([one, other], HOSTS[:0] or [ComputeHost(name, True, True) for name in "abc"]) == [one, other]  # Nova decides
+
+
+def test_a_ring_of_full_hosts_is_refused_with_its_names() -> None:
+    with pytest.raises(Refused, match="one to b, other to a"):
+        in_order([Move(large("a", "one"), "b"), Move(large("b", "other"), "a")], [full("a", 3), full("b", 3)])
+
+
+def test_swap_and_ephemeral_disks_count() -> None:
+    assert Move(on("a", "x", flavor=Flavor("f", 2, 512, 10, 5, 1025)), "b").needs == {"VCPU": 2, "MEMORY_MB": 512, "DISK_GB": 17}
