@@ -1873,7 +1873,7 @@ class Host:
     def daemon(self, pidfile: str, *words: str) -> Iterator[Lease]:
         """A daemon that writes its pid when it serves, held for as long as the scope; raises CommandError where it does not serve."""
         with self.lease(LEASED_DAEMON, *words, given=(pidfile,)) as lease:
-            lease.line(90.0)
+            lease.line(180.0)
             yield lease
 
     def end_work(self, *, is_silent: bool = False) -> None:

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from migrena import ComputeHost, Flavor, Move, Reason, Refused, Server, UsageError, find_moves, in_order, read_map, refuse_moves
-from unit.makers import a_flavor, a_server
+from migrena import (
+    Cloud,
+    CloudError,
+    ComputeHost,
+    Flavor,
+    Move,
+    Reason,
+    Refused,
+    Screen,
+    Server,
+    Undo,
+    UsageError,
+    find_moves,
+    in_order,
+    move_one,
+    read_map,
+    refuse_moves,
+)
+from unit.makers import a_flavor, a_server, some_settings
 
 HOSTS = [ComputeHost("cmp1", True, True), ComputeHost("cmp2", True, True), ComputeHost("off", False, True), ComputeHost("gone", True, False)]
 
@@ -82,3 +100,24 @@ def test_a_ring_of_full_hosts_is_refused_with_its_names() -> None:
 
 def test_swap_and_ephemeral_disks_count() -> None:
     assert Move(on("a", "x", flavor=Flavor("f", 2, 512, 10, 5, 1025)), "b").needs == {"VCPU": 2, "MEMORY_MB": 512, "DISK_GB": 17}
+
+
+class Refusing:
+    """A stand-in for a Nova that accepts no live migration."""
+
+    label, fleet = "the", property(lambda self: self)
+
+    def last_migration(self, id: str) -> tuple[int, str]:
+        return 0, ""
+
+    def move(self, id: str, host: str) -> None:
+        raise CloudError("not that one")
+
+
+def test_a_failure_is_told_and_the_rest_goes_on_only_with_keep_going() -> None:
+    said, row = io.StringIO(), dict[str, object]()
+    cloud, undo = cast(Cloud, Refusing()), Undo(Screen(stream=said))
+    move_one(cloud, Move(WEB, "cmp2"), some_settings(keep_going=True), undo, row)
+    assert (row["result"], row["error"]) == ("failed", "not that one") and "error: not that one" in said.getvalue()
+    with pytest.raises(CloudError, match="not that one"):
+        move_one(cloud, Move(WEB, "cmp2"), some_settings(), undo, row)
