@@ -48,7 +48,7 @@ def test_an_instance_goes_over_nbd_server_and_nbd_client_and_boots(
     assert json.loads(machine.run("qemu-img", "info", "--output=json", disk(id)).stdout)["backing-filename-format"] == "raw"
     assert has_been_put_back(src, source, "SHUTOFF")
     dst.act(id, "os-start", until="ACTIVE")
-    assert f"last={last_record(one, source)} broken=0" in wait_for_console(dst, id, "GUEST boots=", PATIENCE)
+    assert f"last={last_record(one, source)} broken=0" in wait_for_console(dst, id, "GUEST boots=", PATIENCE, 15)
 
 
 def test_a_hypervisor_that_is_killed_outright_in_mid_copy_costs_nothing_but_the_copy(
