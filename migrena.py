@@ -4240,6 +4240,9 @@ def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> Destinat
         return DestinationFacts(None, problems=error.reasons)
 
 
+Named = TypeVar("Named", Flavor, Image, Server)
+
+
 def none_such(what: str, flag: str, name: str, known: Sequence[Flavor | Image]) -> Refused:
     """The refusal for what is not there, with the known names that look like it, else some of them."""
     names = [one.name for one in known]
@@ -4247,11 +4250,16 @@ def none_such(what: str, flag: str, name: str, known: Sequence[Flavor | Image]) 
     return Refused(f"destination cloud: there is no {what}", f"name one with {flag}; nearest: {near}")
 
 
+def named(wanted: str, among: Sequence[Named]) -> list[Named]:
+    """The one with this id, else all with this name."""
+    return [one for one in among if one.id == wanted] or [one for one in among if one.name == wanted]
+
+
 def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -> Flavor:
     """The flavor that was named, else the source's by its name, else the only one of its sizes; raises Refused with the nearest."""
     if wanted:
         name, what = wanted, f"flavor {wanted!r}"
-        found = [flavor for flavor in flavors if flavor.id == wanted] or [flavor for flavor in flavors if flavor.name == wanted]
+        found = named(wanted, flavors)
     elif source:
         name, what = source.flavor.name, f"flavor like the source's {source.flavor.name!r}"
         found = [flavor for flavor in flavors if flavor.name == name]
@@ -4269,7 +4277,7 @@ def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Im
     """The image that was named, else one whose digest proves it the source's; raises Refused with the candidates or the nearest."""
     if wanted:
         name, what = wanted, f"image {wanted!r}"
-        found = [image for image in images if image.id == wanted] or [image for image in images if image.name == wanted]
+        found = named(wanted, images)
         if len(found) > 1:
             raise Refused(f"destination cloud: {len(found)} images are named {wanted!r}: {', '.join(image.id for image in found)}",
                           "give the id with -i")
@@ -5479,7 +5487,7 @@ def find_moves(wanted: Mapping[str, Sequence[str]], servers: Sequence[Server]) -
     """The instances of the map, each with its host there; and the reasons why some cannot be told."""
     moves, reasons = list[Move](), list[Reason]()
     for host, name in ((host, name) for host, names in wanted.items() for name in names):
-        found = [server for server in servers if server.id == name] or [server for server in servers if server.name == name]
+        found = named(name, servers)
         moves += [Move(server, host) for server in found[:1]]
         if not found:
             near = did_you_mean(name, {server.name for server in servers})
@@ -5599,8 +5607,13 @@ def see_it_arrive(cloud: Cloud, move: Move, before: int, settings: Settings, und
                     limit = float("inf")
                     overdue(cloud, move, number, state, settings, undo)
         except Interrupted:
-            undo.left.append(f"migration {number} of {server.name} to {move.to} goes on, since that is Nova's")
+            undo.left.append(goes_on(move, number))
             raise
+
+
+def goes_on(move: Move, number: int) -> str:
+    """What is said of a migration that we leave while it is under way."""
+    return f"migration {number} of {move.server.name} to {move.to} goes on, since that is Nova's"
 
 
 def overdue(cloud: Cloud, move: Move, number: int, state: str, settings: Settings, undo: Undo) -> None:
@@ -5614,7 +5627,7 @@ def overdue(cloud: Cloud, move: Move, number: int, state: str, settings: Setting
     elif settings.keep_waiting:
         undo.screen.warn(f"{told}: waiting on")
     else:
-        undo.left.append(f"migration {number} of {move.server.name} to {move.to} goes on, since that is Nova's")
+        undo.left.append(goes_on(move, number))
         raise CloudError(told, f"see: openstack server migration list --server {move.server.id}; --keep-waiting waits on, --abort ends it")
 
 

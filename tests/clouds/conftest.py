@@ -69,9 +69,9 @@ class Operator:
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout))
 
-    def at_a_third(self, *words: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        """A run, slow enough to watch, that has just said that a third of its disk is there."""
-        process = self.begin(*words, "--limit-rate", "10M", env=env)
+    def at_a_third(self, *words: str, rate: str = "10M", extra: str = "", env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        """A run, slow enough to watch, that has just said that a third of what it sends is there."""
+        process = self.begin(*words, "--limit-rate", rate, extra=extra, env=env)
         assert process.stderr
         said = ""
         for line in process.stderr:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from clouds.middle import PASS, middle
 from lab.api import Api, patiently
 from lab.clouds import Clouds
 from lab.guest import guest_image
+from lab.processes import listens
 
 TOLD = {"hw_disk_bus": "virtio", "os_distro": "debian", "trait:HW_CPU_X86_AVX2": "required", "description": "of the year before"}
 SMALL = 19292  # the port of a second Glance
@@ -144,20 +144,10 @@ def test_an_image_that_names_files_of_this_machine_is_not_converted(operator: Op
         assert done.returncode == 1 and "names a further file" in done.stderr and set(images(dst)) == before, done.stderr
 
 
-def at_a_third(operator: Operator, *words: str, extra: str = "") -> subprocess.Popen[str]:
-    """A transfer, slow enough to watch, of which a third has gone."""
-    process = operator.begin("image", *words, "--limit-rate", "5M", extra=extra)
-    assert process.stderr
-    for line in process.stderr:
-        if re.search(r" [3-6]\d% ", line):
-            return process
-    raise AssertionError("it ended")
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_transfer_leaves_no_half_image(operator: Operator, dst: Api, template: str, number: signal.Signals) -> None:
     before = set(images(dst))
-    process = at_a_third(operator, "-i", "template")
+    process = operator.at_a_third("image", "-i", "template", rate="5M")
     process.send_signal(number)
     done = ended(process)
     assert done.returncode == 128 + number and set(images(dst)) == before, done.stderr
@@ -166,7 +156,7 @@ def test_an_interrupted_transfer_leaves_no_half_image(operator: Operator, dst: A
 
 def test_a_transfer_that_is_killed_is_told_and_can_be_taken_back(operator: Operator, dst: Api, template: str) -> None:
     before = set(images(dst))
-    process = at_a_third(operator, "-i", "template")
+    process = operator.at_a_third("image", "-i", "template", rate="5M")
     process.kill()
     process.communicate()
     run = operator.last_run
@@ -189,15 +179,9 @@ def small(dst: Api, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     more.write_text(f"[DEFAULT]\nbind_port = {SMALL}\nuser_storage_quota = {held + 20 * MiB}\nimage_property_quota = 5\n")
     with (tmp_path / "glance.log").open("wb") as log, subprocess.Popen(
             ["glance-api", "--config-file", dst.cloud.etc / "glance/glance-api.conf", "--config-file", more], stdout=log, stderr=log) as process:
-        patiently("the second Glance", lambda: listens(place), 120)
+        patiently("the second Glance", lambda: listens(*place), 120)
         yield process
         process.kill()
-
-
-def listens(place: tuple[str, int]) -> bool:
-    """Whether somebody takes connections there."""
-    with socket.socket() as probe:
-        return probe.connect_ex(place) == 0
 
 
 def test_a_quota_is_shown_as_glance_says_it(operator: Operator, dst: Api, template: str, small: object) -> None:
@@ -219,7 +203,7 @@ def test_what_glance_does_not_accept_is_listed_and_the_rest_kept(operator: Opera
 def test_a_glance_that_dies_leaves_half_an_image_which_is_said_and_can_be_taken_back(
         operator: Operator, dst: Api, template: str, small: subprocess.Popen[bytes]) -> None:
     before = set(images(dst))
-    process = at_a_third(operator, "-i", "template", extra=f"DST_GLANCE_ENDPOINT = 'http://{dst.cloud.address}:{SMALL}'")
+    process = operator.at_a_third("image", "-i", "template", rate="5M", extra=f"DST_GLANCE_ENDPOINT = 'http://{dst.cloud.address}:{SMALL}'")
     small.kill()
     done = ended(process)
     assert done.returncode == 4 and "left behind: delete image template did not succeed" in done.stderr, done.stderr
