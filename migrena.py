@@ -621,6 +621,12 @@ class Image:
     status: str
     os_hash: str
     checksum: str
+    told: Mapping[str, Any] = field(default_factory=dict, repr=False)  # all that Glance tells of it
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Image:
+        """An image as Glance tells it."""
+        return cls(told["id"], told.get("name") or "", told.get("status") or "", told.get("os_hash_value") or "", told.get("checksum") or "", told)
 
     def equals(self, other: Image) -> bool:
         """Whether Glance's digests prove that both stored files are the same."""
@@ -657,6 +663,14 @@ class Server:
     def is_stopped(self) -> bool:
         """Stopped, with nothing under way: SHUTOFF alone also shows while a start opens the disk."""
         return self.status == "SHUTOFF" and not self.task and self.power == 4
+
+
+Named = TypeVar("Named", Flavor, Image, Server)
+
+
+def named(wanted: str, among: Sequence[Named]) -> list[Named]:
+    """The one with this id, else all with this name."""
+    return [one for one in among if one.id == wanted] or [one for one in among if one.name == wanted]
 
 
 @dataclass(frozen=True)
@@ -2091,10 +2105,6 @@ def check_extra(extra: Mapping[str, Any]) -> None:
         raise UsageError("-e: meta must be a dictionary")
 
 
-def _image(raw: Mapping[str, Any]) -> Image:
-    return Image(raw["id"], raw.get("name") or "", raw.get("status") or "", raw.get("os_hash_value") or "", raw.get("checksum") or "")
-
-
 @contextlib.contextmanager
 def api_wall(label: str, url: str, act: str) -> Iterator[None]:
     """Exceptions of the OpenStack libraries stop here."""
@@ -2120,23 +2130,23 @@ def api_wall(label: str, url: str, act: str) -> Iterator[None]:
 
 
 class ImageStore:
-    """The Glance of one cloud; an image is what Glance tells of it. Every method raises CloudError, whatever the library raises."""
+    """The Glance of one cloud. Every method raises CloudError, whatever the library raises."""
 
     def __init__(self, cloud: Cloud, glance: Any) -> None:
         self._cloud, self._images = cloud, glance.images
 
-    def all(self) -> list[dict[str, Any]]:
+    def all(self) -> list[Image]:
         """All images that these credentials see."""
         with self._cloud.wall("list images"):
-            return [dict(raw) for raw in self._images.list()]
+            return [Image.of(raw) for raw in self._images.list()]
 
-    def one(self, id: str) -> dict[str, Any] | None:
+    def one(self, id: str) -> Image | None:
         """An image by its id, or None where it is gone."""
         from glanceclient import exc
 
         with self._cloud.wall(f"show image {id}"):
             try:
-                return dict(self._images.get(id))
+                return Image.of(self._images.get(id))
             except exc.HTTPNotFound:
                 return None
 
@@ -3856,9 +3866,9 @@ BOUND: Final = {"img_signature": "is signed: its signature would not be accepted
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """One image to be carried: what the source's Glance tells of it, what it will be, and the id of the same content in the destination."""
+    """One image to be carried: the source's, what it will be, and the id of the same content in the destination."""
 
-    source: Mapping[str, Any]
+    source: Image
     name: str
     disk_format: str
     there: str = ""
@@ -3866,21 +3876,21 @@ class ImagePlan:
     @property
     def is_converted(self) -> bool:
         """Whether what arrives is not what was sent."""
-        return self.disk_format != str(self.source["disk_format"])
+        return self.disk_format != str(self.source.told["disk_format"])
 
     @property
     def size(self) -> int:
         """Bytes to be read."""
-        return int(self.source.get("size") or 0)
+        return int(self.source.told.get("size") or 0)
 
 
 class Stream:
     """Bytes on their way to a reader: counted, held to `rate` bytes per second (0: as they come), shown, and digested."""
 
-    def __init__(self, pieces: Iterator[bytes], told: Mapping[str, Any], rate: int, show: Callable[[int], None]) -> None:
+    def __init__(self, pieces: Iterator[bytes], wanted: Image, rate: int, show: Callable[[int], None]) -> None:
         self._pieces, self._rate, self._show = pieces, rate, show
         self._began, self.done = time.monotonic(), 0
-        known = {"md5", "sha512", str(told.get("os_hash_algo"))} & hashlib.algorithms_available
+        known = {"md5", "sha512", str(wanted.told.get("os_hash_algo"))} & hashlib.algorithms_available
         self._digests = {name: hashlib.new(name, usedforsecurity=False) for name in known}
 
     def read(self, size: int = -1) -> bytes:
@@ -3894,83 +3904,87 @@ class Stream:
             time.sleep(max(0.0, self._began + self.done / self._rate - time.monotonic()))
         return piece
 
-    def prove(self, told: Mapping[str, Any], side: str) -> str:
+    def prove(self, image: Image, side: str) -> str:
         """The digest that Glance tells of an image; raises FinalError where that of these bytes is another, or where it tells none."""
-        for name, value in ((told.get("os_hash_algo"), told.get("os_hash_value")), ("md5", told.get("checksum"))):
+        for name, value in ((image.told.get("os_hash_algo"), image.os_hash), ("md5", image.checksum)):
             if name in self._digests and value:
                 if self._digests[name].hexdigest() != value:
-                    raise FinalError(f"{side} cloud: image {told['id']} is not what was read: its {name} differs", "run it again")
-                return str(value)
-        raise FinalError(f"{side} cloud: Glance tells no digest of image {told['id']} that could be compared", "use Glance of 2018 or later")
+                    raise FinalError(f"{side} cloud: image {image.id} is not what was read: its {name} differs", "run it again")
+                return value
+        raise FinalError(f"{side} cloud: Glance tells no digest of image {image.id} that could be compared", "use Glance of 2018 or later")
 
 
-def wanted_images(settings: Settings, here: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Reason]]:
+def wanted_images(settings: Settings, here: Sequence[Image]) -> tuple[list[Image], list[Reason]]:
     """The images of the source that were named, by id, name or tag; and the reasons why some cannot be told."""
     if settings.tag:
-        found = [raw for raw in here if settings.tag in raw.get("tags", ())]
+        found = [one for one in here if settings.tag in one.told.get("tags", ())]
         return found, [] if found else [Reason(f"source cloud: no image has the tag {settings.tag!r}", "see: openstack image list --tag TAG")]
-    chosen, reasons = list[Mapping[str, Any]](), []
+    chosen, reasons = list[Image](), []
     for name in settings.images:
-        found = [raw for raw in here if raw["id"] == name] or [raw for raw in here if raw.get("name") == name]
-        chosen += [raw for raw in found[:1] if raw not in chosen]
+        found = named(name, here)
+        chosen += [one for one in found[:1] if one not in chosen]
         if not found:
-            near = ", ".join(difflib.get_close_matches(name, [str(raw.get("name")) for raw in here], n=5, cutoff=0.3)) or "none"
-            reasons.append(Reason(f"source cloud: there is no image {name!r}", f"nearest: {near}"))
+            reasons.append(Reason(f"source cloud: no image {name!r}{did_you_mean(name, [one.name for one in here])}", "see: openstack image list"))
         if len(found) > 1:
-            reasons.append(Reason(f"source cloud: {len(found)} images are named {name!r}: {', '.join(raw['id'] for raw in found)}", "give the id"))
+            reasons.append(Reason(f"source cloud: {len(found)} images are named {name!r}: {', '.join(one.id for one in found)}", "give the id"))
     return chosen, reasons
 
 
-def plan_image(settings: Settings, raw: Mapping[str, Any], there: Sequence[Mapping[str, Any]]) -> ImagePlan:
+def plan_image(settings: Settings, wanted: Image, there: Sequence[Image]) -> ImagePlan:
     """What will become of one image of the source, when what the destination has is this."""
-    plan = ImagePlan(raw, settings.new_name or str(raw.get("name") or raw["id"]), settings.disk_format or str(raw.get("disk_format")))
-    same = [other for other in there if other.get("status") == "active" and not other.get(CARRIED_BY) and
-            (other.get(CAME_FROM[0]) == raw["id"] and other.get("disk_format") == plan.disk_format if plan.is_converted else
-             _image(other).equals(_image(raw)))]
-    same.sort(key=lambda other: other.get("name") != plan.name)
-    return dataclasses.replace(plan, there=str(same[0]["id"])) if same else plan
+    plan = ImagePlan(wanted, settings.new_name or wanted.name or wanted.id, settings.disk_format or str(wanted.told.get("disk_format")))
+    same = [other for other in there if other.status == "active" and not other.told.get(CARRIED_BY) and
+            (other.told.get(CAME_FROM[0]) == wanted.id and other.told.get("disk_format") == plan.disk_format if plan.is_converted else
+             other.equals(wanted))]
+    same.sort(key=lambda other: other.name != plan.name)
+    return dataclasses.replace(plan, there=same[0].id) if same else plan
 
 
 def refuse_reading(plan: ImagePlan, source: Cloud) -> Iterator[Reason]:
     """What Glance says where these credentials may not read an image that has to be carried."""
-    if plan.there or plan.source.get("status") != "active":
+    if plan.there or plan.source.status != "active":
         return
     try:
-        next(source.store.pieces(plan.source["id"]), b"")
+        next(source.store.pieces(plan.source.id), b"")
     except CloudError as error:
-        yield Reason(f"image {plan.source.get('name')!r} cannot be read: {error}", "use an account that may download it")
+        yield Reason(f"image {plan.source.name!r} cannot be read: {error}", "use an account that may download it")
 
 
-def refuse_image(settings: Settings, plan: ImagePlan, there: Sequence[Mapping[str, Any]]) -> Iterator[Reason]:
+def carrying(half: Image, wanted: Image) -> str:
+    """The run that brings an image to a cloud where it is half there; empty where this is no half of it."""
+    return str(half.told.get(CARRIED_BY, "")) if half.told.get(CAME_FROM[0]) == wanted.id else ""
+
+
+def refuse_image(settings: Settings, plan: ImagePlan, there: Sequence[Image]) -> Iterator[Reason]:
     """What forbids to carry an image, by all that is told of it and of those that are there."""
-    raw, name = plan.source, plan.source.get("name")
-    if raw.get("status") != "active":
-        yield Reason(f"image {name!r} is {raw.get('status')}, not active", "wait until it is, or name another one")
+    wanted, name = plan.source, plan.source.name
+    if wanted.status != "active":
+        yield Reason(f"image {name!r} is {wanted.status}, not active", "wait until it is, or name another one")
     for key, why in BOUND.items():
-        if raw.get(key):
+        if wanted.told.get(key):
             yield Reason(f"image {name!r} {why} ({key})", "make an image without that first")
     if plan.there:
         return
     if plan.is_converted:
         yield from refuse_conversion(settings, plan)
     for other in there:
-        if other.get(CARRIED_BY) and other.get(CAME_FROM[0]) == raw["id"]:
-            yield Reason(f"run {other[CARRIED_BY]} is carrying it, or was cut off while it did",
-                         f"if it is over: ./migrena.py rollback {other[CARRIED_BY]}, or openstack image delete {other['id']}")
-        elif other.get("name") == plan.name:
-            yield Reason(f"destination cloud: image {plan.name!r} has other content ({other['id']})", "choose another one with --name")
+        if run := carrying(other, wanted):
+            yield Reason(f"run {run} is carrying it, or was cut off while it did",
+                         f"if it is over: ./migrena.py rollback {run}, or openstack image delete {other.id}")
+        elif other.name == plan.name:
+            yield Reason(f"destination cloud: image {plan.name!r} has other content ({other.id})", "choose another one with --name")
 
 
 def refuse_conversion(settings: Settings, plan: ImagePlan) -> Iterator[Reason]:
     """What forbids to convert an image on this machine, whose folder has to have room for both forms."""
-    name, container, folder = plan.source.get("name"), plan.source.get("container_format"), work_folder(settings)
-    if container != "bare":
+    name, told, folder = plan.source.name, plan.source.told, work_folder(settings)
+    if (container := told.get("container_format")) != "bare":
         yield Reason(f"image {name!r} cannot be converted: it is in a container ({container})", "leave out --disk-format")
-    if (given := plan.source.get("disk_format")) not in QEMUS:
+    if (given := told.get("disk_format")) not in QEMUS:
         yield Reason(f"image {name!r} cannot be converted: qemu-img does not read {given}", "leave out --disk-format")
     if not shutil.which("qemu-img"):
         yield Reason(f"image {name!r} cannot be converted: this machine has no qemu-img", f"install {' or '.join(PACKAGES['qemu-img'])}")
-    need = plan.size + max(plan.size, int(plan.source.get("virtual_size") or 0))
+    need = plan.size + max(plan.size, int(told.get("virtual_size") or 0))
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:
@@ -3997,7 +4011,7 @@ def locally(*words: str) -> str:
 def converted(stream: Stream, plan: ImagePlan, folder: str) -> Iterator[Path]:
     """The image in the other format, as a file that is gone with the scope. Raises FinalError for one that names further files."""
     with tempfile.TemporaryDirectory(prefix="migrena-", dir=folder) as place:
-        given, made, format = Path(place) / "given", Path(place) / "made", QEMUS[plan.source["disk_format"]]
+        given, made, format = Path(place) / "given", Path(place) / "made", QEMUS[plan.source.told["disk_format"]]
         with given.open("wb") as file:
             for piece in iter(stream.read, b""):
                 file.write(piece)
@@ -4038,29 +4052,31 @@ class Carriage:
 
 def carry(by: Carriage, plan: ImagePlan) -> str:
     """The id of a new image in the destination, active, and proven by both Glances' digests. Raises MigrenaError; a failure deletes it."""
-    store, raw, began = by.destination.store, plan.source, time.monotonic()
+    store, wanted, told, began = by.destination.store, plan.source, plan.source.told, time.monotonic()
     by.undo.on_failure(f"delete image {plan.name}", lambda: delete_carried(by.destination, by.run))
     with by.journal.act("create image", name=plan.name) as result:
         result["image"] = id = store.make(
-            name=plan.name, disk_format=plan.disk_format, container_format=raw["container_format"], min_disk=raw.get("min_disk") or 0,
-            min_ram=raw.get("min_ram") or 0, tags=list(raw.get("tags") or ()), visibility="private",
-            **{CARRIED_BY: by.run, CAME_FROM[0]: raw["id"], CAME_FROM[1]: by.source.url})
+            name=plan.name, disk_format=plan.disk_format, container_format=told["container_format"], min_disk=told.get("min_disk") or 0,
+            min_ram=told.get("min_ram") or 0, tags=list(told.get("tags") or ()), visibility="private",
+            **{CARRIED_BY: by.run, CAME_FROM[0]: wanted.id, CAME_FROM[1]: by.source.url})
+    if others := [run for other in store.all() if (run := carrying(other, wanted)) not in ("", by.run)]:
+        raise Refused(f"run {others[0]} has begun to carry image {wanted.name!r} at the same time", "wait for its end, then run it again")
     if plan.is_converted:
         by.screen.note(f"It is read, converted to {plan.disk_format} in {work_folder(by.settings)}, and sent.")
-    refused = describe(store, id, {key: value for key, value in raw.items() if key not in GLANCES_OWN and value is not None})
+    refused = describe(store, id, {key: value for key, value in told.items() if key not in GLANCES_OWN and value is not None})
     with by.journal.act("copy image", image=id, size=plan.size), by.screen.progress(plan.size) as show:
-        stream = Stream(by.source.store.pieces(raw["id"]), raw, by.settings.limit_rate, show)
+        stream = Stream(by.source.store.pieces(wanted.id), wanted, by.settings.limit_rate, show)
         if plan.is_converted:
             with converted(stream, plan, work_folder(by.settings)) as made, made.open("rb") as file:
-                sent = Stream(iter(lambda: file.read(MiB), b""), {}, 0, lambda done: None)
+                sent = Stream(iter(lambda: file.read(MiB), b""), wanted, 0, lambda done: None)
                 store.send(id, sent, made.stat().st_size)
         else:
             sent = stream
             store.send(id, stream, plan.size)
-        stream.prove(raw, "source")
-    there = store.one(id) or {"id": id}
+        stream.prove(wanted, "source")
+    there = store.one(id) or Image(id, "", "", "", "")
     digest = sent.prove(there, "destination")
-    refused += describe(store, id, {"visibility": raw.get("visibility"), "protected": raw.get("protected")}, CARRIED_BY)
+    refused += describe(store, id, {"visibility": told.get("visibility"), "protected": told.get("protected")}, CARRIED_BY)
     arrived = f", as {plan.disk_format} {human(sent.done)}" if plan.is_converted else ""
     by.screen.note(f"Done. {human(stream.done)} in {span(time.monotonic() - began)}{arrived}; both Glances agree, digest {digest[:16]}…")
     if refused:
@@ -4085,9 +4101,9 @@ def describe(store: ImageStore, id: str, facts: Mapping[str, Any], *left_out: st
 
 def delete_carried(cloud: Cloud, run: str) -> None:
     """Deletes what this run was carrying to a cloud."""
-    for raw in cloud.store.all():
-        if raw.get(CARRIED_BY) == run:
-            cloud.store.delete(raw["id"])
+    for one in cloud.store.all():
+        if one.told.get(CARRIED_BY) == run:
+            cloud.store.delete(one.id)
 
 
 def image(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
@@ -4101,13 +4117,13 @@ def image(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         source, destination = both_clouds(settings, call.environment)
         here, there = at_once(source.store.all, destination.store.all)
     chosen, reasons = wanted_images(settings, here)
-    plans = [plan_image(settings, raw, there) for raw in chosen]
+    plans = [plan_image(settings, wanted, there) for wanted in chosen]
     for name in sorted({plan.name for plan in plans if [other.name for other in plans].count(plan.name) > 1}):
         reasons.append(Reason(f"several of these images are named {name!r}", "carry them one by one, with --name"))
     reasons += [reason for plan in plans for reason in (*refuse_image(settings, plan, there), *refuse_reading(plan, source))]
     if reasons:
         raise Refused.of(reasons)
-    report.images = [{"source": plan.source["id"], "name": plan.name, "destination": plan.there, "bytes": plan.size,
+    report.images = [{"source": plan.source.id, "name": plan.name, "destination": plan.there, "bytes": plan.size,
                       "result": "already there" if plan.there else "to be carried"} for plan in plans]
     try:
         for plan, row in zip(plans, () if settings.dry_run else report.images, strict=False):
@@ -4127,13 +4143,13 @@ def image(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
 
 def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Cloud, Cloud], plan: ImagePlan) -> str:
     """The id of an image that is carried by a run of its own, with a lock and a journal."""
-    run, raw = new_run(), plan.source
-    with only_run_of(folder, raw["id"], run):
+    run, wanted = new_run(), plan.source
+    with only_run_of(folder, wanted.id, run):
         journal = Journal(folder, run)
         with journal.beginning():
-            journal.write("run", job="image", pid=os.getpid(), source=raw["id"], source_name=raw.get("name"), name=plan.name,
+            journal.write("run", job="image", pid=os.getpid(), source=wanted.id, source_name=wanted.name, name=plan.name,
                           clouds=[cloud.url for cloud in clouds], settings={key: getattr(settings, key) for key in ("src_cloud", "dst_cloud")})
-        with journal.ending(undo), undo, undo.screen.step(f"Carry image {raw.get('name')} ({human(plan.size)})."):
+        with journal.ending(undo), undo, undo.screen.step(f"Carry image {wanted.name} ({human(plan.size)})."):
             return carry(Carriage(settings, undo.screen, journal, undo, *clouds, run), plan)
 
 
@@ -4169,7 +4185,6 @@ class SourceFacts:
     disk: Disk | None = None
     image: Image | None = None
     lacking: tuple[str, ...] = ()
-    told_image: Mapping[str, Any] | None = None  # with --copy-image: all that Glance tells of the image
     problems: tuple[Reason, ...] = ()
 
 
@@ -4181,7 +4196,6 @@ class DestinationFacts:
     same_name: tuple[Server, ...] = ()
     flavors: tuple[Flavor, ...] = ()
     images: tuple[Image, ...] = ()
-    told_images: tuple[Mapping[str, Any], ...] = ()  # all that Glance tells of them
     sees_hosts: bool = True
     limits: Mapping[str, int] = field(default_factory=dict)
     problems: tuple[Reason, ...] = ()
@@ -4194,8 +4208,7 @@ def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, 
         cloud = found["cloud"] = Cloud("source", creds)
         server = found["server"] = cloud.server(settings.src_uid)
         if server.image and not settings.image:
-            told = cloud.store.one(server.image)
-            found |= {"image": _image(told), "told_image": told} if told else {}
+            found["image"] = cloud.store.one(server.image)
         if server.host:
             host = found["host"] = connect(host_name(server, settings), settings, screen)
             stack.callback(host.close)
@@ -4233,14 +4246,10 @@ def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> Destinat
     """Looks at what the destination cloud has: the name, flavors, images, and whether it tells hosts."""
     try:
         cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
-        told = tuple(cloud.store.all())
-        return DestinationFacts(cloud, tuple(cloud.servers_named(settings.dst_name)), tuple(cloud.flavors()), tuple(map(_image, told)), told,
+        return DestinationFacts(cloud, tuple(cloud.servers_named(settings.dst_name)), tuple(cloud.flavors()), tuple(cloud.store.all()),
                                 cloud.sees_hosts(), cloud.limits())
     except CloudError as error:
         return DestinationFacts(None, problems=error.reasons)
-
-
-Named = TypeVar("Named", Flavor, Image, Server)
 
 
 def none_such(what: str, flag: str, name: str, known: Sequence[Flavor | Image]) -> Refused:
@@ -4248,11 +4257,6 @@ def none_such(what: str, flag: str, name: str, known: Sequence[Flavor | Image]) 
     names = [one.name for one in known]
     near = ", ".join(difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]) or "none"
     return Refused(f"destination cloud: there is no {what}", f"name one with {flag}; nearest: {near}")
-
-
-def named(wanted: str, among: Sequence[Named]) -> list[Named]:
-    """The one with this id, else all with this name."""
-    return [one for one in among if one.id == wanted] or [one for one in among if one.name == wanted]
 
 
 def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -> Flavor:
@@ -4388,7 +4392,7 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
         reasons += refusal.reasons
     try:
         if source.cloud and (carried := image_to_carry(settings, source, destination)):
-            reasons += (*refuse_image(settings, carried, destination.told_images), *refuse_reading(carried, source.cloud))
+            reasons += (*refuse_image(settings, carried, destination.images), *refuse_reading(carried, source.cloud))
         elif settings.image or (source.server and source.server.image):
             pick_image(settings.image, destination.images, source.image)
     except Refused as refusal:
@@ -4398,9 +4402,9 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
 
 def image_to_carry(settings: Settings, source: SourceFacts, destination: DestinationFacts) -> ImagePlan | None:
     """With --copy-image, the source's image where the destination has none of its content."""
-    if not settings.copy_image or settings.image or not source.told_image:
+    if not settings.copy_image or settings.image or not source.image:
         return None
-    plan = plan_image(settings, source.told_image, destination.told_images)
+    plan = plan_image(settings, source.image, destination.images)
     return None if plan.there else plan
 
 
@@ -5039,6 +5043,8 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, destination:
     yield f"destination  {settings.dst_name}, flavor {plan.flavor.name}, image {plan.image.name} ({image_id}), on the host that Nova chooses"
     transport, why = pick_transport(settings.transport, [tool for tool in ("nbd-server",) if tool in source.lacking], top, True)
     yield f"transport    {transport}{' with TLS' if settings.tls else ' in clear'}: {why} (the destination's host may lack something)"
+    if plan.carried:
+        yield f"to move      {human(plan.carried.size)}: the image, before anything is stopped"
     amounts = {"the file": top.allocated} if top.format == "raw" or not plan.disk.base else {
         "the file, if the bases are equal": top.allocated, "what the guest sees, if they are not": plan.disk.guest_bytes}
     is_warm = settings.warm and plan.was_running
@@ -5174,7 +5180,7 @@ def what_to_do(record: RunRecord) -> Iterator[str]:
     if record.state == "killed":
         yield "it may have left " + ("half an image" if record.carries_image else "the new instance, and the mark and the lock on the source")
     if record.state in ("killed", "left"):
-        can_go_on = not (record.is_undoing or record.carries_image)
+        can_go_on = not record.is_undoing and any(act.name == "create destination" for act in record.acts)
         yield f"{f'go on: ./migrena.py resume {record.run}    ' if can_go_on else ''}undo: ./migrena.py rollback {record.run}"
 
 

@@ -171,6 +171,17 @@ def test_a_transfer_that_is_killed_is_told_and_can_be_taken_back(operator: Opera
     assert refused.returncode == 3 and "may be in use" in refused.stderr
 
 
+def test_of_two_machines_that_carry_one_image_at_once_the_later_gives_way(operator: Operator, dst: Api, template: str) -> None:
+    """Its survey has to miss what the other one began, as it would where both survey at the same moment."""
+    dst.call("POST", "glance", "/images", {"name": "half", "disk_format": "raw", "container_format": "bare", "source_uuid": template,
+                                           "migrena_run": "20261120T210000-a1b2c3"})
+    before = set(images(dst))
+    late = operator.with_build(("        if run := carrying(other, wanted):\n", "        if run := '':\n"))
+    done = late.run("image", "-i", "template")
+    assert done.returncode == 3 and "run 20261120T210000-a1b2c3 has begun to carry image 'template'" in done.stderr, done.stderr
+    assert set(images(dst)) == before
+
+
 @pytest.fixture
 def small(dst: Api, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A second API of the destination's Glance, at SMALL, where a user has 20 MiB left, and an image five properties."""
@@ -244,7 +255,7 @@ def test_what_cannot_be_carried_is_refused_with_all_reasons(operator: Operator, 
     src.call("POST", "glance", "/images", {"name": "signed", "disk_format": "raw", "container_format": "bare", "img_signature": "abc"})
     refused = operator.run("image", "-i", "empty", "-i", "signed", "-i", "temp")
     assert refused.returncode == 3
-    for words in ("'empty' is queued", "'signed' is signed", "no image 'temp'", "nearest: template"):
+    for words in ("'empty' is queued", "'signed' is signed", "no image 'temp'", "did you mean template?"):
         assert words in refused.stderr
     for wrong in ((), ("-i", "template", "--tag", "web"), ("-i", "a", "-i", "b", "--name", "c"), ("-i", "template", "--disk-format", "vdi")):
         assert operator.run("image", *wrong).returncode == 2
@@ -259,6 +270,8 @@ def test_an_instance_goes_to_a_cloud_that_never_had_its_image(operator: Operator
         wait_for_console(src, id, "GUEST wrote=")
         refused = operator.run("-s", id, *operator.to(DESTINATION, image=""))
         assert refused.returncode == 3 and "-i" in refused.stderr
+        planned = operator.run("-s", id, *operator.to(DESTINATION, image=""), "--copy-image", "-n")
+        assert planned.returncode == 0 and ": the image, before anything is stopped" in planned.stderr, planned.stderr
         done = operator.run("-s", id, *operator.to(DESTINATION, image=""), "--copy-image", "-a", "dst")
         assert done.returncode == 0 and "both bases have the same content" in done.stderr, done.stderr
         last = last_record(clouds.host("src-cmp1"), id)

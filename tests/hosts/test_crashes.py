@@ -22,7 +22,8 @@ KILL, TERM = signal.SIGKILL.value, signal.SIGTERM.value
 GUEST = [(MiB, MiB)]  # two chunks of the file
 
 # The lines of a whole run, in their order; those that stand alone name no act. Left out are intents that follow a result at once.
-UNTIL_MADE = ("run", "intent of mark source", "intent of create destination")
+UNTIL_ASKED = ("run", "intent of mark source")
+UNTIL_MADE = (*UNTIL_ASKED, "intent of create destination")
 UNTIL_STOPPED = ("done of create destination", "done of stop destination", "intent of stop source")
 UNTIL_COPIED = ("done of stop source", "intent of copy", "chunk", "done of copy", "intent of swap in")
 UNTIL_STARTED = ("done of swap in", "done of unlock source", "intent of start destination")
@@ -66,7 +67,8 @@ def killed_at(operators: Sequence[Operator], line: str) -> list[str]:
         assert state == "killed"
         runs.append(run)
         said = "\n".join(what_to_do(read_run(operator.folder / "state", run)))
-        assert f"go on: ./migrena.py resume {run}" in said and f"undo: ./migrena.py rollback {run}" in said
+        assert f"undo: ./migrena.py rollback {run}" in said
+        assert (f"go on: ./migrena.py resume {run}" in said) == (line not in UNTIL_ASKED)
     return runs
 
 

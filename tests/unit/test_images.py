@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from migrena import FinalError, ImagePlan, Stream, plan_image, refuse_image, wanted_images
+from migrena import FinalError, Image, ImagePlan, Stream, plan_image, refuse_image, wanted_images
 from unit.makers import some_settings
 
 CONTENT = [b"one", b"two", b""]
 SHA512, MD5 = (getattr(hashlib, name)(b"onetwo").hexdigest() for name in ("sha512", "md5"))
 
 
-def told(**different: Any) -> dict[str, Any]:
-    """What Glance tells of an active image."""
-    return {"id": "1", "name": "debian", "status": "active", "disk_format": "qcow2", "container_format": "bare", "size": 6, "tags": [],
-            "os_hash_algo": "sha512", "os_hash_value": SHA512, "checksum": MD5, **different}
+def told(**different: Any) -> Image:
+    """An active image as Glance tells it."""
+    return Image.of({"id": "1", "name": "debian", "status": "active", "disk_format": "qcow2", "container_format": "bare", "size": 6, "tags": [],
+                     "os_hash_algo": "sha512", "os_hash_value": SHA512, "checksum": MD5, **different})
 
 
 def a_stream(**different: Any) -> Stream:
@@ -70,7 +70,7 @@ def test_the_same_content_is_there_already_whatever_its_name_and_one_of_the_same
     ({"kernel_id": "x"}, [], "kernel image"),
     ({}, [told(id="5", os_hash_value="x")], "has other content (5)"),
     ({}, [told(id="5", os_hash_value="x", source_uuid="1", migrena_run="R")], "run R is carrying it")])
-def test_what_forbids_to_carry_an_image_is_told(different: dict[str, Any], there: list[dict[str, Any]], words: str) -> None:
+def test_what_forbids_to_carry_an_image_is_told(different: dict[str, Any], there: list[Image], words: str) -> None:
     (reason,) = refuse_image(some_settings(), ImagePlan(told(**different), "debian", "qcow2"), there)
     assert words in reason.problem
 
