@@ -80,7 +80,7 @@ def facts() -> dict[str, Any]:
 def brought_up(folder: Path, order: Order) -> Iterator[Stage]:
     """Three hosts and what measures them, gone with the scope."""
     size = int(30 * disks.GiB * order.scale) + 4 * disks.GiB  # a file system is a sparse file: only what is written takes room
-    with hosts(folder, ("src", "dst", "images"), "ns", NETWORK, f"{size // disks.MiB}M") as lab:
+    with hosts(folder, dict.fromkeys(("src", "dst", "images"), "ns"), NETWORK, f"{size // disks.MiB}M") as lab:
         for old in folder.parent.glob("bench-*"):  # of runs that were killed outright: the network is ours, so none of them is alive
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ def networks(first: int) -> range:
     return range(first + worker * 4, first + worker * 4 + 4)
 
 
-def begin(folder: Path, kind: str, numbers: range, disk: str, names: tuple[str, ...]) -> Iterator[Lab]:
+def begin(folder: Path, kinds: Mapping[str, str], numbers: range, disk: str) -> Iterator[Lab]:
     """A lab on the first network that nobody on this machine uses just now."""
     if os.geteuid() != 0:
         pytest.skip("hosts need root")
     for number in numbers:
         try:
-            scope = hosts(folder, names, kind, f"10.81.{number}.0/24", disk)
+            scope = hosts(folder, kinds, f"10.81.{number}.0/24", disk)
             lab = scope.__enter__()
         except LabError as error:
             if not re.search("in use|there is an interface", str(error)) or number == numbers[-1]:
@@ -56,13 +56,13 @@ def begin(folder: Path, kind: str, numbers: range, disk: str, names: tuple[str, 
 @pytest.fixture(scope="session")
 def namespaces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """Three hosts that are namespaces: quick, but without a kernel of their own."""
-    yield from begin(tmp_path_factory.mktemp("lab"), "ns", networks(100), "4G", ("src", "dst", "third"))
+    yield from begin(tmp_path_factory.mktemp("lab"), dict.fromkeys(("src", "dst", "third"), "ns"), networks(100), "4G")
 
 
 @pytest.fixture(scope="session")
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """Two hosts that are virtual machines: slow, but with a kernel of their own and its nbd module."""
-    yield from begin(tmp_path_factory.mktemp("machines"), "vm", networks(160), "1G", ("src", "dst"))
+    """Two hosts of which the destination is a virtual machine: slow, but with a kernel of its own and its nbd module."""
+    yield from begin(tmp_path_factory.mktemp("machines"), {"src": "ns", "dst": "vm"}, networks(160), "1G")
 
 
 def kept_clean(lab: Lab) -> Iterator[Lab]:

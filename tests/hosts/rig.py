@@ -146,7 +146,7 @@ def running(host: LabHost, *words: str) -> Iterator[int]:
         wait_for(f"the end of {words[0]}", lambda: pid not in dict(host.processes()))
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: its host may be another one after a power cut
 class Instance:
     """One instance's disk on one host, as Nova lays it out."""
 

@@ -1,4 +1,4 @@
-"""The transport nbd, with the real module: nbd-server, nbd-client and /dev/nbdN on virtual machines."""
+"""The transport nbd, with the real module: nbd-server on the source, nbd-client and /dev/nbdN on a virtual machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from migrena import HostError, Settings
 
 Driver = Callable[..., "subprocess.Popen[str]"]
 THEIRS = "/root/theirs"
-pytestmark = pytest.mark.timeout(600)  # machines without KVM, beside other tests
+pytestmark = pytest.mark.timeout(600)  # a machine without KVM, beside other tests
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_a_copy_lives_through_the_power_cut_of_a_hypervisor_that_comes_up_again(
     """The file that is being written may lose what its host's kernel had not written yet: the digests tell what is there."""
     def cut() -> None:
         lab[name].kill()
-        lab.start(name)
+        overlays[name == "dst"].host = lab.start(name)
 
     for host in lab:
         host.run("sync")

@@ -1,7 +1,7 @@
 """migrena's lab: hypervisors and whole OpenStack clouds on one Debian machine, for tests and for trying things.
 
 For those who use it:
-- hosts       hypervisors alone: `with hosts(folder) as lab: lab["src"].run("hostname")`
+- hosts       hypervisors alone: `with hosts(folder, {"src": "ns"}) as lab: lab["src"].run("hostname")`
 - clouds      the two clouds "src" and "dst"; `python3 tests/lab` on the command line
 - api         their REST interfaces, as far as the lab needs them
 - guest       a small image that boots, counts its boots and writes records (guest_init.sh is its process 1)

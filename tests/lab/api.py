@@ -50,22 +50,24 @@ class Api:
 
         Raises ApiError when it refuses. A body of bytes or a Path is sent as it is.
         """
+        text = self._ask(method, service, path, body, headers or {})
+        return json.loads(text) if text.strip() else None
+
+    def _ask(self, method: str, service: str, path: str, body: object, headers: Mapping[str, str]) -> bytes:
+        """What the service answers to somebody who has logged in."""
         if not self._token:
             self._login()
-        base = self.cloud.url(service) + ROOTS[service]
-        sent = {"X-Auth-Token": self._token, "OpenStack-API-Version": f"compute {MICROVERSION}", **(headers or {})}
-        return self._send(method, base + path, body, sent)[0]
+        sent = {"X-Auth-Token": self._token, "OpenStack-API-Version": f"compute {MICROVERSION}", **headers}
+        return self._send(method, self.cloud.url(service) + ROOTS[service] + path, body, sent)[0]
 
-    def _send(self, method: str, url: str, body: object, headers: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
+    def _send(self, method: str, url: str, body: object, headers: Mapping[str, str]) -> tuple[bytes, dict[str, str]]:
         sent = {"Content-Type": "application/json", "Accept": "application/json", **headers}
         content = None if body is None else body.read_bytes() if isinstance(body, Path) else json.dumps(body).encode()
         request = urllib.request.Request(url, content, sent, method=method)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never by a proxy: the clouds are here
         try:
             with opener.open(request, timeout=120) as answer:
-                text = answer.read()
-                named = {key.lower(): value for key, value in answer.headers.items()}
-                return json.loads(text) if text.strip() else None, named
+                return answer.read(), {key.lower(): value for key, value in answer.headers.items()}
         except urllib.error.HTTPError as error:
             reason = error.read().decode(errors="replace")[:500]
             raise ApiError(error.code, f"{self.cloud.name}: {method} {url} answered {error.code}: {reason}") from error
@@ -107,11 +109,7 @@ class Api:
 
     def download(self, identity: str) -> bytes:
         """What an image holds."""
-        if not self._token:
-            self._login()
-        request = urllib.request.Request(f"{self.cloud.url('glance')}/v2/images/{identity}/file", headers={"X-Auth-Token": self._token})
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
-            return bytes(answer.read())
+        return self._ask("GET", "glance", f"/images/{identity}/file", None, {"Accept": "*/*"})
 
     # ---- servers ----
 

@@ -33,7 +33,8 @@ PROMPT 0
 TIMEOUT 0
 LABEL lab
   KERNEL /vmlinuz
-  APPEND initrd=/initrd console=ttyS0 quiet panic=1 tsc=unstable mitigations=off no_timer_check
+  APPEND initrd=/initrd console=ttyS0 quiet panic=1 tsc=unstable mitigations=off no_timer_check \
+nokaslr init_on_alloc=0 apparmor=0 audit=0 cryptomgr.notests
 """
 
 

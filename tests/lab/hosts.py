@@ -1,6 +1,6 @@
 """Hypervisors for tests: each with its own address, sshd and a real ext4 file system at /var/lib/nova.
 
-    with hosts(folder, names=("src", "dst"), network="10.81.7.0/24") as lab:
+    with hosts(folder, {"src": "ns", "dst": "vm"}, network="10.81.7.0/24") as lab:
         lab["src"].run("qemu-img", "info", "/var/lib/nova/x.qcow2")
 
 Kind "ns" is namespaces over this machine's own files, kind "vm" virtual machines with their own kernel and its nbd
@@ -278,14 +278,13 @@ def claim(spec: Spec, owner: Process | None) -> Lab:
 
 
 @contextmanager
-def hosts(folder: Path | str, names: Sequence[str] = ("src", "dst"), kind: str = "ns",
-          network: str = "10.81.7.0/24", disk: str = "8G") -> Iterator[Lab]:
-    """Hosts that are up when the scope opens and gone when it closes, whatever happens in between.
+def hosts(folder: Path | str, kinds: Mapping[str, str], network: str = "10.81.7.0/24", disk: str = "8G") -> Iterator[Lab]:
+    """Hosts, each of its kind, that are up when the scope opens and gone when it closes, whatever happens in between.
 
     `disk` is the size of each file system at /var/lib/nova. Raises LabError if a host does not come up.
     """
-    install(packages.HOSTS if kind == "ns" else (*packages.HOSTS, *packages.MACHINES))
-    lab = claim(Spec(Path(folder).resolve(), dict.fromkeys(names, kind), network, disk), Process.of(os.getpid()))
+    install((*packages.HOSTS, *(packages.MACHINES if "vm" in kinds.values() else ())))
+    lab = claim(Spec(Path(folder).resolve(), kinds, network, disk), Process.of(os.getpid()))
     try:
         lab.up({name: Role() for name in lab.spec.names})
         yield lab
