@@ -4101,9 +4101,8 @@ def describe(store: ImageStore, id: str, facts: Mapping[str, Any], *left_out: st
 
 def delete_carried(cloud: Cloud, run: str) -> None:
     """Deletes what this run was carrying to a cloud."""
-    for one in cloud.store.all():
-        if one.told.get(CARRIED_BY) == run:
-            cloud.store.delete(one.id)
+    for half in [one for one in cloud.store.all() if one.told.get(CARRIED_BY) == run]:
+        cloud.store.delete(half.id)
 
 
 def image(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
@@ -5602,7 +5601,8 @@ def see_it_arrive(cloud: Cloud, move: Move, before: int, settings: Settings, und
                 number, state = cloud.fleet.last_migration(server.id)
                 if number > before and state in GIVEN_UP and not now.task:
                     why = cloud.why_failed(server.id, "live-migration") or f"the reason is in the log of nova-compute on {server.host} or {move.to}"
-                    raise CloudError(f"{server.name} stays on {now.host}: Nova calls migration {number} {state}: {why}")
+                    raise CloudError(f"{server.name} is {now.status} on {now.host}: Nova calls migration {number} {state}: {why}",
+                                     f"see where it runs; then {STATE_WAYS['ERROR']} {server.id}" if now.status == "ERROR" else "")
                 done, total = cloud.fleet.progress(server.id) or (total, total)
                 show = show or (stack.enter_context(screen.progress(total)) if total else None)
                 if show:

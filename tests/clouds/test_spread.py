@@ -202,7 +202,7 @@ def test_a_target_that_is_killed_in_mid_migration_costs_nothing(
     widen(clouds.host("src-cmp1"))
     try:
         done = ended(process)
-        assert done.returncode == 1 and "web-0 stays on src-cmp1: Nova calls migration" in done.stderr, done.stderr
+        assert done.returncode == 1 and "web-0 is ACTIVE on src-cmp1: Nova calls migration" in done.stderr, done.stderr
         is_back(src, three["web-0"])
         writes_on(src, three["web-0"])
     finally:

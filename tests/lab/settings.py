@@ -192,6 +192,9 @@ def nova_compute(cloud: Cloud, spec: Spec, host: str, images_type: str) -> str:
                     "shutdown_timeout": 10, "vif_plugging_timeout": 300, "allow_resize_to_same_host": True},
         "libvirt": {"virt_type": "qemu", "cpu_mode": "none", "images_type": images_type, "inject_partition": -2,
                     "live_migration_inbound_addr": spec.address(host)},
+        # When a guest has been moved, libvirt's event and the migration itself both have Neutron activate the port on the new host. Where
+        # they do so at once Neutron answers one of them with 500, and Nova puts an instance that runs into ERROR.
+        "workarounds": {"handle_virt_lifecycle_events": False},
         "oslo_concurrency": {"lock_path": "/var/lib/nova/lock"},
         "oslo_policy": {"policy_dirs": "/etc/nova/policy.d"},
         **_nova_common(cloud),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -121,3 +122,28 @@ def test_a_failure_is_told_and_the_rest_goes_on_only_with_keep_going() -> None:
     assert (row["result"], row["error"]) == ("failed", "not that one") and "error: not that one" in said.getvalue()
     with pytest.raises(CloudError, match="not that one"):
         move_one(cloud, Move(WEB, "cmp2"), some_settings(), undo, row)
+
+
+class HalfDone(Refusing):
+    """A stand-in for a Nova that has moved an instance and fails after that, as it does when Neutron does."""
+
+    asked, polls = False, staticmethod(Cloud.polls)
+
+    def last_migration(self, id: str) -> tuple[int, str]:
+        return (1, "error") if self.asked else (0, "")
+
+    def move(self, id: str, host: str) -> None:
+        self.asked = True
+
+    def steady_server(self, id: str) -> Server:
+        return replace(WEB, host="cmp2", status="ERROR")
+
+    def why_failed(self, id: str, action: str) -> str:
+        return "the port was not bound"
+
+
+def test_an_instance_in_error_on_the_new_host_is_no_success_and_its_state_is_told() -> None:
+    words = "web is ERROR on cmp2: Nova calls migration 1 error: the port was not bound"
+    with pytest.raises(CloudError, match=words) as failure:
+        move_one(cast(Cloud, HalfDone()), Move(WEB, "cmp2"), some_settings(), Undo(Screen(stream=io.StringIO())), {})
+    assert "set --state active" in failure.value.reasons[0].way_out
