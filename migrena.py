@@ -621,7 +621,7 @@ class Image:
     status: str
     os_hash: str
     checksum: str
-    told: Mapping[str, Any] = field(default_factory=dict, repr=False)  # all that Glance tells of it
+    told: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # all that Glance tells of it
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Image:
@@ -671,6 +671,13 @@ Named = TypeVar("Named", Flavor, Image, Server)
 def named(wanted: str, among: Sequence[Named]) -> list[Named]:
     """The one with this id, else all with this name."""
     return [one for one in among if one.id == wanted] or [one for one in among if one.name == wanted]
+
+
+def none_such(side: str, what: str, flag: str, name: str, known: Sequence[Flavor | Image]) -> Refused:
+    """The refusal for what is not there, with the known names that look like it, else some of them."""
+    names = [one.name for one in known if one.name]
+    near = ", ".join(difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]) or "none"
+    return Refused(f"{side} cloud: there is no {what}", f"name one with {flag}; nearest: {near}")
 
 
 @dataclass(frozen=True)
@@ -2138,7 +2145,7 @@ class ImageStore:
     def all(self) -> list[Image]:
         """All images that these credentials see."""
         with self._cloud.wall("list images"):
-            return [Image.of(raw) for raw in self._images.list()]
+            return [Image.of(dict(raw)) for raw in self._images.list()]
 
     def one(self, id: str) -> Image | None:
         """An image by its id, or None where it is gone."""
@@ -2146,7 +2153,7 @@ class ImageStore:
 
         with self._cloud.wall(f"show image {id}"):
             try:
-                return Image.of(self._images.get(id))
+                return Image.of(dict(self._images.get(id)))
             except exc.HTTPNotFound:
                 return None
 
@@ -3919,12 +3926,12 @@ def wanted_images(settings: Settings, here: Sequence[Image]) -> tuple[list[Image
     if settings.tag:
         found = [one for one in here if settings.tag in one.told.get("tags", ())]
         return found, [] if found else [Reason(f"source cloud: no image has the tag {settings.tag!r}", "see: openstack image list --tag TAG")]
-    chosen, reasons = list[Image](), []
+    chosen, reasons = list[Image](), list[Reason]()
     for name in settings.images:
         found = named(name, here)
         chosen += [one for one in found[:1] if one not in chosen]
         if not found:
-            reasons.append(Reason(f"source cloud: no image {name!r}{did_you_mean(name, [one.name for one in here])}", "see: openstack image list"))
+            reasons += none_such("source", f"image {name!r}", "-i", name, here).reasons
         if len(found) > 1:
             reasons.append(Reason(f"source cloud: {len(found)} images are named {name!r}: {', '.join(one.id for one in found)}", "give the id"))
     return chosen, reasons
@@ -4251,13 +4258,6 @@ def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> Destinat
         return DestinationFacts(None, problems=error.reasons)
 
 
-def none_such(what: str, flag: str, name: str, known: Sequence[Flavor | Image]) -> Refused:
-    """The refusal for what is not there, with the known names that look like it, else some of them."""
-    names = [one.name for one in known]
-    near = ", ".join(difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]) or "none"
-    return Refused(f"destination cloud: there is no {what}", f"name one with {flag}; nearest: {near}")
-
-
 def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -> Flavor:
     """The flavor that was named, else the source's by its name, else the only one of its sizes; raises Refused with the nearest."""
     if wanted:
@@ -4272,7 +4272,7 @@ def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -
     if len(found) > 1:
         raise Refused(f"destination cloud: more than one {what}: {', '.join(f'{f.name} ({f.id})' for f in found)}", "give its id with -f")
     if not found:
-        raise none_such(what, "-f", name, flavors)
+        raise none_such("destination", what, "-f", name, flavors)
     return found[0]
 
 
@@ -4291,7 +4291,7 @@ def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Im
     else:
         raise Refused("the source's image is gone, so that none can be matched", "name one with -i")
     if not found:
-        raise none_such(what, "-i", name, images)
+        raise none_such("destination", what, "-i", name, images)
     if found[0].status != "active":
         raise Refused(f"destination cloud: image {found[0].name!r} is {found[0].status}, not active", "name another one with -i")
     return found[0]

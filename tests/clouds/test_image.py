@@ -255,7 +255,7 @@ def test_what_cannot_be_carried_is_refused_with_all_reasons(operator: Operator, 
     src.call("POST", "glance", "/images", {"name": "signed", "disk_format": "raw", "container_format": "bare", "img_signature": "abc"})
     refused = operator.run("image", "-i", "empty", "-i", "signed", "-i", "temp")
     assert refused.returncode == 3
-    for words in ("'empty' is queued", "'signed' is signed", "no image 'temp'", "did you mean template?"):
+    for words in ("'empty' is queued", "'signed' is signed", "no image 'temp'", "nearest: template"):
         assert words in refused.stderr
     for wrong in ((), ("-i", "template", "--tag", "web"), ("-i", "a", "-i", "b", "--name", "c"), ("-i", "template", "--disk-format", "vdi")):
         assert operator.run("image", *wrong).returncode == 2
