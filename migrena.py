@@ -71,7 +71,7 @@ import traceback
 import urllib.parse
 import uuid
 import xml.etree.ElementTree as ElementTree
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -923,47 +923,45 @@ def pick_transport(wanted: str, lacking: Sequence[str], top: DiskImage, whole_fi
 
 @dataclass(frozen=True)
 class ComputeHost:
-    """A compute host: whether Nova gives it instances, and what is free there by Placement's classes; empty where that is not told."""
+    """A compute host: whether Nova gives it instances, and by Placement's classes what is free there and what each instance has taken there."""
 
     name: str
     is_enabled: bool
     is_up: bool
-    free: Mapping[str, int] = field(default_factory=dict)
+    free: Mapping[str, int] = field(default_factory=dict)  # empty, as the next, where Placement does not tell
+    taken: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Move:
-    """An instance, and the host where it shall be."""
+    """An instance, the host where it shall be, and what it takes of a host by Placement's classes."""
 
     server: Server
     to: str
+    needs: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_due(self) -> bool:
         """Whether it is not there."""
         return self.server.host != self.to
 
-    @property
-    def needs(self) -> dict[str, int]:
-        """What it takes of a host, by Placement's classes."""
-        flavor = self.server.flavor
-        return {"VCPU": flavor.vcpus, "MEMORY_MB": flavor.ram, "DISK_GB": flavor.disk + flavor.ephemeral + -(-flavor.swap // 1024)}
+
+def lacking(move: Move, free: Mapping[str, int]) -> list[str]:
+    """What a host with so much free has too little of for an instance, by Placement's classes; what is not told is taken to suffice."""
+    return [name for name, need in move.needs.items() if free.get(name, need) < need]
 
 
 def in_order(moves: Sequence[Move], hosts: Iterable[ComputeHost]) -> list[Move]:
     """The moves in their order, but those that have no room until another one has left after it; raises Refused for a ring of full hosts."""
     free, waiting, ordered = {host.name: dict(host.free) for host in hosts}, list(moves), list[Move]()
     while waiting:
-        fits = (move for move in waiting if all(free[move.to].get(name, need) >= need for name, need in move.needs.items()))
-        if not (move := next(fits, None)):
-            told = ", ".join(f"{move.server.name} to {move.to}" for move in waiting)
+        if not (move := next((move for move in waiting if not lacking(move, free[move.to])), None)):
+            told = ", ".join(f"{move.server.name} to {move.to} (too little {', '.join(lacking(move, free[move.to]))})" for move in waiting)
             raise Refused(f"no host has room for the first of these moves: {told}", "leave one out, or make room on a host")
         waiting.remove(move)
         ordered.append(move)
-        for name, need in move.needs.items():
-            for host, change in ((move.to, -need), (move.server.host, need)):
-                if name in free.get(host, {}):
-                    free[host][name] += change
+        for host, sign in ((move.to, -1), (move.server.host, 1)):
+            free[host] = {name: left + sign * move.needs.get(name, 0) for name, left in free.get(host, {}).items()}
     return ordered
 
 
@@ -2197,18 +2195,20 @@ class Fleet:
             return [self._cloud.read(raw.to_dict()) for raw in self._nova.servers.list(search_opts={"all_tenants": True}, limit=-1)]
 
     def hosts(self) -> list[ComputeHost]:
-        """The compute hosts, each with what is free there; that is not told where Placement does not answer us."""
+        """The compute hosts, each with what is free and taken there; that is not told where Placement does not answer us."""
         with self._cloud.wall("list compute services"):
             services = self._nova.services.list(binary="nova-compute")
             node_of = {node.service["host"]: node.hypervisor_hostname for node in self._nova.hypervisors.list()}
-        free: dict[str, dict[str, int]] = {}
+        known: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {}
         with contextlib.suppress(CloudError), self._cloud.wall("see what is free"):
             for provider in self._placement("/resource_providers")["resource_providers"]:
                 path = f"/resource_providers/{provider['uuid']}"
-                used = self._placement(f"{path}/usages")["usages"]
-                free[provider["name"]] = {name: int((entry["total"] - entry["reserved"]) * entry["allocation_ratio"]) - used.get(name, 0)
-                                          for name, entry in self._placement(f"{path}/inventories")["inventories"].items()}
-        return [ComputeHost(one.host, one.status == "enabled", one.state == "up", free.get(node_of.get(one.host, ""), {})) for one in services]
+                taken = {id: one["resources"] for id, one in self._placement(f"{path}/allocations")["allocations"].items()}
+                used = sum(map(Counter, taken.values()), Counter[str]())
+                free = {name: int((entry["total"] - entry["reserved"]) * entry["allocation_ratio"]) - used[name]
+                        for name, entry in self._placement(f"{path}/inventories")["inventories"].items()}
+                known[provider["name"]] = free, taken
+        return [ComputeHost(one.host, one.status == "enabled", one.state == "up", *known.get(node_of.get(one.host, ""), ())) for one in services]
 
     def move(self, id: str, host: str) -> None:
         """Asks Nova to live-migrate an instance to a host, its local disks too where they are not shared."""
@@ -2437,10 +2437,6 @@ class Cloud:
     def unlock(self, id: str) -> None:
         """Takes the lock off an instance."""
         self.insist(f"unlock server {id}", lambda: self._nova.servers.unlock(id))
-
-    def mark_of(self, id: str) -> str | None:
-        """The run whose mark an instance carries, if any."""
-        return self.steady_server(id).metadata.get(MARK)
 
     def mark(self, id: str, marks: Mapping[str, str]) -> None:
         """Writes into an instance's metadata."""
@@ -4020,8 +4016,7 @@ def converted(stream: Stream, plan: ImagePlan, folder: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="migrena-", dir=folder) as place:
         given, made, format = Path(place) / "given", Path(place) / "made", QEMUS[plan.source.told["disk_format"]]
         with given.open("wb") as file:
-            for piece in iter(stream.read, b""):
-                file.write(piece)
+            shutil.copyfileobj(stream, file)
         if names_further_files(given, format):
             raise FinalError("the image names a further file, which would be read from this machine", "do not trust it")
         more = ("-o", "subformat=streamOptimized") if plan.disk_format == "vmdk" else ()
@@ -4126,8 +4121,7 @@ def image(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     plans = [plan_image(settings, wanted, there) for wanted in chosen]
     for name in sorted({plan.name for plan in plans if [other.name for other in plans].count(plan.name) > 1}):
         reasons.append(Reason(f"several of these images are named {name!r}", "carry them one by one, with --name"))
-    reasons += [reason for plan in plans for reason in (*refuse_image(settings, plan, there), *refuse_reading(plan, source))]
-    if reasons:
+    if reasons := [*reasons, *(why for plan in plans for why in (*refuse_image(settings, plan, there), *refuse_reading(plan, source)))]:
         raise Refused.of(reasons)
     report.images = [{"source": plan.source.id, "name": plan.name, "destination": plan.there, "bytes": plan.size,
                       "result": "already there" if plan.there else "to be carried"} for plan in plans]
@@ -4721,7 +4715,7 @@ def carry_first(run: Run) -> Run:
 
 def require_mark(run: Run, mark: str | None) -> None:
     """Raises Refused when the source carries another mark than ours, or than this."""
-    there = run.source.mark_of(run.plan.server.id)
+    there = run.source.steady_server(run.plan.server.id).metadata.get(MARK)
     if there not in (mark, run.plan.run):
         raise Refused(f"another run ({there or 'one that has ended'}) has taken the source {run.plan.server.id} at the same time",
                       "wait for its end, and see what it made")
@@ -5387,24 +5381,24 @@ def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         is_over = traces.source and MARK not in traces.source.metadata and (traces.source.is_running or not traces.was_running)
         if traces.source and is_over and not traces.made:
             screen.say(f"Neither cloud has anything of run {traces.run} to undo; the source is {traces.source.status}.")
-        with journal.ending(undo, "rolled back", "left"):
-            journal.write("rollback", pid=os.getpid(), keep_destination=settings.keep_destination)
-            for what, action in undoing(settings, clouds, traces, screen):
-                with screen.step(f"{what[0].upper()}{what[1:]}."):
-                    undo.attempt(what, functools.partial(journaled, journal, what, action))
-    report.result = "rolled back" if not undo.left else "left"
-    return 0
+        return take_back(undoing(settings, clouds, traces, screen), journal, undo, report, keep_destination=settings.keep_destination)
 
 
 def take_back_image(record: RunRecord, cloud: Cloud, journal: Journal, undo: Undo, report: Report) -> int:
     """Deletes what a run of the job `image` had not brought to an end."""
     if record.state == "done":
         raise Refused(f"run {record.run} was successful: its image may be in use", "openstack image delete, if that is wanted")
-    what, report.run = f"delete image {record.facts.get('name')}", record.run
+    report.run = record.run
+    return take_back([(f"delete image {record.facts.get('name')}", functools.partial(delete_carried, cloud, record.run))], journal, undo, report)
+
+
+def take_back(steps: Iterable[tuple[str, Callable[[], None]]], journal: Journal, undo: Undo, report: Report, **facts: object) -> int:
+    """Does these steps, each with its name, as what undoes a run; goes on past what fails, which is left in `undo`."""
     with journal.ending(undo, "rolled back", "left"):
-        journal.write("rollback", pid=os.getpid())
-        with undo.screen.step(f"{what[0].upper()}{what[1:]}."):
-            undo.attempt(what, functools.partial(journaled, journal, what, lambda: delete_carried(cloud, record.run)))
+        journal.write("rollback", pid=os.getpid(), **facts)
+        for what, action in steps:
+            with undo.screen.step(f"{what[0].upper()}{what[1:]}."):
+                undo.attempt(what, functools.partial(journaled, journal, what, action))
     report.result = "rolled back" if not undo.left else "left"
     return 0
 
@@ -5465,12 +5459,12 @@ def clean_host(name: str, settings: Settings, screen: Screen, run: str, paths: S
 # ---- 14. Spread ------------------------------------------------------------------------------------------------------
 
 GIVEN_UP: Final = ("error", "failed", "cancelled")  # how Nova calls a live migration that has not come to its end
+ROOM_LIMIT: Final = 60.0  # seconds that Nova may take to give back what an instance had on the host that it has left
 
 
 def one_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; raises ValueError where a key is in it twice."""
-    names = [name for name, _ in pairs]
-    if twice := {name for name in names if names.count(name) > 1}:
+    if twice := {name for name, count in Counter(name for name, _ in pairs).items() if count > 1}:
         raise ValueError(f"names {', '.join(sorted(twice))} twice")
     return dict(pairs)
 
@@ -5488,12 +5482,12 @@ def read_map(path: str) -> dict[str, list[str]]:
     return found
 
 
-def find_moves(wanted: Mapping[str, Sequence[str]], servers: Sequence[Server]) -> tuple[list[Move], list[Reason]]:
+def find_moves(wanted: Mapping[str, Sequence[str]], servers: Sequence[Server], hosts: Sequence[ComputeHost]) -> tuple[list[Move], list[Reason]]:
     """The instances of the map, each with its host there; and the reasons why some cannot be told."""
-    moves, reasons = list[Move](), list[Reason]()
+    moves, reasons, taken = list[Move](), list[Reason](), {id: what for host in hosts for id, what in host.taken.items()}
     for host, name in ((host, name) for host, names in wanted.items() for name in names):
         found = named(name, servers)
-        moves += [Move(server, host) for server in found[:1]]
+        moves += [Move(server, host, taken.get(server.id, {})) for server in found[:1]]
         if not found:
             near = did_you_mean(name, {server.name for server in servers})
             reasons.append(Reason(f"there is no instance {name!r}{near}", "see: openstack server list --all-projects"))
@@ -5534,7 +5528,7 @@ def spread(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     with screen.timed("Survey"), nothing_touched():
         cloud = Cloud("the", creds)
         servers, hosts = at_once(cloud.fleet.servers, cloud.fleet.hosts)
-    moves, reasons = find_moves(wanted, servers)
+    moves, reasons = find_moves(wanted, servers, hosts)
     if reasons := [*reasons, *refuse_moves(wanted, moves, hosts)]:
         raise Refused.of(reasons)
     due = in_order([move for move in moves if move.is_due], hosts)
@@ -5550,6 +5544,8 @@ def spread(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         raise Refused("there is no terminal to ask at, and nothing is moved unasked", "give -y")
     for move, row in zip(due, report.moves, strict=True):
         if settings.yes or agreed(screen, move):
+            if any(done["result"] == "moved" and done["from"] == move.to for done in report.moves):
+                await_room(cloud, move)
             move_one(cloud, move, settings, undo, row)
         else:
             row["result"] = "declined"
@@ -5558,6 +5554,15 @@ def spread(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         raise CloudError(f"{len(failed)} of {len(due)} instances were not moved: {', '.join(failed)}")
     report.result = "done"
     return 0
+
+
+def await_room(cloud: Cloud, move: Move) -> None:
+    """Returns when Placement tells of room for an instance, or after ROOM_LIMIT: then it is Nova that refuses it."""
+    limit = time.monotonic() + ROOM_LIMIT
+    for _ in cloud.polls():
+        free = {host.name: host.free for host in cloud.insist("see what is free", cloud.fleet.hosts)}
+        if not lacking(move, free.get(move.to, {})) or time.monotonic() > limit:
+            return
 
 
 def agreed(screen: Screen, move: Move) -> bool:
@@ -5740,12 +5745,11 @@ def open_log(path: str) -> TextIO | None:
         raise UsageError(f"the log file {path} cannot be written: {error}", "name another one with --log-file") from error
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """The exit code of one call of migrena."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error is: a name that the locale cannot show is no failure
     environment, screen, report = os.environ, Screen(), Report()
-    arguments = sys.argv[1:] if arguments is None else arguments
     settings, undo = Settings(), Undo(screen)
     try:
         with signals(undo):
@@ -5756,11 +5760,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(name)s %(message)s")
                 for handler in logging.getLogger().handlers:
                     handler.addFilter(without_bodies)
-            if call.job != "status":
-                require_packages()
-            code = JOBS[call.job].do(call, settings, undo, report)
             if call.job == "status":
-                return code
+                return status(call, settings, undo, report)
+            require_packages()
+            code = JOBS[call.job].do(call, settings, undo, report)
     except MigrenaError as error:
         code = show_failure(error.reasons, error.exit_code, screen, report)
         if settings.debug:
@@ -5819,4 +5822,4 @@ def signals(undo: Undo) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

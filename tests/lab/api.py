@@ -15,7 +15,7 @@ from lab.processes import LabError
 from lab.settings import PASSWORD, Cloud
 
 MICROVERSION: Final = "2.93"  # Nova's in Zed
-ROOTS: Final = {"keystone": "/v3", "nova": "/v2.1", "glance": "/v2", "neutron": "/v2.0"}
+ROOTS: Final = {"keystone": "/v3", "nova": "/v2.1", "glance": "/v2", "neutron": "/v2.0", "placement": ""}
 POLL: Final = 0.5  # seconds between two questions to a service
 
 
