@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,7 +132,10 @@ def nearly_full(api: Api, host: str) -> Iterator[None]:
     version, taken = {"OpenStack-API-Version": "placement 1.28"}, list[str]()
     (id,) = [one["uuid"] for one in api.call("GET", "placement", "/resource_providers")["resource_providers"] if one["name"].startswith(host)]
     memory = api.call("GET", "placement", f"/resource_providers/{id}/inventories")["inventories"]["MEMORY_MB"]
-    used = api.call("GET", "placement", f"/resource_providers/{id}/usages")["usages"]["MEMORY_MB"]
+    servers = {one["id"] for one in api.call("GET", "nova", "/servers?all_tenants=1")["servers"]}
+    while (there := api.call("GET", "placement", f"/resource_providers/{id}/allocations")["allocations"]).keys() - servers:
+        time.sleep(0.5)  # what a migration holds yet of an instance that has left
+    used = sum(one["resources"]["MEMORY_MB"] for one in there.values())
     left = int((memory["total"] - memory["reserved"]) * memory["allocation_ratio"]) - used - 64
     while left > 0:
         taken.append(str(uuid.uuid4()))
@@ -139,9 +143,11 @@ def nearly_full(api: Api, host: str) -> Iterator[None]:
             "allocations": {id: {"resources": {"MEMORY_MB": min(left, memory["max_unit"])}}}, "consumer_generation": None,
             "project_id": taken[0], "user_id": taken[0]}, version)
         left -= memory["max_unit"]
-    yield
-    for consumer in taken:
-        api.call("DELETE", "placement", f"/allocations/{consumer}")
+    try:
+        yield
+    finally:
+        for consumer in taken:
+            api.call("DELETE", "placement", f"/allocations/{consumer}")
 
 
 def test_moves_wait_for_the_room_that_others_leave_and_a_ring_of_full_hosts_is_refused(
