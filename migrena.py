@@ -2276,7 +2276,8 @@ class Cloud:
         glance = GlanceClient("2", session=opened, endpoint=glance_endpoint or None, region_name=region, interface=interface)
         self.store = ImageStore(self, glance)
         placement = {"service_type": "placement", "region_name": region, "interface": interface}
-        self.fleet = Fleet(self, self._nova, lambda path: opened.get(path, endpoint_filter=placement).json())
+        calm = nova_client.Client(min(newest, api_versions.APIVersion("2.87")), session=opened, region_name=region, endpoint_type=interface)
+        self.fleet = Fleet(self, calm, lambda path: opened.get(path, endpoint_filter=placement).json())  # 2.88 waits for each hypervisor
 
     def _count(self, *_: object, **__: object) -> None:
         self.calls += 1
@@ -5630,7 +5631,7 @@ def goes_on(move: Move, number: int) -> str:
 def overdue(cloud: Cloud, move: Move, number: int, state: str, settings: Settings, undo: Undo) -> None:
     """A migration has taken longer than --timeout: it is ended, waited for, or, which raises CloudError, left to Nova."""
     told = f"{move.server.name} has not arrived within {span(settings.timeout)}; Nova calls its migration {number} {state or 'not begun'}"
-    if any(host.name == move.to and not host.is_up for host in cloud.fleet.hosts()):
+    if any(host.name == move.to and not host.is_up for host in cloud.insist("list compute services", cloud.fleet.hosts)):
         told += f", and compute host {move.to} down"
     if settings.abort:
         undo.screen.warn(f"{told}: it is ended")
