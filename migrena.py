@@ -2228,11 +2228,11 @@ class Fleet:
         done, total = (sum(int(record.get(f"{what}_{kind}_bytes") or 0) for what in ("memory", "disk")) for kind in ("processed", "total"))
         return min(done, total), total
 
-    def last_migration(self, id: str) -> tuple[int, str]:
-        """The number and the state of the latest live migration of an instance; (0, "") where there was none."""
+    def last_migration(self, id: str, after: int = 0) -> tuple[int, str]:
+        """The number and the state of the latest live migration of an instance; (0, "") where none has a number higher than `after`."""
         found = self._cloud.insist(f"list migrations of server {id}",
                                    lambda: self._nova.migrations.list(instance_uuid=id, migration_type="live-migration"))
-        return max(((int(one.id), str(one.status)) for one in found), default=(0, ""))
+        return max(((int(one.id), str(one.status)) for one in found if int(one.id) > after), default=(0, ""))
 
     def abort(self, id: str, migration: int) -> None:
         """Asks Nova to end a migration; the instance stays where it is."""
@@ -5595,7 +5595,7 @@ def move_one(cloud: Cloud, move: Move, settings: Settings, undo: Undo, row: dict
 def see_it_arrive(cloud: Cloud, move: Move, before: int, settings: Settings, undo: Undo) -> None:
     """Watches a live migration, which has a higher number than `before`; raises CloudError where the instance does not arrive."""
     server, screen, limit = move.server, undo.screen, time.monotonic() + settings.timeout
-    number, state, total, show = before, "", 0, None
+    number, state, total, show = 0, "", 0, None
     with contextlib.ExitStack() as stack:
         try:
             for _ in cloud.polls():
@@ -5604,8 +5604,8 @@ def see_it_arrive(cloud: Cloud, move: Move, before: int, settings: Settings, und
                     if show:
                         show(total)
                     return
-                number, state = cloud.fleet.last_migration(server.id)
-                if number > before and state in GIVEN_UP and not now.task:
+                number, state = cloud.fleet.last_migration(server.id, before)
+                if state in GIVEN_UP and not now.task:
                     why = cloud.why_failed(server.id, "live-migration") or f"the reason is in the log of nova-compute on {server.host} or {move.to}"
                     raise CloudError(f"{server.name} is {now.status} on {now.host}: Nova calls migration {number} {state}: {why}",
                                      f"see where it runs; then {STATE_WAYS['ERROR']} {server.id}" if now.status == "ERROR" else "")
@@ -5617,29 +5617,26 @@ def see_it_arrive(cloud: Cloud, move: Move, before: int, settings: Settings, und
                     screen.status(f"Current status: {now.status} {now.task}, migration {state or 'not begun'}")
                 if time.monotonic() > limit:
                     limit = float("inf")
-                    overdue(cloud, move, number, state, settings, undo)
-        except Interrupted:
-            undo.left.append(goes_on(move, number))
+                    overdue(cloud, move, number, state, settings, screen)
+        except (CloudError, Interrupted):
+            if state not in GIVEN_UP:
+                which = f"migration {number}" if number else "the migration"
+                undo.left.append(f"{which} of {server.name} to {move.to} goes on, since that is Nova's")
             raise
 
 
-def goes_on(move: Move, number: int) -> str:
-    """What is said of a migration that we leave while it is under way."""
-    return f"migration {number} of {move.server.name} to {move.to} goes on, since that is Nova's"
-
-
-def overdue(cloud: Cloud, move: Move, number: int, state: str, settings: Settings, undo: Undo) -> None:
+def overdue(cloud: Cloud, move: Move, number: int, state: str, settings: Settings, screen: Screen) -> None:
     """A migration has taken longer than --timeout: it is ended, waited for, or, which raises CloudError, left to Nova."""
-    told = f"{move.server.name} has not arrived within {span(settings.timeout)}; Nova calls its migration {number} {state or 'not begun'}"
+    told = f"{move.server.name} has not arrived within {span(settings.timeout)}; Nova "
+    told += f"calls its migration {number} {state}" if number else "has not begun its migration"
     if any(host.name == move.to and not host.is_up for host in cloud.insist("list compute services", cloud.fleet.hosts)):
         told += f", and compute host {move.to} down"
     if settings.abort:
-        undo.screen.warn(f"{told}: it is ended")
+        screen.warn(f"{told}: it is ended")
         cloud.fleet.abort(move.server.id, number)
     elif settings.keep_waiting:
-        undo.screen.warn(f"{told}: waiting on")
+        screen.warn(f"{told}: waiting on")
     else:
-        undo.left.append(goes_on(move, number))
         raise CloudError(told, f"see: openstack server migration list --server {move.server.id}; --keep-waiting waits on, --abort ends it")
 
 

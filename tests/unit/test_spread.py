@@ -133,7 +133,7 @@ class Refusing:
 
     label, fleet = "the", property(lambda self: self)
 
-    def last_migration(self, id: str) -> tuple[int, str]:
+    def last_migration(self, id: str, after: int = 0) -> tuple[int, str]:
         return 0, ""
 
     def move(self, id: str, host: str) -> None:
@@ -154,7 +154,7 @@ class HalfDone(Refusing):
 
     asked, polls = False, staticmethod(Cloud.polls)
 
-    def last_migration(self, id: str) -> tuple[int, str]:
+    def last_migration(self, id: str, after: int = 0) -> tuple[int, str]:
         return (1, "error") if self.asked else (0, "")
 
     def move(self, id: str, host: str) -> None:
@@ -172,3 +172,39 @@ def test_an_instance_in_error_on_the_new_host_is_no_success_and_its_state_is_tol
     with pytest.raises(CloudError, match=words) as failure:
         move_one(cast(Cloud, HalfDone()), Move(WEB, "cmp2"), some_settings(), Undo(Screen(stream=io.StringIO())), {})
     assert "set --state active" in failure.value.reasons[0].way_out
+
+
+class Stuck(HalfDone):
+    """A stand-in for a Nova whose migration, the second of its instance, neither ends nor lets itself be ended."""
+
+    def last_migration(self, id: str, after: int = 0) -> tuple[int, str]:
+        return (2, "running") if self.asked and self.has_begun else (0, "") if after else (1, "cancelled")
+
+    def __init__(self, has_begun: bool) -> None:
+        self.has_begun = has_begun
+
+    def steady_server(self, id: str) -> Server:
+        return replace(WEB, status="MIGRATING", task="migrating")
+
+    def insist(self, act: str, do: Callable[[], Any]) -> Any:
+        return do()
+
+    def hosts(self) -> list[ComputeHost]:
+        return HOSTS
+
+    def progress(self, id: str) -> None:
+        return None
+
+    def abort(self, id: str, migration: int) -> None:
+        raise CloudError("it cannot be ended")
+
+
+@pytest.mark.parametrize(("has_begun", "called", "left"), [
+    (True, "Nova calls its migration 2 running", "migration 2 of web to cmp2 goes on"),
+    (False, "Nova has not begun its migration", "the migration of web to cmp2 goes on")])
+def test_a_migration_that_cannot_be_ended_is_left_to_nova_and_named(has_begun: bool, called: str, left: str) -> None:
+    said = io.StringIO()
+    undo = Undo(Screen(stream=said))
+    with pytest.raises(CloudError, match="cannot be ended"):
+        move_one(cast(Cloud, Stuck(has_begun)), Move(WEB, "cmp2"), some_settings(timeout=0, abort=True), undo, {})
+    assert called in said.getvalue() and left in undo.left[0]
