@@ -5606,7 +5606,8 @@ def see_it_arrive(cloud: Cloud, move: Move, before: int, settings: Settings, und
                     return
                 number, state = cloud.fleet.last_migration(server.id, before)
                 if state in GIVEN_UP and not now.task:
-                    why = cloud.why_failed(server.id, "live-migration") or f"the reason is in the log of nova-compute on {server.host} or {move.to}"
+                    asked = "its end was asked for with --abort" if settings.abort and limit == float("inf") else ""
+                    why = cloud.why_failed(server.id, "live-migration") or asked or f"see nova-compute's log on {server.host} or {move.to}"
                     raise CloudError(f"{server.name} is {now.status} on {now.host}: Nova calls migration {number} {state}: {why}",
                                      f"see where it runs; then {STATE_WAYS['ERROR']} {server.id}" if now.status == "ERROR" else "")
                 done, total = cloud.fleet.progress(server.id) or (total, total)

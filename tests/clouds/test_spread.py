@@ -213,8 +213,10 @@ def is_back(src: Api, id: str) -> None:
 
 def test_a_migration_that_takes_too_long_is_ended_with_abort(
         operator: Operator, src: Api, three: dict[str, str], narrow: None) -> None:
+    """Nova calls it failed where its look at libvirt, twice a second, comes too late to see it cancelled (find_job_type)."""
     done = operator.run(*spread(operator, {"src-cmp2": ["web-0"]}, "-y", "--timeout", "10", "--abort"))
-    assert done.returncode == 1 and "it is ended" in done.stderr and "cancelled" in done.stderr, done.stderr
+    words = r"Nova calls migration \d+ (cancelled|failed): its end was asked for with --abort"
+    assert done.returncode == 1 and "it is ended" in done.stderr and re.search(words, done.stderr), done.stderr
     is_back(src, three["web-0"])
     writes_on(src, three["web-0"])
 
