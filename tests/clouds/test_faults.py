@@ -11,6 +11,7 @@ import pytest
 from clouds.conftest import DESTINATION, SOURCE, Operator, disk, ended, has_been_put_back, left_on, same_to_both_guests
 from lab.api import Api, ApiError
 from lab.clouds import Clouds
+from lab.processes import wait_until
 
 
 def test_hazard_ctrl_c_cleans_nothing(operator: Operator, clouds: Clouds, src: Api, dst: Api, running: str) -> None:
@@ -116,17 +117,24 @@ def test_a_start_that_fails_is_told_with_its_reason_from_nova(
     assert has_been_put_back(src, running, "ACTIVE") and not dst.find("nova", "servers", "arrived")
 
 
+def latest_action(api: Api, id: str) -> tuple[str, str | None]:
+    """What Nova was last asked to do with an instance, and what it says of that: nothing, or Error."""
+    latest = api.call("GET", "nova", f"/servers/{id}/os-instance-actions")["instanceActions"][0]
+    return latest["action"], latest["message"]
+
+
 def test_hazard_nothing_fences_the_source_and_an_admin_starts_it_in_mid_copy(
         operator: Operator, clouds: Clouds, src: Api, dst: Api, source: str) -> None:
-    """Nova's lock holds users alone; what holds admins is qemu's."""
+    """Nova's lock holds users alone; what holds admins is qemu's. The run is held, or it may let go of the disk before qemu asks for it."""
     one = clouds.host(SOURCE)
     before = one.run("sha256sum", disk(source)).stdout
     process = operator.at_a_third("-s", source, *operator.to(DESTINATION))
+    process.send_signal(signal.SIGSTOP)
     src.act(source, "os-start")
+    wait_until("qemu refuses to start the source", lambda: latest_action(src, source) == ("start", "Error"), 60)
+    process.send_signal(signal.SIGCONT)
     done = ended(process)
     assert one.run("sha256sum", disk(source)).stdout == before
-    actions = src.call("GET", "nova", f"/servers/{source}/os-instance-actions")["instanceActions"]
-    assert next(action["message"] for action in actions if action["action"] == "start") == "Error"
     assert done.returncode == 1 and has_been_put_back(src, source, "SHUTOFF") and not dst.find("nova", "servers", "arrived")
     assert "somebody started it" in done.stderr or "was changed while it was being copied" in done.stderr  # by its task, or by the file's owner
 
