@@ -25,13 +25,14 @@ Map of the rooms; each uses only rooms above it:
      6 Host        one hypervisor over SSH
      7 Cloud       one OpenStack cloud: Nova and Glance
      8 Disks       images, exports, attachments, ranges, digests
-     9 Image       carries images from one Glance to another
-    10 Copy        survey, refuse, execute
-    11 Status      what the journals tell of the runs
-    12 Resume      goes on with a run that was cut off
-    13 Rollback    undoes a run, with its journal or without
-    14 Spread      live-migrates instances until they are spread as a map says
-    15 Door        command line, signals, exit codes
+     9 Gate        what is so now, and what may be done then
+    10 Image       carries images from one Glance to another
+    11 Copy        survey, refuse, execute
+    12 Status      what the journals tell of the runs
+    13 Resume      goes on with a run that was cut off
+    14 Rollback    undoes a run, with its journal or without
+    15 Spread      live-migrates instances until they are spread as a map says
+    16 Door        command line, signals, exit codes
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import enum
 import errno
 import fcntl
 import functools
@@ -136,6 +138,12 @@ class HostError(MigrenaError):
 
 class FinalError(HostError):
     """What a further attempt would only meet again: the proof failed, the source was changed, the disk is full."""
+
+
+class Kept(MigrenaError):
+    """An act was not done because of what is so now: both copies are kept, and what was seen is told with the ways on."""
+
+    exit_code = 4
 
 
 class StateError(MigrenaError):
@@ -358,8 +366,8 @@ class Settings:
                          help="the run that is marked on this source instance, also where its journal is lost")
     keep_destination: bool = option(False, "--keep-destination", config=False, jobs=("rollback",),
                                     help="stop the new instance and leave it, in place of deleting it")
-    yes: bool = option(False, "--yes", "-y", "--y", config=False, jobs=("rollback", "live-migrate"),
-                       help="ask nothing: also undo a run that was successful; move each instance")
+    yes: bool = option(False, "--yes", "-y", "--y", config=False, jobs=("copy", "resume", "rollback", "live-migrate"),
+                       help="ask nothing: also what may lose what an instance has written since; move each instance")
     host_map: str = option("", "--host-map", "--host_map", config=False, jobs=("live-migrate",), metavar="FILE",
                            help='JSON: {"compute001": ["web-0"], "compute003": ["db-0", "db-1"]}, instances by name or id')
     cloud: str = option("", "--cloud", config=False, jobs=("live-migrate",), metavar="src|dst|NAME",
@@ -411,7 +419,8 @@ class Settings:
                                help="copies at a time from or to one hypervisor; later ones wait (default: 2)")
     src_cloud: str = option("", "--src-cloud", jobs=ACT, metavar="NAME", help="the source's name in clouds.yaml")
     dst_cloud: str = option("", "--dst-cloud", jobs=ACT, metavar="NAME", help="the destination's name in clouds.yaml")
-    dry_run: bool = option(False, "-n", "--dry-run", config=False, jobs=("copy", "image", "live-migrate"), help="print the plan, change nothing")
+    dry_run: bool = option(False, "-n", "--dry-run", config=False, jobs=("copy", "resume", "rollback", "image", "live-migrate"),
+                            help="print the plan, or what is seen and may be done; change nothing")
     log_file: str = option("", "--log-file", jobs=ALL, metavar="PATH", help="append every line to this file too, stamped, also with -q")
     verbose: bool = option(False, "-v", "--verbose", jobs=ALL, help="show every remote command")
     quiet: bool = option(False, "-q", "--quiet", jobs=ALL, help="say nothing at all, not even the new id, unless something is wrong")
@@ -665,6 +674,26 @@ class Server:
         return self.status == "SHUTOFF" and not self.task and self.power == 4
 
 
+@dataclass(frozen=True)
+class Action:
+    """What Nova was asked to do with an instance, by os-instance-actions; `request` is the id of that request."""
+
+    request: str
+    name: str
+    at: str
+    has_failed: bool
+
+
+# Actions after which a guest has not run that did not run before; any other may have started it, also on another disk or host.
+HARMLESS: Final = frozenset({"create", "stop", "lock", "unlock", "createImage", "createBackup", "delete", "attach_volume", "detach_volume",
+                             "attach_interface", "detach_interface"})
+
+
+def newer(actions: Sequence[Action], than: str) -> list[Action]:
+    """The actions, newest first, that came after this request; all where it is empty or unknown."""
+    return list(itertools.takewhile(lambda action: not than or action.request != than, actions))
+
+
 Named = TypeVar("Named", Flavor, Image, Server)
 
 
@@ -817,7 +846,6 @@ class DiskJob:
     transport: str  # nbd or qemu
     source_direct: bool
     fresh_direct: bool
-    with_python: bool  # whether both hosts can run the digest program
     compress: bool = False  # whether what crosses the wire is deflated
     is_live: bool = False  # whether a guest may be writing to the source
     stand: str = ""  # size and times of the source's file when it had been stopped: what changes it, changes them
@@ -862,7 +890,7 @@ class DiskJob:
     def may_be_compressed(self) -> bool:
         """Whether the wire decides about that: a limit of the rate holds for the disk's bytes, however few of them cross the wire."""
         settings = self.settings
-        return settings.compress == "auto" and not self.compress and self.with_python and settings.transport != "nbd" and not settings.limit_rate
+        return settings.compress == "auto" and not self.compress and settings.transport != "nbd" and not settings.limit_rate
 
     @property
     def new_image(self) -> DiskImage:
@@ -1160,17 +1188,19 @@ class Journal:
         self.path = folder / f"{run}.jsonl"
         try:
             self._file = open(self.path, "ab", buffering=0, opener=functools.partial(os.open, mode=0o600))
-            os.truncate(self.path, parse_journal(self.path)[1])  # what follows a line that was cut would make it unreadable
+            self.entries, whole = parse_journal(self.path)
+            os.truncate(self.path, whole)  # what follows a line that was cut would make it unreadable
         except OSError as error:
             raise UsageError(f"the journal {self.path} cannot be written: {error}", "name another folder in STATE_FOLDER") from error
         self._is_broken = False
 
     def write(self, event: str, **facts: object) -> None:
-        """One line, on the disk when this returns. Raises StateError once; after that the undoing goes on without a journal."""
+        """One line, on the disk when this returns. Raises StateError once; after that the undoing goes on by what is kept in memory."""
+        entry = {"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": event, **facts}
+        self.entries.append(entry)
         if self._is_broken:
             return
-        at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        line = json.dumps({"at": at, "event": event, **facts}).encode() + b"\n"
+        line = json.dumps(entry).encode() + b"\n"
         try:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -1313,8 +1343,8 @@ def _is_taken(path: Path, stack: contextlib.ExitStack) -> bool:
 
 
 @dataclass(frozen=True)
-class Act:
-    """One act of a run as its journal tells it; `result` is done, failed, or empty where nobody knows."""
+class Step:
+    """One step of a run as its journal tells it; `result` is done, failed, or empty where nobody knows."""
 
     name: str
     began: str
@@ -1331,7 +1361,7 @@ class RunRecord:
     state: str  # running, killed, done, failed (and rolled back), left, rolled back
     began: str
     facts: Mapping[str, Any]  # of the first line: who moves what to where, as asked for how
-    acts: tuple[Act, ...] = ()
+    acts: tuple[Step, ...] = ()
     job: Mapping[str, Any] = field(default_factory=dict)  # of the transfer: files, and the source's file as it stood
     arrived: tuple[tuple[int, int], ...] = ()  # stretches that were sent: offset, length
     done: int = 0
@@ -1368,11 +1398,6 @@ class RunRecord:
         return (self.total - self.done) / self.rate if self.rate and self.state == "running" else 0.0
 
     @property
-    def is_complete(self) -> bool:
-        """Whether the new instance was about to be started or to be called complete: it may be in use, and no failure deletes it."""
-        return any(act.name in ("start destination", "mark destination done") for act in self.acts)
-
-    @property
     def carries_image(self) -> bool:
         """Whether it is one of the job `image`."""
         return self.facts.get("job") == "image"
@@ -1386,15 +1411,24 @@ class RunRecord:
         """Whether this act has succeeded."""
         return any(known.name == act and known.result == "done" for known in self.acts)
 
+    def request(self, act: str) -> str:
+        """The request by which Nova was last asked for this act, empty where that is unknown."""
+        return next((str(known.facts["request"]) for known in reversed(self.acts) if known.name == act and "request" in known.facts), "")
+
 
 def read_run(folder: Path, run: str, *, is_ours: bool = False) -> RunRecord:
     """What is known of a run on this machine, `is_ours` to those who hold its lock. Raises UsageError where its journal cannot be read."""
     entries, _ = parse_journal(folder / f"{run}.jsonl")
+    source = next((str(entry.get("source", "")) for entry in entries if entry["event"] == "run"), "")
+    return recorded(run, entries, "" if is_ours else who_has(folder, source)[1])
+
+
+def recorded(run: str, entries: Sequence[dict[str, Any]], holder: str = "") -> RunRecord:
+    """What the lines of a run's journal say; `holder` is the run that has the lock on its source."""
     facts = next((entry for entry in entries if entry["event"] == "run"), {})
     last: dict[str, dict[str, Any]] = {entry["event"]: entry for entry in entries}
     begun = max((number for number, entry in enumerate(entries) if entry["event"] in ("run", "resume", "rollback")), default=0)
     end = next((entry for entry in entries[begun:] if entry["event"] == "ended"), None)
-    holder = "" if is_ours else who_has(folder, str(facts.get("source", "")))[1]
     progress = last.get("progress", {})
     arrived = tuple((entry["offset"], entry["length"]) for entry in entries if entry["event"] == "chunk")
     return RunRecord(
@@ -1405,13 +1439,13 @@ def read_run(folder: Path, run: str, *, is_ours: bool = False) -> RunRecord:
         str(end.get("error", "")) if end else "", tuple(end.get("left", ())) if end else (), "rollback" in last)
 
 
-def _acts(entries: Iterable[Mapping[str, Any]]) -> tuple[Act, ...]:
+def _acts(entries: Iterable[Mapping[str, Any]]) -> tuple[Step, ...]:
     """The acts in the order in which they began, each with its end where it has one."""
-    acts: list[Act] = []
+    acts: list[Step] = []
     for entry in entries:
         facts = {key: value for key, value in entry.items() if key not in ("at", "event", "act")}
         if entry["event"] == "intent":
-            acts.append(Act(entry["act"], entry["at"], facts=facts))
+            acts.append(Step(entry["act"], entry["at"], facts=facts))
         elif entry["event"] in ("done", "failed"):
             number = next((number for number in reversed(range(len(acts))) if acts[number].name == entry["act"]), None)
             if number is not None:
@@ -1459,9 +1493,9 @@ class Undo:
     def __init__(self, screen: Screen) -> None:
         self.screen = screen
         self.left: list[str] = []
+        self.ways: list[str] = []  # what an operator can do about that
         self.doing = ""  # what is being undone, for a second Ctrl-C
         self.has_begun = False  # once it has, a signal is only answered
-        self._kept = ""
         self._steps: list[tuple[str, Callable[[], None], bool]] = []
 
     def always(self, what: str, action: Callable[[], None]) -> None:
@@ -1469,30 +1503,31 @@ class Undo:
         self._steps.append((what, action, True))
 
     def on_failure(self, what: str, action: Callable[[], None]) -> None:
-        """To be done only if the run fails."""
+        """To be done only if the run fails; not where the failure is that both copies are to be kept."""
         self._steps.append((what, action, False))
 
-    def keep(self, what: str) -> None:
-        """The run has succeeded: what it made may be in use, and is not unmade whatever happens now; a failure only names it."""
-        self._kept = what
-        self._steps = [step for step in self._steps if step[2]]
-
     def __enter__(self) -> Undo:
-        self.has_begun, self._kept, self._steps = False, "", []  # images are carried one after the other, each undone for itself
+        self.has_begun, self._steps = False, []  # images are carried one after the other, each undone for itself
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.has_begun = True
-        if kind and self._kept:
-            self.left.append(self._kept)
-        if kind and self._steps:
+        self.has_begun, is_undone = True, bool(kind) and not isinstance(error, Kept)
+        if isinstance(error, Kept):
+            self.keep(error)
+        if is_undone and self._steps:
             self.screen.say(f"Undo: {error}" if isinstance(error, Interrupted) else "The run failed; undo.", always=True)
         for what, action, is_cleanup in reversed(self._steps):
-            if not kind and not is_cleanup:
+            if not is_undone and not is_cleanup:
                 continue
             if kind:
                 self.screen.note(what)
             self.attempt(what, action)
+
+    def keep(self, kept: Kept) -> None:
+        """Keeps what is left on purpose, each reason and each way on once."""
+        for reason in kept.reasons:
+            self.left += [reason.problem] if reason.problem not in self.left else []
+            self.ways += [reason.way_out] if reason.way_out and reason.way_out not in self.ways else []
 
     def attempt(self, what: str, action: Callable[[], None]) -> None:
         """Does one step; one that fails is kept in `left`."""
@@ -1503,6 +1538,8 @@ class Undo:
             except StateError as mishap:  # raised once, perhaps before the step was done; the journal is silent from here on
                 self.screen.warn(f"{mishap}; the undoing goes on without it")
                 action()
+        except Kept as kept:
+            self.keep(kept)
         except Exception as mishap:
             self.left.append(f"{what} did not succeed: {shorten(str(mishap))}")
         self.doing = ""
@@ -1600,6 +1637,8 @@ LEASED_FOLDER: Final = HOLD + """
 umask 077
 for place in /run /tmp; do folder=$(mktemp -d "$place/migrena-$1-XXXXXX" 2>/dev/null) && break; done
 [ -n "$folder" ] || { echo "no private folder can be made in /run or /tmp" >&2; exit 1; }
+exec 9>"$folder/lease"
+flock -n 9
 trap '' PIPE
 echo "$folder"
 hold
@@ -1876,9 +1915,9 @@ class Host:
         with contextlib.ExitStack() as stack:
             with unbroken():
                 _, lease = self._start(words, ("sh", "-c", script, "migrena", *given), 30.0)
+                stack.callback(self._leases.discard, lease)
                 stack.callback(lease.close)
                 self._leases.add(lease)
-                stack.callback(self._leases.discard, lease)
                 lease.beat()
             yield lease
 
@@ -2025,17 +2064,17 @@ class Lease:
         patience = 1.0 if self._host.unconfirmed else 15.0  # a host that does not answer is not waited for once a lease
         if self._channel.status_event.wait(patience) and self._channel.exit_status == LEFT_BEHIND:
             self._host.stays.append(f"{self._host.name}: {self._said.decode(errors='replace').strip()}")
-        elif self._channel.exit_status == -1:
+        elif self._channel.exit_status == -1 and self in self._host._leases:  # else it ended with a connection that was given up
             self._host.unconfirmed.append(f"{self._host.name} did not confirm the end of `{shorten(shlex.join(self._words), 120)}`"
                                           " (it ends by itself when the connection does)")
         self.drop()
 
 
-def can_be(act: Callable[[], object]) -> bool:
-    """Whether an act succeeds; False where one of its commands fails."""
+def can_be(act: Callable[[], object], failing: type[HostError] = CommandError) -> bool:
+    """Whether an act succeeds; False where it raises such an error: one of its commands fails."""
     try:
         act()
-    except CommandError:
+    except failing:
         return False
     return True
 
@@ -2084,12 +2123,15 @@ def _drain(channel: paramiko.Channel, into: bytearray, most: int = 16384) -> Non
 
 # ---- 7. Cloud --------------------------------------------------------------------------------------------------------
 
-MARK: Final = "migrena:run"  # key in a server's metadata: the run that is moving it, or that made it
+MARK: Final = "migrena:run"  # key in a source's metadata: the run that is moving it
+MADE: Final = "migrena:made"  # key in a destination's metadata: the run that makes it
 ORIGIN: Final = "migrena:source"  # key in the destination's metadata: the id of the instance that it was copied from
 WAS: Final = "migrena:was"  # key in both servers' metadata: the status in which the run found the source
-DONE: Final = "migrena:done"  # key in the destination's metadata, in place of MARK: the run that has completed it
+DONE: Final = "migrena:done"  # key in the destination's metadata, in place of MADE: the run that has completed it
+LOCKED_BY: Final = "migrena run "  # how the reason of our lock on an instance begins; the run's id follows
 UNCHANGED_LIMIT: Final = 1800.0  # seconds that Nova may show no change before we stop waiting; a big image loads slowly
-OUTAGE_LIMIT: Final = 120.0  # seconds of errors from the API that a wait lives through
+OUTAGE_LIMIT: Final = 120.0  # seconds of errors from the API that a wait lives through; what is asked after them waits no longer
+OUTAGE_TOLD: Final = 10.0  # seconds of errors after which they are told
 OWN_ARGUMENTS: Final = frozenset({"self", "name", "image", "flavor", "reservation_id", "min_count", "max_count",
                                   "block_device_mapping", "block_device_mapping_v2"})  # not for -e: ours, or not one instance
 
@@ -2240,10 +2282,55 @@ class Fleet:
             self._nova.server_migrations.live_migration_abort(id, migration)
 
 
-class Cloud:
-    """One OpenStack cloud, as far as a copy needs it. Every method raises CloudError, whatever the libraries raise."""
+class Service:
+    """What all questions to a cloud share: its name, errors that come as CloudError, and patience with APIs that do not answer."""
 
+    label, url = "", ""
     calls = 0  # that its APIs have answered
+    tell: Callable[[str], None] = staticmethod(lambda line: None)  # takes a line about an API that does not answer
+    _away = 0.0  # since when it has not, by the monotonic clock
+
+    def _count(self, *_: object, **__: object) -> None:
+        self.calls += 1
+
+    def wall(self, act: str) -> contextlib.AbstractContextManager[None]:
+        """A scope out of which the libraries' exceptions come as CloudError."""
+        return api_wall(self.label, self.url, act)
+
+    def insist(self, act: str, do: Callable[[], T]) -> T:
+        """What an act gives that may be repeated: it lives through an outage, and waits for the end of a task that is under way."""
+        conflict = told = 0.0
+        for _ in self.polls():
+            try:
+                with self.wall(act):
+                    answer = do()
+                self._away = 0.0
+                return answer
+            except CloudError as error:
+                now = time.monotonic()
+                if error.code == 409:
+                    conflict = conflict or now
+                elif error.may_pass:
+                    self._away = self._away or now
+                if now - (conflict or self._away) > OUTAGE_LIMIT or (error.code != 409 and not error.may_pass):
+                    raise
+                if now - max(conflict or self._away, told) > OUTAGE_TOLD:
+                    told = now
+                    self.tell(f"{error}; it is tried again for {span(OUTAGE_LIMIT - now + (conflict or self._away))}")
+        raise AssertionError("polls never end")
+
+    @staticmethod
+    def polls() -> Iterator[float]:
+        """Turns of a loop, each a little later than the one before: 0.2 s apart at first, 2 s in the end."""
+        pause = 0.2
+        while True:
+            yield pause
+            time.sleep(pause)
+            pause = min(pause * 1.3, 2.0)
+
+
+class Cloud(Service):
+    """One OpenStack cloud, as far as a copy needs it. Every method raises CloudError, whatever the libraries raise."""
 
     def __init__(self, label: str, creds: Mapping[str, Any], glance_endpoint: str = "") -> None:
         self.label, self.url = label, str(creds["auth_url"])
@@ -2276,28 +2363,10 @@ class Cloud:
         glance = GlanceClient("2", session=opened, endpoint=glance_endpoint or None, region_name=region, interface=interface)
         self.store = ImageStore(self, glance)
         placement = {"service_type": "placement", "region_name": region, "interface": interface}
+        endpoint = opened.get_endpoint(service_type="compute", interface=interface, region_name=region)
+        self.identity = {"nova": str(endpoint), "region": region or "", "project": str(opened.get_project_id() or "")}
         calm = nova_client.Client(min(newest, api_versions.APIVersion("2.87")), session=opened, region_name=region, endpoint_type=interface)
         self.fleet = Fleet(self, calm, lambda path: opened.get(path, endpoint_filter=placement).json())  # 2.88 waits for each hypervisor
-
-    def _count(self, *_: object, **__: object) -> None:
-        self.calls += 1
-
-    def wall(self, act: str) -> contextlib.AbstractContextManager[None]:
-        """A scope out of which the libraries' exceptions come as CloudError."""
-        return api_wall(self.label, self.url, act)
-
-    def insist(self, act: str, do: Callable[[], T]) -> T:
-        """What an act gives that may be repeated: it lives through an outage, and waits for the end of a task that is under way."""
-        outage = 0.0
-        for _ in self.polls():
-            try:
-                with self.wall(act):
-                    return do()
-            except CloudError as error:
-                outage = outage or time.monotonic()
-                if time.monotonic() - outage > OUTAGE_LIMIT or (error.code != 409 and not error.may_pass):
-                    raise
-        raise AssertionError("polls never end")
 
     def server(self, id: str) -> Server:
         """An instance by its id."""
@@ -2308,17 +2377,39 @@ class Cloud:
         """An instance by its id, also through an API that fails for a while."""
         return self.insist(f"show server {id}", lambda: self.server(id))
 
+    def look(self, id: str, *, is_patient: bool = True) -> Server | None:
+        """An instance as it is now, or None where it does not exist; raises CloudError where these credentials might only not see it."""
+        try:
+            return self.steady_server(id) if is_patient else self.server(id)
+        except CloudError as error:
+            if error.code != 404:
+                raise
+            if not self.sees_hosts():
+                raise CloudError(f"{self.label} cloud: server {id} is not there, or not shown to these credentials", code=403) from error
+        return None
+
+    def actions(self, id: str) -> list[Action]:
+        """What Nova was asked to do with an instance, the newest first."""
+        found = self.insist(f"show actions of server {id}", lambda: self._nova.instance_action.list(id))
+        return [Action(one.request_id, one.action, str(one.start_time), getattr(one, "message", None) == "Error") for one in found]
+
+    def _request(self, id: str, answer: object) -> str:
+        """The request that an answer was to, or where it was lost, the latest one about this instance."""
+        known = [action.request for action in self.actions(id)]
+        return next((request for request in getattr(answer, "request_ids", ()) if request in known), known[0] if known else "")
+
     def servers_named(self, name: str) -> list[Server]:
         """The instances of this project that have exactly this name."""
         with self.wall("list servers"):
             found = self._nova.servers.list(search_opts={"name": f"^{re.escape(name)}$"}, limit=-1)
             return [self.read(server.to_dict()) for server in found if server.name == name]
 
-    def made_by(self, run: str, origin: str = "") -> list[Server]:
-        """The instances that a run has made, or whatever was made from `origin`, under whatever name by now."""
+    def made_by(self, run: str, origin: str) -> list[Server]:
+        """The instances that a run has made, by its marks, or without a run all that were made of `origin`; never `origin` itself."""
         found = self.insist("list servers", lambda: self._nova.servers.list(limit=-1))  # else no more than the first page is listed
-        return [server for server in (self.read(raw.to_dict()) for raw in found)
-                if (run and run in (server.metadata.get(MARK), server.metadata.get(DONE))) or (origin and server.metadata.get(ORIGIN) == origin)]
+        servers = [self.read(raw.to_dict()) for raw in found]
+        return [server for server in servers if server.id != origin and (runs := {MADE, DONE} & server.metadata.keys()) and (
+            run in {server.metadata[key] for key in runs} if run else server.metadata.get(ORIGIN) == origin)]
 
     @functools.cached_property
     def _flavors(self) -> dict[str, Flavor]:
@@ -2378,31 +2469,29 @@ class Cloud:
         """Deletes an instance and waits until it is gone; raises CloudError when Nova fails five times, or has not in half an hour."""
         refused, asked, limit = 0, 0.0, time.monotonic() + UNCHANGED_LIMIT
         for _ in self.polls():
+            server = self.look(id)
+            if not server or server.status == "DELETED":
+                return
+            is_deleting = server.task == "deleting"
+            if time.monotonic() > limit or (refused == 5 and not is_deleting):
+                raise CloudError(f"{self.label} cloud: server {id} is not deleted: {server.fault or 'Nova gives no reason'}", code=400)
+            if is_deleting and time.monotonic() < asked + 30:
+                continue
+            # Nova ignores a repeated request, until it takes the instance's host for dead. A cloud that keeps what is deleted for a while
+            # keeps its disk too.
+            ask = self._nova.servers.force_delete if server.status == "SOFT_DELETED" else self._nova.servers.delete
             try:
-                server = self.server(id)
-                if server.status == "DELETED":
-                    return
-                is_deleting = server.task == "deleting"
-                if time.monotonic() > limit or (refused == 5 and not is_deleting):
-                    raise CloudError(f"{self.label} cloud: server {id} is not deleted: {server.fault or 'Nova gives no reason'}", code=400)
-                if is_deleting and time.monotonic() < asked + 30:
-                    continue
-                with self.wall(f"delete server {id}"):  # Nova ignores a repeated request, until it takes the instance's host for dead
-                    if server.status == "SOFT_DELETED":  # a cloud that keeps what is deleted for a while keeps its disk too
-                        self._nova.servers.force_delete(id)
-                    else:
-                        self._nova.servers.delete(id)
-                refused, asked = refused + (not is_deleting), time.monotonic()
+                self.insist(f"delete server {id}", functools.partial(ask, id))
             except CloudError as error:
-                if error.code == 404:
-                    return
-                if time.monotonic() > limit or (error.code != 409 and not error.may_pass):
+                if error.code != 404:
                     raise
+            refused, asked = refused + (not is_deleting), time.monotonic()
 
-    def stop(self, id: str, changed: Callable[[Server], None]) -> None:
-        """Stops an instance; one that is stopped already is left alone. Raises CloudError as `wait` does."""
-        self.insist(f"stop server {id}", lambda: self.server(id).is_stopped or self._nova.servers.stop(id))
+    def stop(self, id: str, changed: Callable[[Server], None]) -> str:
+        """Stops an instance, and gives the request that did; one that is stopped already is left alone. Raises CloudError as `wait` does."""
+        answer = self.insist(f"stop server {id}", lambda: self.server(id).is_stopped or self._nova.servers.stop(id))
         self.wait(id, lambda server: server.is_stopped, changed)
+        return self._request(id, answer)
 
     def start(self, id: str, changed: Callable[[Server], None]) -> Server:
         """An instance that was started; raises CloudError with the reason from os-instance-actions: Nova accepts a start that fails."""
@@ -2413,7 +2502,7 @@ class Cloud:
 
         server = self.wait(id, settled, changed)
         if not server.is_running:
-            raise CloudError(f"{self.label} cloud: server {id} did not start: {self.why_failed(id, 'start')}")
+            raise CloudError(f"{self.label} cloud: server {id} did not start: {self.why_failed(id, 'start')}", code=400)
         return server
 
     def restart(self, id: str, changed: Callable[[Server], None]) -> None:
@@ -2430,10 +2519,10 @@ class Cloud:
         failed = [event for event in self.insist(f"show actions of server {id}", look) if event.get("result") == "Error"]
         return str(failed[0].get("details") or failed[0].get("traceback") or "Nova gives no details") if failed else ""
 
-    def lock(self, id: str, reason: str) -> None:
-        """Locks an instance against its users; admins are not held by that."""
+    def lock(self, id: str, reason: str) -> str:
+        """Locks an instance against its users, and gives the request that did; admins are not held by that."""
         reasons = {"reason": reason} if self._version >= (2, 73) else {}
-        self.insist(f"lock server {id}", lambda: self._nova.servers.lock(id, **reasons))
+        return self._request(id, self.insist(f"lock server {id}", lambda: self._nova.servers.lock(id, **reasons)))
 
     def unlock(self, id: str) -> None:
         """Takes the lock off an instance."""
@@ -2447,7 +2536,7 @@ class Cloud:
         """Takes a run's marks of these keys out of an instance's metadata; where another run's mark is, all stays."""
         def take() -> None:
             there = self.server(id).metadata
-            if there.get(MARK) in (run, None) and (found := [key for key in keys if key in there]):
+            if all(there.get(key, run) == run for key in keys if key != WAS) and (found := [key for key in keys if key in there]):
                 self._nova.servers.delete_meta(id, found)
 
         self.insist(f"unmark server {id}", take)
@@ -2461,21 +2550,12 @@ class Cloud:
                 return server
             changed(server)
             if server.status == "ERROR":
-                raise CloudError(f"{self.label} cloud: server {id} went to ERROR: {server.fault or 'Nova gives no reason'}")
+                raise CloudError(f"{self.label} cloud: server {id} went to ERROR: {server.fault or 'Nova gives no reason'}", code=400)
             if (server.status, server.task) != last:
                 last, since = (server.status, server.task), time.monotonic()
             if time.monotonic() - since > UNCHANGED_LIMIT:
-                raise CloudError(f"{self.label} cloud: server {id} has been {' '.join(last)} for {span(UNCHANGED_LIMIT)}")
+                raise CloudError(f"{self.label} cloud: server {id} has been {' '.join(last)} for {span(UNCHANGED_LIMIT)}", code=400)
         raise AssertionError("polls never end")
-
-    @staticmethod
-    def polls() -> Iterator[float]:
-        """Turns of a loop, each a little later than the one before: 0.2 s apart at first, 2 s in the end."""
-        pause = 0.2
-        while True:
-            yield pause
-            time.sleep(pause)
-            pause = min(pause * 1.3, 2.0)
 
 
 @contextlib.contextmanager
@@ -2505,7 +2585,7 @@ PACKAGES: Final = {"qemu-img": ("qemu-utils", "qemu-img"), "qemu-nbd": ("qemu-ut
                    "nbd-server": ("nbd-server", "nbd"), "nbd-client": ("nbd-client", "nbd"), "modprobe": ("kmod", "kmod"),
                    "python3": ("python3", "python3"), "timeout": ("coreutils", "coreutils"), "ss": ("iproute2", "iproute"),
                    "ip": ("iproute2", "iproute"), "flock": ("util-linux", "util-linux")}
-NEEDED: Final = ("qemu-img", "qemu-nbd", "timeout", "flock", "ss", "ip")  # on both hosts, whatever the transport
+NEEDED: Final = ("qemu-img", "qemu-nbd", "python3", "timeout", "flock", "ss", "ip")  # on both hosts, whatever the transport
 
 PYTHON: Final = ("python3", "-ISc")  # without what the host's owner has added to it, whose import costs more than ours
 # For programs on hypervisors: TLS for a run's "server" or "client", which take only each other.
@@ -2977,7 +3057,6 @@ def tools_lacking(host: Host, tools: Sequence[str]) -> list[str]:
 
 
 Node = dict[str, str]  # one of qemu's block nodes, option by option
-Digest = Callable[[Host, str, int, int, float], str]  # as `digests` below takes them
 
 
 def image_opts(node: Node) -> str:
@@ -3073,12 +3152,12 @@ def same_content(one: tuple[Host, DiskImage], other: tuple[Host, DiskImage], sta
     """Whether two files hold the same bytes, by the digests of all their blocks, both hosts at work at once."""
     if (one[1].length, one[1].format) != (other[1].length, other[1].format):
         return False
-    return same_digests(digests, ((one[0], one[1].path), (other[0], other[1].path)), Chunk(0, one[1].length, one[1].length), stall)
+    return same_digests(((one[0], one[1].path), (other[0], other[1].path)), Chunk(0, one[1].length, one[1].length), stall)
 
 
-def same_digests(how: Digest, sides: tuple[tuple[Host, str], tuple[Host, str]], tile: Chunk, stall: float) -> bool:
+def same_digests(sides: tuple[tuple[Host, str], tuple[Host, str]], tile: Chunk, stall: float) -> bool:
     """Whether the digests of a chunk are equal on both sides (a host, and what it reads), which are at work at once."""
-    one, other = at_once(*(functools.partial(how, host, where, tile.offset, tile.length, stall) for host, where in sides))
+    one, other = at_once(*(functools.partial(digests, host, where, tile.offset, tile.length, stall) for host, where in sides))
     return one == other
 
 
@@ -3103,18 +3182,6 @@ def by_block(lines: str) -> dict[int, str]:
     return {int(number): found for number, found in map(str.split, lines.splitlines())}
 
 
-def digest_of_chunk(host: Host, where: str, offset: int, length: int, stall: float) -> str:
-    """The same as one digest of the whole stretch of a file, for hosts without python3."""
-    count = "dd if=\"$1\" iflag=skip_bytes,count_bytes skip=\"$2\" count=\"$3\" bs=1M status=none | sha256sum"
-    found = host.work("sh", "-c", count, "migrena", where, str(offset), str(length), stall=max(stall, 3600)).split()[0]
-    return f"{offset // MiB} {found}\n"
-
-
-def digests_for(job: DiskJob) -> Digest:
-    """How the digests of a job's chunks are taken: by block, or on hosts without python3 one for the whole chunk."""
-    return digests if job.with_python else digest_of_chunk
-
-
 @contextlib.contextmanager
 def served_here(host: Host, folder: str, name: str, *words: str) -> Iterator[tuple[Lease, Node]]:
     """A qemu-nbd with these words on a socket in our private folder, and qemu's node for it; raises CommandError where it does not serve."""
@@ -3131,11 +3198,45 @@ def held(host: Host, path: str, folder: str) -> contextlib.AbstractContextManage
     return served_here(host, folder, "hold", "-r", "--image-opts", locked(path))
 
 
-def require_still_held(host: Host, path: str, folder: str) -> None:
-    """Raises HostError where that lock was lost meanwhile."""
-    alive = 'readlink "/proc/$(cat "$1")/exe"'  # kill -0 would also find one that has ended and was not waited for yet
-    if not host.succeeds("sh", "-c", alive, "migrena", f"{folder}/hold.pid"):
-        raise HostError(f"{host.name}: the qemu-nbd that held the lock on {path} ended by itself", "run it again")
+class DiskLocks:
+    """qemu's locks on both disks of a copy, from the stop on until they are released: no guest starts on either, whoever asks for it."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._held: dict[tuple[str, str], tuple[contextlib.ExitStack, Lease]] = {}
+
+    def __enter__(self) -> DiskLocks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for place in list(self._held):
+            self.release(*place)
+
+    def hold(self, host: Host, path: str) -> Lease:
+        """Holds a disk, again where a connection has lost it. Raises FinalError where somebody has it open."""
+        if place := self._held.get((host.name, path)):
+            if can_be(functools.partial(place[1].check, is_running=True), HostError):
+                return place[1]
+            self.release(host.name, path)
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(host.private_folder(self._run))
+            try:
+                lease, _ = stack.enter_context(held(host, path, folder))
+            except CommandError as error:
+                raise FinalError(f"{host.name}: {path} is in use: {error.said}", "find out who has it open (virsh list, lsof)") from error
+            self._held[host.name, path] = stack.pop_all(), lease
+        return lease
+
+    def check(self) -> None:
+        """Raises HostError where one of them was lost."""
+        for (host, path), (_, lease) in self._held.items():
+            if not can_be(functools.partial(lease.check, is_running=True), HostError):
+                raise HostError(f"{host}: the lock on {path} was lost", "run it again")
+
+    def release(self, host: str, path: str) -> None:
+        """Lets go of a disk; nothing happens where it is not held."""
+        if place := self._held.pop((host, path), None):
+            place[0].close()
 
 
 @dataclass(frozen=True)
@@ -3156,6 +3257,7 @@ class Ends:
     source_folder: str
     destination_folder: str
     client_address: str
+    locks: DiskLocks
 
 
 def route_address(host: Host, to: str) -> str:
@@ -3262,8 +3364,6 @@ def qemu_nbd(ends: Ends, job: DiskJob, place: Export, path: str, format: str) ->
         return (*words, "-k", f"{folder}/disk.sock", *image)
     if job.settings.tls:
         words += ("--object", f"tls-creds-x509,id=t,dir={folder},endpoint=server,verify-peer=yes", "--tls-creds", "t")
-    if not job.with_python:
-        return (*words, "-b", place.address, "-p", str(place.port), *image)
     client = "" if job.settings.tls else ends.client_address
     return (*PYTHON, LISTEN, place.address, str(place.port), client, *words, *image)
 
@@ -3358,7 +3458,7 @@ class Witness:
 
     progress: Progress
     arrived: Callable[[Chunk], None] = lambda tile: None
-    check: Callable[[], None] = lambda: None  # called between chunks; may raise
+    check: Callable[[], object] = lambda: None  # called between chunks; may raise
 
 
 def stand_of(host: Host, path: str) -> str:
@@ -3399,26 +3499,18 @@ def reading(ends: Ends, job: DiskJob, *holds: Lease) -> Iterator[Reading]:
         export, serving = stack.enter_context(exported(ends, job, job.source.path, job.export_format))
         readable = stack.enter_context(seen_by_guest(ends, ends.source, job.source, job))
         options, node = stack.enter_context(reached(ends, job, export, job.length))
-        found = Reading(readable, options, node, (*holds, serving))
-        yield found
-        for lease in found.leases:  # all at once; their ends are awaited with the scope
-            lease.release()
+        yield Reading(readable, options, node, (*holds, serving))
+        serving.release()
 
 
 @contextlib.contextmanager
 def reading_stopped(ends: Ends, job: DiskJob) -> Iterator[Reading]:
     """The disk of a source that has stopped: locked, and proven unchanged at the scope's end. Raises FinalError where somebody has it open."""
-    source, path = ends.source, job.source.path
-    require_stand(source, job)
-    with contextlib.ExitStack() as stack:
-        try:
-            hold, _ = stack.enter_context(held(source, path, ends.source_folder))
-        except CommandError as error:
-            raise FinalError(f"{source.name}: {path} is in use: {error.said}", "find out who has it open (virsh list, lsof)") from error
-        with reading(ends, job, hold) as disk:
-            yield disk
-            require_stand(source, job)
-            require_still_held(source, path, ends.source_folder)
+    require_stand(ends.source, job)
+    with reading(ends, job, ends.locks.hold(ends.source, job.source.path)) as disk:
+        yield disk
+        require_stand(ends.source, job)
+        ends.locks.check()
 
 
 def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[Piece] = ()) -> Moved:
@@ -3465,7 +3557,7 @@ def prove_what_is_there(ends: Ends, job: DiskJob, readable: str, claimed: Sequen
         if can_be(lambda: make_sound(destination, job)):
             with seen_by_guest(ends, destination, job.new_image, job) as place:
                 sides, stall = ((ends.source, readable), (destination, place)), job.settings.stall_timeout
-                proven = frozenset(tile for tile in claimed if same_digests(digests_for(job), sides, tile, stall))
+                proven = frozenset(tile for tile in claimed if same_digests(sides, tile, stall))
             if can_be(lambda: make_zero(destination, job, [tile for tile in tiles if tile not in proven])):
                 return proven
     make_new(destination, job)
@@ -3498,9 +3590,7 @@ def make_zero(destination: Host, job: DiskJob, tiles: Sequence[Chunk]) -> None:
 
 
 def tiles_of(source: Host, readable: str, job: DiskJob) -> tuple[tuple[Chunk, ...], int]:
-    """The chunks of a job, and how many bytes the source holds, after a look at where; all of it where the host cannot tell."""
-    if not job.with_python:
-        return chunks(job.length, [(0, job.length, job.length, 1)], job.chunk), min(job.length, job.source.allocated)
+    """The chunks of a job, and how many bytes the source holds, after a look at where."""
     found = numbers_in(source.work(*blocks("map", readable, 0, job.length), stall=600))
     least = max(SPAN, job.settings.limit_rate * 5 // MiB * MiB)  # between two commands that are held back nothing flows
     hole = SPAN if job.transport == "nbd" else 0  # a block device has none, and its reader would be sent zeros
@@ -3529,7 +3619,7 @@ def make_new(destination: Host, job: DiskJob) -> None:
 
 def copy_chunk(ends: Ends, job: DiskJob, disk: Reading, tile: Chunk, show: Callable[[int], None]) -> None:
     """One chunk from the export into the same place of the new file; raises HostError when nothing moves for the job's stall time."""
-    if tile.is_scattered and job.with_python and job.new_format == "raw":
+    if tile.is_scattered and job.new_format == "raw":
         bring(ends, job, disk.node, pieces_held(ends.source, disk.readable, tile.offset, tile.length, job), show)
         return
     available = job.length // 512 * 512 if job.transport == "nbd" and job.whole_file else _whole_sectors(job.length)
@@ -3692,9 +3782,8 @@ class Comparison:
     @unbroken()
     def _digest(self, end: int, place: str, tiles: Sequence[Chunk]) -> None:
         """Begins at one end with those of the chunks that were not begun yet."""
-        how = digests_for(self.job)
         host, found, stall = (self.ends.source, self.ends.destination)[end], self._found[end], self.job.settings.stall_timeout
-        found += [self._pools[end].submit(how, host, place, tile.offset, tile.length, stall) for tile in tiles[self._compared + len(found) :]]
+        found += [self._pools[end].submit(digests, host, place, tile.offset, tile.length, stall) for tile in tiles[self._compared + len(found) :]]
 
 
 def require_equal(tile: Chunk, one: Mapping[int, str], other: Mapping[int, str]) -> None:
@@ -3855,7 +3944,289 @@ def check_qcow2(host: Host, job: DiskJob) -> None:
                         f"{job.source.size:,} on {wanted or 'none'} were expected")
 
 
-# ---- 9. Image --------------------------------------------------------------------------------------------------------
+# ---- 9. Gate ---------------------------------------------------------------------------------------------------------
+
+
+class Stage(enum.IntEnum):
+    """How far a run has come. Without its journal it counts as SWAPPED: the destination may hold the copy."""
+
+    NOTHING = 0
+    MADE = 1  # the destination was asked for
+    COPYING = 2
+    PROVEN = 3
+    SWAPPED = 4  # or about to be
+    STARTED = 5  # or about to be
+    DONE = 6
+
+
+class Act(enum.Enum):
+    """What cannot be taken back."""
+
+    STOP_SOURCE = "stop the source"
+    WRITE = "write to the destination's disk"
+    SWAP = "put the copy in its place"
+    START_DESTINATION = "start the destination"
+    GIVE_BACK = "give the source back"  # unlocked, and started where it ran
+    STOP_DESTINATION = "stop the destination"
+    DELETE = "delete the destination"
+    GO_ON = "go on with the run"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One instance as its cloud and its host show it now; `id` is empty where none was made."""
+
+    id: str = ""
+    server: Server | None = None  # None: it does not exist, or is unseen
+    unseen: str = ""  # why it could not be looked at
+    starts: tuple[Action, ...] = ()  # what may have started its guest since the run stopped it
+    relocks: tuple[Action, ...] = ()  # what was done to its lock since then
+    disk: str = ""  # what is wrong with it; empty where nothing is, or where nobody asked
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether there is none, or none any more."""
+        return not self.server and not self.unseen
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is stopped and has not run since the run stopped it."""
+        return bool(self.server and self.server.is_stopped and not self.starts)
+
+    def is_locked_by(self, run: str) -> bool:
+        """Whether the lock that is on it is the run's. Nova before 2.73 tells no reason: then its mark decides."""
+        server = self.server
+        if not server or not server.locked or self.relocks:
+            return False
+        return run in ((lock_of(server),) if server.lock_reason else (server.metadata.get(MARK), server.metadata.get(MADE)))
+
+    def told(self, run: str) -> str:
+        """What is seen, in words."""
+        if not self.server:
+            return f"not seen ({self.unseen})" if self.unseen else "gone" if self.id else "none"
+        lock = f"locked by run {run}" if self.is_locked_by(run) else f"locked ({self.server.lock_reason or 'no reason'})"
+        starts = f"{self.starts[-1].name} at {self.starts[-1].at}" if self.starts else ""
+        words = (f"{self.server.status} {self.server.task}".rstrip(), lock if self.server.locked else "not locked", starts,
+                 f"its disk {self.disk}" if self.disk else "")
+        return ", ".join(word for word in words if word)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """All that decides about an act: how far the run has come, and both sides as they are seen now."""
+
+    run: str
+    stage: Stage
+    source: Seen
+    destination: Seen
+    is_in_place: bool = False  # whether the copy is known to have taken its place
+    was_running: bool = False  # whether the source ran when the run found it
+    others: tuple[Server, ...] = ()  # further instances that were made of the source
+    alive: str = ""  # where another machine's process of this run is at work
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether the destination may hold the copy."""
+        return self.is_in_place or self.stage >= Stage.SWAPPED
+
+    def __str__(self) -> str:
+        return (f"run {self.run}, {self.stage.name.lower()}; source {self.source.id}: {self.source.told(self.run)}; "
+                f"destination {self.destination.id}: {self.destination.told(self.run)}".replace("destination : none", "no destination"))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the operator wants: `yes`, also what may lose what an instance has written; `both` are to run."""
+
+    yes: bool = False
+    both: bool = False
+    starts: bool = False  # the source is to be started
+    is_live: bool = False  # the source runs while it is copied
+    is_held: bool = False  # qemu's locks are on both disks, so that an API may be away
+
+
+def lock_of(server: Server) -> str:
+    """The run whose lock is on an instance, empty where there is none."""
+    is_ours = server.locked and server.lock_reason.startswith(LOCKED_BY)
+    return server.lock_reason[len(LOCKED_BY) :].partition(":")[0] if is_ours else ""
+
+
+LOSING: Final = frozenset({"rebuild", "evacuate"})  # actions that may give an instance another disk
+TAKING: Final = (Act.STOP_DESTINATION, Act.DELETE)
+WRITING: Final = (Act.WRITE, Act.SWAP)
+
+
+def rule_ours(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
+    """Only what this run made is changed, and the source only as long as this run has it."""
+    if act is not Act.GIVE_BACK and act is not Act.STOP_SOURCE and now.destination.id == now.source.id:
+        yield "the destination would be the source itself"
+    made = now.destination.server
+    if act in (*TAKING, *WRITING, Act.START_DESTINATION) and made and made.locked and not now.destination.is_locked_by(now.run) and not asked.yes:
+        yield f"the destination is locked by somebody else: {made.lock_reason or 'no reason is given'}"
+    if not (source := now.source.server) or act not in (Act.GIVE_BACK, Act.STOP_SOURCE, Act.GO_ON):
+        return
+    mark, is_ours = source.metadata.get(MARK), now.source.is_locked_by(now.run)
+    if mark not in (None, now.run):
+        yield f"run {mark} is moving the source now"
+    elif act is Act.GO_ON and now.is_in_place:  # a complete one has given the source back
+        return
+    elif source.locked and not is_ours and (act is not Act.GIVE_BACK or now.was_running or asked.starts):
+        yield f"the source is locked by somebody else: {source.lock_reason or 'no reason is given'}"
+    elif not mark and not is_ours and (act is not Act.GIVE_BACK or (
+            now.was_running and not source.is_running and (now.stage < Stage.DONE or now.others))):
+        yield f"the source carries no mark of run {now.run}" + "".join(f", and {one.name} {one.id} was made of it" for one in now.others)
+
+
+def rule_one_machine(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
+    """Of two machines with the same data one is started only where the other is seen stopped, unchanged, and locked by the run."""
+    source, other = now.source, now.destination
+    if act is Act.START_DESTINATION and not source.is_gone and not source.unseen:
+        if not source.is_idle:
+            yield "the source runs, or has run since it was stopped"
+        elif source.disk:
+            yield f"the source's disk {source.disk}"
+        elif not source.is_locked_by(now.run):
+            yield "the lock of this run on the source was taken off, so that somebody may be about to start it"
+    if act is Act.GIVE_BACK and now.has_copy and other.server and not (asked.yes or asked.both or other.is_idle):
+        yield "the destination has the same data, and runs or has run"
+    if act is Act.GIVE_BACK and not asked.yes:
+        yield from (f"{one.name} {one.id} was made of it, and is {one.status}" for one in now.others if not one.is_stopped)
+
+
+def rule_own_data(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
+    """An instance that may have written data of its own is neither overwritten nor deleted without --yes."""
+    if asked.yes or act not in (*TAKING, *WRITING, Act.GO_ON) or not (server := now.destination.server):
+        return
+    if act in TAKING and now.stage is Stage.DONE:
+        fate = "stopped" if act is Act.STOP_DESTINATION else "deleted"
+        yield f"run {now.run} was successful: {server.name} {server.id} ({server.status}) would be {fate}, and it may hold newer data"
+    elif (now.destination.starts or (now.has_copy and not server.is_stopped)) and not (act is Act.GO_ON and now.is_in_place):
+        yield f"the destination {server.id} ({server.status}) runs or has run since it was made, and it may hold newer data"
+
+
+def rule_one_copy(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
+    """A destination that holds the proven copy is deleted only while the source is seen to exist, with its disk."""
+    if act is Act.DELETE and now.destination.server and now.stage >= Stage.PROVEN:
+        if now.source.is_gone:
+            yield "the source is gone, and this is the only copy of it"
+        elif now.source.disk.startswith(DISK_UNSEEN):
+            yield f"the source's disk {now.source.disk}, and this may be the only copy of it"
+        elif not asked.yes and (lost := [action.name for action in now.source.starts if action.name in LOSING] or (
+                [now.source.disk] if now.source.disk and now.source.is_idle else [])):
+            yield f"the source may have lost what was copied from it ({lost[0]}), and this may be the only copy of that"
+
+
+def rule_nobody_inside(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
+    """Disks are written and swapped only while the destination is stopped and locked by the run, and the source is as it was copied."""
+    source, other = now.source, now.destination
+    if act in (*WRITING, Act.START_DESTINATION, Act.GO_ON) and other.is_gone:
+        yield "the destination is gone" if other.id else f"the instance that run {now.run} was about to make never came to be"
+    if act in WRITING and other.server and not (other.is_idle and other.is_locked_by(now.run)):
+        yield "the destination is not stopped and locked by this run"
+    if act in (*WRITING, Act.GO_ON) and other.disk and not now.is_in_place:
+        yield f"the disk of {other.id} {other.disk}"
+    if act in WRITING and not asked.is_live and source.server and not source.is_idle:
+        yield f"the source is {source.server.status} {source.server.task}".rstrip() + " in the middle of the copy: somebody started it"
+    if act in (*WRITING, Act.STOP_SOURCE, Act.GO_ON) and source.is_gone:
+        yield "the source is gone"
+    if act in (Act.SWAP, Act.GO_ON) and source.server and not now.is_in_place and (source.disk or source.starts):
+        yield f"the source has been started, or its disk was changed, since run {now.run} had it: what was copied is old"
+
+
+def rule_seen(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
+    """What could not be looked at is not taken to be as it should be."""
+    needed = {Act.STOP_SOURCE: (now.source,), Act.START_DESTINATION: (now.source, now.destination), Act.STOP_DESTINATION: (now.destination,),
+              Act.DELETE: (now.destination, *([now.source] if now.stage >= Stage.PROVEN else [])),
+              Act.GIVE_BACK: (now.source, *([now.destination] if now.has_copy else []))}.get(act, (now.source, now.destination))
+    if not (act in WRITING and asked.is_held):
+        yield from (f"{seen.id} could not be looked at: {seen.unseen}" for seen in needed if seen.unseen)
+
+
+def rule_alive(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
+    """Nothing is done to a run that is at work on another machine."""
+    if now.alive:
+        yield f"run {now.run} is at work on another machine: {now.alive}"
+
+
+RULES: Final = (rule_alive, rule_seen, rule_ours, rule_one_machine, rule_own_data, rule_one_copy, rule_nobody_inside)
+
+
+def judge(act: Act, now: Situation, asked: Asked) -> list[Reason]:
+    """Why an act must not be done in this situation, each reason with the ways on; none: it may be done."""
+    return [Reason(problem, ways_on(act, now)) for rule in RULES for problem in rule(act, now, asked)]
+
+
+def allow(act: Act, now: Situation, asked: Asked, error: type[MigrenaError] = Kept) -> None:
+    """Lets an act be done; raises the error, with what was seen, where it must not be."""
+    if reasons := judge(act, now, asked):
+        raise error(f"it was not done to {act.value}: {'; '.join(why.problem for why in reasons)}. Seen: {now}", reasons[0].way_out)
+
+
+def ways_on(act: Act, now: Situation) -> str:
+    """The commands for what an operator may want, after an act was not done."""
+    run, source, made = now.run, now.source, now.destination
+    if now.alive:
+        return f"wait for its end; ./migrena.py status {run} on that machine shows how far it is"
+    ways = []
+    if act in (*TAKING, Act.GO_ON) and made.server and not (source.is_gone or source.unseen or made.unseen):
+        word = "rollback" if act in TAKING else "resume"
+        ways.append(f"./migrena.py {word} {run} --yes, if what {made.id} has written may go")
+    if act in (Act.START_DESTINATION, Act.SWAP) and now.stage >= Stage.PROVEN and source.is_idle:
+        ways.append(f"./migrena.py resume {run} completes the move")
+    if act is Act.GIVE_BACK and source.server:
+        ways.append(f"if the source shall run: openstack server unlock {source.id}; openstack server start {source.id}")
+    if act not in TAKING:
+        ways.append(f"./migrena.py rollback {run} undoes the run")
+    return "; ".join(ways) or f"see both instances, then ./migrena.py rollback {run}"
+
+
+DISK_UNSEEN: Final = ("is gone", "cannot be looked at")
+
+
+def disk_now(host: Host | None, path: str, stand: str) -> str:
+    """What is wrong with the file of a disk that stood so, empty where nothing is."""
+    try:
+        now = stand_of(host, path) if host else ""
+    except HostError as error:
+        return f"cannot be looked at: {shorten(str(error))}"
+    return "is gone" if not now else "was changed" if stand and now != stand else ""
+
+
+def see(cloud: Cloud, id: str, since: str | None, *, is_patient: bool = True) -> Seen:
+    """One instance as its cloud shows it now, with what was done to it since a request; ever since it was made where that is empty."""
+    if not id:
+        return Seen()
+    try:
+        server = cloud.look(id, is_patient=is_patient)
+        done = newer(cloud.actions(id), since) if server and since is not None else []
+    except CloudError as error:
+        return Seen(id, unseen=str(error))
+    starts = [action for action in done if action.name not in HARMLESS and not (action.has_failed and server and server.is_stopped)]
+    return Seen(id, server, "", tuple(starts), tuple(action for action in done if since and action.name in ("lock", "unlock")))
+
+
+def stage_of(record: RunRecord) -> Stage:
+    """How far a run has come, by its journal; a step that was begun counts where it may have been done."""
+    begun, done = {act.name for act in record.acts}, {act.name for act in record.acts if act.result == "done"}
+    ladder = ((Stage.DONE, "mark destination done" in done), (Stage.STARTED, "start destination" in begun), (Stage.SWAPPED, "swap in" in begun),
+              (Stage.PROVEN, "copy" in done), (Stage.COPYING, bool({"copy", "warm copy"} & begun)), (Stage.MADE, "create destination" in begun))
+    return next((stage for stage, holds in ladder if holds), Stage.NOTHING)
+
+
+def require_same_clouds(record: RunRecord, clouds: Sequence[Cloud]) -> None:
+    """Raises Refused where a run was about other clouds, regions or projects than these."""
+    reasons = []
+    was = record.facts.get("where") or [{"url": url} for url in record.facts.get("clouds", ())]
+    for cloud, before in zip(clouds, was, strict=False):
+        now = {"url": cloud.url, **cloud.identity}
+        if other := [f"{key} {now.get(key)}, not {value}" for key, value in before.items() if now.get(key) != value]:
+            reasons.append(Reason(f"run {record.run} had another {cloud.label} cloud: these credentials are for {', '.join(other)}",
+                                  "give those that the run had, in config.py, by --src-cloud and --dst-cloud or by variables"))
+    if reasons:
+        raise Refused.of(reasons)
+
+
+# ---- 10. Image -------------------------------------------------------------------------------------------------------
 
 CAME_FROM: Final = ("source_uuid", "source_cloud")  # keys of a carried image's properties: which image it was, and in which cloud
 CARRIED_BY: Final = "migrena_run"  # key of a property of an image on its way: the run that carries it
@@ -4154,11 +4525,12 @@ def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Clou
             return carry(Carriage(settings, undo.screen, journal, undo, *clouds, run), plan)
 
 
-# ---- 10. Copy --------------------------------------------------------------------------------------------------------
+# ---- 11. Copy --------------------------------------------------------------------------------------------------------
 
 STOP_DESTINATION: Final = "Stop destination instance"  # the step whose time tells how long Nova takes for a stop
-LOCKED_BY: Final = "migrena run "  # how the reason of our lock on a source begins; the run's id follows
 SETTING_UP: Final = 2.0  # seconds that a stopped source waits for its export, its locks and the swap, whatever its size
+LOOK_LIMIT: Final = 20.0  # seconds after which a look at both sides is taken again
+LOST_ANSWER: Final = 10.0  # seconds in which an instance shows up whose request was answered with an error
 CLAIM_PAUSE: Final = 1.0  # seconds after which a run on another machine, that saw no mark before ours, has written its own
 
 # What an operator does about a source in these states; only ACTIVE and SHUTOFF can be copied.
@@ -4200,6 +4572,7 @@ class DestinationFacts:
     sees_hosts: bool = True
     limits: Mapping[str, int] = field(default_factory=dict)
     problems: tuple[Reason, ...] = ()
+    made: tuple[Server, ...] = ()  # of the source, by runs before this one
 
 
 def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, stack: contextlib.ExitStack) -> SourceFacts:
@@ -4248,7 +4621,7 @@ def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> Destinat
     try:
         cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
         return DestinationFacts(cloud, tuple(cloud.servers_named(settings.dst_name)), tuple(cloud.flavors()), tuple(cloud.store.all()),
-                                cloud.sees_hosts(), cloud.limits())
+                                cloud.sees_hosts(), cloud.limits(), made=tuple(cloud.made_by("", settings.src_uid)))
     except CloudError as error:
         return DestinationFacts(None, problems=error.reasons)
 
@@ -4306,7 +4679,7 @@ def refuse(settings: Settings, source: SourceFacts, destination: DestinationFact
     return reasons
 
 
-def ways_on(run: str, source: str, known: Collection[str]) -> str:
+def ways_on_with(run: str, source: str, known: Collection[str]) -> str:
     """What an operator does about a run that was cut off."""
     if run in known:
         return f"if it is over: ./migrena.py resume {run}, or ./migrena.py rollback {run}"
@@ -4320,11 +4693,14 @@ def refuse_server(server: Server, settings: Settings, known: Collection[str] = (
         yield Reason(f"the source is {server.status}; only ACTIVE or SHUTOFF can be copied", way)
     if server.task:
         yield Reason(f"the source has a task under way: {server.task}", "wait for its end")
-    run = server.metadata.get(MARK) or (server.lock_reason[len(LOCKED_BY):] if server.lock_reason.startswith(LOCKED_BY) else "")
-    if server.locked and server.lock_reason != f"{LOCKED_BY}{run}":
+    run = server.metadata.get(MARK) or lock_of(server)
+    if server.locked and lock_of(server) != (run or None):
         yield Reason(f"the source is locked{f': {server.lock_reason}' if server.lock_reason else ''}", f"openstack server unlock {server.id}")
-    if run:
-        yield Reason(f"run {run} is moving the source, or was cut off while it did", ways_on(run, server.id, known))
+    if run and MARK not in server.metadata and " takes its place" in server.lock_reason:
+        yield Reason(f"the source was moved already, or is being moved: {server.lock_reason}",
+                     f"{ways_on_with(run, server.id, known)}; openstack server unlock {server.id} frees it to be moved once more")
+    elif run:
+        yield Reason(f"run {run} is moving the source, or was cut off while it did", ways_on_with(run, server.id, known))
     if not server.host:
         yield Reason("source cloud: these credentials are not told on which host the instance is", "use an admin's credentials")
     if not server.image:
@@ -4345,10 +4721,6 @@ def refuse_tools(host: str, lacking: Sequence[str], settings: Settings, nbd_tool
         if tool in lacking:
             debian, rpm = PACKAGES[tool]
             yield Reason(f"{host}: {tool} is missing", f"install {tool} (Debian: {debian}, RPM: {rpm})")
-    if "python3" in lacking and settings.compress == "on":
-        yield Reason(f"{host}: python3 is missing, which compresses", "leave out --compress on, or install it")
-    if "python3" in lacking and not settings.tls and settings.transport != "nbd":
-        yield Reason(f"{host}: python3 is missing, without which qemu-nbd cannot tell who connects", "leave out --no-tls, or use --transport nbd")
 
 
 def refuse_disk(disk: Disk, settings: Settings) -> Iterator[Reason]:
@@ -4370,9 +4742,14 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
     reasons = []
     for server in destination.same_name:
         problem, way_out = f"destination cloud: the name {settings.dst_name!r} is taken by {server.id}", "choose another one with -d"
-        if run := server.metadata.get(MARK):
-            problem, way_out = f"{problem}, which run {run} was making", ways_on(run, server.metadata.get(ORIGIN, settings.src_uid), known)
+        if run := server.metadata.get(MADE):
+            problem, way_out = f"{problem}, which run {run} was making", ways_on_with(run, server.metadata.get(ORIGIN, settings.src_uid), known)
         reasons.append(Reason(problem, way_out))
+    for server in () if settings.yes else destination.made:
+        if server not in destination.same_name:
+            reasons.append(Reason(f"destination cloud: {server.name} {server.id} ({server.status}) was made of this source by run "
+                                  f"{server.metadata.get(DONE) or server.metadata.get(MADE)}",
+                                  "undo that run, or delete the instance; --yes makes another one all the same"))
     if not destination.sees_hosts:
         reasons.append(Reason("destination cloud: these credentials are not told on which host an instance is", "use an admin's credentials"))
     try:
@@ -4422,8 +4799,13 @@ class Plan:
 
     @property
     def marks(self) -> dict[str, str]:
-        """What the metadata of both servers says while the run is under way."""
+        """What the metadata of the source says while the run is under way."""
         return {MARK: self.run, WAS: "ACTIVE" if self.was_running else "SHUTOFF"}
+
+    @property
+    def marks_of_made(self) -> dict[str, str]:
+        """What the metadata of the destination says while the run is under way."""
+        return {MADE: self.run, ORIGIN: self.server.id, WAS: self.marks[WAS]}
 
 
 def make_plan(settings: Settings, source: SourceFacts, destination: DestinationFacts, run: str) -> Plan:
@@ -4495,16 +4877,52 @@ class Run:
         self.screen.status(f"Current status: {server.status} {server.task}")
 
 
+def look(run: Run, *, with_disk: bool = False, is_patient: bool = True) -> Situation:
+    """Both sides of a run as they are now; the source's disk too where that is asked for."""
+    began, record = time.monotonic(), recorded(run.plan.run, run.journal.entries)
+    one, made = run.source, record.destination or (run.earlier.destination if run.earlier else "")
+    source = see(one, run.plan.server.id, record.request("stop source") or None, is_patient=is_patient)
+    if with_disk and source.server:
+        path = run.plan.disk.top.path
+        source = dataclasses.replace(source, disk=disk_now(run.source_host, path, str(record.job.get("stand", ""))))
+    destination = see(run.destination, made, record.request("stop destination"), is_patient=is_patient)
+    if time.monotonic() - began > LOOK_LIMIT and not (source.unseen or destination.unseen):
+        return look(run, with_disk=with_disk, is_patient=is_patient)  # it is old by now
+    return Situation(run.plan.run, stage_of(record), source, destination, bool(run.earlier and run.earlier.is_in_place),
+                     run.plan.was_running and any(act.name == "stop source" for act in record.acts))
+
+
+def gate(run: Run, act: Act, *, is_live: bool = False, is_held: bool = False) -> Situation:
+    """Looks at both sides, and lets an act be done: what was seen. Raises FinalError where it must not be, Kept where a copy is proven."""
+    settings, now = run.settings, look(run, with_disk=act in (Act.SWAP, Act.START_DESTINATION), is_patient=not is_held)
+    asked = Asked(settings.yes, settings.start_after == "all", settings.start_after in ("all", "src"), is_live, is_held)
+    allow(act, now, asked, Kept if now.stage >= Stage.PROVEN else FinalError)
+    return now
+
+
+@contextlib.contextmanager
+def proven_is_kept(run: Run) -> Iterator[None]:
+    """A scope out of which an outage of an API comes as Kept once the copy is proven: it is not undone for that."""
+    try:
+        yield
+    except CloudError as error:
+        if not error.may_pass or stage_of(recorded(run.plan.run, run.journal.entries)) < Stage.PROVEN:
+            raise
+        raise Kept(f"{error}; the copy is whole and proven, and both instances are kept as they are",
+                   f"./migrena.py resume {run.plan.run} completes the move, ./migrena.py rollback {run.plan.run} undoes it") from error
+
+
 def see_through(run: Run) -> int:
     """Executes the run, undoes it where it fails, and writes how it ended; gives the exit code."""
+    run.source.tell = run.destination.tell = run.screen.note
     try:
-        with run.journal.ending(run.undo), run.undo:
-            id = execute(run)
+        with run.journal.ending(run.undo), run.source_host.private_folder(run.plan.run), run.undo, proven_is_kept(run):
+            id = execute(run)  # the folder tells other machines that this run is at work
     except UsageError as error:  # such an error is no refusal any more: something was touched
         raise MigrenaError.of(error.reasons) from error
     finally:
         run.report.api_calls = {cloud.label: cloud.calls for cloud in (run.source, run.destination)}
-    run.report.result = "done"
+    run.report.result = "left" if run.undo.left else "done"
     if not (run.settings.json or run.settings.quiet):
         print(id)
     return 0
@@ -4515,57 +4933,77 @@ def execute(run: Run) -> str:
 
     Every step finds out what an earlier process of the same run has done already, and does only the rest.
     """
-    claim_source(run)
-    run = carry_first(run)
-    new = adopt_destination(run, run.earlier.destination) if run.earlier else create_destination(run)
-    source, began = run.plan.server.id, time.monotonic()
+    began = time.monotonic()
     with contextlib.ExitStack() as stack:
+        claim_source(run)
+        run = carry_first(run)
+        new = adopt_destination(run, run.earlier.destination) if run.earlier else create_destination(run)
         host = connect_destination(run, new, stack)
+        locks = stack.enter_context(DiskLocks(run.plan.run))
         if not run.earlier or not run.earlier.is_in_place:
-            began = bring_disk(run, host, new)
-        with run.journal.act("unlock source", server=source):
-            run.source.unlock(source)
-        one = start_and_keep(run, new)
+            began = bring_disk(run, host, new, locks)
+        one = start_named(run, "dst", run.destination, new.id)
         if run.plan.was_running:
             stopped = run.earlier.record.stopped_at if run.earlier else None
             downtime = (datetime.now(timezone.utc) - stopped).total_seconds() if stopped else time.monotonic() - began
             run.report.downtime_seconds = round(downtime, 2)
         with run.journal.act("mark destination done", server=new.id):
-            run.destination.mark(new.id, {DONE: run.plan.run})
-            run.destination.unmark(new.id, run.plan.run, MARK)
-        other = start_named(run, "src", run.source, source)
-        if one and other and (shared := one.fixed_addresses & other.fixed_addresses):
-            run.screen.warn(f"source and destination both run with address {', '.join(sorted(shared))}")
+            run.destination.mark(new.id, {DONE: run.plan.run, ORIGIN: run.plan.server.id})  # somebody may have wiped them
+            run.destination.unmark(new.id, run.plan.run, MADE)
+        locks.release(run.source_host.name, run.plan.disk.top.path)
+        run.undo.attempt(f"unlock destination {new.id}", lambda: release_destination(run, new.id))
+        run.undo.attempt(f"give source {run.plan.server.id} back", lambda: release_source(run, one))
         host.run("rm", "-f", "--", kept_beside(run.settings.disk_path % new.id, run.plan.run))
     return new.id
 
 
-def bring_disk(run: Run, host: Host, new: Server) -> float:
+def release_destination(run: Run, id: str) -> None:
+    """After a success: the destination without the run's lock; somebody else's stays."""
+    if look(run).destination.is_locked_by(run.plan.run):
+        run.destination.unlock(id)
+
+
+def release_source(run: Run, arrived: Server | None) -> None:
+    """After a success: the source without the run's mark; unlocked, and started where -a names it, unless the destination was started alone."""
+    id = run.plan.server.id
+    if run.settings.start_after != "dst":
+        give(run.source, dataclasses.replace(gate(run, Act.GIVE_BACK), was_running=False), run.journal, run.changed)
+        other = start_named(run, "src", run.source, id)
+        if arrived and other and (shared := arrived.fixed_addresses & other.fixed_addresses):
+            run.screen.warn(f"source and destination both run with address {', '.join(sorted(shared))}")
+    else:
+        run.screen.note(f"The source stays stopped and locked; ./migrena.py rollback {run.plan.run} --yes takes it back.")
+    run.source.unmark(id, run.plan.run, MARK, WAS)
+
+
+def bring_disk(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
     """Brings the disk into its place; gives the moment, by the monotonic clock, at which the source was asked to stop."""
     with slots(run.journal.path.parent, (run.source_host.name, host.name), run.settings.max_per_host, run.screen):
-        with both_ends(run, host) as ends:
+        with both_ends(run, host, locks) as ends:
             job = prepare(run, ends, new)
         known = NOTHING_KNOWN
         if run.settings.warm and run.plan.server.is_running:
-            known = copy_while_it_runs(run, host, job)
-        began = stop_source(run)
+            known = copy_while_it_runs(run, host, job, locks)
+        began = stop_source(run, new)
         known = read_bitmap(run, job, known)
         job = look_again(run, job)
-        transfer(run, host, job, known)
+        transfer(run, host, job, known, locks)
         title = f"{'Rebase backing file, check' if job.whole_file and job.fresh.backing else 'Check'} and swap in the disk."
-        with run.screen.step(title), run.journal.act("swap in", new=job.new):
-            settle_disk(host, job)
+        with run.screen.step(title):
+            locks.check()
+            gate(run, Act.SWAP)
+            with run.journal.act("swap in", new=job.new):
+                settle_disk(host, job)
+        locks.release(host.name, job.fresh.path)
     return began
 
 
-def copy_while_it_runs(run: Run, host: Host, job: DiskJob) -> Known:
+def copy_while_it_runs(run: Run, host: Host, job: DiskJob, locks: DiskLocks) -> Known:
     """Brings over what the disk holds while the source runs, again and again, until little is left to be sent when it has stopped.
 
     Gives what is known of both ends then, where a dirty bitmap tells what becomes of it. Raises FinalError where --max-downtime is not in
     reach, and the HostError that no further attempt can help with; the source runs on.
     """
-    if not job.with_python:
-        raise HostError("python3 is missing on a host, without which --warm cannot tell what has changed", "install it, or leave out --warm")
     job, passes, known = dataclasses.replace(job, is_live=True), list[Pass](), NOTHING_KNOWN
     began, settings, screen = time.monotonic(), run.settings, run.screen
     nova = 2 * screen.seconds.get(STOP_DESTINATION, 5.0)  # a stop and a start, as long as a stop has just taken
@@ -4573,7 +5011,7 @@ def copy_while_it_runs(run: Run, host: Host, job: DiskJob) -> Known:
         screen.note(f"{run.source_host.name}:{job.source.path} -> {host.name}:{job.new}")
         has_bitmap = settings.bitmap and begin_bitmap(run, job)
         while not passes or wants_another_pass(settings, passes, nova, time.monotonic() - began):
-            one, known = patiently(run, host, functools.partial(one_pass, run, job, known), lambda: require_it_runs(run), "runs on")
+            one, known = patiently(run, host, locks, functools.partial(one_pass, run, job, known), "runs on")
             passes.append(one)
             expected = f"; stopped now, it would be down for about {span(downtime(passes, nova))}" if len(passes) > 1 else ""
             screen.note(f"Pass {len(passes)}: {human(one.changed)} {'sent' if len(passes) == 1 else 'had changed, sent'} in {span(one.sending)}"
@@ -4631,20 +5069,22 @@ def read_bitmap(run: Run, job: DiskJob, known: Known) -> Known:
 
 def one_pass(run: Run, job: DiskJob, known: Known, ends: Ends) -> tuple[Pass, Known]:
     """One pass over the source's file, as long as it is by now."""
-    require_it_runs(run)
+    require_it_runs(run, gate(run, Act.WRITE, is_live=True).source.server)
+    ends.locks.hold(ends.destination, job.fresh.path)
     length = int(ends.source.run("stat", "-c", "%s", "--", job.source.path))
     job = dataclasses.replace(job, source=dataclasses.replace(job.source, length=length))
     return warm_pass(ends, job, known, functools.partial(told_progress, run))
 
 
-def require_it_runs(run: Run) -> None:
+def require_it_runs(run: Run, server: Server | None) -> None:
     """Raises CloudError when the source is no longer where it was, or does not run."""
-    server = run.source.steady_server(run.plan.server.id)
+    if not server:
+        raise CloudError(f"the source {run.plan.server.id} is gone", code=404)
     if (server.host, server.hypervisor) != (run.plan.server.host, run.plan.server.hypervisor):
-        raise CloudError(f"the source has moved to {server.hypervisor} while it was being copied", "run it again")
+        raise CloudError(f"the source has moved to {server.hypervisor} while it was being copied", "run it again", 400)
     if server.status != "ACTIVE" or server.power != 1:
         raise CloudError(f"the source is {server.status} in the middle of the copy: somebody has stopped it",
-                         "find out who; run it again, without --warm if it is to stay stopped")
+                         "find out who; run it again, without --warm if it is to stay stopped", 400)
 
 
 def downtime(passes: Sequence[Pass], nova: float) -> float:
@@ -4682,9 +5122,9 @@ def claim_source(run: Run) -> None:
     """Marks the source in Nova, so that runs from other machines see that it is being moved. Raises Refused where one was quicker."""
     id, plan = run.plan.server.id, run.plan
     run.undo.always(f"check that nothing of ours is left on {run.source_host.name}", run.source_host.confirm_all_ended)
-    run.undo.always(f"take the mark off source {id}", lambda: run.source.unmark(id, plan.run, MARK, WAS))
+    run.undo.on_failure(f"take the mark off source {id}", lambda: take_mark_off(run.source, look(run)))
     if run.earlier:
-        inherit(run, run.earlier)
+        inherit(run)
     with run.journal.act("mark source", server=id):
         require_mark(run, None)
         run.source.mark(id, plan.marks)
@@ -4692,16 +5132,22 @@ def claim_source(run: Run) -> None:
         require_mark(run, plan.run)
 
 
-def inherit(run: Run, earlier: Earlier) -> None:
+def inherit(run: Run) -> None:
     """From the first moment on, a failure also undoes what an earlier process of the run has done, as far as that may be undone."""
-    if earlier.record.is_complete:
-        run.undo.keep(f"destination {earlier.destination} is complete and stays")
-    else:
-        run.undo.on_failure(f"delete destination {run.settings.dst_name}", lambda: delete_made(run))
-        undo_stop(run)
-        if run.settings.bitmap:
-            drop_bitmap_on_failure(run)
+    delete_on_failure(run)
+    undo_stop(run)
+    if run.settings.bitmap:
+        drop_bitmap_on_failure(run)
     run.journal.write("resume", pid=os.getpid())
+
+
+def take_mark_off(cloud: Cloud, now: Situation) -> None:
+    """Takes a run's mark off its source, once the source is as it was found: until then, which raises Kept, the mark tells whose it is."""
+    if not (server := now.source.server):
+        return
+    if now.was_running and not server.is_running:
+        raise Kept(f"source {server.id} is {server.status}, and keeps the mark of run {now.run}", f"./migrena.py rollback {now.run}, once it may run")
+    cloud.unmark(server.id, now.run, MARK, WAS)
 
 
 def carry_first(run: Run) -> Run:
@@ -4730,7 +5176,7 @@ def create_destination(run: Run) -> Server:
                      f"Image: {plan.image.name}, ID: {plan.image.id}",
                      *(f"{key}: {value if key in SHOWN else '(not shown)'}" for key, value in settings.extra_args.items())):
             run.screen.note(line)
-        run.undo.on_failure(f"delete destination {settings.dst_name}", lambda: delete_made(run))
+        delete_on_failure(run)
         with run.journal.act("create destination", name=settings.dst_name) as result:
             result["server"] = id = ask_for_destination(run)
         new = run.destination.wait(id, lambda server: server.is_running, run.changed)
@@ -4746,17 +5192,18 @@ def tell_new(run: Run, new: Server) -> Server:
 
 def ask_for_destination(run: Run) -> str:
     """The id of the new instance; also when Nova makes it and the answer is lost. It is never asked for twice."""
-    plan, settings = run.plan, run.settings
-    marks = {**plan.marks, ORIGIN: plan.server.id}
+    plan, settings, limit = run.plan, run.settings, time.monotonic() + LOST_ANSWER
     try:
-        return run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, settings.extra_args, marks)
+        with unbroken():  # an instance of which nobody knows the id would be hard to undo
+            return run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, settings.extra_args, plan.marks_of_made)
     except CloudError as error:
         if not error.may_pass:
             raise
-        time.sleep(CLAIM_PAUSE)
-        if made := run.destination.made_by(plan.run):
-            return made[0].id
-        raise
+        while not (made := run.destination.made_by(plan.run, plan.server.id)):
+            if time.monotonic() > limit:
+                raise
+            time.sleep(CLAIM_PAUSE)
+        return made[0].id
 
 
 def adopt_destination(run: Run, id: str) -> Server:
@@ -4766,11 +5213,19 @@ def adopt_destination(run: Run, id: str) -> Server:
         return tell_new(run, new)
 
 
-def delete_made(run: Run) -> None:
-    """Deletes what this run made in the destination: the servers that carry its mark."""
-    for server in run.destination.made_by(run.plan.run):
-        with run.journal.act("delete destination", server=server.id):
-            run.destination.delete(server.id)
+def delete_on_failure(run: Run) -> None:
+    """If the run fails, what it made in the destination is deleted, by the id that Nova told, or by its marks where that answer was lost."""
+    def delete() -> None:
+        id = look(run, is_patient=True).destination.id
+        for found in [id] if id else [server.id for server in run.destination.made_by(run.plan.run, run.plan.server.id)]:
+            now = look(run, with_disk=True)
+            now = now if id else dataclasses.replace(now, destination=see(run.destination, found, ""))
+            if not now.destination.is_gone:
+                allow(Act.DELETE, now, Asked(run.settings.yes))
+                with run.journal.act("delete destination", server=found):
+                    run.destination.delete(found)
+
+    run.undo.on_failure(f"delete destination {run.settings.dst_name}", delete)
 
 
 def connect_destination(run: Run, new: Server, stack: contextlib.ExitStack) -> Host:
@@ -4786,7 +5241,7 @@ def connect_destination(run: Run, new: Server, stack: contextlib.ExitStack) -> H
 
 
 @contextlib.contextmanager
-def both_ends(run: Run, destination: Host) -> Iterator[Ends]:
+def both_ends(run: Run, destination: Host, locks: DiskLocks) -> Iterator[Ends]:
     """Both hosts with a private folder each, and certificates in them where TLS is wanted."""
     source = run.source_host
     with source.private_folder(run.plan.run) as one, destination.private_folder(run.plan.run) as other:
@@ -4794,15 +5249,17 @@ def both_ends(run: Run, destination: Host) -> Iterator[Ends]:
             host, folder = (source, one) if who == "server" else (destination, other)
             for name, content in files.items():
                 host.script(PRIVATE_FILE, f"{folder}/{name}", stdin=content)
-        yield Ends(source, destination, one, other, route_address(destination, source.nbd_address))
+        yield Ends(source, destination, one, other, route_address(destination, source.nbd_address), locks)
 
 
 def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
     """The whole plan of the transfer, rehearsed, with the destination stopped; all of it while the source still runs."""
-    with run.screen.step(f"{STOP_DESTINATION}."), run.journal.act("stop destination", server=new.id):
+    with run.screen.step(f"{STOP_DESTINATION}."), run.journal.act("stop destination", server=new.id) as result:
         path = run.settings.disk_path % new.id
+        gate(run, Act.STOP_DESTINATION)
         fresh = survey_disk(ends.destination, new.id, path, shared=True)
-        run.destination.stop(new.id, run.changed)
+        locked = run.destination.lock(new.id, f"{LOCKED_BY}{run.plan.run}")
+        result["request"] = run.destination.stop(new.id, run.changed) or locked
         run.screen.note("Done. Current status: SHUTOFF")
     with run.screen.step("Compare bases, space and the way between the hypervisors."):
         job = plan_job(run, ends, fresh)
@@ -4825,22 +5282,19 @@ def plan_job(run: Run, ends: Ends, fresh: Disk) -> DiskJob:
     lacking = [f"{tool} on {end.name}" for end, tool in for_nbd if tool in missing[end]]
     if not lacking and not host.succeeds("sh", "-c", "[ -e /sys/block/nbd0 ] || modprobe -n -q nbd"):
         lacking = [f"the module nbd on {host.name}"]
-    with_python = not any("python3" in tools for tools in missing.values())
-    equal = bool(with_python and disk.base and fresh.base and disk.top.backing_format
+    equal = bool(disk.base and fresh.base and disk.top.backing_format
                  and same_content((ends.source, disk.base), (host, fresh.base), settings.stall_timeout))
     whole_file, why_view = view(disk, fresh, equal)
     compress = settings.compress == "on"
     transport, why_transport = pick_transport("qemu" if compress or settings.warm else settings.transport, lacking, disk.top, whole_file)
     if transport == "nbd" and lacking:
         raise HostError(f"--transport nbd cannot work: missing is {', '.join(lacking)}", "use --transport qemu, or install what is missing")
-    if not whole_file and settings.verify and not with_python:
-        raise HostError("python3 is missing on a host, without which the guest's view cannot be proven", "install it, or give --no-verify")
     run.screen.note(f"Copy {'the file' if whole_file else 'what the guest sees'}: {why_view}.")
     run.screen.note(f"Transport {transport}{', compressed,' if compress else ''}{' with TLS' if settings.tls else ' in clear'}: {why_transport}.")
     run.report.copy |= {"view": "file" if whole_file else "guest", "why_view": why_view, "transport": transport,
                         "why_transport": why_transport, "tls": settings.tls, "compressed": compress}
     return DiskJob(run.plan.run, settings, source=disk.top, fresh=fresh.top, whole_file=whole_file, transport=transport,
-                   source_direct=disk.direct_io, fresh_direct=fresh.direct_io, with_python=with_python, compress=compress)
+                   source_direct=disk.direct_io, fresh_direct=fresh.direct_io, compress=compress)
 
 
 def refuse_job(ends: Ends, job: DiskJob, disk: Disk) -> None:
@@ -4863,16 +5317,17 @@ def space_needed(top: DiskImage, disk: Disk, whole_file: bool) -> int:
     return (top.allocated if whole_file else disk.guest_bytes) * 102 // 100 + 64 * MiB
 
 
-def stop_source(run: Run) -> float:
-    """Stops the source and locks it against its users; gives the moment, by the monotonic clock, at which it was asked to stop."""
-    id = run.plan.server.id
-    with run.screen.step("Stop source instance."), run.journal.act("stop source", server=id, was_running=run.plan.was_running):
-        require_mark(run, run.plan.run)
+def stop_source(run: Run, new: Server) -> float:
+    """Locks the source against its users and stops it; gives the moment, by the monotonic clock, at which it was asked to stop."""
+    id, plan = run.plan.server.id, run.plan
+    with run.screen.step("Stop source instance."), run.journal.act("stop source", server=id, was_running=plan.was_running) as result:
+        gate(run, Act.STOP_SOURCE)
         if not run.earlier:
             undo_stop(run)
+        place = f"{shorten(new.name, 60)} {new.id} takes its place; back with: migrena.py rollback {plan.run}"
+        locked = run.source.lock(id, f"{LOCKED_BY}{plan.run}: {place}")
         asked = time.monotonic()
-        run.source.stop(id, run.changed)
-        run.source.lock(id, f"{LOCKED_BY}{run.plan.run}")
+        result["request"] = run.source.stop(id, run.changed) or locked
         run.screen.note("Done. Current status: SHUTOFF")
     return asked
 
@@ -4880,15 +5335,24 @@ def stop_source(run: Run) -> float:
 def undo_stop(run: Run) -> None:
     """If the run fails, the source is unlocked, and started if it ran when the run found it."""
     id = run.plan.server.id
-    if run.plan.was_running:
-        run.undo.on_failure(f"start source {id} again", lambda: restart_source(run))
-    run.undo.on_failure(f"unlock source {id}", lambda: run.source.unlock(id))
+
+    def undo() -> None:
+        now = look(run)
+        allow(Act.GIVE_BACK, now, Asked(run.settings.yes, run.settings.start_after == "all"))
+        give(run.source, now, run.journal, run.changed)
+
+    run.undo.on_failure(f"start source {id} again" if run.plan.was_running else f"unlock source {id}", undo)
 
 
-def restart_source(run: Run) -> None:
-    """Starts the source again, also from the middle of a stop."""
-    with run.journal.act("start source", server=run.plan.server.id):
-        run.source.restart(run.plan.server.id, run.changed)
+def give(cloud: Cloud, now: Situation, journal: Journal, changed: Callable[[Server], None]) -> None:
+    """Unlocks the source where the lock is the run's, and starts it where it ran; one that is gone is left alone."""
+    source = now.source
+    if source.server and source.is_locked_by(now.run):
+        with journal.act("unlock source", server=source.id):
+            cloud.unlock(source.id)
+    if source.server and now.was_running and not source.server.is_running:
+        with journal.act("start source", server=source.id):
+            cloud.restart(source.id, changed)
 
 
 def look_again(run: Run, job: DiskJob) -> DiskJob:
@@ -4903,14 +5367,15 @@ def look_again(run: Run, job: DiskJob) -> DiskJob:
     return dataclasses.replace(job, source=chain[0], stand=stand_of(host, job.source.path))
 
 
-def transfer(run: Run, host: Host, job: DiskJob, known: Known) -> None:
+def transfer(run: Run, host: Host, job: DiskJob, known: Known, locks: DiskLocks) -> None:
     """Copies and proves. A half-made file goes with the destination, whose whole folder Nova deletes."""
     inode = host.run("stat", "-c", "%i", "--", job.fresh.path).strip()
     run.journal.write("job", new=job.new, kept=job.kept, host=host.name, stand=job.stand, inode=inode, whole_file=job.whole_file)
     with run.screen.step("Migrate disk to destination instance."), run.journal.act("copy", new=job.new, length=job.length) as result:
         run.screen.note(f"{run.source_host.name}:{job.source.path}")
         run.screen.note(f"-> {host.name}:{job.fresh.path}")
-        moved = move_patiently(run, host, job, SourceWatch(run), known)
+        begin, check = functools.partial(gate, run, Act.WRITE), functools.partial(gate, run, Act.WRITE, is_held=True)
+        moved = move_patiently(run, host, job, locks, (begin, spaced(10.0, check)), known)
         rate = moved.held / max(moved.seconds, 0.001)
         proof = f"both ends have digest {moved.digest[:16]}…" if moved.digest else "not proven, as asked for with --no-verify"
         proof += f", of {human(moved.unread)} since before the stop: by the dirty bitmap they have not changed" if moved.unread else ""
@@ -4923,25 +5388,44 @@ def transfer(run: Run, host: Host, job: DiskJob, known: Known) -> None:
     run.journal.write("finished", clouds=[run.source.url, run.destination.url], rate=round(rate) if moved.held > MiB and not moved.is_rest else 0)
 
 
-def move_patiently(run: Run, host: Host, job: DiskJob, check: Callable[[], None], known: Known = NOTHING_KNOWN) -> Moved:
-    """Moves the disk, again and again where something fails; what has arrived is proven and kept. Raises as `patiently` does."""
+def move_patiently(run: Run, host: Host, job: DiskJob, locks: DiskLocks, checks: tuple[Callable[[], object], Callable[[], object]],
+                   known: Known = NOTHING_KNOWN) -> Moved:
+    """Moves the disk, again and again where something fails; what has arrived is proven and kept. Raises as `patiently` does.
+
+    Of the two checks, which may raise, one is made before each attempt, the other between chunks.
+    """
     there = list(run.earlier.record.arrived) if run.earlier else []
 
     def arrived(tile: Chunk) -> None:
         there.append((tile.offset, tile.length))
         run.journal.write("chunk", offset=tile.offset, length=tile.length)
 
-    witness = Witness(functools.partial(told_progress, run), arrived, check)
+    witness = Witness(functools.partial(told_progress, run), arrived, checks[1])
 
     def attempt(ends: Ends) -> Moved:
-        if job.settings.warm and job.with_python and ends.destination.succeeds("test", "-f", job.new):
+        checks[0]()
+        locks.hold(ends.destination, job.fresh.path)
+        if job.settings.warm and ends.destination.succeeds("test", "-f", job.new):
             return move_changes(ends, job, witness, known)
         return move_disk(ends, job, witness, there)
 
-    return patiently(run, host, attempt, check, "stays stopped")
+    return patiently(run, host, locks, attempt, "stays stopped")
 
 
-def patiently(run: Run, host: Host, act: Callable[[Ends], T], check: Callable[[], None], meanwhile: str) -> T:
+def spaced(seconds: float, act: Callable[[], object]) -> Callable[[], None]:
+    """Does an act when it is called, but not before so many seconds have passed since the last time, or since now."""
+    last = time.monotonic()
+
+    def do() -> None:
+        nonlocal last
+        if time.monotonic() - last > seconds:
+            act()
+            last = time.monotonic()
+
+    return do
+
+
+def patiently(run: Run, host: Host, locks: DiskLocks, act: Callable[[Ends], T], meanwhile: str) -> T:
     """What an act on both ends gives, tried again and again where a command, an export, a device or a connection fails.
 
     Raises the HostError that no further attempt can help with, or that of the last one.
@@ -4951,7 +5435,7 @@ def patiently(run: Run, host: Host, act: Callable[[Ends], T], check: Callable[[]
             if attempt:
                 run.source_host.revive()
                 host.revive()
-            with both_ends(run, host) as ends:
+            with both_ends(run, host, locks) as ends:
                 return act(ends)
         except HostError as error:
             if attempt == run.settings.retries or isinstance(error, FinalError) or any(words in str(error) for words in NO_ROOM):
@@ -4960,7 +5444,6 @@ def patiently(run: Run, host: Host, act: Callable[[Ends], T], check: Callable[[]
             run.journal.write("retry", attempt=attempt + 1, error=str(error), pause=pause)
             run.screen.warn(f"{error}; attempt {attempt + 2} of {run.settings.retries + 1} follows in {pause} s, the source {meanwhile}")
             time.sleep(pause)
-            check()
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -4979,51 +5462,19 @@ def told_progress(run: Run, total: int) -> Iterator[Callable[[int], None]]:
         yield both
 
 
-class SourceWatch:
-    """Called between chunks: raises CloudError when the source does not stay stopped. Asks Nova every ten seconds at most."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self._asked = run, time.monotonic()
-
-    def __call__(self) -> None:
-        if time.monotonic() - self._asked < 10:
-            return
-        self._asked = time.monotonic()
-        try:
-            server = self.run.source.server(self.run.plan.server.id)
-        except CloudError as error:
-            if error.may_pass:  # the image lock holds while the API is away
-                return
-            raise
-        if not server.is_stopped:
-            raise CloudError(f"the source is {server.status} {server.task} in the middle of the copy: somebody started it",
-                             "find out who, and run migrena again")
-
-
 def start_named(run: Run, side: str, cloud: Cloud, id: str) -> Server | None:
     """The instance of `src` or `dst`, started because -a names it, or None because it does not."""
     if run.settings.start_after not in ("all", side):
         return None
     name = "destination" if side == "dst" else "source"
-    with run.screen.step(f"Start {name} instance."), run.journal.act(f"start {name}", server=id):
-        started = cloud.start(id, run.changed)
+    with run.screen.step(f"Start {name} instance."):
+        if side == "dst":
+            gate(run, Act.START_DESTINATION)
+        with run.journal.act(f"start {name}", server=id):
+            started = cloud.start(id, run.changed)
         run.screen.note(f"Done. Current status: {started.status}")
     run.report.started.append(name)
     return started
-
-
-def start_and_keep(run: Run, new: Server) -> Server | None:
-    """The destination, started where -a names it. From here on nothing deletes it, unless Nova says that it has not left SHUTOFF."""
-    has_run = True
-    try:
-        return start_named(run, "dst", run.destination, new.id)
-    except BaseException:
-        with contextlib.suppress(CloudError):
-            has_run = not run.destination.server(new.id).is_stopped
-        raise
-    finally:
-        if has_run:
-            run.undo.keep(f"destination {new.name} {new.id} is complete and stays")
 
 
 def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, destination: DestinationFacts, known_rate: float) -> Iterator[str]:
@@ -5087,16 +5538,17 @@ def copy(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
             for line in plan_lines(settings, plan, source, destination, known_rate):
                 screen.say(line, always=True)
             return 0
-        journal = begin_journal(folder, settings, plan, [source.cloud.url, destination.cloud.url])
+        journal = begin_journal(folder, settings, plan, (source.cloud, destination.cloud))
         return see_through(Run(settings, screen, journal, undo, report, plan, source.cloud, destination.cloud, source.host))
 
 
-def begin_journal(folder: Path, settings: Settings, plan: Plan, clouds: Sequence[str]) -> Journal:
+def begin_journal(folder: Path, settings: Settings, plan: Plan, clouds: Sequence[Cloud]) -> Journal:
     """The run's journal with its first line: all that resume and rollback need, and no secret. Raises UsageError where there is no room."""
     journal = Journal(folder, plan.run)
     with journal.beginning():
         journal.write("run", pid=os.getpid(), source=plan.server.id, source_name=plan.server.name, source_host=plan.server.hypervisor,
-                      name=settings.dst_name, clouds=list(clouds), was_running=plan.was_running, flavor=plan.flavor.id, image=plan.image.id,
+                      name=settings.dst_name, clouds=[cloud.url for cloud in clouds], where=[cloud.identity for cloud in clouds],
+                      was_running=plan.was_running, flavor=plan.flavor.id, image=plan.image.id,
                       settings={name: getattr(settings, name) for name in KEPT})
     return journal
 
@@ -5121,7 +5573,7 @@ def tell_what_stays(screen: Screen, plan: Plan) -> None:
         screen.warn("the source boots by UEFI: its NVRAM (boot entries) is not copied, and Nova makes a new one")
 
 
-# ---- 11. Status ------------------------------------------------------------------------------------------------------
+# ---- 12. Status ------------------------------------------------------------------------------------------------------
 
 
 def status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
@@ -5200,7 +5652,7 @@ def detail_lines(record: RunRecord) -> Iterator[str]:
     yield from what_to_do(record)
 
 
-# ---- 12. Resume ------------------------------------------------------------------------------------------------------
+# ---- 13. Resume ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -5208,25 +5660,29 @@ class MadeFacts:
     """What there is of the instance that a run was making; what could not be found out is None, and told in `problems`."""
 
     cloud: Cloud | None
-    server: Server | None = None
+    seen: Seen = field(default_factory=Seen)
     is_in_place: bool = False  # whether the copy has taken its place
-    inode: str = ""  # of the disk as it lies there
     problems: tuple[Reason, ...] = ()
 
 
 def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord, screen: Screen) -> MadeFacts:
-    """Looks at what the run had made: the instance by the run's mark, and the files beside its disk."""
+    """Looks at what the run had made: the instance by its id, or by the run's mark where Nova's answer was lost, and the files beside its disk."""
     found: dict[str, Any] = {"cloud": None}
     try:
         cloud = found["cloud"] = Cloud("destination", creds, settings.dst_glance_endpoint)
-        server = found["server"] = next(iter(cloud.made_by(record.run)), None)
-        if server and server.host:
-            with contextlib.closing(connect(host_name(server, settings), settings, screen)) as host:
-                path = settings.disk_path % server.id
+        id = record.destination or next((server.id for server in cloud.made_by(record.run, record.source)), "")
+        seen = found["seen"] = see(cloud, id, record.request("stop destination"))
+        if seen.unseen:
+            raise CloudError(seen.unseen)
+        if seen.server and seen.server.host:
+            with contextlib.closing(connect(host_name(seen.server, settings), settings, screen)) as host:
+                path = settings.disk_path % id
                 new, kept = new_beside(path, record.run), kept_beside(path, record.run)
                 was_swapped = host.succeeds("test", "-e", kept) and not host.succeeds("test", "-e", new)
                 found["is_in_place"] = was_swapped or record.has_done("swap in")
-                found["inode"] = host.script('[ ! -e "$1" ] || stat -c %i -- "$1"', path).strip()  # Nova may be about to make it
+                inode = host.script('[ ! -e "$1" ] || stat -c %i -- "$1"', path).strip()  # Nova may be about to make it
+                if record.job.get("inode", inode) != inode:
+                    found["seen"] = dataclasses.replace(seen, disk="is not the one that Nova made: somebody has put another one there")
     except UsageError:
         raise
     except MigrenaError as error:
@@ -5234,21 +5690,14 @@ def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord,
     return MadeFacts(**found)
 
 
-def refuse_resume(record: RunRecord, source: SourceFacts, made: MadeFacts, stand: str) -> list[Reason]:
-    """Everything that forbids to go on with a run; `stand` is the source's file as it stands now."""
-    undo, reasons = f"./migrena.py rollback {record.run}, then the command again", [*source.problems, *made.problems]
-    other = source.server.metadata.get(MARK) if source.server else None
-    if source.server and other != record.run and (other or not made.is_in_place):  # a complete one has given the source back
-        reasons.append(Reason(f"the source carries {f'the mark of run {other}' if other else 'no mark'}, not that of run {record.run}", undo))
-    was = record.job.get("stand")
-    if not made.is_in_place and source.server and was and (not source.server.is_stopped or stand != was):
-        reasons.append(Reason(f"the source has been started, or its disk was changed, since run {record.run} was cut off: what was copied is old",
-                              undo))
-    if made.cloud and not made.problems and not made.server:
-        reasons.append(Reason(f"the instance that run {record.run} was about to make never came to be", undo))
-    if made.server and not made.problems and not made.is_in_place and record.job.get("inode", made.inode) != made.inode:
-        reasons.append(Reason(f"the disk of {made.server.id} is not the one that Nova made: somebody has put another one there", undo))
-    return reasons
+def situation_of(record: RunRecord, source: SourceFacts, made: MadeFacts, stand: str) -> Situation:
+    """What is seen of a run that was cut off; `stand` is the source's file as it stands now."""
+    seen, was, cloud = Seen(record.source, source.server), str(record.job.get("stand", "")), source.cloud
+    if cloud and source.server and was and not made.is_in_place:  # what was begun before there was a copy is simply done again
+        seen = see(cloud, record.source, record.request("stop source") or None)
+        is_other = stand != was or not (seen.server and seen.server.is_stopped)
+        seen = dataclasses.replace(seen, disk="was changed, or is in use" if is_other else "")
+    return Situation(record.run, stage_of(record), seen, made.seen, made.is_in_place, record.was_running)
 
 
 def refuse_state(record: RunRecord) -> None:
@@ -5259,6 +5708,18 @@ def refuse_state(record: RunRecord) -> None:
     if record.state in told:
         raise Refused(f"run {record.run} {told[record.state]}: there is nothing to go on with",
                       "" if record.state == "done" else "give the command again")
+
+
+def tell_judged(screen: Screen, report: Report, now: Situation, judged: Mapping[Act, Sequence[Reason]]) -> int:
+    """Shows what is seen, and of each act whether it may be done, or why not; gives the exit code."""
+    screen.say(f"seen  {now}", always=True)
+    for act, reasons in judged.items():
+        screen.say(f"{act.value}: {'may be done' if not reasons else 'must not be done'}", always=True)
+        for reason in reasons:
+            screen.say(f"  {reason.problem}", always=True)
+            screen.say(f"    try: {reason.way_out}", always=True)
+    report.run, report.result = now.run, "planned" if not any(judged.values()) else "refused"
+    return 3 if any(judged.values()) else 0
 
 
 def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
@@ -5278,14 +5739,20 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         with screen.timed("Survey"):
             source, made = at_once(lambda: survey_source(settings, creds["src"], screen, stack),
                                    lambda: survey_made(settings, creds["dst"], record, screen))
+        if source.cloud and made.cloud:
+            require_same_clouds(record, (source.cloud, made.cloud))
         stand = stand_of(source.host, source.disk.top.path) if source.host and source.disk else ""
-        if reasons := refuse_resume(record, source, made, stand):
+        now, reasons = situation_of(record, source, made, stand), [*source.problems, *made.problems]
+        if source.server and made.cloud and not made.problems:
+            reasons += judge(Act.GO_ON, now, Asked(settings.yes))
+        if settings.dry_run:
+            return tell_judged(screen, report, now, {Act.GO_ON: reasons})
+        if reasons:
             raise Refused.of(reasons)
-        if not (source.cloud and source.server and source.host and source.disk and made.cloud and made.server):
+        if not (source.cloud and source.server and source.host and source.disk and made.cloud and (server := made.seen.server)):
             raise Refused("the source's disk cannot be read as it is", "see the state of the source instance")
-        image = Image(made.server.image, "", "active", "", "")
-        plan = Plan(run, source.server, source.disk, made.server.flavor, image, (), record.was_running)
-        report.run, earlier = run, Earlier(record, made.server.id, made.is_in_place)
+        plan = Plan(run, source.server, source.disk, server.flavor, Image(server.image, "", "active", "", ""), (), record.was_running)
+        report.run, earlier = run, Earlier(record, server.id, made.is_in_place)
         report.source = reported(source.cloud, plan.server)
         journal = Journal(folder, run)
         with journal.beginning():
@@ -5294,63 +5761,107 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         return see_through(Run(settings, screen, journal, undo, report, plan, source.cloud, made.cloud, source.host, earlier))
 
 
-# ---- 13. Rollback ----------------------------------------------------------------------------------------------------
+# ---- 14. Rollback ----------------------------------------------------------------------------------------------------
 
-# Prints what private folders a run still has on a host.
-LEFT_FOLDERS: Final = 'for folder in /run/migrena-"$1"-* /tmp/migrena-"$1"-*; do [ ! -e "$folder" ] || echo "$folder"; done'
+# Prints what private folders a run still has on a host, those alone whose lease is alive where $2 is given.
+LEFT_FOLDERS: Final = """
+for folder in /run/migrena-"$1"-* /tmp/migrena-"$1"-*; do
+  [ ! -e "$folder" ] || { [ -n "$2" ] && flock -n -- "$folder/lease" true; } || echo "$folder"
+done
+"""
 LEASE_LIMIT: Final = 75.0  # seconds after which the leases of a run that was cut off have ended
 
 
 @dataclass(frozen=True)
 class Traces:
-    """What there is of a run in both clouds, whether or not its journal is known."""
+    """What there is of a run in both clouds, whether or not its journal is known: a situation for each instance that it made, or one without."""
 
-    run: str
-    source_id: str
-    source: Server | None  # None where it is gone
-    made: tuple[Server, ...]
-    was_running: bool
-    was_successful: bool
+    situations: tuple[Situation, ...]
+    since_source: str | None = None  # the request since which the source was not to run, where one is known
+    since: str = ""  # the same of the destinations
+    stand: str = ""  # of the source's file when it was copied
     has_image: bool = False  # whether it was carrying the source's image too
 
+    @property
+    def now(self) -> Situation:
+        """What is seen of the run."""
+        return self.situations[0]
 
-def find_traces(clouds: tuple[Cloud, Cloud], source_id: str, record: RunRecord | None) -> Traces:
-    """What carries a run's marks, on the source and in the destination; raises Refused where nothing does."""
-    source = None
-    try:
-        source = clouds[0].server(source_id)
-    except CloudError as error:
-        if error.code != 404:
-            raise
-    run = record.run if record else source.metadata.get(MARK, "") if source else ""
-    made = clouds[1].made_by(run, "" if run else source_id)
-    runs = {server.metadata.get(MARK) or server.metadata.get(DONE) or "" for server in made} - {""}
+    @property
+    def made(self) -> list[Server]:
+        """The instances that it made and that are there."""
+        return [now.destination.server for now in self.situations if now.destination.server]
+
+
+def find_traces(clouds: tuple[Cloud, Cloud], source_id: str, record: RunRecord | None, folder: Path) -> Traces:
+    """What a run has made, by its journal or by marks and locks, and what is seen of both sides; raises Refused where nothing tells of a run."""
+    one, other = clouds
+    if record:
+        require_same_clouds(record, clouds)
+    since_source = (record.request("stop source") if record else "") or None
+    source = see(one, source_id, since_source)
+    if source.unseen:
+        raise Refused(f"the source could not be looked at: {source.unseen}", "see to that first: nothing was touched")
+    run = record.run if record else (source.server.metadata.get(MARK) or lock_of(source.server)) if source.server else ""
+    all_made = other.made_by("", source_id)
+    runs = {server.metadata.get(MADE) or server.metadata[DONE] for server in all_made}
     if not run and len(runs) != 1:
         raise Refused(f"{'no run has' if not runs else f'{len(runs)} runs have'} a mark on {source_id} or on an instance made of it",
-                      f"delete what is not wanted by hand: {', '.join(server.id for server in made)}" if runs else "there is nothing to undo")
+                      f"delete what is not wanted by hand: {', '.join(server.id for server in all_made)}" if runs else "there is nothing to undo")
     run = run or runs.pop()
     if not re.fullmatch(r"[0-9A-Za-z-]+", run):
         raise Refused(f"the mark {run!r} is none of migrena's", "see who wrote it")
-    was = next((server.metadata[WAS] for server in (*([source] if source else []), *made) if WAS in server.metadata), "")
-    begun = bool(record and record.is_complete)
-    started = begun and (bool(record and record.has_done("start destination")) or any(not server.is_stopped for server in made))
-    is_untouched = bool(record and record.state == "killed" and source and MARK not in source.metadata and not made)  # or undone already
-    was_running = record.was_running and not is_untouched if record else was == "ACTIVE"
-    return Traces(run, source_id, source, tuple(made), was_running,
-                  bool(record and record.state == "done") or started or any(DONE in server.metadata for server in made),
+    if not record and (folder / f"{run}.jsonl").exists():
+        return find_traces(clouds, source_id, read_run(folder, run, is_ours=True), folder)
+    marked = [server for server in all_made if run in (server.metadata.get(MADE), server.metadata.get(DONE))]
+    ids = [record.destination] if record and record.destination else [server.id for server in marked]
+    since = record.request("stop destination") if record else ""
+    stage = Stage.DONE if any(DONE in server.metadata for server in marked) else stage_of(record) if record else Stage.SWAPPED
+    was = next((server.metadata[WAS] for server in (*([source.server] if source.server else []), *marked) if WAS in server.metadata), "")
+    was_running = was == "ACTIVE"
+    if record:
+        was_running = record.was_running and any(act.name == "stop source" for act in record.acts)
+    told = re.search(r"([0-9a-f-]{36}) takes its place", source.server.lock_reason) if source.server else None
+    others = [server for server in all_made if server.id not in ids and server not in marked]
+    if told and told[1] not in ids and (server := other.look(told[1])):  # whose marks somebody has wiped
+        others.append(server)
+    situations = (Situation(run, stage, source, see(other, id, since), was_running=was_running, others=tuple(others)) for id in ids or [""])
+    return Traces(tuple(situations), since_source, since, str(record.job.get("stand", "")) if record else "",
                   record is not None and any(act.name == "create image" for act in record.acts))
 
 
-def refuse_rollback(settings: Settings, traces: Traces) -> list[Reason]:
-    """Everything that forbids to undo a run."""
-    reasons, other = [], traces.source.metadata.get(MARK) if traces.source else None
-    if other not in (None, traces.run):
-        reasons.append(Reason(f"run {other} is moving the source now, not run {traces.run}", f"./migrena.py status {other}"))
-    if traces.was_successful and not settings.yes:
-        fate = "stopped" if settings.keep_destination else "deleted"
-        reasons += [Reason(f"run {traces.run} was successful: {server.name} {server.id} ({server.status}) would be {fate}, "
-                           "and it may hold newer data", "give --yes if that is wanted") for server in traces.made]
-    return reasons
+def complete(settings: Settings, screen: Screen, traces: Traces, *, is_known: bool) -> Traces:
+    """The traces with what only hypervisors tell: is the source's disk there, and, without a journal, is the run at work elsewhere."""
+    now, alive, source = traces.now, "", traces.now.source
+    if source.server and source.server.host and (now.stage >= Stage.PROVEN or not is_known):
+        try:
+            with contextlib.closing(connect(host_name(source.server, settings), settings, screen)) as host:
+                alive = "" if is_known else at_work(host, now.run)
+                source = dataclasses.replace(source, disk=disk_now(host, settings.disk_path % source.id, traces.stand))
+        except HostError as error:
+            source = dataclasses.replace(source, disk=f"cannot be looked at: {shorten(str(error))}")
+    for server in traces.made if not is_known and not alive else ():
+        if server.host:
+            with contextlib.closing(connect(host_name(server, settings), settings, screen)) as host:
+                alive = alive or at_work(host, now.run)
+    return dataclasses.replace(traces, situations=tuple(dataclasses.replace(now, source=source, alive=alive) for now in traces.situations))
+
+
+def at_work(host: Host, run: str) -> str:
+    """Which folder of a run is held by a process on a host; a run that was cut off lets go of it within a minute."""
+    limit = time.monotonic() + LEASE_LIMIT
+    while found := host.script(LEFT_FOLDERS, run, "alive").split():
+        if time.monotonic() > limit:
+            return f"{host.name}:{found[0]} is held"
+        time.sleep(1)
+    return ""
+
+
+def judged(settings: Settings, traces: Traces) -> dict[Act, list[Reason]]:
+    """What forbids to undo a run, act by act; the source is given back when nothing of the destination is left, or it is stopped."""
+    taking, asked = Act.STOP_DESTINATION if settings.keep_destination else Act.DELETE, Asked(settings.yes)
+    found = {taking: [reason for now in traces.situations if not now.destination.is_gone for reason in judge(taking, now, asked)]}
+    return {**found, Act.GIVE_BACK: judge(Act.GIVE_BACK, dataclasses.replace(traces.now, destination=Seen()), asked)}
 
 
 def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
@@ -5369,20 +5880,33 @@ def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
                 report.run, report.result = record.run, "rolled back"
                 return 0
         clouds = both_clouds(settings, call.environment)
+        for cloud in clouds:
+            cloud.tell = screen.note
         if record and record.carries_image:
+            require_same_clouds(record, clouds)
             return take_back_image(record, clouds[1], Journal(folder, record.run), undo, report)
-        traces = find_traces(clouds, source_id, record)
-        if reasons := refuse_rollback(settings, traces):
-            raise Refused.of(reasons)
-        journal, report.run = Journal(folder, traces.run), traces.run
-        with journal.beginning():
-            if not journal.path.stat().st_size:  # it was lost: this is all that is known
-                journal.write("run", source=source_id, was_running=traces.was_running, name=next((server.name for server in traces.made), ""))
-            journal.write("asked to roll back", pid=os.getpid())
-        is_over = traces.source and MARK not in traces.source.metadata and (traces.source.is_running or not traces.was_running)
-        if traces.source and is_over and not traces.made:
-            screen.say(f"Neither cloud has anything of run {traces.run} to undo; the source is {traces.source.status}.")
-        return take_back(undoing(settings, clouds, traces, screen), journal, undo, report, keep_destination=settings.keep_destination)
+        with nothing_touched():
+            traces = complete(settings, screen, find_traces(clouds, source_id, record, folder), is_known=bool(record))
+        acts = judged(settings, traces)
+        if settings.dry_run:
+            return tell_judged(screen, report, traces.now, acts)
+        if reasons := [reason for act, reasons in acts.items() if act is not Act.GIVE_BACK or traces.now.alive for reason in reasons]:
+            raise Refused.of(list(dict.fromkeys(reasons)))
+        return undo_run(settings, clouds, traces, folder, undo, report)
+
+
+def undo_run(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, folder: Path, undo: Undo, report: Report) -> int:
+    """Undoes a run that may be undone."""
+    now, source = traces.now, traces.now.source.server
+    journal, report.run = Journal(folder, now.run), now.run
+    with journal.beginning():
+        if not journal.path.stat().st_size:  # it was lost: this is all that is known
+            journal.write("run", source=now.source.id, was_running=now.was_running, name=next((server.name for server in traces.made), ""),
+                          where=[cloud.identity for cloud in clouds])
+        journal.write("asked to roll back", pid=os.getpid())
+    if source and not traces.made and MARK not in source.metadata and (source.is_running or not now.was_running):
+        undo.screen.say(f"Neither cloud has anything of run {now.run} to undo; the source is {source.status}.")
+    return take_back(undoing(settings, clouds, traces, undo.screen, journal), journal, undo, report, keep_destination=settings.keep_destination)
 
 
 def take_back_image(record: RunRecord, cloud: Cloud, journal: Journal, undo: Undo, report: Report) -> int:
@@ -5390,16 +5914,24 @@ def take_back_image(record: RunRecord, cloud: Cloud, journal: Journal, undo: Und
     if record.state == "done":
         raise Refused(f"run {record.run} was successful: its image may be in use", "openstack image delete, if that is wanted")
     report.run = record.run
-    return take_back([(f"delete image {record.facts.get('name')}", functools.partial(delete_carried, cloud, record.run))], journal, undo, report)
+    step = f"delete image {record.facts.get('name')}", functools.partial(delete_carried, cloud, record.run)
+    return take_back([step], journal, undo, report)
 
 
 def take_back(steps: Iterable[tuple[str, Callable[[], None]]], journal: Journal, undo: Undo, report: Report, **facts: object) -> int:
-    """Does these steps, each with its name, as what undoes a run; goes on past what fails, which is left in `undo`."""
+    """Does these steps, each with its name, as what undoes a run; goes on past what fails. That, or what a signal cut off, is left in `undo`."""
     with journal.ending(undo, "rolled back", "left"):
         journal.write("rollback", pid=os.getpid(), **facts)
-        for what, action in steps:
-            with undo.screen.step(f"{what[0].upper()}{what[1:]}."):
-                undo.attempt(what, functools.partial(journaled, journal, what, action))
+        todo = deque(steps)
+        try:
+            while todo:
+                what, action = todo[0]
+                with undo.screen.step(f"{what[0].upper()}{what[1:]}."):
+                    undo.attempt(what, functools.partial(journaled, journal, what, action))
+                todo.popleft()
+        except Interrupted:
+            undo.left += [f"{what}: not done" if number else f"{what}: interrupted" for number, (what, _) in enumerate(todo)]
+            raise
     report.result = "rolled back" if not undo.left else "left"
     return 0
 
@@ -5410,32 +5942,57 @@ def journaled(journal: Journal, what: str, action: Callable[[], None]) -> None:
         action()
 
 
-def undoing(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, screen: Screen) -> Iterator[tuple[str, Callable[[], None]]]:
+def undoing(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, screen: Screen,
+            journal: Journal) -> Iterator[tuple[str, Callable[[], None]]]:
     """The steps that undo a run, in their order, each with its name. The source's mark goes last: until then all can be done again."""
-    one, other = clouds
+    run, source = traces.now.run, traces.now.source.server
     if traces.has_image:
-        yield "see that no half image is left", functools.partial(delete_carried, other, traces.run)
-    for server in traces.made:
-        if settings.keep_destination:
-            yield f"stop destination {server.id}", functools.partial(stop_and_keep, other, server.id)
-        else:
-            yield f"delete destination {server.id}", functools.partial(other.delete, server.id)
+        yield "see that no half image is left", functools.partial(delete_carried, clouds[1], run)
+    for number, server in enumerate(traces.made):
+        word = "stop" if settings.keep_destination else "delete"
+        yield f"{word} destination {server.id}", functools.partial(take_away, settings, clouds, traces, number)
         if server.host:
-            paths = [beside(settings.disk_path % server.id, traces.run) for beside in (new_beside, kept_beside)]
+            paths = [beside(settings.disk_path % server.id, run) for beside in (new_beside, kept_beside)]
             yield (f"see that nothing is left on {host_name(server, settings)}",
-                   functools.partial(clean_host, host_name(server, settings), settings, screen, traces.run, paths))
+                   functools.partial(clean_host, host_name(server, settings), settings, screen, run, paths))
         if settings.keep_destination:
-            yield f"take the marks off destination {server.id}", functools.partial(other.unmark, server.id, traces.run, MARK, DONE, WAS)
-    if not (source := traces.source):
+            yield f"take the marks off destination {server.id}", functools.partial(clouds[1].unmark, server.id, run, MADE, DONE, WAS)
+    if not source:
         return
     if source.host:
         yield (f"see that nothing is left on {host_name(source, settings)}",
-               functools.partial(clean_host, host_name(source, settings), settings, screen, traces.run, [], source.id))
-    if source.locked and source.lock_reason in ("", f"{LOCKED_BY}{traces.run}") and (source.lock_reason or MARK in source.metadata):
-        yield f"unlock source {source.id}", functools.partial(one.unlock, source.id)
-    if traces.was_running and not source.is_running:
-        yield f"start source {source.id} again", functools.partial(one.restart, source.id, lambda server: None)
-    yield f"take the mark off source {source.id}", functools.partial(one.unmark, source.id, traces.run, MARK, WAS)
+               functools.partial(clean_host, host_name(source, settings), settings, screen, run, [], source.id))
+    yield f"give source {source.id} back", functools.partial(give_back, settings, clouds, traces, journal)
+    yield f"take the mark off source {source.id}", lambda: take_mark_off(clouds[0], seen_again(clouds, traces, traces.now))
+
+
+def seen_again(clouds: tuple[Cloud, Cloud], traces: Traces, now: Situation) -> Situation:
+    """One of the situations, with both sides as they are by now."""
+    source = dataclasses.replace(see(clouds[0], now.source.id, traces.since_source), disk=now.source.disk)
+    return dataclasses.replace(now, source=source, destination=see(clouds[1], now.destination.id, traces.since))
+
+
+def take_away(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, number: int) -> None:
+    """Deletes an instance that a run made, or stops it and leaves it; raises Kept where that must not be done now."""
+    before = [now for now in traces.situations if now.destination.server][number]
+    now = seen_again(clouds, traces, before)
+    if now.destination.is_gone:
+        return
+    allow(Act.STOP_DESTINATION if settings.keep_destination else Act.DELETE, now, Asked(settings.yes))
+    if not settings.keep_destination:
+        clouds[1].delete(now.destination.id)
+        return
+    stop_and_keep(clouds[1], now.destination.id)
+    if now.destination.is_locked_by(now.run):
+        clouds[1].unlock(now.destination.id)
+
+
+def give_back(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, journal: Journal) -> None:
+    """Unlocks the source and starts it where it ran; raises Kept where that must not be done now."""
+    for before in traces.situations:
+        now = seen_again(clouds, traces, before)
+        allow(Act.GIVE_BACK, now, Asked(settings.yes))
+    give(clouds[0], now, journal, lambda server: None)
 
 
 def stop_and_keep(cloud: Cloud, id: str) -> None:
@@ -5457,7 +6014,7 @@ def clean_host(name: str, settings: Settings, screen: Screen, run: str, paths: S
             drop_bitmap(host, source, path, run)
 
 
-# ---- 14. Spread ------------------------------------------------------------------------------------------------------
+# ---- 15. Spread ------------------------------------------------------------------------------------------------------
 
 GIVEN_UP: Final = ("error", "failed", "cancelled")  # how Nova calls a live migration that has not come to its end
 ROOM_LIMIT: Final = 60.0  # seconds that Nova may take to give back what an instance had on the host that it has left
@@ -5641,14 +6198,14 @@ def overdue(cloud: Cloud, move: Move, number: int, state: str, settings: Setting
         raise CloudError(told, f"see: openstack server migration list --server {move.server.id}; --keep-waiting waits on, --abort ends it")
 
 
-# ---- 15. Door --------------------------------------------------------------------------------------------------------
+# ---- 16. Door --------------------------------------------------------------------------------------------------------
 
 RUNTIME: Final = ("paramiko", "novaclient", "glanceclient", "keystoneauth1", "cryptography", "requests", "tqdm", "yaml")  # requirements.txt
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_CODES: Final = """exit codes:
   0  done                            3  refused, nothing was touched
   1  failed and rolled back          4  failed, and something is left behind (it is listed)
-  2  usage or config.py is wrong     128+n  ended by signal n, and rolled back"""
+  2  usage or config.py is wrong     128+n  ended by signal n, and rolled back (else 4)"""
 
 
 
@@ -5764,7 +6321,9 @@ def main(arguments: Sequence[str]) -> int:
             require_packages()
             code = JOBS[call.job].do(call, settings, undo, report)
     except MigrenaError as error:
-        code = show_failure(error.reasons, error.exit_code, screen, report)
+        if isinstance(error, Kept):
+            undo.keep(error)
+        code = show_failure(error.reasons if not isinstance(error, Kept) else (), error.exit_code, screen, report)
         if settings.debug:
             traceback.print_exc()
     except Interrupted as error:
@@ -5775,8 +6334,9 @@ def main(arguments: Sequence[str]) -> int:
         code, report.not_undone = 4, undo.left
         for line in undo.left:
             screen.say(f"left behind: {line}", always=True)
-    if undo.left and report.run:
-        screen.say(f"  try: ./migrena.py rollback {report.run}; ./migrena.py status {report.run} shows what was done", always=True)
+    ways = undo.ways or ([f"./migrena.py rollback {report.run}; ./migrena.py status {report.run} shows what was done"] if report.run else [])
+    for way in ways if undo.left else ():
+        screen.say(f"  try: {way}", always=True)
     if settings.json:
         report.warnings, report.seconds, report.ssh_commands = screen.warnings, screen.seconds, screen.commands
         print(json.dumps(dataclasses.asdict(report), indent=2))

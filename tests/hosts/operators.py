@@ -114,12 +114,14 @@ def is_complete(operator: Operator, run: str) -> None:
 
 
 def has_arrived(operator: Operator, run: str, status: str = "SHUTOFF") -> None:
-    """The copy is in its place, nothing of ours lies beside it, and both clouds tell so."""
+    """The copy is in its place, nothing of ours lies beside it, and both clouds tell so; the source of one that was started stays locked."""
     (row,) = operator.made()
-    assert (row["status"], row["metadata"]) == (status, {ORIGIN: operator.id, WAS: "ACTIVE", DONE: run})
+    assert (row["status"], row["locked"], row["metadata"]) == (status, False, {ORIGIN: operator.id, WAS: "ACTIVE", DONE: run})
     new = Instance(operator.lab["dst"], f"{INSTANCES}/{row['id']}/disk", "qcow2")
     assert same_guest(operator.source, new)
     assert new.host.run("ls", f"{INSTANCES}/{row['id']}").stdout.split() == ["disk", "disk.info"]
     source = operator.clouds[0].rows()[operator.id]
-    assert (source["status"], source["locked"], source["metadata"]) == ("SHUTOFF", False, {})
+    assert (source["status"], source["locked"], source["metadata"]) == ("SHUTOFF", status == "ACTIVE", {})
+    if status == "ACTIVE":
+        assert source["locked_reason"] == f"migrena run {run}: {row['name']} {row['id']} takes its place; back with: migrena.py rollback {run}"
     assert (run, "done") in operator.states()

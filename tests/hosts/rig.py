@@ -23,6 +23,7 @@ from migrena import (
     Cloud,
     Disk,
     DiskJob,
+    DiskLocks,
     Earlier,
     Ends,
     Host,
@@ -281,7 +282,7 @@ class Copy:
     def prepared(self, source: Instance, fresh: Instance) -> Iterator[tuple[Ends, DiskJob]]:
         """Both ends and the job, refused where it must be; folders and certificates are gone with the scope."""
         run = self.run_of(survey_disk(self.source, "guest", source.path, shared=False))
-        with contextlib.closing(run.journal), both_ends(run, self.destination) as ends:
+        with contextlib.closing(run.journal), DiskLocks(run.plan.run) as locks, both_ends(run, self.destination, locks) as ends:
             yield ends, self.job_of(run, ends, fresh)
 
     @contextlib.contextmanager
@@ -297,13 +298,13 @@ class Copy:
         """The bytes arrive and are proven, as often tried again as the settings say; nothing is swapped in."""
         run = self.run_of(survey_disk(self.source, "guest", source.path, shared=False))
         self.undo.screen.progress = self.shown  # type: ignore[method-assign]
-        with contextlib.closing(run.journal):
-            with both_ends(run, self.destination) as ends:
+        with contextlib.closing(run.journal), DiskLocks(run.plan.run) as locks:
+            with both_ends(run, self.destination, locks) as ends:
                 job = self.job_of(run, ends, fresh)
             if run.earlier and (stand := run.earlier.record.job.get("stand")):
                 job = replace(job, stand=stand)
             run.journal.write("job", stand=job.stand, new=job.new)
-            return move_patiently(run, self.destination, job, check)
+            return move_patiently(run, self.destination, job, locks, (lambda: None, check))
 
     def __call__(self, source: Instance, fresh: Instance) -> Moved:
         """The whole of it."""

@@ -21,7 +21,6 @@ from migrena import (
     Server,
     by_block,
     differing,
-    digest_of_chunk,
     digests,
     disk_chain,
     disk_format,
@@ -220,7 +219,6 @@ def test_digests_are_those_of_the_cells_that_are_not_zeros(lab: Lab, src: Host) 
     found = by_block(digests(src, instance.path, 0, instance.length, 60))
     assert found == {1: digest((MiB, CELL), (MiB + 8 * CELL, 2 * CELL)), 5: digest((5 * MiB, 13))}
     assert by_block(digests(src, instance.path, MiB, MiB, 60)) == {1: found[1]}
-    assert by_block(digest_of_chunk(src, instance.path, MiB, MiB, 60)) == {1: hashlib.sha256(content[MiB : 2 * MiB]).hexdigest()}
 
 
 def test_holes_make_no_difference_to_digests_and_every_byte_does(lab: Lab, src: Host) -> None:

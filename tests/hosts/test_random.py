@@ -154,7 +154,7 @@ class Trial:
         new = Instance(self.operator.lab["dst"], f"{INSTANCES}/{row['id']}/disk", "qcow2")
         assert same_guest(self.operator.source, new), self.told
         assert row["metadata"][DONE] and row["status"] == ("ACTIVE" if "dst" in self.words else "SHUTOFF"), self.told
-        assert (source["status"], source["locked"], source["metadata"]) == ("SHUTOFF", False, {}), self.told
+        assert (source["status"], source["locked"], source["metadata"]) == ("SHUTOFF", "dst" in self.words, {}), self.told
 
     def over(self) -> str:
         """How the run ended, or nothing while there are ways on."""

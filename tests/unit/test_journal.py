@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from conftest import REPOSITORY
-from migrena import CloudError, Interrupted, Journal, Refused, Screen, Settings, Undo, UsageError, last_rate, only_run_of, state_folder
+from migrena import Interrupted, Journal, Kept, Reason, Refused, Screen, Settings, Undo, UsageError, last_rate, only_run_of, state_folder
 from unit.makers import UUID
 
 
@@ -222,12 +222,20 @@ def test_what_a_step_registers_while_undoing_does_not_stop_the_others() -> None:
     assert "a" in undone.done
 
 
-def test_a_destination_that_is_in_use_is_not_deleted_by_what_fails_afterwards() -> None:
+def test_a_run_that_ends_because_both_copies_are_to_be_kept_undoes_nothing_and_tells_each_way_on_once() -> None:
     done: list[str] = []
     undo = Undo(Screen(quiet=True, stream=io.StringIO()))
-    with pytest.raises(CloudError), undo:
-        undo.always("take the mark off", lambda: done.append("mark"))
+    with pytest.raises(Kept), undo:
+        undo.always("see what is left", lambda: done.append("seen"))
         undo.on_failure("delete destination", lambda: done.append("deleted"))
-        undo.keep("destination arrived is complete and stays")
-        raise CloudError("the source did not start")
-    assert (done, undo.left) == (["mark"], ["destination arrived is complete and stays"])
+        raise Kept.of([Reason("the source runs", "resume"), Reason("the source runs", "resume"), Reason("locked", "")])
+    assert (done, undo.left, undo.ways) == (["seen"], ["the source runs", "locked"], ["resume"])
+
+
+def test_a_step_that_keeps_something_on_purpose_does_not_stop_the_others() -> None:
+    undone = Undone()
+    with pytest.raises(ValueError), undone.undo as undo:
+        undo.on_failure("a", undone.step("a"))
+        undo.on_failure("b", undone.step("b", Kept("the destination runs", "rollback --yes")))
+        raise ValueError
+    assert (undone.done, undo.left, undo.ways) == (["b", "a"], ["the destination runs"], ["rollback --yes"])

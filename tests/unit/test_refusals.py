@@ -9,6 +9,7 @@ import pytest
 from migrena import (
     DONE,
     FLAW_WAYS,
+    MADE,
     MARK,
     NEEDED,
     ORIGIN,
@@ -102,13 +103,13 @@ def test_a_run_whose_journal_is_here_is_told_once_with_resume_and_rollback(diffe
 
 
 def test_a_half_made_destination_is_refused_with_resume_and_rollback() -> None:
-    half = a_server(id="x", metadata={MARK: "r", ORIGIN: UUID})
+    half = a_server(id="x", metadata={MADE: "r", ORIGIN: UUID})
     reason = only(refuse_destination(some_settings(), a_source(), a_destination(same_name=(half,)), ["r"]))
     assert "taken by x, which run r was making" in reason.problem and "resume r" in reason.way_out
     assert "--run-of" in only(refuse_destination(some_settings(), a_source(), a_destination(same_name=(half,)))).way_out
 
 
-@pytest.mark.parametrize(("metadata", "is_there"), [({ORIGIN: UUID, DONE: "r"}, True), ({ORIGIN: UUID, MARK: "r"}, False), ({DONE: "r"}, False),
+@pytest.mark.parametrize(("metadata", "is_there"), [({ORIGIN: UUID, DONE: "r"}, True), ({ORIGIN: UUID, MADE: "r"}, False), ({DONE: "r"}, False),
                                                     ({ORIGIN: "another", DONE: "r"}, False), ({}, False)])
 def test_an_instance_is_already_migrated_only_by_a_run_of_this_source_that_was_completed(metadata: dict[str, str], is_there: bool) -> None:
     assert (already_there(some_settings(), a_destination(same_name=(a_server(id="x", metadata=metadata),))) is not None) is is_there
@@ -181,22 +182,10 @@ def test_a_missing_tool_is_named_with_its_packages(tool: str) -> None:
     assert all(package in reason.way_out for package in ("Debian: ", "RPM: ", *PACKAGES[tool]))
 
 
-@pytest.mark.parametrize(("compress", "refused"), [("auto", False), ("off", False), ("on", True)])
-def test_python3_is_needed_to_compress_where_that_is_asked_for(compress: str, refused: bool) -> None:
-    assert [reason.problem for reason in refuse_tools("cmp1", ["python3"], some_settings(compress=compress), "nbd-server")] == [
-        "cmp1: python3 is missing, which compresses"] * refused
-
-
 @pytest.mark.parametrize(("transport", "refused"), [("auto", False), ("qemu", False), ("nbd", True)])
 @pytest.mark.parametrize("tool", ["nbd-server", "nbd-client"])
 def test_the_tools_of_nbd_are_needed_only_where_nbd_is_asked_for(transport: str, refused: bool, tool: str) -> None:
     assert len(list(refuse_tools("cmp1", [tool], some_settings(transport=transport), tool))) == refused
-
-
-def test_without_python_only_a_clear_export_of_qemu_is_refused() -> None:
-    assert list(refuse_tools("cmp1", ["python3"], some_settings(), "nbd-server")) == []
-    assert list(refuse_tools("cmp1", ["python3"], some_settings(tls=False, transport="nbd"), "nbd-server")) == []
-    assert "python3" in only(list(refuse_tools("cmp1", ["python3"], some_settings(tls=False), "nbd-server"))).problem
 
 
 def test_a_name_that_is_taken_is_refused_with_each_that_has_it() -> None:

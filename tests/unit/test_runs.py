@@ -16,36 +16,25 @@ import pytest
 
 from conftest import REPOSITORY, Migrena
 from migrena import (
-    DONE,
-    MARK,
-    ORIGIN,
-    Act,
     Chunk,
-    Cloud,
     Journal,
-    MadeFacts,
-    Reason,
     Refused,
     RunRecord,
     Screen,
-    SourceFacts,
     StateError,
-    Traces,
+    Step,
     Undo,
     UsageError,
     find_run,
     is_covered,
     only_run_of,
     read_run,
-    refuse_resume,
-    refuse_rollback,
     refuse_state,
     slots,
     table_lines,
 )
-from unit.makers import UUID, a_server, some_settings
+from unit.makers import UUID
 
-NEVER_ASKED = object.__new__(Cloud)
 MiB = 1024**2
 RUN = "20261120T210000-a1b2c3"
 
@@ -204,26 +193,6 @@ def test_the_help_of_a_word_names_it_and_its_flags_alone(migrena: Migrena, word:
 
 
 RECORD = RunRecord(RUN, "killed", "", {"source": UUID, "name": "web-1"}, job={"stand": "1 2 3", "inode": "7"})
-STOPPED = a_server(status="SHUTOFF", power=4, metadata={MARK: RUN})
-MADE = MadeFacts(NEVER_ASKED, a_server(id="new", metadata={MARK: RUN, ORIGIN: UUID}), inode="7")
-
-
-@pytest.mark.parametrize(("source", "made", "stand", "said"), [
-    (STOPPED, MADE, "1 2 3", []),
-    (STOPPED, MADE, "1 2 4", ["has been started, or its disk was changed"]),
-    (replace(STOPPED, status="ACTIVE", power=1), MADE, "1 2 3", ["has been started"]),
-    (replace(STOPPED, metadata={}), MADE, "1 2 3", ["no mark"]),
-    (replace(STOPPED, metadata={MARK: "other"}), replace(MADE, server=None), "1 2 4", ["mark of run other", "has been started", "never came to be"]),
-    (STOPPED, replace(MADE, inode="8"), "1 2 3", ["somebody has put another one there"]),
-    (STOPPED, replace(MADE, inode="8", is_in_place=True), "9 9 9", []),
-    (STOPPED, MadeFacts(None, problems=(Reason("no cloud"),)), "1 2 3", ["no cloud"]),
-])
-def test_resume_is_refused_with_all_reasons(source: Any, made: MadeFacts, stand: str, said: list[str]) -> None:
-    reasons = refuse_resume(RECORD, SourceFacts(NEVER_ASKED, source), made, stand)
-    assert [words in reason.problem for words, reason in zip(said, reasons, strict=True)] == [True] * len(said)
-    assert all("rollback" in reason.way_out for reason in reasons if reason.problem != "no cloud")
-
-
 def test_a_run_whose_journal_tells_no_source_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="does not tell what it moved"), only_run_of(tmp_path, "", RUN):
         pass
@@ -231,7 +200,7 @@ def test_a_run_whose_journal_tells_no_source_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("acts", "minute"), [(["mark source", "stop source"], 1), (["stop source", "copy", "stop source"], 0), ([], None)])
 def test_the_downtime_counts_from_the_first_stop(acts: list[str], minute: int | None) -> None:
-    record = replace(RECORD, acts=tuple(Act(act, f"2026-11-20T21:{number:02}:00+00:00") for number, act in enumerate(acts)))
+    record = replace(RECORD, acts=tuple(Step(act, f"2026-11-20T21:{number:02}:00+00:00") for number, act in enumerate(acts)))
     assert (record.stopped_at.minute if record.stopped_at else None) == minute
 
 
@@ -240,20 +209,6 @@ def test_a_run_that_is_over_is_not_gone_on_with(state: str) -> None:
     with pytest.raises(Refused, match="nothing to go on with"):
         refuse_state(replace(RECORD, state=state))
     refuse_state(RECORD)
-
-
-def test_rollback_of_a_successful_run_wants_yes_and_tells_what_it_would_delete() -> None:
-    traces = Traces(RUN, UUID, a_server(), (a_server(id="new", name="web-1", metadata={DONE: RUN}),), True, True)
-    (reason,) = refuse_rollback(some_settings(), traces)
-    assert "web-1 new (ACTIVE) would be deleted" in reason.problem
-    assert "would be stopped" in refuse_rollback(some_settings(keep_destination=True), traces)[0].problem
-    assert refuse_rollback(some_settings(yes=True), traces) == []
-    assert refuse_rollback(some_settings(), replace(traces, was_successful=False)) == []
-
-
-def test_rollback_does_not_touch_a_source_that_another_run_moves() -> None:
-    traces = Traces(RUN, UUID, a_server(metadata={MARK: "other"}), (), True, False)
-    assert "run other is moving the source now" in refuse_rollback(some_settings(), traces)[0].problem
 
 
 @pytest.mark.parametrize(("stretches", "covered"), [([(0, 4)], True), ([(0, 2), (2, 2)], True), ([(2, 2), (0, 3)], True), ([(0, 3)], False),
