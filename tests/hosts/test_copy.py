@@ -124,6 +124,17 @@ def test_a_raw_disk_of_an_odd_length_arrives_whole(lab: Lab, make_copy: MakeCopy
     assert fresh.sha256() == source.sha256()
 
 
+@pytest.mark.parametrize("length", [1_000_003, 8 * MiB + 512 + 1, 9 * MiB - 1])
+def test_a_raw_disk_that_ends_within_a_sector_arrives_in_an_overlay(lab: Lab, make_copy: MakeCopy, length: int) -> None:
+    source = a_raw_disk(length - 77_777)(lab["src"]).write("guest", (MiB // 2, 4096)).lengthen(77_777)
+    assert source.length == length
+    arrives(make_copy(), source, an_overlay()(lab["dst"]))
+
+
+def test_a_raw_disk_that_ends_within_a_sector_of_a_hole_arrives_in_an_overlay(lab: Lab, make_copy: MakeCopy) -> None:
+    arrives(make_copy(), a_raw_disk(4 * MiB + 100)(lab["src"]).write("guest", (MiB, 4096)), an_overlay()(lab["dst"]))
+
+
 def test_holes_stay_holes(lab: Lab, make_copy: MakeCopy) -> None:
     source, fresh = (a_raw_disk(200 * MiB)(lab[name]) for name in ("src", "dst"))
     source.write("guest", (0, MiB), (3 * MiB + 4096, 12_288), (100 * MiB + 512, MiB), (199 * MiB, MiB))
