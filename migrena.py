@@ -637,9 +637,20 @@ class Image:
         """An image as Glance tells it."""
         return cls(told["id"], told.get("name") or "", told.get("status") or "", told.get("os_hash_value") or "", told.get("checksum") or "", told)
 
+    @property
+    def form(self) -> tuple[object, object]:
+        """What Nova takes the stored bytes for: disk format and container format."""
+        return self.told.get("disk_format"), self.told.get("container_format")
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether it is retired: its instances run on, and Glance lists it only to those who ask for such."""
+        return bool(self.told.get("os_hidden"))
+
     def equals(self, other: Image) -> bool:
-        """Whether Glance's digests prove that both stored files are the same."""
-        return bool(self.os_hash and self.os_hash == other.os_hash) or bool(self.checksum and self.checksum == other.checksum)
+        """Whether Nova gets the same of both: equal files, proven by Glance's digests, of one form."""
+        return self.form == other.form and (bool(self.os_hash and self.os_hash == other.os_hash)
+                                            or bool(self.checksum and self.checksum == other.checksum))
 
 
 @dataclass(frozen=True)
@@ -700,6 +711,12 @@ Named = TypeVar("Named", Flavor, Image, Server)
 def named(wanted: str, among: Sequence[Named]) -> list[Named]:
     """The one with this id, else all with this name."""
     return [one for one in among if one.id == wanted] or [one for one in among if one.name == wanted]
+
+
+def images_named(wanted: str, among: Sequence[Image]) -> list[Image]:
+    """The same of images, where a hidden one gives its name up to one that is not."""
+    found = named(wanted, among)
+    return [one for one in found if not one.is_hidden] or found
 
 
 def none_such(side: str, what: str, flag: str, name: str, known: Sequence[Flavor | Image]) -> Refused:
@@ -2182,10 +2199,13 @@ class ImageStore:
     def __init__(self, cloud: Cloud, glance: Any) -> None:
         self._cloud, self._images = cloud, glance.images
 
-    def all(self) -> list[Image]:
-        """All images that these credentials see."""
+    def all(self, *ids: str) -> list[Image]:
+        """All images that Glance lists, the hidden ones too; and those of these ids, which may be a community's or not yet accepted."""
         with self._cloud.wall("list images"):
-            return [Image.of(dict(raw)) for raw in self._images.list()]
+            found = [Image.of(dict(raw)) for only in ({}, {"os_hidden": "true"}) for raw in self._images.list(filters=only)]
+        known = {one.id: one for one in found}
+        further = (self.one(id) for id in ids if id not in known and re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", id))
+        return [*known.values(), *filter(None, further)]
 
     def one(self, id: str) -> Image | None:
         """An image by its id, or None where it is gone."""
@@ -4293,11 +4313,11 @@ class Stream:
 def wanted_images(settings: Settings, here: Sequence[Image]) -> tuple[list[Image], list[Reason]]:
     """The images of the source that were named, by id, name or tag; and the reasons why some cannot be told."""
     if settings.tag:
-        found = [one for one in here if settings.tag in one.told.get("tags", ())]
+        found = [one for one in here if settings.tag in one.told.get("tags", ()) and not one.is_hidden]
         return found, [] if found else [Reason(f"source cloud: no image has the tag {settings.tag!r}", "see: openstack image list --tag TAG")]
     chosen, reasons = list[Image](), list[Reason]()
     for name in settings.images:
-        found = named(name, here)
+        found = images_named(name, here)
         chosen += [one for one in found[:1] if one not in chosen]
         if not found:
             reasons += none_such("source", f"image {name!r}", "-i", name, here).reasons
@@ -4312,7 +4332,7 @@ def plan_image(settings: Settings, wanted: Image, there: Sequence[Image]) -> Ima
     same = [other for other in there if other.status == "active" and not other.told.get(CARRIED_BY) and
             (other.told.get(CAME_FROM[0]) == wanted.id and other.told.get("disk_format") == plan.disk_format if plan.is_converted else
              other.equals(wanted))]
-    same.sort(key=lambda other: other.name != plan.name)
+    same.sort(key=lambda other: (other.is_hidden, other.name != plan.name))
     return dataclasses.replace(plan, there=same[0].id) if same else plan
 
 
@@ -4347,8 +4367,9 @@ def refuse_image(settings: Settings, plan: ImagePlan, there: Sequence[Image]) ->
         if run := carrying(other, wanted):
             yield Reason(f"run {run} is carrying it, or was cut off while it did",
                          f"if it is over: ./migrena.py rollback {run}, or openstack image delete {other.id}")
-        elif other.name == plan.name:
-            yield Reason(f"destination cloud: image {plan.name!r} has other content ({other.id})", "choose another one with --name")
+        elif other.name == plan.name and not other.is_hidden:
+            yield Reason(f"destination cloud: image {plan.name!r} has other content or another format ({other.id})",
+                         "choose another one with --name")
 
 
 def refuse_conversion(settings: Settings, plan: ImagePlan) -> Iterator[Reason]:
@@ -4489,7 +4510,7 @@ def image(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     folder, screen = state_folder(settings, call.environment), undo.screen
     with screen.timed("Survey"), nothing_touched():
         source, destination = both_clouds(settings, call.environment)
-        here, there = at_once(source.store.all, destination.store.all)
+        here, there = at_once(lambda: source.store.all(*settings.images), destination.store.all)
     chosen, reasons = wanted_images(settings, here)
     plans = [plan_image(settings, wanted, there) for wanted in chosen]
     for name in sorted({plan.name for plan in plans if [other.name for other in plans].count(plan.name) > 1}):
@@ -4621,8 +4642,9 @@ def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> Destinat
     """Looks at what the destination cloud has: the name, flavors, images, and whether it tells hosts."""
     try:
         cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
-        return DestinationFacts(cloud, tuple(cloud.servers_named(settings.dst_name)), tuple(cloud.flavors()), tuple(cloud.store.all()),
-                                cloud.sees_hosts(), cloud.limits(), made=tuple(cloud.made_by("", settings.src_uid)))
+        return DestinationFacts(cloud, tuple(cloud.servers_named(settings.dst_name)), tuple(cloud.flavors()),
+                                tuple(cloud.store.all(settings.image)), cloud.sees_hosts(), cloud.limits(),
+                                made=tuple(cloud.made_by("", settings.src_uid)))
     except CloudError as error:
         return DestinationFacts(None, problems=error.reasons)
 
@@ -4649,14 +4671,14 @@ def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Im
     """The image that was named, else one whose digest proves it the source's; raises Refused with the candidates or the nearest."""
     if wanted:
         name, what = wanted, f"image {wanted!r}"
-        found = named(wanted, images)
+        found = images_named(wanted, images)
         if len(found) > 1:
             raise Refused(f"destination cloud: {len(found)} images are named {wanted!r}: {', '.join(image.id for image in found)}",
                           "give the id with -i")
     elif source:
         name, what = source.name, f"image with the content of the source's {source.name!r}"
         found = [image for image in images if image.status == "active" and image.equals(source)]
-        found.sort(key=lambda image: image.name != name)  # whichever of several: their content is the same
+        found.sort(key=lambda image: (image.is_hidden, image.name != name))  # whichever of several: their content is the same
     else:
         raise Refused("the source's image is gone, so that none can be matched", "name one with -i")
     if not found:

@@ -28,7 +28,7 @@ SMALL = 19292  # the port of a second Glance
 
 def images(api: Api) -> dict[str, dict[str, Any]]:
     """All images of a cloud, by their ids."""
-    return {raw["id"]: raw for raw in api.call("GET", "glance", "/images?limit=1000")["images"]}
+    return {raw["id"]: raw for which in ("", "&os_hidden=true") for raw in api.call("GET", "glance", f"/images?limit=1000{which}")["images"]}
 
 
 def delete_others(api: Api, kept: set[str]) -> None:
@@ -95,6 +95,28 @@ def test_content_that_is_there_already_is_success_without_a_transfer(operator: O
     report = operator.report("image", "-i", template)
     assert report["images"][0]["result"] == "already there" and report["images"][0]["destination"] == first.strip()
     assert len([raw for raw in images(dst).values() if raw["name"] == "template"]) == 1
+
+
+@pytest.mark.parametrize("kind", [{"os_hidden": True}, {"visibility": "community"}])
+def test_an_image_that_glance_lists_only_on_demand_is_carried_once_and_stays_what_it_was(
+        operator: Operator, src: Api, dst: Api, template: str, kind: dict[str, object]) -> None:
+    for key, value in kind.items():
+        change(src, template, key, value)
+    done = operator.run("image", "-i", template)
+    assert done.returncode == 0, done.stderr
+    id = done.stdout.strip()
+    assert kind.items() <= dst.call("GET", "glance", f"/images/{id}").items()
+    again = operator.report("image", "-i", template)
+    assert (again["images"][0]["result"], again["images"][0]["destination"]) == ("already there", id)
+    if "os_hidden" in kind:
+        assert operator.report("image", "-i", "template")["images"][0]["destination"] == id
+
+
+def test_the_same_bytes_under_another_format_are_carried_as_what_they_are(operator: Operator, dst: Api, template: str, content: Path) -> None:
+    other = dst.upload("the same bytes", content, "iso")
+    done = operator.run("image", "-i", "template")
+    assert done.returncode == 0 and done.stdout.strip() != other, done.stderr
+    assert arrived(dst)["disk_format"] == "raw"
 
 
 def test_a_name_that_other_content_has_is_refused_and_may_be_another(operator: Operator, dst: Api, template: str) -> None:

@@ -151,7 +151,7 @@ class StandIn(migrena.Cloud):
         side = "src" if label == "source" else "dst"
         self._nova = SimpleNamespace(servers=Servers(self.lab, self.folder / side, side),
                                      instance_action=SimpleNamespace(list=lambda id: []))
-        self.store = migrena.ImageStore(self, SimpleNamespace(images=SimpleNamespace(list=lambda: [IMAGE], get=lambda id: IMAGE)))
+        self.store = migrena.ImageStore(self, SimpleNamespace(images=SimpleNamespace(list=lambda filters: [IMAGE], get=lambda id: IMAGE)))
 
     def flavors(self) -> list[migrena.Flavor]:
         return [a_flavor()]

@@ -8,7 +8,20 @@ from typing import Any
 
 import pytest
 
-from migrena import FinalError, Image, ImagePlan, Stream, plan_image, refuse_image, wanted_images
+from migrena import (
+    DestinationFacts,
+    FinalError,
+    Image,
+    ImagePlan,
+    Refused,
+    SourceFacts,
+    Stream,
+    image_to_carry,
+    pick_image,
+    plan_image,
+    refuse_image,
+    wanted_images,
+)
 from unit.makers import some_settings
 
 CONTENT = [b"one", b"two", b""]
@@ -64,11 +77,37 @@ def test_the_same_content_is_there_already_whatever_its_name_and_one_of_the_same
     assert plan_image(some_settings(disk_format="raw"), told(), [told(id="7", disk_format="raw", source_uuid="1", os_hash_value="x")]).there == "7"
 
 
+@pytest.mark.parametrize("form", [{"disk_format": "raw"}, {"disk_format": "iso"}, {"container_format": "ova"}])
+def test_the_same_bytes_under_another_format_are_another_image(form: dict[str, Any]) -> None:
+    there = told(id="9", **form)
+    assert plan_image(some_settings(), told(), [there]).there == ""
+    (reason,) = refuse_image(some_settings(), plan_image(some_settings(), told(), [there]), [there])
+    assert "another format (9)" in reason.problem
+    with pytest.raises(Refused, match="no image with the content"):
+        pick_image("", [there], told())
+    carried = image_to_carry(some_settings(copy_image=True), SourceFacts(None, image=told()), DestinationFacts(None, images=(there,)))
+    assert carried and carried.disk_format == "qcow2"
+    assert pick_image("", [there, told(id="8")], told()).id == "8"
+
+
+def test_a_hidden_image_is_found_by_its_id_and_by_a_name_that_no_other_has() -> None:
+    retired = told(id="2", os_hidden=True, os_hash_value="old", checksum="old", tags=["web"])
+    lonely = told(id="3", name="lonely", os_hidden=True)
+    here = [retired, told(tags=["web"]), lonely]
+    for name, id in (("debian", "1"), ("2", "2"), ("lonely", "3")):
+        assert [one.id for one in wanted_images(some_settings(images=(name,)), here)[0]] == [id]
+        assert pick_image(name, here, None).id == id
+    assert [one.id for one in wanted_images(some_settings(tag="web"), here)[0]] == ["1"]
+    assert list(refuse_image(some_settings(), ImagePlan(told(), "debian", "qcow2"), [retired])) == []  # the name was given up
+    assert plan_image(some_settings(), told(), [told(id="7", os_hidden=True), told(id="8", name="other")]).there == "8"
+    assert pick_image("", [told(id="7", os_hidden=True)], told()).id == "7"
+
+
 @pytest.mark.parametrize(("different", "there", "words"), [
     ({"status": "queued"}, [], "is queued, not active"), ({"img_signature": "x"}, [], "is signed"),
     ({"os_encrypt_key_id": "x"}, [], "is encrypted"), ({"cinder_encryption_key_id": "x"}, [], "is encrypted"),
     ({"kernel_id": "x"}, [], "kernel image"),
-    ({}, [told(id="5", os_hash_value="x")], "has other content (5)"),
+    ({}, [told(id="5", os_hash_value="x")], "has other content or another format (5)"),
     ({}, [told(id="5", os_hash_value="x", source_uuid="1", migrena_run="R")], "run R is carrying it")])
 def test_what_forbids_to_carry_an_image_is_told(different: dict[str, Any], there: list[Image], words: str) -> None:
     (reason,) = refuse_image(some_settings(), ImagePlan(told(**different), "debian", "qcow2"), there)
