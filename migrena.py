@@ -1666,6 +1666,11 @@ FED: Final = '"$@"; status=$?; cat >/dev/null; exit "$status"'  # a command that
 PRIVATE_FILE: Final = 'umask 077; cat > "$1"'
 LACKING: Final = 'for tool; do command -v "$tool" >/dev/null || echo "$tool"; done'
 
+# What the login shell runs; $1 is the command, `escaped`. Before BEGUN stands, on both streams, what only the login shell has said: a banner.
+BEGUN: Final = b"--- migrena begins ---\n"
+BEGIN: Final = 'm="--- migrena begins ---"; echo "$m"; echo "$m" >&2; eval "exec $(printf %b "$1")"'
+MOST_LINKS: Final = 16  # connections to one host: more than a copy has commands at work there at a time
+
 
 DIAL_LIMIT: Final = 15.0  # seconds; a server that says nothing at all for the 30 s that we wait is not asked twice
 DROPPED: Final = ("SSH protocol banner", "kex_exchange_identification", "Connection reset by peer")  # ours, a jump host's, the kernel's
@@ -1832,6 +1837,26 @@ def _transport(client: paramiko.SSHClient) -> paramiko.Transport:
     return transport
 
 
+def escaped(command: str) -> bytes:
+    """A command for printf's %b, without the signs that mean something within single quotes to some shell, csh and fish among them."""
+    return re.sub(rb"[\0-\x1f\x7f'!\\]", lambda sign: b"\\0%03o" % ord(sign[0]), command.encode("utf-8", "surrogateescape"))
+
+
+def session(client: paramiko.SSHClient) -> paramiko.Channel | None:
+    """A channel for one command; None where sshd takes no more of them on this connection, see MaxSessions in sshd_config(5)."""
+    import paramiko
+
+    transport = _transport(client)
+    try:
+        return transport.open_session(timeout=DEAF_AFTER)
+    except paramiko.ChannelException:
+        return None
+    except paramiko.SSHException as error:
+        if str(error) == "Unable to open channel." and transport.is_active():  # of two that are refused at once, paramiko tells only one why
+            return None
+        raise
+
+
 @contextlib.contextmanager
 def closed_after(seconds: float, channel: paramiko.Channel) -> Iterator[None]:
     """Closes a channel when what is done in this scope takes longer."""
@@ -1845,7 +1870,7 @@ def closed_after(seconds: float, channel: paramiko.Channel) -> Iterator[None]:
 
 
 class Host:
-    """One hypervisor: commands as words in, text out. One SSH connection carries them all."""
+    """One hypervisor: commands as words in, text out. One SSH connection carries them all, or as many as its sshd asks for."""
 
     def __init__(self, name: str, dial: Dial, nbd_address: str, screen: Screen) -> None:
         self.name = name
@@ -1854,18 +1879,19 @@ class Host:
         self._dial, self._given_address, self._screen = dial, nbd_address, screen
         self._prefix: tuple[str, ...] = ()
         self._leases: set[Lease] = set()
-        self._closing = threading.Event()
+        self._closing, self._dialing = threading.Event(), threading.Lock()
         self._open()
         threading.Thread(target=self._beat, name=f"dots to {name}", daemon=True).start()
 
     def _open(self) -> None:
         """Opens the connection to where the name leads now, and sees at which address the other hypervisor reaches the host."""
-        self._client, self._stack = self._dial()
+        self._links: list[tuple[paramiko.SSHClient, list[paramiko.Channel]]] = []  # connections, each with what it carries
+        self._stack = contextlib.ExitStack()
         prefix, self._prefix, seen = self._prefix, (), []  # sudo would hide the variable
         with contextlib.suppress(CommandError):
             seen = self.run("printenv", "SSH_CONNECTION").split()
         self._prefix = prefix
-        self.nbd_address = self._given_address or (seen[2] if len(seen) == 4 else str(_transport(self._client).getpeername()[0]))
+        self.nbd_address = self._given_address or (seen[2] if len(seen) == 4 else str(_transport(self._links[0][0]).getpeername()[0]))
 
     def become(self, sudo: str) -> None:
         """Takes root's rights by sudo where it is asked for or needed; raises HostError where they are denied."""
@@ -1880,34 +1906,38 @@ class Host:
         self._prefix = ("sudo", "-n")
 
     def revive(self) -> None:
-        """Opens the connection anew if it does not or did not answer; what it held has ended with it, or does within a minute. Raises HostError."""
+        """Opens the connections anew if one does not or did not answer; what they held has ended, or does within a minute. Raises HostError."""
         with contextlib.suppress(HostError):
             if not self.unconfirmed:  # else the way to be sure of their end is to end the connection
                 self.run("true", seconds=10.0)
+                for client, _ in self._links[1:]:
+                    with self._wall(("true",)):
+                        if channel := session(client):
+                            channel.close()
                 return
         self._stack.close()
         self._leases.clear()
         self._open()
         self.unconfirmed.clear()
 
-    def run(self, *words: str, stdin: bytes = b"", seconds: float = 60.0) -> str:
+    def run(self, *words: str, stdin: bytes = b"", seconds: float = 60.0) -> Answer:
         """What a short command prints; raises CommandError when it fails and HostError after `seconds` of silence."""
         fed = ("sh", "-c", FED, "migrena") if stdin else ()
-        form = "{}" if stdin else "exec {} </dev/null"
+        form = "{}" if stdin else "{} </dev/null"
         channel, process = self._start(words, (*fed, "timeout", "-k", "5", str(seconds)), seconds + 15, form)
         with self._wall(words):
             if stdin:
                 with unbroken():
                     channel.sendall(stdin)
                     channel.shutdown_write()
-            printed = b"".join(iter(functools.partial(received_within, channel, seconds + 15), b""))
+            printed = b"".join(iter(functools.partial(process.heard, seconds + 15), b""))
             if exit_status_of(channel) in (124, 137):
                 raise TimeoutError
         process.check()
         process.drop()
-        return printed.decode("utf-8", "surrogateescape")
+        return Answer(printed.decode("utf-8", "surrogateescape"), self.name, words)
 
-    def script(self, script: str, *values: str, stdin: bytes = b"") -> str:
+    def script(self, script: str, *values: str, stdin: bytes = b"") -> Answer:
         """What one of our constant shell scripts prints; the values reach it as "$@"."""
         return self.run("sh", "-c", script, "migrena", *values, stdin=stdin)
 
@@ -1915,7 +1945,7 @@ class Host:
         """Whether a command ends with status 0."""
         return can_be(lambda: self.run(*words))
 
-    def work(self, *words: str, stall: float, heard: Callable[[str], None] = lambda said: None, given: Sequence[str] = ()) -> str:
+    def work(self, *words: str, stall: float, heard: Callable[[str], None] = lambda said: None, given: Sequence[str] = ()) -> Answer:
         """What a long command prints, under a lease, no zero bytes; `heard` gets each piece as it comes. Ends it after `stall` s of silence."""
         with self.lease(LEASED_COMMAND, *words, given=given) as lease:
             pieces = []
@@ -1924,7 +1954,7 @@ class Host:
                 heard(piece)
             lease.release()
             lease.check()
-        return "".join(pieces)
+        return Answer("".join(pieces), self.name, words)
 
     @contextlib.contextmanager
     def lease(self, script: str, *words: str, given: Sequence[str] = ()) -> Iterator[Lease]:
@@ -1936,6 +1966,8 @@ class Host:
                 stack.callback(lease.close)
                 self._leases.add(lease)
                 lease.beat()
+            with self._wall(words):
+                lease.begin(30.0)
             yield lease
 
     @contextlib.contextmanager
@@ -1964,7 +1996,7 @@ class Host:
             raise HostError("; ".join([*self.stays, *self.unconfirmed]))
 
     def close(self) -> None:
-        """Ends the connection, and with it every lease."""
+        """Ends the connections, and with them every lease."""
         self._closing.set()
         self._stack.close()
 
@@ -1978,15 +2010,39 @@ class Host:
             self._screen.commands[self.name] = self._screen.commands.get(self.name, 0) + 1
             began = time.monotonic()
             try:
-                channel = _transport(self._client).open_session(timeout=DEAF_AFTER)
+                channel = self._session()
                 channel.settimeout(seconds)
+                command = form.format(shlex.join((*self._prefix, *before, *words)))
                 with closed_after(DEAF_AFTER, channel):  # paramiko itself waits as long as the connection seems to live
-                    channel.exec_command(form.format(shlex.join((*self._prefix, *before, *words))).encode("utf-8", "surrogateescape"))
+                    channel.exec_command(b"exec sh -c '%s' migrena '%s'" % (BEGIN.encode(), escaped(command)))
             except (paramiko.SSHException, EOFError) as error:
                 if time.monotonic() - began < DEAF_AFTER:
                     raise
                 raise TimeoutError from error  # it did not break: nobody answers
         return channel, Lease(self, channel, words)
+
+    def _session(self) -> paramiko.Channel:
+        """A channel for one command, on the connection that carries least; where none takes one more, on a further one. Raises HostError."""
+        while True:
+            links = self._links
+            for client, carried in sorted(links, key=lambda link: sum(not channel.closed for channel in link[1])):
+                if channel := session(client):
+                    carried[:] = [*(other for other in carried if not other.closed), channel]
+                    return channel
+            with self._dialing, contextlib.ExitStack() as stack:
+                if links is not self._links:
+                    continue  # another thread has opened one meanwhile
+                channel = None
+                if len(links) < MOST_LINKS and not self._closing.is_set():
+                    client, closing = self._dial()
+                    stack.enter_context(closing)
+                    channel = session(client)
+                if not channel:
+                    raise HostError(f"{self.name}: sshd lets no command in on connection {len(links) + 1}",
+                                    "set MaxSessions in sshd_config there to 10, its default; at least 1 is needed")
+                self._stack.enter_context(stack.pop_all())
+                self._links = [*links, (client, [channel])]
+                return channel
 
     @contextlib.contextmanager
     def _wall(self, words: Sequence[str]) -> Iterator[None]:
@@ -2006,12 +2062,33 @@ class Host:
                 lease.beat()
 
 
+class Answer(str):
+    """What a command on a hypervisor printed."""
+
+    def __new__(cls, printed: str, host: str, words: Sequence[str]) -> Answer:
+        answer = super().__new__(cls, printed)
+        answer.asked = host, words
+        return answer
+
+    asked: tuple[str, Sequence[str]]
+
+    def read(self, how: Callable[[str], T]) -> T:
+        """What `how` makes of it; raises HostError that shows the answer where it has another form than it should have."""
+        try:
+            return how(self)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            host, words = self.asked
+            raise HostError(f"{host}: what `{shorten(shlex.join(words))}` answers cannot be understood: {shorten(self) or 'nothing'}",
+                            "see what runs there in place of that command, a wrapper or another version") from error
+
+
 class Lease:
     """A process on a hypervisor; one that Host.lease() made lives only as long as our channel to it."""
 
     def __init__(self, host: Host, channel: paramiko.Channel, words: Sequence[str]) -> None:
         self._host, self._channel, self._words = host, channel, words
         self._said = bytearray()
+        self._banner, self._has_begun, self._ahead = b"", False, b""  # what the login shell said; what came with the word that it has begun
         self._has_ended = False  # it said so itself
         self._is_let_go = False  # nothing more is said to it
         self._speaking = threading.Lock()
@@ -2030,11 +2107,23 @@ class Lease:
         if self._has_ended:
             return ""
         with self._host._wall(self._words):
-            piece, end, _ = received_within(self._channel, seconds).partition(b"\0")
+            piece, end, _ = self.heard(seconds).partition(b"\0")
         self._has_ended = bool(end)
         return piece.decode("utf-8", "surrogateescape")
 
-    def line(self, seconds: float) -> str:
+    def begin(self, seconds: float) -> None:
+        """Returns when the login shell has said all that it has to say; raises TimeoutError."""
+        while not self._has_begun and (piece := received_within(self._channel, seconds)):
+            self._banner, begun, self._ahead = (self._banner + piece).partition(BEGUN)
+            self._has_begun = bool(begun)
+
+    def heard(self, seconds: float) -> bytes:
+        """The next piece as it comes; raises TimeoutError."""
+        self.begin(seconds)
+        piece, self._ahead = self._ahead, b""
+        return piece or received_within(self._channel, seconds)
+
+    def line(self, seconds: float) -> Answer:
         """The line by which it says that it is ready; raises CommandError if it ends without one."""
         said = ""
         while not said.endswith("\n"):
@@ -2044,7 +2133,7 @@ class Lease:
                 self.check()
                 raise CommandError(self._host.name, self._words, 0, "it ended without a word")
             said += piece
-        return said.strip()
+        return Answer(said.strip(), self._host.name, self._words)
 
     def check(self, *, is_running: bool = False) -> None:
         """Raises CommandError if it failed, or, where it should be running, if it ended at all; HostError if the connection broke."""
@@ -2058,8 +2147,13 @@ class Lease:
         if status < 0 and not self._channel.eof_received:  # of a command that was killed, sshd tells at least that it says no more
             why = getattr(self._channel.transport, "saved_exception", None) or "the other side ended it"
             raise HostError(f"{self._host.name}: the SSH connection broke at `{shorten(shlex.join(self._words))}`: {why}")
+        said = self._said.rpartition(BEGUN)[2]
+        if not self._has_begun:
+            banner = shorten((self._banner + said).decode(errors="replace")) or "nothing"
+            raise HostError(f"{self._host.name}: the login shell did not run `{shorten(shlex.join(self._words))}` but said: {banner}",
+                            "name a user whose shell runs commands, in HOSTS or SSH_USER")
         if status != 0 or is_running:
-            raise CommandError(self._host.name, self._words, status, self._said.decode(errors="replace"))
+            raise CommandError(self._host.name, self._words, status, said.decode(errors="replace"))
 
     @unbroken()
     def release(self) -> None:
@@ -2080,7 +2174,7 @@ class Lease:
         self.release()
         patience = 1.0 if self._host.unconfirmed else 15.0  # a host that does not answer is not waited for once a lease
         if self._channel.status_event.wait(patience) and self._channel.exit_status == LEFT_BEHIND:
-            self._host.stays.append(f"{self._host.name}: {self._said.decode(errors='replace').strip()}")
+            self._host.stays.append(f"{self._host.name}: {self._said.rpartition(BEGUN)[2].decode(errors='replace').strip()}")
         elif self._channel.exit_status == -1 and self in self._host._leases:  # else it ended with a connection that was given up
             self._host.unconfirmed.append(f"{self._host.name} did not confirm the end of `{shorten(shlex.join(self._words), 120)}`"
                                           " (it ends by itself when the connection does)")
@@ -4857,7 +4951,7 @@ class Report:
     downtime_seconds: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     api_calls: dict[str, int] = field(default_factory=dict)  # of each cloud
-    ssh_commands: dict[str, int] = field(default_factory=dict)  # of each host, over one connection
+    ssh_commands: dict[str, int] = field(default_factory=dict)  # of each host
     images: list[dict[str, object]] = field(default_factory=list)  # of the job `image`: what became of each
     moves: list[dict[str, object]] = field(default_factory=list)  # of the job `live-migrate`: the same
     warnings: list[str] = field(default_factory=list)

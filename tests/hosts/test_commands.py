@@ -206,7 +206,7 @@ def test_a_connection_that_takes_nothing_any_more_hides_no_error_when_a_lease_is
     before = dict(lab["src"].processes())
     host = reach("src")
     sshd = [pid for pid in dict(lab["src"].processes()) if pid not in before]
-    transport = host._client.get_transport()
+    transport = host._links[0][0].get_transport()
     assert sshd and transport
     try:
         with pytest.raises(HostError, match="the error that counts"), host.lease("read -r gone", "read"):
@@ -232,7 +232,7 @@ def test_what_is_said_late_to_a_command_that_has_ended_does_not_end_the_connecti
     """sshd disconnects whoever speaks to a channel after its end: here our words take their time, as they do on a busy machine."""
     monkeypatch.setattr(migrena, "BEAT", 0.01)
     host = reach("src")
-    transport = host._client.get_transport()
+    transport = host._links[0][0].get_transport()
     assert transport
     send: Callable[[paramiko.Message], None] = transport._send_user_message  # type: ignore[attr-defined]
 
