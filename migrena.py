@@ -2713,13 +2713,35 @@ def tls_of(who, folder):
     return tls
 """
 
+
+def document_in(printed: str) -> Any:
+    """The JSON document that a command has printed, found among the lines of a wrapper around it; raises ValueError where there is none."""
+    import json
+    import re
+
+    found: list[tuple[int, int, int, Any]] = []  # lines, length, which one, the document
+    end = 0
+    for begin in re.finditer(r"^[\[{]", printed, re.MULTILINE):
+        if begin.start() >= end:
+            try:
+                document, end = json.JSONDecoder().raw_decode(printed, begin.start())
+            except ValueError:
+                continue
+            found.append((printed.count("\n", begin.start(), end), end - begin.start(), len(found), document))
+    if not found:
+        raise ValueError(f"no JSON in what it printed: {printed[:300]}")
+    return max(found)[3]
+
+
+DOCUMENT_IN: Final = f"Any = None\n{inspect.getsource(document_in)}"  # for programs on hypervisors
+
 # Runs on a hypervisor: VERB WHERE OFFSET LENGTH RATE LIST FILE FOLDER. WHERE is a file, or an NBD export as qemu's node for it in JSON. `map`
 # prints the stretches that hold data, with how many bytes and in how many pieces; `pieces` each piece for itself; `digest` one sha256 of each block
 # of 1 MiB that is not all zeros, with the block's number: that of its runs of cells of 64 KiB that are not all zeros, each run after its place and
 # length, so that holes need not be read; LIST, where it is given, names the pieces whose blocks are wanted. `bring` makes FILE equal to WHERE at
 # the pieces in LIST, and leaves them on the disk; FOLDER has the certificates for TLS. RATE is the most bytes per second that are read, or 0.
 # Files are read past the page cache where they can be: what is proven comes from the disk, and others keep their cache.
-BLOCKS: Final = TLS_OF + r"""
+BLOCKS: Final = DOCUMENT_IN + TLS_OF + r"""
 import hashlib, mmap, os, struct, sys, threading, time
 CELL, BLOCK, SPAN = 1 << 16, 1 << 20, 64 << 20  # a stretch goes on over holes as long as it is no longer than SPAN
 verb, where, offset, length, rate, listed, target, folder = (sys.argv[1:] + [""] * 4)[:8]
@@ -2763,7 +2785,7 @@ class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project),
     def extents(self):
         image = ",".join(["driver=raw"] + ["file.%s=%s" % option for option in self.node.items()])
         map_of = ["qemu-img", "map", "--output=json", "--image-opts", "--start-offset=%d" % offset, "--max-length=%d" % length, image]
-        for part in json.loads(subprocess.check_output(map_of, stdin=subprocess.DEVNULL)):
+        for part in document_in(subprocess.check_output(map_of, stdin=subprocess.DEVNULL, universal_newlines=True)):
             if part["data"] and not part["zero"] and part["start"] < end:
                 yield max(part["start"], offset), min(part["start"] + part["length"], end)
     def answer(self, into):
@@ -3129,13 +3151,14 @@ done
 # Runs on the source's host: FILE EXPORT. Prints the numbers of those blocks of 1 MiB of a qcow2 file that hold nothing but a guest's data which was
 # not written since a dirty bitmap began. EXPORT is qemu's node for an export with that bitmap as its x-dirty-bitmap, in which dirty stretches
 # show as no data. All else may have changed: the file's own tables, and its last block, which may have been shorter.
-UNCHANGED: Final = r"""
+UNCHANGED: Final = DOCUMENT_IN + r"""
 import json, os, subprocess, sys
 path, export = sys.argv[1:]
 BLOCK = 1 << 20
 
 def stretches(*image):
-    return json.loads(subprocess.check_output(["qemu-img", "map", "--output=json"] + list(image), stdin=subprocess.DEVNULL))
+    command = ["qemu-img", "map", "--output=json"] + list(image)
+    return document_in(subprocess.check_output(command, stdin=subprocess.DEVNULL, universal_newlines=True))
 
 held, at = [0] * (os.stat(path).st_size // BLOCK + 1), 0  # bytes of each block that have not changed
 def hold(start, stop):
@@ -3205,16 +3228,23 @@ def disk_format(host: Host, path: str, domain: ElementTree.Element | None) -> st
 def disk_chain(host: Host, path: str, format: str, *, shared: bool) -> tuple[DiskImage, ...]:
     """A disk and its bases, by qemu-img info; `shared` also while a guest runs on it, else a running guest raises CommandError."""
     force = ("-U",) if shared else ()
-    nodes = json.loads(host.run("qemu-img", "info", "--output=json", "--backing-chain", *force, "-f", format, path))
-    lengths = host.run("stat", "-L", "-c", "%s", "--", *(node["filename"] for node in nodes)).split()
-    return tuple(_disk_image(node, int(length)) for node, length in zip(nodes, lengths, strict=True))
+    images = host.run("qemu-img", "info", "--output=json", "--backing-chain", *force, "-f", format, path).read(_images_in)
+    lengths = host.run("stat", "-L", "-c", "%s", "--", *(image.path for image in images)).read(
+        lambda said: [int(length) for _, length in zip(images, said.split(), strict=True)])
+    return tuple(dataclasses.replace(image, length=length) for image, length in zip(images, lengths, strict=True))
 
 
-def _disk_image(node: Mapping[str, Any], length: int) -> DiskImage:
+def _images_in(said: str) -> list[DiskImage]:
+    """The files of a chain, as qemu-img info tells them, each without its length."""
+    top, *below = document_in(said)
+    return [_disk_image(node) for node in (top, *below)]
+
+
+def _disk_image(node: Mapping[str, Any]) -> DiskImage:
     details = node.get("format-specific", {}).get("data", {})
     flaws = {"internal snapshots": node.get("snapshots"), "encryption": node.get("encrypted") or details.get("encrypt"),
              "an external data file": details.get("data-file"), "the mark that it is corrupt": details.get("corrupt")}
-    return DiskImage(path=node["filename"], format=node["format"], size=node["virtual-size"], length=length, allocated=node["actual-size"],
+    return DiskImage(path=node["filename"], format=node["format"], size=int(node["virtual-size"]), length=0, allocated=int(node["actual-size"]),
                      backing=node.get("full-backing-filename", node.get("backing-filename", "")),
                      backing_format=node.get("backing-filename-format", ""), flaws=tuple(flaw for flaw, found in flaws.items() if found))
 
@@ -3231,9 +3261,9 @@ def survey_disk(host: Host, instance: str, path: str, *, shared: bool) -> Disk:
     chain = disk_chain(host, path, disk_format(host, path, domain), shared=shared)
     folder = path.rpartition("/")[0]
     names = host.run("ls", "-A", "--", folder).split("\n")
-    measured = json.loads(host.run("qemu-img", "measure", "--output=json", "-U", "-O", "qcow2", "-f", chain[0].format, path, seconds=600))
+    measured = host.run("qemu-img", "measure", "--output=json", "-U", "-O", "qcow2", "-f", chain[0].format, path, seconds=600)
     return Disk(
-        chain=chain, guest_bytes=int(measured["required"]),
+        chain=chain, guest_bytes=measured.read(lambda said: int(document_in(said)["required"])),
         beside=tuple(sorted(name for name in names if re.fullmatch(r"disk\.(local|eph\d+|config|swap)", name))),
         has_nvram=domain is not None and domain.find("os/nvram") is not None,
         has_tpm=domain is not None and domain.find("devices/tpm") is not None,
@@ -3259,8 +3289,8 @@ def _no_file(host: Host, path: str, domain: ElementTree.Element | None) -> tuple
 
 def free_space(host: Host, path: str) -> int:
     """Bytes that are free for root on the file system of a path."""
-    blocks, block = host.run("stat", "-f", "-c", "%a %S", "--", path).split()
-    return int(blocks) * int(block)
+    blocks, block = host.run("stat", "-f", "-c", "%a %S", "--", path).read(lambda said: numbers_in(said, 2)[0])
+    return blocks * block
 
 
 def same_content(one: tuple[Host, DiskImage], other: tuple[Host, DiskImage], stall: float) -> bool:
@@ -3281,15 +3311,25 @@ def blocks(verb: str, where: str, offset: int, length: int, *more: int | str) ->
     return (*PYTHON, BLOCKS, verb, where, str(offset), str(length), *map(str, more))
 
 
-def numbers_in(printed: str) -> list[tuple[int, ...]]:
-    """The numbers of each line."""
-    return [tuple(map(int, line.split())) for line in printed.splitlines()]
+def numbers_in(printed: str, count: int) -> list[tuple[int, ...]]:
+    """The numbers of each line; raises ValueError where a line has not so many of them."""
+    found = [tuple(map(int, line.split())) for line in printed.splitlines()]
+    if any(len(numbers) != count for numbers in found):
+        raise ValueError("a line has more or fewer")
+    return found
 
 
 def digests(host: Host, where: str, offset: int, length: int, stall: float, *more: int | str, before: Sequence[str] = ()) -> str:
     """A line for each block of 1 MiB that is not all zeros: its number, its sha256; `where` is a file, or an export as qemu's node in JSON."""
-    printed = host.work(*before, *blocks("digest", where, offset, length, *more), stall=stall)
-    return printed.replace(".\n", "")  # signs of life
+    return host.work(*before, *blocks("digest", where, offset, length, *more), stall=stall).read(_digests_in)
+
+
+def _digests_in(printed: str) -> str:
+    """The lines with digests, without the signs of life between them."""
+    lines = printed.replace(".\n", "")
+    if not re.fullmatch(r"(?:\d+ [0-9a-f]{64}\n)*", lines):
+        raise ValueError("a line is not a block and its digest")
+    return lines
 
 
 def by_block(lines: str) -> dict[int, str]:
@@ -3378,7 +3418,7 @@ class Ends:
 def route_address(host: Host, to: str) -> str:
     """The address a host uses when it connects to another."""
     with contextlib.suppress(CommandError, ValueError, KeyError, IndexError):
-        return str(json.loads(host.run("ip", "-json", "route", "get", to))[0]["prefsrc"])
+        return str(document_in(host.run("ip", "-json", "route", "get", to))[0]["prefsrc"])
     return host.nbd_address
 
 
@@ -3516,9 +3556,9 @@ def attached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[
            "-tlshostname", export.address) if job.settings.tls else ()
     words = ("nbd-client", "-N", export.name, "-R", "-timeout", "30", *tls, export.address, str(export.port))
     with ends.destination.lease(LEASED_DEVICE, *words, given=(job.settings.nbd_device, f"{folder}/attached")) as lease:
-        device, sectors = lease.line(150.0).split()
-        if int(sectors) * 512 != length // 512 * 512:  # an unconnected device has size 0, and reading it succeeds
-            raise HostError(f"{ends.destination.name}: {device} shows {int(sectors) * 512:,} bytes of the export's {length:,}")
+        device, size = lease.line(150.0).read(lambda said: (said.split()[0], int(said.split()[1]) * 512))
+        if size != length // 512 * 512:  # an unconnected device has size 0, and reading it succeeds
+            raise HostError(f"{ends.destination.name}: {device} shows {size:,} bytes of the export's {length:,}")
         yield device
 
 
@@ -3546,7 +3586,7 @@ def rehearse(ends: Ends, job: DiskJob) -> float:
         raise HostError(f"{ends.destination.name} cannot read from {ends.source.name} at {ends.source.nbd_address}: {error}",
                         "see that the port is open between the hosts (NBD_SERVER_PORT), and set nbd_address in HOSTS if the "
                         "traffic takes another network") from error
-    sums = [host.run("sha256sum", path).split()[0] for host, path in ((ends.source, sample), (ends.destination, arrived))]
+    sums = [host.run("sha256sum", path).read(lambda said: said.split()[0]) for host, path in ((ends.source, sample), (ends.destination, arrived))]
     if sums[0] != sums[1]:
         raise HostError(f"what {ends.source.name} sends is not what arrives at {ends.destination.name}: the rehearsal's digests differ")
     ends.source.run("rm", "-f", "--", sample)
@@ -3706,7 +3746,7 @@ def make_zero(destination: Host, job: DiskJob, tiles: Sequence[Chunk]) -> None:
 
 def tiles_of(source: Host, readable: str, job: DiskJob) -> tuple[tuple[Chunk, ...], int]:
     """The chunks of a job, and how many bytes the source holds, after a look at where."""
-    found = numbers_in(source.work(*blocks("map", readable, 0, job.length), stall=600))
+    found = source.work(*blocks("map", readable, 0, job.length), stall=600).read(lambda said: numbers_in(said, 4))
     least = max(SPAN, job.settings.limit_rate * 5 // MiB * MiB)  # between two commands that are held back nothing flows
     hole = SPAN if job.transport == "nbd" else 0  # a block device has none, and its reader would be sent zeros
     return chunks(job.length, found, job.chunk, least, hole), sum(held for _, _, held, _ in found)
@@ -3764,7 +3804,7 @@ def share_of(total: int, show: Callable[[int], None]) -> Callable[[str], None]:
 def pieces_held(source: Host, readable: str, offset: int, length: int, job: DiskJob) -> list[Piece]:
     """What the source holds of a stretch, piece by piece."""
     printed = source.work(*gentle(job), *blocks("pieces", readable, offset, length), stall=job.settings.stall_timeout)
-    return [(start, count) for start, count in numbers_in(printed)]
+    return [(start, count) for start, count in printed.read(lambda said: numbers_in(said, 2))]
 
 
 def bring(ends: Ends, job: DiskJob, node: Node, pieces: Sequence[Piece], show: Callable[[int], None]) -> None:
@@ -3970,7 +4010,8 @@ def unchanged_since(source: Host, folder: str, job: DiskJob, known: Known) -> fr
     with served_here(source, folder, "bitmap", "-r", "-B", bitmap, "-f", "qcow2", job.source.path) as (_, node):
         dirty = image_opts({**node, "x-dirty-bitmap": f"qemu:dirty-bitmap:{bitmap}"})
         printed = source.work(*PYTHON, UNCHANGED, job.source.path, dirty, stall=600)
-    return frozenset(block for block in map(int, printed.split()) if known.here.get(block) == known.there.get(block))
+    found = printed.read(lambda said: [int(word) for word in said.split()])
+    return frozenset(block for block in found if known.here.get(block) == known.there.get(block))
 
 
 def digests_there(ends: Ends, job: DiskJob, pieces: Sequence[Piece] = ()) -> dict[int, str]:
@@ -4524,7 +4565,7 @@ def names_further_files(path: Path, format: str) -> bool:
         return bool(base or (version > 2 and features & 4))
     if format == "vmdk" and magic != b"KDMV":
         return True  # it is a text that names extents
-    return "backing-filename" in json.loads(locally("qemu-img", "info", "--output=json", "-f", format, str(path)))
+    return "backing-filename" in document_in(locally("qemu-img", "info", "--output=json", "-f", format, str(path)))
 
 
 @dataclass(frozen=True)
@@ -5188,7 +5229,7 @@ def one_pass(run: Run, job: DiskJob, known: Known, ends: Ends) -> tuple[Pass, Kn
     """One pass over the source's file, as long as it is by now."""
     require_it_runs(run, gate(run, Act.WRITE, is_live=True).source.server)
     ends.locks.hold(ends.destination, job.fresh.path)
-    length = int(ends.source.run("stat", "-c", "%s", "--", job.source.path))
+    length = ends.source.run("stat", "-c", "%s", "--", job.source.path).read(int)
     job = dataclasses.replace(job, source=dataclasses.replace(job.source, length=length))
     return warm_pass(ends, job, known, functools.partial(told_progress, run))
 
@@ -5422,8 +5463,8 @@ def refuse_job(ends: Ends, job: DiskJob, disk: Disk) -> None:
         raise HostError(f"the new instance's disk of {human(job.fresh.size)} is smaller than the source's {human(job.source.size)}",
                         "name a larger flavor with -f")
     need = space_needed(job.source, disk, job.whole_file)
-    there = ends.destination.script('[ ! -f "$1" ] || stat -c %b -- "$1"', job.new).strip()  # a run that goes on has its place already
-    free = free_space(ends.destination, job.fresh.path) + int(there or 0) * 512
+    there = ends.destination.script('[ ! -f "$1" ] || stat -c %b -- "$1"', job.new)  # a run that goes on has its place already
+    free = free_space(ends.destination, job.fresh.path) + there.read(lambda said: int(said or 0)) * 512
     if free < need:
         raise HostError(f"{ends.destination.name}: {human(free)} are free beside {job.fresh.path}, {human(need)} are needed",
                         "free space there, or have Nova choose another host with availability_zone in -e")

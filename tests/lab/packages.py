@@ -12,7 +12,7 @@ from typing import Final
 from lab.processes import CLEAN_ENV, LabError, home, say, tail
 
 HOSTS: Final = ("openssh-server", "openssh-client", "sudo", "python3", "iproute2", "util-linux", "e2fsprogs", "kmod",
-                "qemu-utils", "nbd-server", "nbd-client", "procps", "iptables")
+                "qemu-utils", "nbd-server", "nbd-client", "procps", "iptables", "tcsh", "fish")
 MACHINES: Final = ("qemu-system-x86", "busybox-static", "lz4")
 POLICY: Final = Path("/usr/sbin/policy-rc.d")  # Debian asks this file before it starts a service: 101 says no
 SAYS_NO: Final = "#!/bin/sh\n# The lab is installing packages and wants no service started.\nexit 101\n"
