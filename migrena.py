@@ -738,6 +738,8 @@ class DiskImage:
     backing: str = ""
     backing_format: str = ""
     flaws: tuple[str, ...] = ()
+    leaks: int = 0  # clusters that are taken, and nothing holds
+    lost_bitmaps: tuple[str, ...] = ()  # those in use: by a qemu that has the file open, or else by one that was killed
 
 
 @dataclass(frozen=True)
@@ -2698,8 +2700,8 @@ def both_clouds(settings: Settings, environment: Mapping[str, str]) -> tuple[Clo
 PACKAGES: Final = {"qemu-img": ("qemu-utils", "qemu-img"), "qemu-nbd": ("qemu-utils", "qemu-img"),
                    "nbd-server": ("nbd-server", "nbd"), "nbd-client": ("nbd-client", "nbd"), "modprobe": ("kmod", "kmod"),
                    "python3": ("python3", "python3"), "timeout": ("coreutils", "coreutils"), "ss": ("iproute2", "iproute"),
-                   "ip": ("iproute2", "iproute"), "flock": ("util-linux", "util-linux")}
-NEEDED: Final = ("qemu-img", "qemu-nbd", "python3", "timeout", "flock", "ss", "ip")  # on both hosts, whatever the transport
+                   "ip": ("iproute2", "iproute"), "flock": ("util-linux", "util-linux"), "virsh": ("libvirt-clients", "libvirt-client")}
+NEEDED: Final = ("qemu-img", "qemu-nbd", "virsh", "python3", "timeout", "flock", "ss", "ip")  # on both hosts, whatever the transport
 
 PYTHON: Final = ("python3", "-ISc")  # without what the host's owner has added to it, whose import costs more than ours
 # For programs on hypervisors: TLS for a run's "server" or "client", which take only each other.
@@ -3104,16 +3106,44 @@ flock -n -- "$1" true || { echo "an earlier attempt still writes to $1" >&2; exi
 exec qemu-img info --image-opts "$2"
 """
 
-TARGET: Final = """
-target_of() { virsh -q domblklist "$1" | while read -r name file; do [ "$file" != "$2" ] || echo "$name"; done; }
+VIRSH: Final = """
+virsh() { LC_ALL=C command virsh -q --connect qemu:///system "$@"; }
+"""
+
+# All that libvirt says of the instance $1 whose disk is $2 by Nova, its parts with a zero byte between them: the domain's XML, which is of the
+# running qemu while there is one; its state; names of checkpoints and snapshots; of each disk its target, whether it is that very file, and
+# its block job; then the file's disk.info, and whether the file is there.
+DOMAIN: Final = VIRSH + """
+part() { printf "\\000"; "$@" 2>/dev/null </dev/null; }
+virsh dumpxml "$1" || exit
+part virsh domstate --reason "$1"
+part virsh checkpoint-list --name "$1"
+part virsh snapshot-list --name "$1"
+part
+virsh domblklist "$1" | while read -r target file; do
+  printf "%s %s " "$target" "$([ "$file" -ef "$2" ] && echo same || echo other)"
+  virsh blockjob "$1" "$target" --info 2>/dev/null </dev/null | tr "\\n" " "
+  echo
+done
+part cat -- "$2.info"
+part test -f "$2" && echo there
+exit 0
+"""
+DOMAIN_STATE: Final = VIRSH + 'virsh domstate --reason "$1"'
+
+# What qemu-img check finds in the qcow2 file $1, whatever that is; it reads the file's tables alone, some seconds for 1 TiB.
+CHECK: Final = 'qemu-img check --output=json -f qcow2 -- "$1" || case $? in 2|3) ;; *) exit 1; esac'
+
+TARGET: Final = VIRSH + """
+target_of() { virsh domblklist "$1" | while read -r name file; do [ "$file" != "$2" ] || echo "$name"; done; }
 """
 
 # $1 the instance, $2 its disk, $3 the bitmap. Nova cannot undefine a domain of which libvirt knows a checkpoint: the bitmap alone stays.
 ADD_BITMAP: Final = TARGET + """
 target=$(target_of "$1" "$2")
 [ -n "$target" ] || { echo "libvirt knows no disk $2 of $1" >&2; exit 1; }
-virsh -q checkpoint-create-as "$1" "$3" --diskspec "$target,checkpoint=bitmap,bitmap=$3" >&2 || exit
-virsh -q checkpoint-delete "$1" "$3" --metadata >&2
+virsh checkpoint-create-as "$1" "$3" --diskspec "$target,checkpoint=bitmap,bitmap=$3" >&2 || exit
+virsh checkpoint-delete "$1" "$3" --metadata >&2
 """
 
 # $1 the instance, $2 its disk, $3 the bitmap, which need not be there. Of a running instance libvirt takes it out, told of the checkpoint again;
@@ -3125,20 +3155,20 @@ drop_from_file() {
   case "$info" in *"\\"$bitmap\\""*) qemu-img bitmap --remove -f qcow2 "$disk" "$bitmap";; esac
 }
 drop() {
-  case "$(LC_ALL=C virsh -q domstate "$domain" 2>/dev/null)" in ''|'shut off')
+  case "$(virsh domstate "$domain" 2>/dev/null)" in ''|'shut off')
     drop_from_file
     return
   esac
-  if ! virsh -q checkpoint-info "$domain" "$bitmap" >/dev/null 2>&1; then
+  if ! virsh checkpoint-info "$domain" "$bitmap" >/dev/null 2>&1; then
     said=$(printf '<domaincheckpoint><name>%s</name><creationTime>%s</creationTime><disks><disk name="%s" checkpoint="bitmap" bitmap="%s"/>%s' \\
       "$bitmap" "$(date +%s)" "$(target_of "$domain" "$disk")" "$bitmap" '</disks></domaincheckpoint>' |
-      LC_ALL=C virsh -q checkpoint-create "$domain" /dev/stdin --redefine --redefine-validate 2>&1) || {
+      virsh checkpoint-create "$domain" /dev/stdin --redefine --redefine-validate 2>&1) || {
       echo "$said"
       case "$said" in *'missing or broken bitmap'*) drop_from_file; return; esac
       return 1
     }
   fi
-  virsh -q checkpoint-delete "$domain" "$bitmap" >/dev/null || { virsh -q checkpoint-delete "$domain" "$bitmap" --metadata; return 1; }
+  virsh checkpoint-delete "$domain" "$bitmap" >/dev/null || { virsh checkpoint-delete "$domain" "$bitmap" --metadata; return 1; }
 }
 n=0
 until said=$(drop 2>&1); do  # it may be starting or stopping just then
@@ -3194,6 +3224,8 @@ def tools_lacking(host: Host, tools: Sequence[str]) -> list[str]:
     return host.script(LACKING, *tools).split()
 
 
+BROKEN: Final = "errors that qemu-img check finds"
+
 Node = dict[str, str]  # one of qemu's block nodes, option by option
 
 
@@ -3211,18 +3243,131 @@ def locked(path: str) -> str:
                        "unshare-child-perms.1": "resize"})
 
 
-def disk_format(host: Host, path: str, domain: ElementTree.Element | None) -> str:
-    """The format Nova uses for a disk: by disk.info, else by the domain. Never by a look into the file, which a guest could forge."""
-    with contextlib.suppress(CommandError, ValueError, AttributeError):
-        known = json.loads(host.run("cat", f"{path}.info")).get(path)
-        if known in ("raw", "qcow2"):
-            return str(known)
-    for disk in domain.iter("disk") if domain is not None else ():
-        source, driver = disk.find("source"), disk.find("driver")
-        if source is not None and driver is not None and source.get("file") == path:
-            return driver.get("type", "")
-    raise HostError(f"{host.name}: neither {path}.info nor libvirt tells the format of {path}",
-                    "only disks that Nova keeps as files (qcow2, raw, flat) can be copied")
+Layer = tuple[str, str]  # a file of a disk's chain, or what else it lies on, and its format
+ENDED: Final = {"crashed": "the source's qemu was killed or crashed", "destroyed": "the guest did not shut down in time and was powered off hard"}
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What libvirt says of an instance: the truth about the file that should be its root disk."""
+
+    id: str
+    path: str  # of the root disk, by DISK_PATH
+    xml: ElementTree.Element
+    disk: ElementTree.Element  # of the XML: the disk that is this file or stands on it, else the first
+    chain: tuple[Layer, ...]  # of that disk, from what the guest writes to down; of a running one to its end
+    state: str  # as "shut off (destroyed)"
+    metadata: Mapping[str, Sequence[str]]  # names of what libvirt keeps with the domain, by "checkpoint" and "snapshot"
+    job: str  # the block job that is under way on that disk
+    info: str  # the file's format by disk.info, as far as that tells
+    is_there: bool  # whether there is a file
+
+    @property
+    def format(self) -> str:
+        """The format in which the guest has the file."""
+        return dict(self.chain).get(self.path, "")
+
+    @property
+    def target(self) -> str:
+        """The disk's name in the domain."""
+        return target_of(self.disk)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether there is no qemu."""
+        return self.state.startswith(("shut off", "crashed"))
+
+    @property
+    def ended(self) -> str:
+        """What is to be known about the way in which its qemu ended."""
+        return next((words for reason, words in ENDED.items() if reason in self.state), "")
+
+
+def target_of(disk: ElementTree.Element) -> str:
+    """A disk's name in its domain."""
+    found = disk.find("target")
+    return "" if found is None else found.get("dev", "")
+
+
+def chain_in(disk: ElementTree.Element) -> Iterator[Layer]:
+    """A disk's chain by its domain."""
+    layer, format = disk, disk.find("driver")
+    while (source := layer.find("source")) is not None:
+        lies = source.get("file") or source.get("dev") or source.get("name") or ""
+        yield lies, "raw" if format is None else format.get("type", "raw")
+        if (below := layer.find("backingStore")) is None:
+            return
+        layer, format = below, below.find("format")
+
+
+def domain_of(host: Host, id: str, path: str) -> Domain:
+    """What libvirt on a host says of an instance and of the file that should be its root disk."""
+    try:
+        xml, state, checkpoints, snapshots, disks, info, there = host.script(DOMAIN, id, path).split("\0")
+        tree = ElementTree.fromstring(xml[xml.index("<domain"):])
+    except CommandError as error:
+        raise HostError(f"{host.name}: libvirt tells nothing of {id}: {error.said}",
+                        "see there: virsh list --all; a stopped instance that it does not list: start it once") from error
+    except (ValueError, ElementTree.ParseError) as error:
+        raise HostError(f"{host.name}: what virsh says of {id} cannot be read: {error}", "see there: virsh dumpxml") from error
+    told = {line.split(maxsplit=1)[0]: line for line in disks.splitlines()}
+    drives = [disk for disk in tree.findall("devices/disk") if disk.get("device", "disk") == "disk"]
+    same = [disk for disk in drives if " same " in told.get(target_of(disk), "")]
+    on_it = [disk for disk in drives if any(file == path for file, _ in chain_in(disk))]
+    root = next(iter((*same, *on_it, *drives)), tree)
+    job, mirror = re.search(r"([A-Z][A-Za-z ]*): *\[", told.get(target_of(root), "")), root.find("mirror")
+    chain, known = tuple(chain_in(root)), None
+    with contextlib.suppress(ValueError, AttributeError):
+        known = json.loads(info).get(path)
+    return Domain(
+        id, path, tree, root, ((path, chain[0][1]), *chain[1:]) if same else chain, state.strip(),
+        {"checkpoint": [name for name in checkpoints.split("\n") if name and not name.startswith("migrena-")],  # ours come and go
+         "snapshot": [name for name in snapshots.split("\n") if name]},
+        job[1] if job else "" if mirror is None else f"block {mirror.get('job')}", str(known or ""), bool(there.strip()))
+
+
+def refuse_domain(host: Host, domain: Domain) -> list[Reason]:
+    """Why the file may not be copied as the instance's root disk, by what libvirt says."""
+    reasons, path = [], domain.path
+    if other := misplaced(host, domain):
+        reasons.append(other)
+    elif domain.info not in ("", domain.format):
+        reasons.append(Reason(f"{host.name}: {path} is {domain.format} to its guest, says libvirt; {path}.info says {domain.info}",
+                              "if the guest works, correct that file: whether Nova goes by it is a matter of the host"))
+    if domain.job:
+        end = f"domjobabort {domain.id}" if domain.job == "Backup" else f"blockjob {domain.id} {domain.target} --abort"
+        reasons.append(Reason(f"{host.name}: a job is under way on the disk: {domain.job}", f"wait for its end, or: virsh {end}"))
+    return reasons + refuse_metadata(host, domain)
+
+
+def refuse_metadata(host: Host, domain: Domain) -> list[Reason]:
+    """What libvirt keeps with the domain, and Nova, which writes that anew at each start, cannot remove."""
+    return [Reason(f"{host.name}: libvirt has a {kind} of the instance, {', '.join(names)}: once it is stopped, Nova cannot start it",
+                   "; ".join(f"virsh {kind}-delete {domain.id} {shlex.quote(name)} --metadata" for name in names))
+            for kind, names in domain.metadata.items() if names]
+
+
+def misplaced(host: Host, domain: Domain) -> Reason | None:
+    """What the instance's root disk is where it is not the file that it should be."""
+    path, snapshot = domain.path, "make a snapshot of the instance and carry the image"
+    if not domain.chain:
+        return Reason(f"{host.name}: the instance has no disk, says libvirt", "see there: virsh domblklist")
+    top, format = domain.chain[0]
+    if top == path:
+        return None if domain.is_there else Reason(f"{host.name}: there is no file {path}, though libvirt names it", "find out where it went")
+    if domain.disk.get("type") == "network":
+        return Reason(f"{host.name}: the disk is on Ceph ({top}), which migrena does not copy yet", f"{snapshot}, or use rbd export and import")
+    if domain.disk.get("type") == "block":
+        return Reason(f"{host.name}: the disk is an LVM volume ({top}), which migrena does not copy yet", snapshot)
+    files = [file for file, _ in domain.chain]
+    with contextlib.suppress(CommandError):  # of a stopped one libvirt need not know what lies below
+        files += [image.path for image in disk_chain(host, top, format, shared=True)]
+    if path not in files:
+        return Reason(f"{host.name}: the disk is {top}, not {path}", "set DISK_PATH in config.py to that, with %s for the id")
+    merge = f"virsh blockcommit {domain.id} {domain.target} --active --pivot"
+    if domain.is_off:
+        merge = f"qemu-img commit -f {format} -b {shlex.quote(path)} {shlex.quote(top)}; then start and stop it, so that Nova names {path} again"
+    return Reason(f"{host.name}: the guest writes to {top}, an external snapshot; {path} is what it was before", merge)
 
 
 def disk_chain(host: Host, path: str, format: str, *, shared: bool) -> tuple[DiskImage, ...]:
@@ -3246,45 +3391,57 @@ def _disk_image(node: Mapping[str, Any]) -> DiskImage:
              "an external data file": details.get("data-file"), "the mark that it is corrupt": details.get("corrupt")}
     return DiskImage(path=node["filename"], format=node["format"], size=int(node["virtual-size"]), length=0, allocated=int(node["actual-size"]),
                      backing=node.get("full-backing-filename", node.get("backing-filename", "")),
-                     backing_format=node.get("backing-filename-format", ""), flaws=tuple(flaw for flaw, found in flaws.items() if found))
+                     backing_format=node.get("backing-filename-format", ""), flaws=tuple(flaw for flaw, found in flaws.items() if found),
+                     lost_bitmaps=tuple(bitmap["name"] for bitmap in details.get("bitmaps", ()) if "in-use" in bitmap["flags"]))
 
 
 def survey_disk(host: Host, instance: str, path: str, *, shared: bool) -> Disk:
     """All that can be known about an instance's root disk by looking; raises HostError for LVM, Ceph and disks that are not there."""
-    domain = None
-    with contextlib.suppress(CommandError, ElementTree.ParseError):
-        domain = ElementTree.fromstring(host.run("virsh", "--connect", "qemu:///system", "dumpxml", instance))
-    if not host.succeeds("test", "-f", path):
-        raise HostError(*_no_file(host, path, domain))
+    domain = domain_of(host, instance, path)
+    reasons = refuse_domain(host, domain)
+    if shared and domain.is_off:
+        reasons.append(Reason(f"{host.name}: the instance runs, says Nova; it is {domain.state}, says libvirt",
+                              f"openstack server reboot --hard {instance}, or openstack server stop {instance}"))
+    if reasons:
+        raise HostError.of(reasons)
     if not shared:
         host.run("qemu-img", "info", "--image-opts", locked(path))
-    chain = disk_chain(host, path, disk_format(host, path, domain), shared=shared)
-    folder = path.rpartition("/")[0]
-    names = host.run("ls", "-A", "--", folder).split("\n")
-    measured = host.run("qemu-img", "measure", "--output=json", "-U", "-O", "qcow2", "-f", chain[0].format, path, seconds=600)
+    chain = disk_chain(host, path, domain.format, shared=shared)
+    require_chain(host, domain, chain)
+    top = chain[0] if shared else checked(host, chain[0])
+    if domain.disk.find(".//encryption") is not None and not top.flaws:  # of a raw file, which does not show it
+        top = dataclasses.replace(top, flaws=("encryption",))
+    chain = (top, *chain[1:])
+    names = host.run("ls", "-A", "--", path.rpartition("/")[0]).split("\n")
+    guest_bytes = 0  # what is flawed may not even open
+    if not any(image.flaws for image in chain):
+        measured = host.run("qemu-img", "measure", "--output=json", "-U", "-O", "qcow2", "-f", top.format, path, seconds=600)
+        guest_bytes = measured.read(lambda said: int(document_in(said)["required"]))
     return Disk(
-        chain=chain, guest_bytes=measured.read(lambda said: int(document_in(said)["required"])),
+        chain=chain, guest_bytes=guest_bytes,
         beside=tuple(sorted(name for name in names if re.fullmatch(r"disk\.(local|eph\d+|config|swap)", name))),
-        has_nvram=domain is not None and domain.find("os/nvram") is not None,
-        has_tpm=domain is not None and domain.find("devices/tpm") is not None,
+        has_nvram=domain.xml.find("os/nvram") is not None, has_tpm=domain.xml.find("devices/tpm") is not None,
         direct_io=host.succeeds("dd", f"if={path}", "of=/dev/null", "iflag=direct", "bs=4096", "count=1"),
     )
 
 
-def _no_file(host: Host, path: str, domain: ElementTree.Element | None) -> tuple[str, str]:
-    """What stands where the disk's file should be, and the way out."""
-    for disk in domain.iter("disk") if domain is not None else ():
-        source = disk.find("source")
-        if source is not None and disk.get("device") == "disk":
-            if source.get("protocol") == "rbd":
-                return (f"{host.name}: the disk is on Ceph ({source.get('name')}), which migrena does not copy yet",
-                        "make a snapshot of the instance and carry the image, or use rbd export and import")
-            if source.get("dev"):
-                return (f"{host.name}: the disk is an LVM volume ({source.get('dev')}), which migrena does not copy yet",
-                        "make a snapshot of the instance and carry the image")
-            if source.get("file"):
-                return f"{host.name}: the disk is {source.get('file')}, not {path}", "set DISK_PATH in config.py to that, with %s for the id"
-    return f"{host.name}: there is no file {path}", "set DISK_PATH in config.py to where Nova keeps the instances' disks"
+def require_chain(host: Host, domain: Domain, chain: Sequence[DiskImage]) -> None:
+    """Raises HostError where the file names other bases than the running qemu has open below it."""
+    if any(not len(below) for below in domain.disk.iter("backingStore")):  # told to its end
+        has, names = [[(os.path.normpath(file), format) for file, format in below]
+                      for below in (domain.chain[1:], [(image.path, image.format) for image in chain[1:]])]
+        if has != names:
+            raise HostError(f"{host.name}: below {domain.path} the guest's qemu has {has}, the file itself names {names}",
+                            "find out who changed that (qemu-img rebase, virsh blockpull)")
+
+
+def checked(host: Host, image: DiskImage) -> DiskImage:
+    """A file that nobody writes to, with what qemu-img check finds wrong with it."""
+    if image.format != "qcow2" or image.flaws:
+        return image
+    found = json.loads(host.work("sh", "-c", CHECK, "migrena", image.path, stall=3600))
+    flaws = (BROKEN,) if found.get("corruptions") or found.get("check-errors") else ()
+    return dataclasses.replace(image, flaws=flaws, leaks=found.get("leaks", 0))
 
 
 def free_space(host: Host, path: str) -> int:
@@ -4075,29 +4232,32 @@ def move_changes(ends: Ends, job: DiskJob, witness: Witness, known: Known) -> Mo
     return Moved(sent, received(ends) - before, digest, time.monotonic() - began, True, unread)
 
 
-def settle_disk(host: Host, job: DiskJob) -> None:
-    """Rebases the new file onto the destination's own base, checks it, grows it to the fresh disk's size and swaps it in."""
+def settle_disk(host: Host, job: DiskJob) -> tuple[str, ...]:
+    """Rebases the new file onto the destination's own base, checks it, grows it to the fresh disk's size and swaps it in.
+
+    Gives the names of the dirty bitmaps that are no longer in it: qemu neither uses nor resizes what one that was killed had in use.
+    """
     if job.whole_file and job.fresh.backing:
         host.run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", job.fresh.backing_format, "-b", job.fresh.backing, job.new)
-    if job.fresh.format == "qcow2":
-        check_qcow2(host, job)
+    lost = check_qcow2(host, job).lost_bitmaps if job.fresh.format == "qcow2" else ()
+    for name in lost:
+        host.run("qemu-img", "bitmap", "--remove", "-f", "qcow2", "--", job.new, name)
     if job.fresh.size > job.source.size:
         host.run("qemu-img", "resize", "-q", "-f", job.fresh.format, job.new, str(job.fresh.size))
     host.script(SWAP_IN, job.fresh.path, job.new, job.kept)
+    return lost
 
 
-def check_qcow2(host: Host, job: DiskJob) -> None:
-    """Raises HostError unless the new file is sound, stands on the right base and shows the source's size."""
-    try:
-        host.work("qemu-img", "check", "-q", "-f", "qcow2", job.new, stall=3600)
-    except CommandError as error:
-        if "leaked" not in error.said:  # leaked clusters only waste space, and came with the source
-            raise
+def check_qcow2(host: Host, job: DiskJob) -> DiskImage:
+    """The new file; raises HostError unless it is sound, stands on the right base and shows the source's size."""
     top, *below = disk_chain(host, job.new, "qcow2", shared=False)
+    for flaw in checked(host, top).flaws:
+        raise HostError(f"{host.name}: {job.new} has {flaw}")
     wanted = job.fresh.backing if job.whole_file else ""
     if top.size != job.source.size or top.backing != wanted or len(below) != bool(wanted):
         raise HostError(f"{host.name}: {job.new} shows {top.size:,} bytes on base {top.backing or 'none'}; "
                         f"{job.source.size:,} on {wanted or 'none'} were expected")
+    return top
 
 
 # ---- 9. Gate ---------------------------------------------------------------------------------------------------------
@@ -4702,6 +4862,7 @@ FLAW_WAYS: Final = {
     "encryption": "its key is not in the disk: carry it as an image with its secret",
     "an external data file": "convert the disk to a plain qcow2 first",
     "the mark that it is corrupt": "repair it with qemu-img check -r all after taking a backup",
+    BROKEN: "some of its data is lost already: see qemu-img check; repair it with qemu-img check -r all after taking a backup",
 }
 
 
@@ -4761,7 +4922,7 @@ def host_name(server: Server, settings: Settings) -> str:
 
 def look_at_disk(host: Host, server: Server, settings: Settings, lacking: Sequence[str]) -> Disk | None:
     """The source's disk, or None where it cannot be read for a reason that is told otherwise; a stopped one must not be in use."""
-    if "qemu-img" in lacking or not server.image or server.status not in ("ACTIVE", "SHUTOFF"):
+    if {"qemu-img", "virsh"} & set(lacking) or not server.image or server.status not in ("ACTIVE", "SHUTOFF"):
         return None
     path = settings.disk_path % server.id
     try:
@@ -5142,6 +5303,7 @@ def bring_disk(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
         known = NOTHING_KNOWN
         if run.settings.warm and run.plan.server.is_running:
             known = copy_while_it_runs(run, host, job, locks)
+        require_still_so(run)
         began = stop_source(run, new)
         known = read_bitmap(run, job, known)
         job = look_again(run, job)
@@ -5151,8 +5313,10 @@ def bring_disk(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
             locks.check()
             gate(run, Act.SWAP)
             with run.journal.act("swap in", new=job.new):
-                settle_disk(host, job)
+                lost = settle_disk(host, job)
         locks.release(host.name, job.fresh.path)
+        for name in lost:
+            run.screen.warn(f"the dirty bitmap {name}, which a killed qemu had in use, is not in the new disk: its next backup is a full one")
     return began
 
 
@@ -5229,8 +5393,9 @@ def one_pass(run: Run, job: DiskJob, known: Known, ends: Ends) -> tuple[Pass, Kn
     """One pass over the source's file, as long as it is by now."""
     require_it_runs(run, gate(run, Act.WRITE, is_live=True).source.server)
     ends.locks.hold(ends.destination, job.fresh.path)
-    length = ends.source.run("stat", "-c", "%s", "--", job.source.path).read(int)
-    job = dataclasses.replace(job, source=dataclasses.replace(job.source, length=length))
+    length, state = ends.source.script(f'stat -c %s -- "$2"; {DOMAIN_STATE}', run.plan.server.id, job.source.path).split("\n", 1)
+    require_running(ends.source, state.strip())
+    job = dataclasses.replace(job, source=dataclasses.replace(job.source, length=int(length)))
     return warm_pass(ends, job, known, functools.partial(told_progress, run))
 
 
@@ -5241,7 +5406,10 @@ def require_it_runs(run: Run, server: Server | None) -> None:
     if (server.host, server.hypervisor) != (run.plan.server.host, run.plan.server.hypervisor):
         raise CloudError(f"the source has moved to {server.hypervisor} while it was being copied", "run it again", 400)
     if server.status != "ACTIVE" or server.power != 1:
-        raise CloudError(f"the source is {server.status} in the middle of the copy: somebody has stopped it",
+        why = "somebody has stopped it"
+        with contextlib.suppress(HostError):
+            why = ENDED["crashed"] if "crashed" in run.source_host.script(DOMAIN_STATE, server.id) else why
+        raise CloudError(f"the source is {server.status} in the middle of the copy: {why}",
                          "find out who; run it again, without --warm if it is to stay stopped", 400)
 
 
@@ -5513,16 +5681,44 @@ def give(cloud: Cloud, now: Situation, journal: Journal, changed: Callable[[Serv
             cloud.restart(source.id, changed)
 
 
+def require_still_so(run: Run) -> None:
+    """Raises HostError where libvirt no longer says of the running source what it said in the survey, and a stop could lose something."""
+    if run.plan.server.status != "ACTIVE":
+        return
+    domain = domain_of(run.source_host, run.plan.server.id, run.plan.disk.top.path)
+    if reasons := refuse_domain(run.source_host, domain):
+        raise HostError.of(reasons)
+    require_running(run.source_host, domain.state)
+    require_chain(run.source_host, domain, run.plan.disk.chain)
+
+
+def require_running(host: Host, state: str) -> None:
+    """Raises FinalError where the source's qemu has ended, by what libvirt says; Nova may see that ten minutes later."""
+    if state.startswith(("shut off", "crashed")):
+        raise FinalError(f"{host.name}: the source's qemu has ended in the middle of the copy: {state}, says libvirt",
+                         "find out why (/var/log/libvirt/qemu there); run it again")
+
+
 def look_again(run: Run, job: DiskJob) -> DiskJob:
-    """The job for the disk as it is now that the source has stopped and nobody has it open."""
-    host = run.source_host
-    chain = disk_chain(host, job.source.path, job.source.format, shared=False)
+    """The job for the disk as it is now that the source has stopped and nobody has it open. A stop leaves its domain as it was."""
+    host, path, warn = run.source_host, job.source.path, run.screen.warn
+    domain = domain_of(host, run.plan.server.id, path)
+    if other := misplaced(host, domain):
+        raise HostError.of([other])
+    chain = disk_chain(host, path, domain.format, shared=False)
     planned = run.plan.disk.chain
     if [(image.path, image.format, image.size) for image in chain] != [(image.path, image.format, image.size) for image in planned]:
-        raise HostError(f"{host.name}: {job.source.path} was replaced since it was looked at")
-    for flaw in chain[0].flaws:
-        raise HostError(f"{chain[0].path} has {flaw}", FLAW_WAYS[flaw])
-    return dataclasses.replace(job, source=chain[0], stand=stand_of(host, job.source.path))
+        raise HostError(f"{host.name}: {path} was replaced since it was looked at")
+    top = checked(host, chain[0])
+    for flaw in top.flaws:
+        raise HostError(f"{path} has {flaw}", FLAW_WAYS[flaw])
+    if top.leaks:
+        warn(f"{host.name}: {path} has {top.leaks:,} leaked clusters, says qemu-img check; they only waste space, and are copied too")
+    for reason in refuse_metadata(host, domain):
+        warn(f"{reason.problem}; {reason.way_out}")
+    if run.plan.was_running and domain.ended:
+        warn(f"{domain.ended}: its file systems are as after a power cut")
+    return dataclasses.replace(job, source=top, stand=stand_of(host, path))
 
 
 def transfer(run: Run, host: Host, job: DiskJob, known: Known, locks: DiskLocks) -> None:

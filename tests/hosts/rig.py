@@ -189,6 +189,11 @@ class Instance:
         return self
 
     @property
+    def id(self) -> str:
+        """The instance's id, by which libvirt and Nova know it: the name of its folder."""
+        return self.path.split("/")[-2]
+
+    @property
     def length(self) -> int:
         """Bytes of the file."""
         return int(self.host.run("stat", "-c", "%s", self.path).stdout)
@@ -273,7 +278,7 @@ class Copy:
 
     def job_of(self, run: Run, ends: Ends, fresh: Instance) -> DiskJob:
         """The job, refused where it must be, for a source that has stopped."""
-        self.job = plan_job(run, ends, survey_disk(self.destination, "guest", fresh.path, shared=False))
+        self.job = plan_job(run, ends, survey_disk(self.destination, fresh.id, fresh.path, shared=False))
         refuse_job(ends, self.job, run.plan.disk)
         self.job = replace(self.job, stand=stand_of(self.source, self.job.source.path))
         return self.job
@@ -281,7 +286,7 @@ class Copy:
     @contextlib.contextmanager
     def prepared(self, source: Instance, fresh: Instance) -> Iterator[tuple[Ends, DiskJob]]:
         """Both ends and the job, refused where it must be; folders and certificates are gone with the scope."""
-        run = self.run_of(survey_disk(self.source, "guest", source.path, shared=False))
+        run = self.run_of(survey_disk(self.source, source.id, source.path, shared=False))
         with contextlib.closing(run.journal), DiskLocks(run.plan.run) as locks, both_ends(run, self.destination, locks) as ends:
             yield ends, self.job_of(run, ends, fresh)
 
@@ -296,7 +301,7 @@ class Copy:
 
     def arrive(self, source: Instance, fresh: Instance, check: Callable[[], None] = lambda: None) -> Moved:
         """The bytes arrive and are proven, as often tried again as the settings say; nothing is swapped in."""
-        run = self.run_of(survey_disk(self.source, "guest", source.path, shared=False))
+        run = self.run_of(survey_disk(self.source, source.id, source.path, shared=False))
         self.undo.screen.progress = self.shown  # type: ignore[method-assign]
         with contextlib.closing(run.journal), DiskLocks(run.plan.run) as locks:
             with both_ends(run, self.destination, locks) as ends:

@@ -15,7 +15,6 @@ from lab.hosts import Lab
 from migrena import (
     Host,
     HostError,
-    digest_of_chunk,
     free_space,
     numbers_in,
     survey_disk,
@@ -141,7 +140,6 @@ def test_a_warm_copy_from_a_host_with_a_wrapper_arrives(operator: Operator) -> N
     ("qemu-img", '[{"filename": "x"}]', lambda host, disk: survey_disk(host, "x", disk.path, shared=False)),
     ("stat", "a lot", lambda host, disk: free_space(host, disk.path)),
     ("stat", "17", lambda host, disk: free_space(host, disk.path)),
-    ("sha256sum", "", lambda host, disk: digest_of_chunk(host, disk.path, 0, MiB, 60)),
     ("python3", "hello", lambda host, disk: host.work("python3", stall=30).read(lambda said: numbers_in(said, 2))),
 ])
 def test_an_answer_of_another_form_is_shown_with_host_and_command(lab: Lab, src: Host, overlays: tuple[Instance, Instance], tool: str, says: str,

@@ -15,6 +15,7 @@ from hosts.rig import Instance, MiB, base, running, wait_for
 from lab.hosts import Host as LabHost
 from lab.hosts import Lab
 from migrena import (
+    BROKEN,
     CommandError,
     Host,
     HostError,
@@ -23,7 +24,6 @@ from migrena import (
     differing,
     digests,
     disk_chain,
-    disk_format,
     free_space,
     held,
     look_at_disk,
@@ -61,29 +61,42 @@ def flaws(host: Host, instance: Instance) -> list[tuple[str, ...]]:
     return [image.flaws for image in disk_chain(host, instance.path, "qcow2", shared=True)]
 
 
-def test_the_format_is_that_of_disk_info(src: Host, overlay: Instance, raw: Instance) -> None:
-    assert (disk_format(src, overlay.path, None), disk_format(src, raw.path, None)) == ("qcow2", "raw")
-
-
 def test_a_raw_disk_into_which_the_guest_wrote_a_qcow2_header_stays_raw(lab: Lab, src: Host, raw: Instance) -> None:
     lab["src"].run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", "/etc/shadow", "/var/lib/nova/forged", "1G")
     lab["src"].run("dd", "if=/var/lib/nova/forged", f"of={raw.path}", "conv=notrunc", "status=none")
     assert json.loads(lab["src"].run("qemu-img", "info", "--output=json", raw.path).stdout)["format"] == "qcow2"  # what a look into it says
-    found = survey_disk(src, "guest", raw.path, shared=False)
+    found = survey_disk(src, raw.id, raw.path, shared=False)
     assert [(image.path, image.format, image.size) for image in found.chain] == [(raw.path, "raw", 64 * MiB)]
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", "not json", '{"/elsewhere/disk": "raw"}', '{"%s": "vmdk"}', '{"%s": null}'])
-def test_a_disk_whose_format_nobody_tells_is_refused_and_never_guessed(lab: Lab, src: Host, overlay: Instance, content: str) -> None:
+@pytest.mark.parametrize("content", ["", "{}", "[]", "not json", '{"/elsewhere/image": "raw"}', '{"%s": null}'])
+def test_a_disk_info_that_tells_nothing_makes_no_difference(lab: Lab, src: Host, overlay: Instance, content: str) -> None:
     lab["src"].run("tee", f"{overlay.path}.info", input=content.replace("%s", overlay.path))
-    with pytest.raises(HostError, match=r"neither .*disk\.info nor libvirt tells the format"):
-        survey_disk(src, "guest", overlay.path, shared=False)
+    assert survey_disk(src, overlay.id, overlay.path, shared=False).top.format == "qcow2"
 
 
-def test_a_disk_that_is_not_there_is_told_with_the_setting(src: Host) -> None:
-    with pytest.raises(HostError, match="there is no file /var/lib/nova/instances/x/disk") as caught:
-        survey_disk(src, "guest", "/var/lib/nova/instances/x/disk", shared=False)
+def test_a_file_that_is_not_there_is_told_as_that(lab: Lab, src: Host, overlay: Instance) -> None:
+    lab["src"].run("rm", overlay.path)
+    with pytest.raises(HostError, match=f"there is no file {overlay.path}, though libvirt names it"):
+        survey_disk(src, overlay.id, overlay.path, shared=False)
+
+
+def test_a_disk_that_lies_elsewhere_is_told_with_the_setting(src: Host, overlay: Instance) -> None:
+    with pytest.raises(HostError, match=f"the disk is {overlay.path}, not /srv/x/disk") as caught:
+        survey_disk(src, overlay.id, "/srv/x/disk", shared=False)
     assert "DISK_PATH" in caught.value.reasons[0].way_out
+
+
+def test_a_disk_path_that_is_a_link_to_the_file_is_as_good(lab: Lab, src: Host, overlay: Instance) -> None:
+    lab["src"].run("ln", "-s", "/var/lib/nova/instances", "/srv/instances")
+    other = f"/srv/instances/{overlay.id}/disk"
+    assert survey_disk(src, overlay.id, other, shared=False).top.path == other
+
+
+def test_an_instance_that_libvirt_does_not_know_is_told_with_the_host(src: Host) -> None:
+    with pytest.raises(HostError, match=r"src: libvirt tells nothing of x: .*failed to get domain") as caught:
+        survey_disk(src, "x", "/var/lib/nova/instances/x/disk", shared=False)
+    assert "virsh list" in caught.value.reasons[0].way_out
 
 
 def test_a_disk_without_flaws_has_none(src: Host, overlay: Instance) -> None:
@@ -110,6 +123,7 @@ def test_encryption_is_seen(lab: Lab, src: Host) -> None:
     wait_for("qemu-img", lambda: lab["src"].run(*words, check=False).returncode == 0, 60)
     instance.info("qcow2")
     assert flaws(src, instance) == [("encryption",)]
+    assert survey_disk(src, instance.id, instance.path, shared=False).top.flaws == ("encryption",)  # and not qemu-img's word for it
 
 
 def test_an_external_data_file_is_seen(lab: Lab, src: Host) -> None:
@@ -124,9 +138,37 @@ def test_the_mark_of_a_corrupt_disk_is_seen(lab: Lab, src: Host, overlay: Instan
     assert flaws(src, overlay) == [("the mark that it is corrupt",), ()]
 
 
+DAMAGE = """
+import struct, sys
+with open(sys.argv[1], "r+b") as file:
+    table = lambda at: file.seek(at) and struct.unpack(">Q", file.read(8))[0] & 0x00fffffffffffe00
+    file.seek(table(table(40)) + 8 * int(sys.argv[2]))
+    file.write(struct.pack(">Q", int(sys.argv[3], 16)))
+"""
+
+
+def damaged(instance: Instance, entry: int, value: str) -> Instance:
+    """The same, after one entry of its first table of clusters was overwritten."""
+    instance.host.run("python3", "-c", DAMAGE, instance.path, str(entry), value)
+    return instance
+
+
+def test_a_damaged_table_is_seen_although_the_file_is_not_marked(src: Host, overlay: Instance) -> None:
+    damaged(overlay, 17, "80007fffffff0000")
+    before = overlay.sha256()
+    assert survey_disk(src, overlay.id, overlay.path, shared=False).top.flaws == (BROKEN,)
+    assert overlay.sha256() == before
+
+
+def test_leaked_clusters_are_counted_and_are_no_flaw(src: Host, overlay: Instance) -> None:
+    damaged(overlay, 17, "0")
+    top = survey_disk(src, overlay.id, overlay.path, shared=False).top
+    assert (top.flaws, top.leaks) == ((), 1)
+
+
 def test_a_chain_of_three_files_is_seen_whole_and_has_no_single_base(lab: Lab, src: Host, overlay: Instance) -> None:
     top = Instance.make(lab["src"]).overlay(overlay.path, 64 * MiB, "qcow2")
-    found = survey_disk(src, "guest", top.path, shared=False)
+    found = survey_disk(src, top.id, top.path, shared=False)
     assert [image.format for image in found.chain] == ["qcow2", "qcow2", "raw"]
     assert [image.path for image in found.chain[:2]] == [top.path, overlay.path]
     assert found.base is None
@@ -135,7 +177,7 @@ def test_a_chain_of_three_files_is_seen_whole_and_has_no_single_base(lab: Lab, s
 def test_a_missing_base_is_told(lab: Lab, src: Host, overlay: Instance) -> None:
     lab["src"].run("mv", overlay.node()["full-backing-filename"], "/var/lib/nova/away")
     with pytest.raises(CommandError, match="No such file"):
-        survey_disk(src, "guest", overlay.path, shared=False)
+        survey_disk(src, overlay.id, overlay.path, shared=False)
 
 
 def writer(host: LabHost, instance: Instance) -> tuple[str, ...]:
