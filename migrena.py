@@ -4285,6 +4285,7 @@ class Act(enum.Enum):
     GIVE_BACK = "give the source back"  # unlocked, and started where it ran
     STOP_DESTINATION = "stop the destination"
     DELETE = "delete the destination"
+    CLEAN = "remove the copy beside the destination's disk"
     GO_ON = "go on with the run"
 
 
@@ -4377,7 +4378,7 @@ def rule_ours(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     if act is not Act.GIVE_BACK and act is not Act.STOP_SOURCE and now.destination.id == now.source.id:
         yield "the destination would be the source itself"
     made = now.destination.server
-    if act in (*TAKING, *WRITING, Act.START_DESTINATION) and made and made.locked and not now.destination.is_locked_by(now.run) and not asked.yes:
+    if act in (*TAKING, *WRITING, Act.START_DESTINATION) and made and made.locked and not now.destination.is_locked_by(now.run):
         yield f"the destination is locked by somebody else: {made.lock_reason or 'no reason is given'}"
     if not (source := now.source.server) or act not in (Act.GIVE_BACK, Act.STOP_SOURCE, Act.GO_ON):
         return
@@ -4422,7 +4423,7 @@ def rule_own_data(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
 
 def rule_one_copy(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     """A destination that holds the proven copy is deleted only while the source is seen to exist, with its disk."""
-    if act is Act.DELETE and now.destination.server and now.stage >= Stage.PROVEN:
+    if act in (Act.DELETE, Act.CLEAN) and now.destination.server and now.stage >= Stage.PROVEN:
         if now.source.is_gone:
             yield "the source is gone, and this is the only copy of it"
         elif now.source.disk.startswith(DISK_UNSEEN):
@@ -4437,6 +4438,8 @@ def rule_nobody_inside(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     source, other = now.source, now.destination
     if act in (*WRITING, Act.START_DESTINATION, Act.GO_ON) and other.is_gone:
         yield "the destination is gone" if other.id else f"the instance that run {now.run} was about to make never came to be"
+    if act in (Act.START_DESTINATION, Act.GO_ON) and (lost := [action.name for action in other.starts if action.name in LOSING]):
+        yield f"the destination was given another disk since ({lost[0]})"
     if act in WRITING and other.server and not (other.is_idle and other.is_locked_by(now.run)):
         yield "the destination is not stopped and locked by this run"
     if act in (*WRITING, Act.GO_ON) and other.disk and not now.is_in_place:
@@ -4451,9 +4454,10 @@ def rule_nobody_inside(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
 
 def rule_seen(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     """What could not be looked at is not taken to be as it should be."""
-    needed = {Act.STOP_SOURCE: (now.source,), Act.START_DESTINATION: (now.source, now.destination), Act.STOP_DESTINATION: (now.destination,),
-              Act.DELETE: (now.destination, *([now.source] if now.stage >= Stage.PROVEN else [])),
+    needed = {Act.STOP_SOURCE: (now.source,), Act.STOP_DESTINATION: (now.destination,),
               Act.GIVE_BACK: (now.source, *([now.destination] if now.has_copy else []))}.get(act, (now.source, now.destination))
+    if act in (Act.DELETE, Act.CLEAN) and now.stage < Stage.PROVEN:
+        needed = (now.destination,)
     if not (act in WRITING and asked.is_held):
         yield from (f"{seen.id} could not be looked at: {seen.unseen}" for seen in needed if seen.unseen)
 
@@ -4487,6 +4491,8 @@ def ways_on(act: Act, now: Situation) -> str:
     if act in (*TAKING, Act.GO_ON) and made.server and not (source.is_gone or source.unseen or made.unseen):
         word = "rollback" if act in TAKING else "resume"
         ways.append(f"./migrena.py {word} {run} --yes, if what {made.id} has written may go")
+    if made.server and made.server.locked and not made.is_locked_by(run):
+        ways.append(f"openstack server unlock {made.id}, if who has locked it agrees")
     if act in (Act.START_DESTINATION, Act.SWAP) and now.stage >= Stage.PROVEN and source.is_idle:
         ways.append(f"./migrena.py resume {run} completes the move")
     if act is Act.GIVE_BACK and source.server:
@@ -5235,8 +5241,9 @@ def see_through(run: Run) -> int:
     """Executes the run, undoes it where it fails, and writes how it ended; gives the exit code."""
     run.source.tell = run.destination.tell = run.screen.note
     try:
-        with run.journal.ending(run.undo), run.source_host.private_folder(run.plan.run), run.undo, proven_is_kept(run):
-            id = execute(run)  # the folder tells other machines that this run is at work
+        with run.journal.ending(run.undo), contextlib.ExitStack() as stack, run.undo, proven_is_kept(run):
+            stack.enter_context(run.source_host.private_folder(run.plan.run))  # tells other machines that this run is at work
+            id = execute(run, stack)
     except UsageError as error:  # such an error is no refusal any more: something was touched
         raise MigrenaError.of(error.reasons) from error
     finally:
@@ -5247,18 +5254,17 @@ def see_through(run: Run) -> int:
     return 0
 
 
-def execute(run: Run) -> str:
+def execute(run: Run, stack: contextlib.ExitStack) -> str:
     """The id of the new instance, its disk copied, proven and in place. Raises MigrenaError; what was done is in `run.undo`.
 
     Every step finds out what an earlier process of the same run has done already, and does only the rest.
     """
     began = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        claim_source(run)
-        run = carry_first(run)
-        new = adopt_destination(run, run.earlier.destination) if run.earlier else create_destination(run)
-        host = connect_destination(run, new, stack)
-        locks = stack.enter_context(DiskLocks(run.plan.run))
+    claim_source(run)
+    run = carry_first(run)
+    new = adopt_destination(run, run.earlier.destination) if run.earlier else create_destination(run)
+    host = connect_destination(run, new, stack)
+    with DiskLocks(run.plan.run) as locks:
         if not run.earlier or not run.earlier.is_in_place:
             began = bring_disk(run, host, new, locks)
         one = start_named(run, "dst", run.destination, new.id)
@@ -5266,13 +5272,12 @@ def execute(run: Run) -> str:
             stopped = run.earlier.record.stopped_at if run.earlier else None
             downtime = (datetime.now(timezone.utc) - stopped).total_seconds() if stopped else time.monotonic() - began
             run.report.downtime_seconds = round(downtime, 2)
-        with run.journal.act("mark destination done", server=new.id):
-            run.destination.mark(new.id, {DONE: run.plan.run, ORIGIN: run.plan.server.id})  # somebody may have wiped them
-            run.destination.unmark(new.id, run.plan.run, MADE)
-        locks.release(run.source_host.name, run.plan.disk.top.path)
-        run.undo.attempt(f"unlock destination {new.id}", lambda: release_destination(run, new.id))
-        run.undo.attempt(f"give source {run.plan.server.id} back", lambda: release_source(run, one))
-        host.run("rm", "-f", "--", kept_beside(run.settings.disk_path % new.id, run.plan.run))
+    with run.journal.act("mark destination done", server=new.id):
+        run.destination.mark(new.id, {DONE: run.plan.run, ORIGIN: run.plan.server.id})  # somebody may have wiped them
+        run.destination.unmark(new.id, run.plan.run, MADE)
+    run.undo.attempt(f"unlock destination {new.id}", lambda: release_destination(run, new.id))
+    run.undo.attempt(f"give source {run.plan.server.id} back", lambda: release_source(run, one))
+    host.run("rm", "-f", "--", kept_beside(run.settings.disk_path % new.id, run.plan.run))
     return new.id
 
 
@@ -5469,6 +5474,8 @@ def inherit(run: Run) -> None:
 
 def take_mark_off(cloud: Cloud, now: Situation) -> None:
     """Takes a run's mark off its source, once the source is as it was found: until then, which raises Kept, the mark tells whose it is."""
+    if now.source.unseen:
+        raise Kept(f"source {now.source.id} may keep the mark of run {now.run}: {now.source.unseen}", f"./migrena.py rollback {now.run}")
     if not (server := now.source.server):
         return
     if now.was_running and not server.is_running:
@@ -5560,6 +5567,7 @@ def connect_destination(run: Run, new: Server, stack: contextlib.ExitStack) -> H
         raise CloudError("destination cloud: these credentials are not told on which host the instance is", "use an admin's credentials")
     host = connect(host_name(new, run.settings), run.settings, run.screen)
     stack.callback(host.close)
+    stack.enter_context(host.private_folder(run.plan.run))
     run.undo.always(f"check that nothing of ours is left on {host.name}", host.confirm_all_ended)
     if reasons := list(refuse_tools(host.name, tools_lacking(host, list(PACKAGES)), run.settings, "nbd-client")):
         raise HostError.of(reasons)
@@ -6306,9 +6314,8 @@ def undoing(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, scr
         word = "stop" if settings.keep_destination else "delete"
         yield f"{word} destination {server.id}", functools.partial(take_away, settings, clouds, traces, number)
         if server.host:
-            paths = [beside(settings.disk_path % server.id, run) for beside in (new_beside, kept_beside)]
             yield (f"see that nothing is left on {host_name(server, settings)}",
-                   functools.partial(clean_host, host_name(server, settings), settings, screen, run, paths))
+                   functools.partial(clean_beside, settings, clouds, traces, number, screen))
         if settings.keep_destination:
             yield f"take the marks off destination {server.id}", functools.partial(clouds[1].unmark, server.id, run, MADE, DONE, WAS)
     if not source:
@@ -6339,6 +6346,16 @@ def take_away(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, n
     stop_and_keep(clouds[1], now.destination.id)
     if now.destination.is_locked_by(now.run):
         clouds[1].unlock(now.destination.id)
+
+
+def clean_beside(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, number: int, screen: Screen) -> None:
+    """Removes what a run has left on the destination's host; raises Kept where that may be the only copy."""
+    before = [now for now in traces.situations if now.destination.server][number]
+    server, run = traces.made[number], before.run
+    if settings.keep_destination:
+        allow(Act.CLEAN, seen_again(clouds, traces, before), Asked(settings.yes))
+    paths = [beside(settings.disk_path % server.id, run) for beside in (new_beside, kept_beside)]
+    clean_host(host_name(server, settings), settings, screen, run, paths)
 
 
 def give_back(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, journal: Journal) -> None:

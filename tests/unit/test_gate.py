@@ -1,0 +1,236 @@
+"""The gate: what is so now on both sides decides whether an act may be done, whatever was so earlier."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from migrena import (
+    DONE,
+    LOCKED_BY,
+    MADE,
+    MARK,
+    Act,
+    Action,
+    Asked,
+    Cloud,
+    Kept,
+    Refused,
+    RunRecord,
+    Seen,
+    Server,
+    Situation,
+    Stage,
+    Step,
+    allow,
+    judge,
+    lock_of,
+    newer,
+    require_same_clouds,
+    stage_of,
+)
+from unit.makers import UUID, a_server
+
+RUN = "20261120T210000-a1b2c3"
+START = Action("req-2", "start", "2026-11-20T21:10:00", has_failed=False)
+NO, YES = Asked(), Asked(yes=True)
+
+
+def stopped(id: str, **different: Any) -> Server:
+    """An instance that the run has stopped and locked."""
+    mark = {MARK: RUN} if id == UUID else {MADE: RUN}
+    return a_server(**{"id": id, "status": "SHUTOFF", "power": 4, "locked": True, "lock_reason": f"{LOCKED_BY}{RUN}", "metadata": mark, **different})
+
+
+def running(id: str, **different: Any) -> Server:
+    """The same, while somebody else has it run."""
+    return stopped(id, status="ACTIVE", power=1, **different)
+
+
+SOURCE, MADE_ONE = Seen(UUID, stopped(UUID)), Seen("new", stopped("new"))
+PROVEN = Situation(RUN, Stage.PROVEN, SOURCE, MADE_ONE, was_running=True)
+SWAPPED = replace(PROVEN, stage=Stage.SWAPPED)
+
+
+def told(act: Act, now: Situation, asked: Asked = NO) -> str:
+    """All that the gate has against an act."""
+    return "; ".join(reason.problem for reason in judge(act, now, asked))
+
+
+@pytest.mark.parametrize("act", [Act.WRITE, Act.SWAP, Act.START_DESTINATION, Act.GIVE_BACK, Act.DELETE, Act.STOP_DESTINATION, Act.GO_ON, Act.CLEAN])
+def test_control_everything_may_be_done_where_all_is_as_the_run_left_it(act: Act) -> None:
+    assert judge(act, PROVEN, Asked()) == []
+
+
+def test_the_source_is_never_deleted_or_written_to_whatever_cloud_it_turns_up_in() -> None:
+    itself = replace(PROVEN, destination=Seen(UUID, stopped(UUID)))
+    for act in (Act.DELETE, Act.STOP_DESTINATION, Act.WRITE, Act.SWAP, Act.START_DESTINATION):
+        assert "would be the source itself" in told(act, itself, YES)
+
+
+@pytest.mark.parametrize(("source", "said"), [
+    (Seen(UUID, running(UUID, locked=False)), "the source runs"),
+    (replace(SOURCE, starts=(START,)), "has run since it was stopped"),
+    (replace(SOURCE, disk="was changed"), "the source's disk was changed"),
+    (Seen(UUID, stopped(UUID, locked=False)), "the lock of this run on the source was taken off"),
+    (Seen(UUID, stopped(UUID, lock_reason="an audit")), "the lock of this run on the source was taken off"),
+    (Seen(UUID, unseen="no answer"), "could not be looked at: no answer"),
+])
+def test_the_destination_is_started_only_while_the_source_is_stopped_unchanged_and_locked_by_the_run(source: Seen, said: str) -> None:
+    assert said in told(Act.START_DESTINATION, replace(SWAPPED, source=source), YES)
+
+
+def test_a_destination_whose_source_is_gone_may_be_started_since_there_is_no_other_machine() -> None:
+    assert judge(Act.START_DESTINATION, replace(SWAPPED, source=Seen(UUID)), Asked()) == []
+
+
+def test_a_source_is_not_started_beside_a_destination_that_has_its_data_and_runs_or_has_run() -> None:
+    for made in (Seen("new", running("new")), replace(MADE_ONE, starts=(START,))):
+        assert "has the same data" in told(Act.GIVE_BACK, replace(SWAPPED, destination=made))
+        assert told(Act.GIVE_BACK, replace(SWAPPED, destination=made), YES) == ""
+        assert told(Act.GIVE_BACK, replace(PROVEN, stage=Stage.COPYING, destination=made)) == ""  # what it has is the image's
+    assert "could not be looked at" in told(Act.GIVE_BACK, replace(SWAPPED, destination=Seen("new", unseen="no answer")))
+    assert told(Act.GIVE_BACK, replace(PROVEN, destination=Seen("new", unseen="no answer"))) == ""
+
+
+@pytest.mark.parametrize(("server", "said"), [
+    (stopped(UUID, lock_reason="an audit"), "locked by somebody else: an audit"),
+    (stopped(UUID, metadata={MARK: "other"}), "run other is moving the source now"),
+    (stopped(UUID, metadata={}, locked=False), "carries no mark"),
+    (stopped(UUID, metadata={}), ""),  # its lock is the run's
+    (stopped(UUID, locked=False), ""),  # its mark is
+])
+def test_a_source_is_given_back_only_by_the_run_that_has_it(server: Server, said: str) -> None:
+    now = replace(PROVEN, source=Seen(UUID, server))
+    assert said in told(Act.GIVE_BACK, now) and bool(said) == bool(told(Act.GIVE_BACK, now))
+
+
+def test_an_old_run_does_not_start_a_source_of_which_another_run_has_made_an_instance() -> None:
+    bare, other = Seen(UUID, stopped(UUID, metadata={}, locked=False)), a_server(id="x", name="web-2", metadata={DONE: "other"})
+    assert "web-2 x was made of it" in told(Act.GIVE_BACK, replace(PROVEN, stage=Stage.DONE, source=bare, others=(other,), destination=Seen()))
+    assert told(Act.GIVE_BACK, replace(PROVEN, stage=Stage.DONE, source=bare, destination=Seen())) == ""  # the last run that had it
+
+
+@pytest.mark.parametrize("made", [Seen("new", running("new", locked=False)), replace(MADE_ONE, starts=(START,))])
+def test_a_machine_that_may_have_data_of_its_own_is_neither_overwritten_nor_deleted_unless_a_person_says_so(made: Seen) -> None:
+    for act in (Act.DELETE, Act.STOP_DESTINATION, Act.SWAP):
+        assert "may hold newer data" in told(act, replace(SWAPPED, destination=made))
+    assert told(Act.DELETE, replace(SWAPPED, destination=made), YES) == ""
+    assert "not stopped and locked" in told(Act.SWAP, replace(SWAPPED, destination=made), YES)
+
+
+def test_what_a_successful_run_made_is_deleted_only_with_yes_and_told_by_its_name() -> None:
+    done = replace(PROVEN, stage=Stage.DONE, destination=Seen("new", running("new", name="web-1", locked=False)))
+    assert "web-1 new (ACTIVE) would be deleted, and it may hold newer data" in told(Act.DELETE, done)
+    assert "would be stopped" in told(Act.STOP_DESTINATION, done)
+    assert told(Act.DELETE, done, YES) == ""
+
+
+@pytest.mark.parametrize(("source", "said"), [
+    (Seen(UUID), "this is the only copy"), (replace(SOURCE, disk="is gone"), "may be the only copy"),
+    (replace(SOURCE, disk="cannot be looked at: no connection"), "may be the only copy"), (Seen(UUID, unseen="no answer"), "could not be looked at"),
+])
+def test_a_proven_copy_is_deleted_only_while_the_source_is_seen_with_its_disk_even_with_yes(source: Seen, said: str) -> None:
+    for act in (Act.DELETE, Act.CLEAN):
+        assert said in told(act, replace(PROVEN, source=source), YES)
+        assert told(act, replace(PROVEN, stage=Stage.COPYING, source=source)) == ""
+
+
+def test_a_source_that_was_rebuilt_since_keeps_the_copy_unless_a_person_says_otherwise() -> None:
+    rebuilt = replace(PROVEN, source=replace(SOURCE, starts=(replace(START, name="rebuild"),)))
+    assert "may have lost what was copied from it (rebuild)" in told(Act.DELETE, rebuilt)
+    assert told(Act.DELETE, rebuilt, YES) == ""
+
+
+@pytest.mark.parametrize("act", [Act.WRITE, Act.SWAP])
+@pytest.mark.parametrize(("made", "said"), [
+    (Seen("new", running("new")), "not stopped and locked"), (Seen("new", stopped("new", locked=False)), "not stopped and locked"),
+    (Seen("new", stopped("new", lock_reason="mine")), "locked by somebody else: mine"), (Seen("new"), "the destination is gone"),
+])
+def test_a_disk_is_written_only_while_nobody_can_be_inside(act: Act, made: Seen, said: str) -> None:
+    assert said in told(act, replace(PROVEN, destination=made), YES)
+
+
+def test_in_mid_copy_an_api_may_be_away_since_qemu_s_locks_hold() -> None:
+    away = replace(PROVEN, source=Seen(UUID, unseen="no answer"), destination=Seen("new", unseen="no answer"))
+    assert told(Act.WRITE, away, Asked(is_held=True)) == ""
+    assert "could not be looked at" in told(Act.WRITE, away)
+    assert "somebody started it" in told(Act.WRITE, replace(PROVEN, source=Seen(UUID, running(UUID))), Asked(is_held=True))
+
+
+@pytest.mark.parametrize(("now", "said"), [
+    (replace(PROVEN, source=replace(SOURCE, disk="was changed")), "has been started, or its disk was changed"),
+    (replace(PROVEN, source=Seen(UUID, stopped(UUID, metadata={}, locked=False))), "no mark"),
+    (replace(PROVEN, source=Seen(UUID, stopped(UUID, metadata={MARK: "other"}))), "run other is moving"),
+    (replace(PROVEN, destination=Seen()), "never came to be"),
+    (replace(PROVEN, destination=replace(MADE_ONE, disk="is not the one that Nova made")), "is not the one that Nova made"),
+    (replace(SWAPPED, destination=replace(MADE_ONE, disk="is not the one that Nova made"), is_in_place=True), ""),
+    (replace(SWAPPED, destination=replace(MADE_ONE, starts=(replace(START, name="rebuild"),)), is_in_place=True), "another disk since (rebuild)"),
+    (replace(SWAPPED, source=Seen(UUID, stopped(UUID, metadata={}, locked=False)), is_in_place=True), ""),  # a complete one has given it back
+])
+def test_a_run_is_gone_on_with_only_where_what_was_copied_is_still_so(now: Situation, said: str) -> None:
+    assert said in told(Act.GO_ON, now) and bool(said) == bool(told(Act.GO_ON, now))
+    assert all("rollback" in reason.way_out for reason in judge(Act.GO_ON, now, Asked()))
+
+
+def test_a_run_that_is_at_work_on_another_machine_is_left_alone() -> None:
+    alive = replace(PROVEN, alive="src:/run/migrena-x is held")
+    for act in Act:
+        assert "at work on another machine: src:/run/migrena-x is held" in told(act, alive, YES)
+
+
+def test_a_message_tells_why_and_both_states_and_the_ways_on() -> None:
+    now = replace(SWAPPED, source=Seen(UUID, running(UUID, locked=False), starts=(START,)))
+    with pytest.raises(Kept) as kept:
+        allow(Act.START_DESTINATION, now, Asked())
+    assert str(kept.value) == (
+        f"it was not done to start the destination: the source runs, or has run since it was stopped. Seen: run {RUN}, swapped; source {UUID}: ACTIVE, "
+        f"not locked, start at 2026-11-20T21:10:00; destination new: SHUTOFF, locked by run {RUN}")
+    assert kept.value.reasons[0].way_out == f"./migrena.py rollback {RUN} undoes the run" and kept.value.exit_code == 4
+
+
+def test_resume_is_named_before_rollback_where_it_completes_the_move() -> None:
+    now = replace(SWAPPED, source=Seen(UUID, stopped(UUID, locked=False)))
+    way, = {reason.way_out for reason in judge(Act.START_DESTINATION, now, Asked())}
+    assert way == f"./migrena.py resume {RUN} completes the move; ./migrena.py rollback {RUN} undoes the run"
+
+
+def test_a_reason_of_a_lock_counts_only_where_the_lock_is_on() -> None:
+    """Nova keeps locked_reason through a rebuild."""
+    assert lock_of(stopped(UUID)) == RUN and lock_of(stopped(UUID, locked=False)) == ""
+    assert lock_of(stopped(UUID, lock_reason=f"{LOCKED_BY}{RUN}: web-1 new takes its place")) == RUN
+    assert not replace(SOURCE, relocks=(replace(START, name="lock"),)).is_locked_by(RUN)
+    assert Seen(UUID, stopped(UUID, lock_reason="")).is_locked_by(RUN)  # Nova before 2.73 tells none: the mark decides
+
+
+def test_what_came_after_a_request_is_what_is_above_it() -> None:
+    actions = [replace(START, request=f"req-{number}") for number in (3, 2, 1)]
+    assert newer(actions, "req-2") == actions[:1] and newer(actions, "") == newer(actions, "unknown") == actions
+
+
+@pytest.mark.parametrize(("steps", "stage"), [
+    ([], Stage.NOTHING), ([("create destination", "")], Stage.MADE), ([("copy", "failed")], Stage.COPYING), ([("copy", "done")], Stage.PROVEN),
+    ([("copy", "done"), ("swap in", "")], Stage.SWAPPED), ([("start destination", "")], Stage.STARTED),
+    ([("mark destination done", "")], Stage.NOTHING), ([("start destination", "done"), ("mark destination done", "done")], Stage.DONE),
+])
+def test_how_far_a_run_has_come_is_what_may_have_been_done(steps: list[tuple[str, str]], stage: Stage) -> None:
+    assert stage_of(RunRecord(RUN, "killed", "", {}, tuple(Step(name, "", result=result) for name, result in steps))) is stage
+
+
+def test_a_journal_is_not_followed_in_other_clouds_than_its_own() -> None:
+    clouds = []
+    for name in ("source", "destination"):
+        clouds.append(object.__new__(Cloud))
+        clouds[-1].label, clouds[-1].url = name, f"http://{name}"
+        clouds[-1].identity = {"nova": f"http://{name}/nova", "region": "r", "project": "p"}
+    record = RunRecord(RUN, "killed", "", {"where": [cloud.identity for cloud in clouds]})
+    require_same_clouds(record, clouds)
+    with pytest.raises(Refused) as refused:
+        require_same_clouds(record, clouds[::-1])
+    assert [f"nova http://{name}/nova" in reason.problem for name, reason in zip(("source", "destination"), refused.value.reasons, strict=True)]
+    assert len(refused.value.reasons) == 2
+    require_same_clouds(replace(record, facts={"clouds": ["http://source", "http://destination"]}), clouds)  # of an older migrena
+    with pytest.raises(Refused, match="had another source cloud"):
+        require_same_clouds(replace(record, facts={"clouds": ["http://destination", "http://destination"]}), clouds)
