@@ -40,6 +40,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import copy as copying
 import dataclasses
 import difflib
 import enum
@@ -84,6 +85,11 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, TypeVar
 
 if TYPE_CHECKING:  # `--help` must not wait for these; each is imported where it is first needed
     import paramiko
+
+if sys.version_info < (3, 10):  # noqa: UP036  # before anything that an older one does not know; the file as such is read by 3.8
+    print(f"error: migrena needs Python 3.10 or later, and {sys.executable} is {sys.version.split()[0]}\n"
+          "  try: python3.11 migrena.py, or whatever later one this machine has", file=sys.stderr)
+    sys.exit(2)
 
 VERSION: Final = "1.0.0"
 MiB: Final = 1024**2
@@ -219,6 +225,15 @@ def text(value: object) -> str:
     return str(value)
 
 
+def name_of_new(value: object) -> str:
+    """A name that Nova and Glance take."""
+    if len(name := text(value)) > 255:
+        raise ValueError(f"has {len(name)} characters, and 255 are the most")
+    if name != name.strip() and name.strip():
+        raise ValueError("begins or ends with a space")
+    return name
+
+
 def yes_no(value: object) -> bool:
     """True or False, also from the words that people write in variables."""
     known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -241,9 +256,12 @@ def positive(value: object) -> int:
     return int(str(value))
 
 
+UUID_FORM: Final = r"[0-9a-fA-F]{8}-?([0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}"
+
+
 def instance_id(value: object) -> str:
     """The id of an instance as Nova writes it, or nothing."""
-    if value and not re.fullmatch(r"[0-9a-fA-F]{8}-?([0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}", str(value)):
+    if value and not re.fullmatch(UUID_FORM, str(value)):
         raise ValueError("is no instance id; take it from: openstack server list --all-projects")
     return str(uuid.UUID(str(value))) if value else ""
 
@@ -378,7 +396,8 @@ class Settings:
     abort: bool = option(False, "--abort", config=False, jobs=("live-migrate",), help="after the timeout, end the migration")
     keep_going: bool = option(False, "--keep-going", config=False, jobs=("live-migrate",), help="go on with the next one after a failure")
     src_uid: str = option("", "-s", "--src-uid", "--src-uuid", read=instance_id, config=False, metavar="UUID", help="the source instance's id")
-    dst_name: str = option("", "-d", "--dst-name", config=False, metavar="NAME", help="name of the new instance in the destination")
+    dst_name: str = option("", "-d", "--dst-name", read=name_of_new, config=False, metavar="NAME",
+                           help="name of the new instance in the destination")
     flavor: str = option("", "-f", "--flavor", config=False, metavar="FLAVOR", help="its flavor, name or id (left out: matched from the source)")
     image: str = option("", "-i", "--image-id", config=False, metavar="IMAGE", help="its image, name or id (left out: the one with the same content)")
     extra_args: dict[str, Any] = option({}, "-e", "--extra-args", read=literal, config=False, metavar="EXTRA",
@@ -387,7 +406,8 @@ class Settings:
     images: tuple[str, ...] = option((), "-i", "--image-id", read=names, config=False, jobs=("image",), action="append", metavar="IMAGE",
                                      help="an image of the source, name or id; may be given more than once")
     tag: str = option("", "--tag", config=False, jobs=("image",), metavar="TAG", help="all images of the source with this tag")
-    new_name: str = option("", "--name", config=False, jobs=("image",), metavar="NAME", help="its name in the destination, if not the same")
+    new_name: str = option("", "--name", read=name_of_new, config=False, jobs=("image",), metavar="NAME",
+                           help="its name in the destination, if not the same")
     disk_format: str = option("", "--disk-format", read=words_of("", "raw", "qcow2", "vmdk"), config=False, jobs=("image",),
                               metavar="raw|qcow2|vmdk", help="convert it, on this machine")
     work_folder: str = option("", "--work-folder", jobs=("image",), metavar="PATH", help="where it is converted (default: the system's folder "
@@ -605,7 +625,7 @@ def cloud_from_yaml(name: str, environment: Mapping[str, str]) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class Flavor:
-    """A flavor's sizes: ram in MiB, disk and ephemeral in GiB, swap in MiB; `id` is empty where Nova hides it."""
+    """A flavor's sizes: ram in MiB, disk and ephemeral in GiB, swap in MiB; what Nova hides is empty or None."""
 
     name: str
     vcpus: int
@@ -614,11 +634,23 @@ class Flavor:
     ephemeral: int
     swap: int
     id: str = ""
+    extra_specs: Mapping[str, str] | None = field(default=None, compare=False)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
         """What must be equal for two flavors to be the same machine."""
         return (self.vcpus, self.ram, self.disk, self.ephemeral, self.swap)
+
+    def differs(self, source: Flavor) -> Iterator[tuple[str, bool]]:
+        """What it has other than the source's flavor, in words, and whether that is less; disks are not compared, they are looked at."""
+        for unit, name in (("vCPUs", "vcpus"), ("MiB of RAM", "ram"), ("MiB of swap", "swap")) if source.vcpus else ():
+            here, there = getattr(source, name), getattr(self, name)
+            if here != there:
+                yield f"{there} {unit} for {here}", there < here
+        one, other = source.extra_specs, self.extra_specs
+        if one is not None and other is not None:
+            for key in sorted(dict(one.items() ^ other.items())):
+                yield f"{key} {other.get(key, 'unset')} for {one.get(key, 'unset')}", False
 
 
 @dataclass(frozen=True)
@@ -641,6 +673,11 @@ class Image:
     def form(self) -> tuple[object, object]:
         """What Nova takes the stored bytes for: disk format and container format."""
         return self.told.get("disk_format"), self.told.get("container_format")
+
+    @property
+    def disk_size(self) -> int:
+        """Bytes of the disk that Nova makes of it where the flavor names no size; 0 where Glance does not tell."""
+        return int(self.told.get("virtual_size") or (self.told.get("size") if self.told.get("disk_format") in ("raw", "iso") else 0) or 0)
 
     @property
     def is_hidden(self) -> bool:
@@ -1448,12 +1485,11 @@ def recorded(run: str, entries: Sequence[dict[str, Any]], holder: str = "") -> R
     last: dict[str, dict[str, Any]] = {entry["event"]: entry for entry in entries}
     begun = max((number for number, entry in enumerate(entries) if entry["event"] in ("run", "resume", "rollback")), default=0)
     end = next((entry for entry in entries[begun:] if entry["event"] == "ended"), None)
-    progress = last.get("progress", {})
     arrived = tuple((entry["offset"], entry["length"]) for entry in entries if entry["event"] == "chunk")
     return RunRecord(
         run, "running" if holder == run else str(end["result"]) if end else "killed", str(facts.get("at", "")), facts, _acts(entries),
         last.get("job", {}), arrived,
-        max(progress.get("done", 0), sum(length for _, length in set(arrived))), progress.get("total", 0), _rate(entries),
+        next((entry["done"] for entry in reversed(entries) if "done" in entry), 0), last.get("progress", {}).get("total", 0), _rate(entries),
         sum(entry["event"] == "retry" for entry in entries),
         str(end.get("error", "")) if end else "", tuple(end.get("left", ())) if end else (), "rollback" in last)
 
@@ -2243,10 +2279,40 @@ WAS: Final = "migrena:was"  # key in both servers' metadata: the status in which
 DONE: Final = "migrena:done"  # key in the destination's metadata, in place of MADE: the run that has completed it
 LOCKED_BY: Final = "migrena run "  # how the reason of our lock on an instance begins; the run's id follows
 UNCHANGED_LIMIT: Final = 1800.0  # seconds that Nova may show no change before we stop waiting; a big image loads slowly
+MUTE_AFTER: Final = 30.0  # seconds after which a Keystone that takes the connection and says nothing is given up
 OUTAGE_LIMIT: Final = 120.0  # seconds of errors from the API that a wait lives through; what is asked after them waits no longer
 OUTAGE_TOLD: Final = 10.0  # seconds of errors after which they are told
 OWN_ARGUMENTS: Final = frozenset({"self", "name", "image", "flavor", "reservation_id", "min_count", "max_count",
                                   "block_device_mapping", "block_device_mapping_v2"})  # not for -e: ours, or not one instance
+
+
+
+def is_text(value: object) -> bool:
+    """Whether it is a text that Nova takes for a name."""
+    return isinstance(value, str) and 0 < len(value) < 256
+
+
+def is_nic(nic: object) -> bool:
+    """Whether it is an entry of `nics`: novaclient silently omits keys that it does not know."""
+    return (isinstance(nic, dict) and nic.keys() <= {"net-id", "port-id", "tag", "v4-fixed-ip", "v6-fixed-ip"}
+            and all(map(is_text, nic.values())) and any(re.fullmatch(UUID_FORM, nic.get(key, "")) for key in ("net-id", "port-id")))
+
+
+def are_texts(value: object) -> bool:
+    """Whether it is a list of such."""
+    return isinstance(value, (list, tuple)) and all(map(is_text, value))
+
+
+# What Nova takes as arguments of create, and the same in words: see its nova/api/openstack/compute/schemas/servers.py.
+EXTRA_FORMS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+    "nics": (lambda value: value in ("auto", "none") or (isinstance(value, (list, tuple)) and all(map(is_nic, value))),
+             "'auto', 'none' or a list as [{'net-id': 'ID'}]; port-id, v4-fixed-ip, v6-fixed-ip and tag are known too"),
+    "meta": (lambda value: isinstance(value, dict) and are_texts([*value, *filter(None, value.values())]), "a dictionary of texts, up to 255 long"),
+    "userdata": (lambda value: isinstance(value, str) and len(value.encode()) < 49150, "a text of up to 49149 bytes"),
+    **dict.fromkeys(("security_groups", "tags"), (are_texts, "a list of names")),
+    **dict.fromkeys(("key_name", "availability_zone", "host", "hypervisor_hostname", "hostname"), (is_text, "a text, up to 255 long")),
+    **dict.fromkeys(("scheduler_hints", "files"), (lambda value: isinstance(value, dict), "a dictionary")),
+}
 
 SHOWN: Final = ("nics", "security_groups", "availability_zone", "key_name", "config_drive", "host", "hypervisor_hostname")  # of -e: no secrets
 
@@ -2261,8 +2327,8 @@ def check_extra(extra: Mapping[str, Any]) -> None:
             raise UsageError(f"-e: {name} cannot be given: migrena makes one instance from one image")
         if name not in known:
             raise UsageError(f"-e: Nova's create knows no argument {name!r}{did_you_mean(name, known)}", f"known: {', '.join(sorted(known))}")
-    if not isinstance(extra.get("meta", {}), dict):
-        raise UsageError("-e: meta must be a dictionary")
+        if extra[name] is not None and name in EXTRA_FORMS and not EXTRA_FORMS[name][0](extra[name]):
+            raise UsageError(f"-e: {name} must be {EXTRA_FORMS[name][1]}")
 
 
 @contextlib.contextmanager
@@ -2300,7 +2366,7 @@ class ImageStore:
         with self._cloud.wall("list images"):
             found = [Image.of(dict(raw)) for only in ({}, {"os_hidden": "true"}) for raw in self._images.list(filters=only)]
         known = {one.id: one for one in found}
-        further = (self.one(id) for id in ids if id not in known and re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", id))
+        further = (self.one(id) for id in ids if id not in known and re.fullmatch(UUID_FORM, id))
         return [*known.values(), *filter(None, further)]
 
     def one(self, id: str) -> Image | None:
@@ -2470,6 +2536,7 @@ class Cloud(Service):
         auth = loader.load_from_options(**creds)
         opened = session.Session(auth=auth, verify=verify, cert=cert, timeout=float(own.get("timeout", 60)), app_name="migrena")
         opened.session.hooks["response"].append(self._count)
+        opened.get(str(creds["auth_url"]), authenticated=False, raise_exc=False, timeout=min(MUTE_AFTER, float(own.get("timeout", 60))))
         auth.get_access(opened)  # a wrong password shows here, and not in the middle
         region, interface = own.get("region_name"), str(own.get("interface", own.get("endpoint_type", "public"))).removesuffix("URL")
         nova = nova_client.Client("2.1", session=opened, region_name=region, endpoint_type=interface)
@@ -2550,7 +2617,8 @@ class Cloud(Service):
         if "vcpus" not in raw:  # before microversion 2.47 a server names only its flavor's id, which may be gone by now
             return self._flavors.get(str(raw.get("id", "")), Flavor("", 0, 0, 0, 0, 0))
         return Flavor(name=raw.get("original_name") or raw.get("name", ""), id=str(raw.get("id") or ""), vcpus=raw["vcpus"], ram=raw["ram"],
-                      disk=raw["disk"], ephemeral=raw.get("ephemeral", raw.get("OS-FLV-EXT-DATA:ephemeral")) or 0, swap=int(raw.get("swap") or 0))
+                      disk=raw["disk"], ephemeral=raw.get("ephemeral", raw.get("OS-FLV-EXT-DATA:ephemeral")) or 0, swap=int(raw.get("swap") or 0),
+                      extra_specs=raw.get("extra_specs"))
 
     def flavors(self) -> list[Flavor]:
         """All flavors, the private ones too."""
@@ -2575,11 +2643,22 @@ class Cloud(Service):
 
     def create(self, name: str, image: str, flavor: str, extra: Mapping[str, Any], marks: Mapping[str, str]) -> str:
         """The id of a new instance that is being built; its metadata holds the marks too."""
-        extra = {**extra, "meta": {**extra.get("meta", {}), **marks}}
-        if self._version >= (2, 37):
-            extra.setdefault("nics", "auto")
         with self.wall(f"create server {name}"):
-            return str(self._nova.servers.create(name, image, flavor, **extra).id)
+            return str(self._nova.servers.create(name, image, flavor, **self._arguments(extra, marks)).id)
+
+    def refuses(self, extra: Mapping[str, Any]) -> str:
+        """Why such an instance cannot be asked for here, by novaclient, who knows what each version of Nova takes; empty where it can."""
+        trial = copying.copy(self._nova.servers)
+        trial._create = lambda *body, **more: None  # all is done but the sending
+        try:
+            trial.create("", "", "", **self._arguments(extra, {}))
+        except (AttributeError, TypeError, ValueError) as error:
+            return shorten(str(error))
+        return ""
+
+    def _arguments(self, extra: Mapping[str, Any], marks: Mapping[str, str]) -> dict[str, Any]:
+        given = {name: value for name, value in extra.items() if value is not None}
+        return {**({"nics": "auto"} if self._version >= (2, 37) else {}), **given, "meta": {**given.get("meta", {}), **marks}}
 
     def delete(self, id: str) -> None:
         """Deletes an instance and waits until it is gone; raises CloudError when Nova fails five times, or has not in half an hour."""
@@ -3766,10 +3845,10 @@ Progress = Callable[[int], contextlib.AbstractContextManager[Callable[[int], Non
 
 @dataclass(frozen=True)
 class Witness:
-    """Those who look on while a disk moves: who shows the bytes, who is told of each chunk that has arrived, and who may stop it all."""
+    """Those who look on while a disk moves: who shows the bytes, who is told of each chunk that has arrived, and who may stop it."""
 
     progress: Progress
-    arrived: Callable[[Chunk], None] = lambda tile: None
+    arrived: Callable[[Chunk, int], None] = lambda tile, done: None  # and of the bytes done so far
     check: Callable[[], object] = lambda: None  # called between chunks; may raise
 
 
@@ -3838,7 +3917,7 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[Piece]
 
         def arrived() -> None:
             tile = sending.wait_for_one()
-            witness.arrived(tile)
+            witness.arrived(tile, sending.done)
             witness.check()
             compared.arrived(tile)
             require_stand(source, job)
@@ -4027,10 +4106,15 @@ class Sending:
     def __len__(self) -> int:
         return len(self._flows)
 
+    @property
+    def done(self) -> int:
+        """Bytes that have arrived so far."""
+        return sum(self._here.values())
+
     def keep(self, tile: Chunk) -> None:
         """A chunk is there already."""
         self._here[tile.offset] = tile.held
-        self.show(sum(self._here.values()))
+        self.show(self.done)
 
     @unbroken()
     def begin(self, tile: Chunk) -> None:
@@ -4042,7 +4126,7 @@ class Sending:
     def wait_for_one(self) -> Chunk:
         """The chunk that was sent off first, when it has arrived. Raises HostError where it has not."""
         tile, flow = self._flows.popleft()
-        outcome(flow, lambda: self.show(sum(self._here.values())))
+        outcome(flow, lambda: self.show(self.done))
         self.keep(tile)
         return tile
 
@@ -4895,6 +4979,7 @@ class DestinationFacts:
     images: tuple[Image, ...] = ()
     sees_hosts: bool = True
     limits: Mapping[str, int] = field(default_factory=dict)
+    refused: str = ""  # why it does not take what -e says
     problems: tuple[Reason, ...] = ()
     made: tuple[Server, ...] = ()  # of the source, by runs before this one
 
@@ -4946,7 +5031,7 @@ def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> Destinat
         cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
         return DestinationFacts(cloud, tuple(cloud.servers_named(settings.dst_name)), tuple(cloud.flavors()),
                                 tuple(cloud.store.all(settings.image)), cloud.sees_hosts(), cloud.limits(),
-                                made=tuple(cloud.made_by("", settings.src_uid)))
+                                cloud.refuses(settings.extra_args), made=tuple(cloud.made_by("", settings.src_uid)))
     except CloudError as error:
         return DestinationFacts(None, problems=error.reasons)
 
@@ -4993,6 +5078,8 @@ def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Im
 def refuse(settings: Settings, source: SourceFacts, destination: DestinationFacts, known: Collection[str] = ()) -> list[Reason]:
     """Everything that stands in the way, as far as it can be known before anything is touched; `known` are the runs with a journal here."""
     reasons = [*source.problems, *destination.problems]
+    if destination.refused:
+        reasons.append(Reason(f"destination cloud: -e: {destination.refused}", "leave it out"))
     if source.server:
         reasons += refuse_server(source.server, settings, known)
         if source.host:
@@ -5077,8 +5164,12 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
                                   "undo that run, or delete the instance; --yes makes another one all the same"))
     if not destination.sees_hosts:
         reasons.append(Reason("destination cloud: these credentials are not told on which host an instance is", "use an admin's credentials"))
+    flavor = image = None
     try:
         flavor = pick_flavor(settings.flavor, destination.flavors, source.server)
+        if source.server and not settings.flavor:
+            reasons += [Reason(f"flavor {flavor.name} of the destination is smaller than the source's: {what}", "name one with -f")
+                        for what, is_less in flavor.differs(source.server.flavor) if is_less]
         if source.disk and 0 < flavor.disk * GiB < source.disk.top.size:
             reasons.append(Reason(f"flavor {flavor.name} has a disk of {flavor.disk} GiB, the source's has {human(source.disk.top.size)}",
                                   "name a larger one with -f"))
@@ -5088,11 +5179,16 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
         reasons += refusal.reasons
     try:
         if source.cloud and (carried := image_to_carry(settings, source, destination)):
+            image = carried.source
             reasons += (*refuse_image(settings, carried, destination.images), *refuse_reading(carried, source.cloud))
         elif settings.image or (source.server and source.server.image):
-            pick_image(settings.image, destination.images, source.image)
+            image = pick_image(settings.image, destination.images, source.image)
     except Refused as refusal:
         reasons += refusal.reasons
+    if flavor and not flavor.disk and image and source.server and source.disk and image.disk_size < source.disk.top.size and (
+            image.disk_size or source.server.flavor.disk):  # else both disks have the size of one image, which is not told
+        reasons.append(Reason(f"flavor {flavor.name} names no disk size, and image {image.name!r} has {human(image.disk_size)}, "
+                              f"or does not tell; the source's disk has {human(source.disk.top.size)}", "name a larger flavor with -f"))
     return reasons
 
 
@@ -5758,9 +5854,9 @@ def move_patiently(run: Run, host: Host, job: DiskJob, locks: DiskLocks, checks:
     """
     there = list(run.earlier.record.arrived) if run.earlier else []
 
-    def arrived(tile: Chunk) -> None:
+    def arrived(tile: Chunk, done: int) -> None:
         there.append((tile.offset, tile.length))
-        run.journal.write("chunk", offset=tile.offset, length=tile.length)
+        run.journal.write("chunk", offset=tile.offset, length=tile.length, done=done)
 
     witness = Witness(functools.partial(told_progress, run), arrived, checks[1])
 
@@ -5848,6 +5944,8 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, destination:
         yield f"  base       {base.path}: {base.format}, {human(base.length)}"
     image_id = plan.image.id or "carried first"
     yield f"destination  {settings.dst_name}, flavor {plan.flavor.name}, image {plan.image.name} ({image_id}), on the host that Nova chooses"
+    for what, _ in plan.flavor.differs(plan.server.flavor):
+        yield f"  flavor     has {what} of the source's"
     transport, why = pick_transport(settings.transport, [tool for tool in ("nbd-server",) if tool in source.lacking], top, True)
     yield f"transport    {transport}{' with TLS' if settings.tls else ' in clear'}: {why} (the destination's host may lack something)"
     if plan.carried:

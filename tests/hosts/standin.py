@@ -162,6 +162,9 @@ class StandIn(migrena.Cloud):
     def limits(self) -> dict[str, int]:
         return {}
 
+    def refuses(self, extra: Mapping[str, Any]) -> str:
+        return ""
+
 
 def line_of(event: str, facts: Mapping[str, Any]) -> str:
     """A line of the journal as tests name it: `intent of stop source`, `chunk`."""

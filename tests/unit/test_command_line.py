@@ -7,12 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import migrena as migrena_itself
 from conftest import SCRIPT, Migrena
+from migrena import MUTE_AFTER, Cloud, CloudError
 from unit.makers import UUID
 
 GIVEN = ("-s", UUID, "-d", "new")
@@ -55,6 +58,19 @@ def told(done: subprocess.CompletedProcess[str]) -> list[str]:
     ((*GIVEN, "-e", "{'name': 'x'}"), "-e: name cannot be given"),
     ((*GIVEN, "-e", "{'block_device_mapping_v2': []}"), "-e: block_device_mapping_v2 cannot be given"),
     ((*GIVEN, "-e", "{'meta': 'x'}"), "-e: meta must be a dictionary"),
+    ((*GIVEN, "-e", "{'meta': {'a': 1}}"), "-e: meta must be a dictionary of texts"),
+    ((*GIVEN, "-e", "{'nics': 'foo'}"), "-e: nics must be 'auto', 'none' or a list"),
+    ((*GIVEN, "-e", f"{{'nics': [{{'net_id': '{UUID}'}}]}}"), "-e: nics must be"),
+    ((*GIVEN, "-e", "{'nics': [{'net-id': 'net1'}]}"), "-e: nics must be"),
+    ((*GIVEN, "-e", "{'nics': [{'v4-fixed-ip': '192.0.2.1'}]}"), "-e: nics must be"),
+    ((*GIVEN, "-e", "{'security_groups': 'default'}"), "-e: security_groups must be a list of names"),
+    ((*GIVEN, "-e", "{'key_name': 7}"), "-e: key_name must be a text"),
+    ((*GIVEN, "-e", "{'hostname': '%s'}" % (256 * "h")), "-e: hostname must be a text, up to 255"),
+    ((*GIVEN, "-e", "{'userdata': '%s'}" % (49150 * "x")), "-e: userdata must be a text of up to 49149 bytes"),
+    ((*GIVEN, "-e", "{'scheduler_hints': ['x']}"), "-e: scheduler_hints must be a dictionary"),
+    (("-s", UUID, "-d", 256 * "n"), "--dst-name: "),
+    (("-s", UUID, "-d", 256 * "n"), "has 256 characters, and 255 are the most"),
+    (("-s", UUID, "-d", " new"), "begins or ends with a space"),
     ((*GIVEN, "-a", "both"), "--start-after: 'both' names what is none of all, src, dst"),
     ((*GIVEN, "--limit-rate", "fast"), "--limit-rate: 'fast' is no size"),
     ((*GIVEN, "--transport", "ndb"), "--transport: 'ndb' is none of auto, nbd, qemu; did you mean nbd?"),
@@ -119,6 +135,16 @@ def test_both_clouds_that_do_not_answer_are_told_at_once(migrena: Migrena, confi
         assert f"{side} cloud: sign in: " in line and f":{number}" in line
     assert "check auth_url" in done.stderr
     assert "hunter2" not in done.stderr
+
+
+def test_a_keystone_that_takes_the_connection_and_says_nothing_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MUTE_AFTER == 30
+    monkeypatch.setattr(migrena_itself, "MUTE_AFTER", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        began, url = time.monotonic(), f"http://127.0.0.1:{mute.getsockname()[1]}/v3"
+        with pytest.raises(CloudError, match=r"source cloud: sign in: .*timed out"):
+            Cloud("source", {"auth_url": url, "username": "admin", "password": "hunter2", "project_name": "admin", "auth_type": "password"})
+        assert time.monotonic() - began < 10
 
 
 def test_an_address_that_is_none_is_told_as_a_refusal(migrena: Migrena, config: str) -> None:

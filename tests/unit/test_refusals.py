@@ -21,6 +21,7 @@ from migrena import (
     SourceFacts,
     already_there,
     make_plan,
+    plan_lines,
     refuse,
     refuse_destination,
     refuse_disk,
@@ -211,6 +212,44 @@ def test_a_flavor_whose_disk_is_a_byte_too_small_is_refused_and_one_that_fits_is
 def test_a_flavor_whose_disk_is_as_large_as_the_image_is_not_refused_beforehand() -> None:
     flavor = a_flavor(disk=0)
     assert refuse_destination(some_settings(), a_source(server=a_server(flavor=flavor)), a_destination(flavors=(flavor,))) == []
+
+
+@pytest.mark.parametrize(("told", "size"), [
+    ({"virtual_size": 2 * GiB}, "2.0 GiB"), ({"disk_format": "raw", "size": 2 * GiB}, "2.0 GiB"), ({"disk_format": "qcow2", "size": 90 * GiB}, "0 B"),
+])
+def test_a_flavor_without_a_disk_size_is_refused_where_the_image_is_smaller_than_the_source_s_disk(told: dict[str, object], size: str) -> None:
+    reasons = refuse_destination(some_settings(flavor="none", image="debian"), a_source(), a_destination(
+        flavors=(a_flavor(name="none", disk=0),), images=(an_image(told=told),), ), ())
+    assert f"flavor none names no disk size, and image 'debian' has {size}" in only(about("names no disk size", reasons)).problem
+
+
+@pytest.mark.parametrize("size", [10 * GiB, 11 * GiB])
+def test_a_flavor_without_a_disk_size_will_do_where_the_image_is_large_enough(size: int) -> None:
+    facts = a_destination(flavors=(a_flavor(name="none", disk=0),), images=(an_image(told={"virtual_size": size}),))
+    assert refuse_destination(some_settings(flavor="none", image="debian"), a_source(), facts) == []
+
+
+@pytest.mark.parametrize(("different", "words"), [({"ram": 256}, "256 MiB of RAM for 512"), ({"vcpus": 0}, "0 vCPUs for 1")])
+def test_a_flavor_of_the_same_name_that_is_smaller_is_refused_unless_it_was_named(different: dict[str, int], words: str) -> None:
+    facts = a_destination(flavors=(a_flavor(**different),))
+    reason = only(refuse_destination(some_settings(), a_source(), facts))
+    assert f"smaller than the source's: {words}" in reason.problem and "-f" in reason.way_out
+    assert refuse_destination(some_settings(flavor="small"), a_source(), facts) == []
+
+
+def test_a_flavor_that_is_another_is_told_in_the_plan() -> None:
+    source = a_source(server=a_server(flavor=a_flavor(extra_specs={"hw:cpu_policy": "dedicated", "a": "1"})))
+    facts = a_destination(flavors=(a_flavor(ram=1024, extra_specs={"a": "1", "b": "2"}),))
+    assert refuse_destination(some_settings(), source, facts) == []
+    lines = "\n".join(plan_lines(some_settings(), make_plan(some_settings(), source, facts, "r"), source, facts, 0.0))
+    for what in ("1024 MiB of RAM for 512", "b 2 for unset", "hw:cpu_policy unset for dedicated"):
+        assert f"flavor     has {what} of the source's" in lines
+    same = a_destination(flavors=(a_flavor(extra_specs=None),))
+    assert "of the source's" not in "\n".join(plan_lines(some_settings(), make_plan(some_settings(), source, same, "r"), source, same, 0.0))
+
+
+def test_what_the_destination_does_not_take_of_extra_arguments_is_told_with_all_else() -> None:
+    assert refuse(some_settings(), a_source(), a_destination(refused="no x"))[0] == Reason("destination cloud: -e: no x", "leave it out")
 
 
 def test_a_quota_that_would_be_exceeded_is_refused() -> None:

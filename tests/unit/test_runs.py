@@ -84,6 +84,16 @@ def test_a_run_whose_lock_is_held_is_running_and_only_that_one(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".lock"] == []
 
 
+def test_bytes_done_are_what_was_held_and_not_how_long_the_chunks_were(tmp_path: Path) -> None:
+    """A disk of 300 MiB with 100 MiB in it."""
+    chunk = {"event": "chunk", "offset": 0, "length": 200 * MiB, "done": 60 * MiB}
+    told(tmp_path, *CREATED, *COPYING, chunk)
+    assert read_run(tmp_path, RUN).done == 60 * MiB
+    told(tmp_path, *CREATED, *COPYING, chunk, {**chunk, "offset": 200 * MiB, "length": 100 * MiB, "done": 100 * MiB})
+    record = read_run(tmp_path, RUN)
+    assert record.done == record.total == 100 * MiB and " 100 " in list(table_lines([record]))[1]
+
+
 def test_all_that_the_journal_tells_is_read(tmp_path: Path) -> None:
     told(tmp_path, *CREATED, *COPYING)
     record = read_run(tmp_path, RUN)
