@@ -53,6 +53,29 @@ def test_every_kind_of_credentials_opens_a_cloud(operator: Operator, src: Api, s
         assert done.returncode == 0 and "to move" in done.stderr, done.stderr
 
 
+def test_extra_arguments_that_this_nova_does_not_take(operator: Operator, source: str) -> None:
+    refused(operator.run("-s", source, *WORDS, "-n", "-e", "{'files': {'/etc/motd': 'hello'}}"), "destination cloud: -e: ", "'files'", "2.56")
+    done = operator.run("-s", source, *WORDS, "-n", "-e", "{'nics': 'none', 'hostname': 'web', 'tags': ['a'], 'key_name': None}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_flavor_of_the_same_name_that_is_smaller_or_other(operator: Operator, src: Api, dst: Api) -> None:
+    made = [(api, api.ensure("nova", "flavors", "shrunk", ram=ram, vcpus=1, disk=1)) for api, ram in ((src, 192), (dst, 128))]
+    dst.call("POST", "nova", f"/flavors/{made[1][1]}/os-extra_specs", {"extra_specs": {"hw:watchdog_action": "none"}})
+    id = src.create("shrunk", flavor="shrunk", availability_zone="nova:src-cmp1")
+    words = ("-s", id, "-d", "arrived", "-i", "guest", "-n")
+    try:
+        refused(operator.run(*words), "flavor shrunk of the destination is smaller than the source's: 128 MiB of RAM for 192")
+        done = operator.run(*words, "-f", "shrunk")
+        assert done.returncode == 0, done.stderr
+        assert "flavor     has 128 MiB of RAM for 192 of the source's" in done.stderr
+        assert "flavor     has hw:watchdog_action none for unset of the source's" in done.stderr
+    finally:
+        src.delete(id)
+        for api, flavor in made:
+            api.call("DELETE", "nova", f"/flavors/{flavor}")
+
+
 def test_all_reasons_of_both_clouds_come_at_once(operator: Operator, src: Api, source: str) -> None:
     src.act(source, "lock", {"locked_reason": "an audit"})
     refused(operator.run("-s", source, "-d", "arrived", "-f", "no-such-flavor", "-i", "no-such-image"), "the source is locked: an audit",
