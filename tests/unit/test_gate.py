@@ -186,8 +186,8 @@ def test_a_message_tells_why_and_both_states_and_the_ways_on() -> None:
     with pytest.raises(Kept) as kept:
         allow(Act.START_DESTINATION, now, Asked())
     assert str(kept.value) == (
-        f"it was not done to start the destination: the source runs, or has run since it was stopped. Seen: run {RUN}, swapped; source {UUID}: ACTIVE, "
-        f"not locked, start at 2026-11-20T21:10:00; destination new: SHUTOFF, locked by run {RUN}")
+        f"it was not done to start the destination: the source runs, or has run since it was stopped. Seen: run {RUN}, swapped; source {UUID}: "
+        f"ACTIVE, not locked, start at 2026-11-20T21:10:00; destination new: SHUTOFF, locked by run {RUN}")
     assert kept.value.reasons[0].way_out == f"./migrena.py rollback {RUN} undoes the run" and kept.value.exit_code == 4
 
 
