@@ -3443,8 +3443,8 @@ def misplaced(host: Host, domain: Domain) -> Reason | None:
         files += [image.path for image in disk_chain(host, top, format, shared=True)]
     if path not in files:
         return Reason(f"{host.name}: the disk is {top}, not {path}", "set DISK_PATH in config.py to that, with %s for the id")
-    merge = f"virsh blockcommit {domain.id} {domain.target} --active --pivot"
-    if domain.is_off:
+    merge = f"virsh blockcommit {domain.id} {domain.target} --base {shlex.quote(path)} --active --pivot"
+    if domain.is_off:  # without --base it would go down into what Nova shares among instances
         merge = f"qemu-img commit -f {format} -b {shlex.quote(path)} {shlex.quote(top)}; then start and stop it, so that Nova names {path} again"
     return Reason(f"{host.name}: the guest writes to {top}, an external snapshot; {path} is what it was before", merge)
 
