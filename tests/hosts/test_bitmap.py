@@ -13,7 +13,7 @@ import pytest
 
 from hosts.conftest import MakeCopy
 from hosts.operators import Operator, is_complete
-from hosts.rig import Instance, MiB, base
+from hosts.rig import Instance, MiB, base, same_guest
 from lab.hosts import Lab
 from migrena import (
     CommandError,
@@ -29,6 +29,7 @@ from migrena import (
     disk_chain,
     drop_bitmap,
     move_changes,
+    settle_disk,
     stand_of,
     unchanged_since,
 )
@@ -181,3 +182,19 @@ def test_where_libvirt_does_not_help_both_disks_are_read_whole(operator: Operato
 def test_a_bitmap_without_a_warm_copy_is_refused(operator: Operator) -> None:
     ended = operator.copy("--bitmap")
     assert ended.returncode == 2 and "give --warm too" in ended.stderr
+
+
+def test_a_bitmap_that_a_killed_guest_had_in_use_is_not_in_the_new_file_and_that_can_grow(lab: Lab, make_copy: MakeCopy) -> None:
+    source, fresh = (Instance.make(lab[name]).overlay(base(lab[name], "debian"), size) for name, size in (("src", 64 * MiB), ("dst", 96 * MiB)))
+    for name in ("-their bitmap", "whole"):
+        source.host.run("qemu-img", "bitmap", "--add", "-f", "qcow2", "--", source.path, name)
+    guest = 'qemu-io -f qcow2 -c "write -q -P 3 8M 1M" -c "sleep 100000" "$1" & pid=$!; sleep 2; kill -9 $pid'
+    source.host.run("sh", "-c", guest, "sh", source.path)
+    source.host.run("qemu-img", "bitmap", "--remove", "-f", "qcow2", source.path, "whole")
+    with_bitmap(source, "whole")
+    before = source.sha256()
+    copy = make_copy()
+    moved = copy.arrive(source, fresh)
+    assert moved.digest and copy.job and settle_disk(copy.destination, copy.job) == ("-their bitmap",)
+    assert bitmaps_in(fresh) == ["whole"] and fresh.node()["virtual-size"] == 96 * MiB and same_guest(source, fresh)
+    assert source.sha256() == before

@@ -1,0 +1,110 @@
+"""What virsh tells of a domain is read as libvirt 9.0 has told it: chains, jobs and names, and what stands against a copy."""
+
+from __future__ import annotations
+
+import pytest
+
+from migrena import Domain, Reason, domain_in, refuse_domain
+
+PATH = "/var/lib/nova/instances/x/disk"
+BASE = f"{PATH.rpartition('/')[0]}/../_base/1"
+
+
+def layer(file: str, format: str, below: str = "<backingStore/>") -> str:
+    """One file below another."""
+    return f"<backingStore type='file'><format type='{format}'/><source file='{file}'/>{below}</backingStore>"
+
+
+def disk(source: str, format: str = "qcow2", inside: str = "", kind: str = "file", target: str = "vda") -> str:
+    """One disk of a domain."""
+    return f"<disk type='{kind}' device='disk'><driver name='qemu' type='{format}'/><source {source}/>{inside}<target dev='{target}'/></disk>"
+
+
+def told(*disks: str, state: str = "running (booted)", checkpoints: str = "", snapshots: str = "", lines: str = "", info: str = "") -> Domain:
+    """What is made of these disks, of a file that is there."""
+    xml = f"a wrapper speaks\n<domain type='kvm'><devices>{''.join(disks)}</devices></domain>\n"
+    return domain_in("x", PATH, "\0".join((xml, f"{state}\n", checkpoints, snapshots, lines, info, "there\n")))
+
+
+class Silent:
+    """A stand-in for a host that runs nothing for these tests."""
+
+    name = "cmp1"
+
+
+def reasons(domain: Domain) -> list[Reason]:
+    """Why it is refused."""
+    return refuse_domain(Silent(), domain)  # type: ignore[arg-type]
+
+
+def test_a_plain_instance_is_not_refused() -> None:
+    domain = told(disk("file='/dev/null'", target="vdb"), disk(f"file='{PATH}' index='1'", inside=layer(BASE, "raw")), info=f'{{"{PATH}": "qcow2"}}')
+    assert (domain.format, domain.target, domain.chain) == ("qcow2", "vda", ((PATH, "qcow2"), (BASE, "raw")))
+    assert reasons(domain) == [] and not domain.is_off and domain.ended == ""
+
+
+@pytest.mark.parametrize(("lines", "job", "end"), [
+    ("vda other Bandwidth limit: 1048576 bytes/s (1.000 MiB/s)  Block Copy: [100 %] ", "Block Copy", "virsh blockjob x vda --abort"),
+    ("vda other Active Block Commit: [  1 %] ", "Active Block Commit", "virsh blockjob x vda --abort"),
+    ("vda other Backup: [  0 %] ", "Backup", "virsh domjobabort x"),
+    ("vdb other Backup: [  0 %] ", "", ""),
+    ("vda other ", "", ""),
+])
+def test_a_job_on_the_root_disk_is_told_with_its_end(lines: str, job: str, end: str) -> None:
+    found = reasons(told(disk(f"file='{PATH}'"), lines=lines))
+    assert [reason.way_out.partition("or: ")[2] for reason in found] == ([end] if end else [])
+    assert all(reason.problem.endswith(f"the disk: {job}") for reason in found)
+
+
+def test_a_mirror_is_a_job_too() -> None:
+    (reason,) = reasons(told(disk(f"file='{PATH}'", inside="<mirror type='file' job='copy'><source file='/x'/></mirror>")))
+    assert "block copy" in reason.problem
+
+
+@pytest.mark.parametrize(("top", "told_so", "way"), [
+    (disk("name='vms/x_disk'", "raw", kind="network"), "on Ceph (vms/x_disk)", "rbd export"),
+    (disk("dev='/dev/vg/x_disk'", "raw", kind="block"), "an LVM volume (/dev/vg/x_disk)", "carry the image"),
+    (disk("file='/snap'", inside=layer(PATH, "qcow2")), f"the guest writes to /snap, an external snapshot; {PATH} is what it was before",
+     f"virsh blockcommit x vda --base {PATH} --active --pivot"),
+])
+def test_a_disk_that_is_elsewhere(top: str, told_so: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("migrena.disk_chain", lambda *_, shared: ())
+    (reason,) = reasons(told(top))
+    assert told_so in reason.problem and way in reason.way_out
+
+
+def test_a_stopped_instance_is_not_merged_by_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("migrena.disk_chain", lambda *_, shared: ())
+    (reason,) = reasons(told(disk("file='/snap'", inside=layer(PATH, "qcow2", "")), state="shut off (destroyed)"))
+    assert reason.way_out.startswith(f"qemu-img commit -f qcow2 -b {PATH} /snap")
+
+
+def test_checkpoints_and_snapshots_are_told_by_name_and_ours_are_not() -> None:
+    found = reasons(told(disk(f"file='{PATH}'"), checkpoints="migrena-1\nweekly 1\n\n", snapshots="a\nb\n"))
+    assert [reason.way_out for reason in found] == ["virsh checkpoint-delete x 'weekly 1' --metadata",
+                                                    "virsh snapshot-delete x a --metadata; virsh snapshot-delete x b --metadata"]
+
+
+@pytest.mark.parametrize(("info", "refused"), [(f'{{"{PATH}": "raw"}}', True), (f'{{"{PATH}": "qcow2"}}', False), ("[]", False), ("?", False)])
+def test_disk_info_is_a_witness_and_no_more(info: str, refused: bool) -> None:
+    domain = told(disk(f"file='{PATH}'"), info=info)
+    assert bool(reasons(domain)) is refused and domain.format == "qcow2"
+
+
+@pytest.mark.parametrize(("state", "is_off", "ended"), [
+    ("shut off (shutdown)", True, ""), ("shut off (destroyed)", True, "powered off hard"), ("shut off (crashed)", True, "killed or crashed"),
+    ("running (unpaused)", False, ""), ("paused (I/O error)", False, ""), ("no state", False, ""),
+])
+def test_the_way_in_which_qemu_ended(state: str, is_off: bool, ended: str) -> None:
+    domain = told(disk(f"file='{PATH}'"), state=state)
+    assert domain.is_off is is_off and ended in domain.ended and bool(ended) is bool(domain.ended)
+
+
+@pytest.mark.parametrize("printed", ["", "\0" * 6, "<domain>\0\0\0\0\0\0", "no such command"])
+def test_what_is_no_answer_of_virsh_is_an_error(printed: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        domain_in("x", PATH, printed)
+
+
+def test_an_instance_without_disks_is_refused() -> None:
+    assert "no disk" in reasons(told())[0].problem
