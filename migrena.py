@@ -2779,8 +2779,10 @@ def both_clouds(settings: Settings, environment: Mapping[str, str]) -> tuple[Clo
 PACKAGES: Final = {"qemu-img": ("qemu-utils", "qemu-img"), "qemu-nbd": ("qemu-utils", "qemu-img"),
                    "nbd-server": ("nbd-server", "nbd"), "nbd-client": ("nbd-client", "nbd"), "modprobe": ("kmod", "kmod"),
                    "python3": ("python3", "python3"), "timeout": ("coreutils", "coreutils"), "ss": ("iproute2", "iproute"),
-                   "ip": ("iproute2", "iproute"), "flock": ("util-linux", "util-linux"), "virsh": ("libvirt-clients", "libvirt-client")}
-NEEDED: Final = ("qemu-img", "qemu-nbd", "virsh", "python3", "timeout", "flock", "ss", "ip")  # on both hosts, whatever the transport
+                   "ip": ("iproute2", "iproute"), "flock": ("util-linux", "util-linux"),
+                   "virsh": ("libvirt-clients", "libvirt-client")}
+# On both hosts, whatever the transport.
+NEEDED: Final = ("qemu-img", "qemu-nbd", "virsh", "python3", "timeout", "flock", "ss", "ip")
 
 PYTHON: Final = ("python3", "-ISc")  # without what the host's owner has added to it, whose import costs more than ours
 # For programs on hypervisors: TLS for a run's "server" or "client", which take only each other.
@@ -3189,9 +3191,9 @@ VIRSH: Final = """
 virsh() { LC_ALL=C command virsh -q --connect qemu:///system "$@"; }
 """
 
-# All that libvirt says of the instance $1 whose disk is $2 by Nova, its parts with a zero byte between them: the domain's XML, which is of the
-# running qemu while there is one; its state; names of checkpoints and snapshots; of each disk its target, whether it is that very file, and
-# its block job; then the file's disk.info, and whether the file is there.
+# All that libvirt says of the instance $1 whose disk is $2 by Nova, with a zero byte between its parts: the domain's XML,
+# of the running qemu while there is one; its state; names of checkpoints and snapshots; each disk's target, whether it is
+# that very file, and its block job; then the file's disk.info, and whether the file is there.
 DOMAIN: Final = VIRSH + """
 part() { printf "\\000"; "$@" 2>/dev/null </dev/null; }
 virsh dumpxml "$1" || exit
@@ -3210,7 +3212,7 @@ exit 0
 """
 DOMAIN_STATE: Final = VIRSH + 'virsh domstate --reason "$1"'
 
-# What qemu-img check finds in the qcow2 file $1, whatever that is; it reads the file's tables alone, some seconds for 1 TiB.
+# What qemu-img check finds in the qcow2 file $1, whatever that is; it reads the tables alone, in 2.5 s those of 1 TiB.
 CHECK: Final = 'qemu-img check --output=json -f qcow2 -- "$1" || case $? in 2|3) ;; *) exit 1; esac'
 
 TARGET: Final = VIRSH + """
@@ -3247,7 +3249,9 @@ drop() {
       return 1
     }
   fi
-  virsh checkpoint-delete "$domain" "$bitmap" >/dev/null || { virsh checkpoint-delete "$domain" "$bitmap" --metadata; return 1; }
+  virsh checkpoint-delete "$domain" "$bitmap" >/dev/null && return
+  virsh checkpoint-delete "$domain" "$bitmap" --metadata
+  return 1
 }
 n=0
 until said=$(drop 2>&1); do  # it may be starting or stopping just then
@@ -3323,7 +3327,8 @@ def locked(path: str) -> str:
 
 
 Layer = tuple[str, str]  # a file of a disk's chain, or what else it lies on, and its format
-ENDED: Final = {"crashed": "the source's qemu was killed or crashed", "destroyed": "the guest did not shut down in time and was powered off hard"}
+ENDED: Final = {"crashed": "the source's qemu was killed or crashed",
+                "destroyed": "the guest did not shut down in time and was powered off hard"}
 
 
 @dataclass(frozen=True)
@@ -3382,27 +3387,33 @@ def chain_in(disk: ElementTree.Element) -> Iterator[Layer]:
 def domain_of(host: Host, id: str, path: str) -> Domain:
     """What libvirt on a host says of an instance and of the file that should be its root disk."""
     try:
-        xml, state, checkpoints, snapshots, disks, info, there = host.script(DOMAIN, id, path).split("\0")
-        tree = ElementTree.fromstring(xml[xml.index("<domain"):])
+        return host.script(DOMAIN, id, path).read(functools.partial(domain_in, id, path))
     except CommandError as error:
         raise HostError(f"{host.name}: libvirt tells nothing of {id}: {error.said}",
-                        "see there: virsh list --all; a stopped instance that it does not list: start it once") from error
-    except (ValueError, ElementTree.ParseError) as error:
-        raise HostError(f"{host.name}: what virsh says of {id} cannot be read: {error}", "see there: virsh dumpxml") from error
-    told = {line.split(maxsplit=1)[0]: line for line in disks.splitlines()}
+                        "see there: virsh list --all; start a stopped instance that is not listed once") from error
+
+
+def domain_in(id: str, path: str, printed: str) -> Domain:
+    """The same from what DOMAIN has printed; raises ValueError where that is something else."""
+    xml, state, checkpoints, snapshots, disks, info, there = printed.split("\0")
+    try:
+        tree = ElementTree.fromstring(xml[xml.index("<domain"):])
+    except ElementTree.ParseError as error:
+        raise ValueError("no XML") from error
+    lines = {line.split(maxsplit=1)[0]: line for line in disks.splitlines()}
     drives = [disk for disk in tree.findall("devices/disk") if disk.get("device", "disk") == "disk"]
-    same = [disk for disk in drives if " same " in told.get(target_of(disk), "")]
+    same = [disk for disk in drives if " same " in lines.get(target_of(disk), "")]
     on_it = [disk for disk in drives if any(file == path for file, _ in chain_in(disk))]
     root = next(iter((*same, *on_it, *drives)), tree)
-    job, mirror = re.search(r"([A-Z][A-Za-z ]*): *\[", told.get(target_of(root), "")), root.find("mirror")
+    job, mirror = re.search(r"([A-Z][A-Za-z ]*): *\[", lines.get(target_of(root), "")), root.find("mirror")
     chain, known = tuple(chain_in(root)), None
     with contextlib.suppress(ValueError, AttributeError):
         known = json.loads(info).get(path)
-    return Domain(
-        id, path, tree, root, ((path, chain[0][1]), *chain[1:]) if same else chain, state.strip(),
-        {"checkpoint": [name for name in checkpoints.split("\n") if name and not name.startswith("migrena-")],  # ours come and go
-         "snapshot": [name for name in snapshots.split("\n") if name]},
-        job[1] if job else "" if mirror is None else f"block {mirror.get('job')}", str(known or ""), bool(there.strip()))
+    names = {kind: [name for name in told.split("\n") if name and not name.startswith("migrena-")]  # ours come and go
+             for kind, told in (("checkpoint", checkpoints), ("snapshot", snapshots))}
+    under_way = job[1] if job else "" if mirror is None else f"block {mirror.get('job')}"
+    return Domain(id, path, tree, root, ((path, chain[0][1]), *chain[1:]) if same else chain, state.strip(), names,
+                  under_way, str(known or ""), bool(there.strip()))
 
 
 def refuse_domain(host: Host, domain: Domain) -> list[Reason]:
@@ -3411,42 +3422,50 @@ def refuse_domain(host: Host, domain: Domain) -> list[Reason]:
     if other := misplaced(host, domain):
         reasons.append(other)
     elif domain.info not in ("", domain.format):
-        reasons.append(Reason(f"{host.name}: {path} is {domain.format} to its guest, says libvirt; {path}.info says {domain.info}",
-                              "if the guest works, correct that file: whether Nova goes by it is a matter of the host"))
+        reasons.append(Reason(
+            f"{host.name}: {path} is {domain.format} to its guest, says libvirt; {path}.info says {domain.info}",
+            "if the guest works, correct that file: whether Nova goes by it is a matter of the host"))
     if domain.job:
         end = f"domjobabort {domain.id}" if domain.job == "Backup" else f"blockjob {domain.id} {domain.target} --abort"
-        reasons.append(Reason(f"{host.name}: a job is under way on the disk: {domain.job}", f"wait for its end, or: virsh {end}"))
+        reasons.append(Reason(f"{host.name}: a job is under way on the disk: {domain.job}",
+                              f"wait for its end, or: virsh {end}"))
     return reasons + refuse_metadata(host, domain)
 
 
 def refuse_metadata(host: Host, domain: Domain) -> list[Reason]:
     """What libvirt keeps with the domain, and Nova, which writes that anew at each start, cannot remove."""
-    return [Reason(f"{host.name}: libvirt has a {kind} of the instance, {', '.join(names)}: once it is stopped, Nova cannot start it",
+    return [Reason(f"{host.name}: libvirt has a {kind} of the instance, {', '.join(names)}: "
+                   "once it is stopped, Nova cannot start it",
                    "; ".join(f"virsh {kind}-delete {domain.id} {shlex.quote(name)} --metadata" for name in names))
             for kind, names in domain.metadata.items() if names]
 
 
 def misplaced(host: Host, domain: Domain) -> Reason | None:
     """What the instance's root disk is where it is not the file that it should be."""
-    path, snapshot = domain.path, "make a snapshot of the instance and carry the image"
+    path, way = domain.path, "make a snapshot of the instance and carry the image"
     if not domain.chain:
         return Reason(f"{host.name}: the instance has no disk, says libvirt", "see there: virsh domblklist")
     top, format = domain.chain[0]
     if top == path:
-        return None if domain.is_there else Reason(f"{host.name}: there is no file {path}, though libvirt names it", "find out where it went")
+        lost = Reason(f"{host.name}: there is no file {path}, though libvirt names it", "find out where it went")
+        return None if domain.is_there else lost
     if domain.disk.get("type") == "network":
-        return Reason(f"{host.name}: the disk is on Ceph ({top}), which migrena does not copy yet", f"{snapshot}, or use rbd export and import")
+        return Reason(f"{host.name}: the disk is on Ceph ({top}), which migrena does not copy yet",
+                      f"{way}, or use rbd export and import")
     if domain.disk.get("type") == "block":
-        return Reason(f"{host.name}: the disk is an LVM volume ({top}), which migrena does not copy yet", snapshot)
+        return Reason(f"{host.name}: the disk is an LVM volume ({top}), which migrena does not copy yet", way)
     files = [file for file, _ in domain.chain]
     with contextlib.suppress(CommandError):  # of a stopped one libvirt need not know what lies below
         files += [image.path for image in disk_chain(host, top, format, shared=True)]
     if path not in files:
-        return Reason(f"{host.name}: the disk is {top}, not {path}", "set DISK_PATH in config.py to that, with %s for the id")
+        return Reason(f"{host.name}: the disk is {top}, not {path}",
+                      "set DISK_PATH in config.py to that, with %s for the id")
     merge = f"virsh blockcommit {domain.id} {domain.target} --base {shlex.quote(path)} --active --pivot"
     if domain.is_off:  # without --base it would go down into what Nova shares among instances
-        merge = f"qemu-img commit -f {format} -b {shlex.quote(path)} {shlex.quote(top)}; then start and stop it, so that Nova names {path} again"
-    return Reason(f"{host.name}: the guest writes to {top}, an external snapshot; {path} is what it was before", merge)
+        merge = (f"qemu-img commit -f {format} -b {shlex.quote(path)} {shlex.quote(top)}; "
+                 f"then start and stop it, so that Nova names {path} again")
+    return Reason(f"{host.name}: the guest writes to {top}, an external snapshot; {path} is what it was before",
+                  merge)
 
 
 def disk_chain(host: Host, path: str, format: str, *, shared: bool) -> tuple[DiskImage, ...]:
@@ -3470,8 +3489,9 @@ def _disk_image(node: Mapping[str, Any]) -> DiskImage:
              "an external data file": details.get("data-file"), "the mark that it is corrupt": details.get("corrupt")}
     return DiskImage(path=node["filename"], format=node["format"], size=int(node["virtual-size"]), length=0, allocated=int(node["actual-size"]),
                      backing=node.get("full-backing-filename", node.get("backing-filename", "")),
-                     backing_format=node.get("backing-filename-format", ""), flaws=tuple(flaw for flaw, found in flaws.items() if found),
-                     lost_bitmaps=tuple(bitmap["name"] for bitmap in details.get("bitmaps", ()) if "in-use" in bitmap["flags"]))
+                     backing_format=node.get("backing-filename-format", ""),
+                     flaws=tuple(flaw for flaw, found in flaws.items() if found),
+                     lost_bitmaps=tuple(one["name"] for one in details.get("bitmaps", ()) if "in-use" in one["flags"]))
 
 
 def survey_disk(host: Host, instance: str, path: str, *, shared: bool) -> Disk:
@@ -3490,11 +3510,11 @@ def survey_disk(host: Host, instance: str, path: str, *, shared: bool) -> Disk:
     top = chain[0] if shared else checked(host, chain[0])
     if domain.disk.find(".//encryption") is not None and not top.flaws:  # of a raw file, which does not show it
         top = dataclasses.replace(top, flaws=("encryption",))
-    chain = (top, *chain[1:])
+    chain, guest_bytes = (top, *chain[1:]), 0
     names = host.run("ls", "-A", "--", path.rpartition("/")[0]).split("\n")
-    guest_bytes = 0  # what is flawed may not even open
-    if not any(image.flaws for image in chain):
-        measured = host.run("qemu-img", "measure", "--output=json", "-U", "-O", "qcow2", "-f", top.format, path, seconds=600)
+    if not any(image.flaws for image in chain):  # what is flawed may not even open
+        words = ("qemu-img", "measure", "--output=json", "-U", "-O", "qcow2", "-f", top.format, path)
+        measured = host.run(*words, seconds=600)
         guest_bytes = measured.read(lambda said: int(document_in(said)["required"]))
     return Disk(
         chain=chain, guest_bytes=guest_bytes,
@@ -3510,7 +3530,7 @@ def require_chain(host: Host, domain: Domain, chain: Sequence[DiskImage]) -> Non
         has, names = [[(os.path.normpath(file), format) for file, format in below]
                       for below in (domain.chain[1:], [(image.path, image.format) for image in chain[1:]])]
         if has != names:
-            raise HostError(f"{host.name}: below {domain.path} the guest's qemu has {has}, the file itself names {names}",
+            raise HostError(f"{host.name}: below {domain.path} the guest's qemu has {has}, the file names {names}",
                             "find out who changed that (qemu-img rebase, virsh blockpull)")
 
 
@@ -3518,7 +3538,7 @@ def checked(host: Host, image: DiskImage) -> DiskImage:
     """A file that nobody writes to, with what qemu-img check finds wrong with it."""
     if image.format != "qcow2" or image.flaws:
         return image
-    found = json.loads(host.work("sh", "-c", CHECK, "migrena", image.path, stall=3600))
+    found = host.work("sh", "-c", CHECK, "migrena", image.path, stall=3600).read(document_in)
     flaws = (BROKEN,) if found.get("corruptions") or found.get("check-errors") else ()
     return dataclasses.replace(image, flaws=flaws, leaks=found.get("leaks", 0))
 
@@ -4317,9 +4337,9 @@ def move_changes(ends: Ends, job: DiskJob, witness: Witness, known: Known) -> Mo
 
 
 def settle_disk(host: Host, job: DiskJob) -> tuple[str, ...]:
-    """Rebases the new file onto the destination's own base, checks it, grows it to the fresh disk's size and swaps it in.
+    """Rebases the new file onto the destination's base, checks it, grows it to the fresh disk's size and swaps it in.
 
-    Gives the names of the dirty bitmaps that are no longer in it: qemu neither uses nor resizes what one that was killed had in use.
+    Gives the names of dirty bitmaps that it lost: with those that a killed qemu had in use, no file can be resized.
     """
     if job.whole_file and job.fresh.backing:
         host.run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", job.fresh.backing_format, "-b", job.fresh.backing, job.new)
@@ -4952,7 +4972,7 @@ FLAW_WAYS: Final = {
     "encryption": "its key is not in the disk: carry it as an image with its secret",
     "an external data file": "convert the disk to a plain qcow2 first",
     "the mark that it is corrupt": "repair it with qemu-img check -r all after taking a backup",
-    BROKEN: "some of its data is lost already: see qemu-img check; repair it with qemu-img check -r all after taking a backup",
+    BROKEN: "some data is lost already; repair it with qemu-img check -r all after taking a backup",
 }
 
 
@@ -5417,7 +5437,8 @@ def bring_disk(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
                 lost = settle_disk(host, job)
         locks.release(host.name, job.fresh.path)
         for name in lost:
-            run.screen.warn(f"the dirty bitmap {name}, which a killed qemu had in use, is not in the new disk: its next backup is a full one")
+            run.screen.warn(f"the dirty bitmap {name}, which a killed qemu had in use, is not in the new disk: "
+                            "its next backup is a full one")
     return began
 
 
@@ -5786,7 +5807,7 @@ def give(cloud: Cloud, now: Situation, journal: Journal, changed: Callable[[Serv
 
 
 def require_still_so(run: Run) -> None:
-    """Raises HostError where libvirt no longer says of the running source what it said in the survey, and a stop could lose something."""
+    """Raises HostError where a stop of the running source could lose something, by what libvirt says now."""
     if run.plan.server.status != "ACTIVE":
         return
     domain = domain_of(run.source_host, run.plan.server.id, run.plan.disk.top.path)
@@ -5797,14 +5818,14 @@ def require_still_so(run: Run) -> None:
 
 
 def require_running(host: Host, state: str) -> None:
-    """Raises FinalError where the source's qemu has ended, by what libvirt says; Nova may see that ten minutes later."""
+    """Raises FinalError where the source's qemu has ended, says libvirt; Nova may see that ten minutes later."""
     if state.startswith(("shut off", "crashed")):
         raise FinalError(f"{host.name}: the source's qemu has ended in the middle of the copy: {state}, says libvirt",
                          "find out why (/var/log/libvirt/qemu there); run it again")
 
 
 def look_again(run: Run, job: DiskJob) -> DiskJob:
-    """The job for the disk as it is now that the source has stopped and nobody has it open. A stop leaves its domain as it was."""
+    """The job for the disk as it is now that the source has stopped and nobody has it open; its domain is as before."""
     host, path, warn = run.source_host, job.source.path, run.screen.warn
     domain = domain_of(host, run.plan.server.id, path)
     if other := misplaced(host, domain):
@@ -5817,7 +5838,7 @@ def look_again(run: Run, job: DiskJob) -> DiskJob:
     for flaw in top.flaws:
         raise HostError(f"{path} has {flaw}", FLAW_WAYS[flaw])
     if top.leaks:
-        warn(f"{host.name}: {path} has {top.leaks:,} leaked clusters, says qemu-img check; they only waste space, and are copied too")
+        warn(f"{host.name}: {path} has {top.leaks:,} leaked clusters: they only waste space, and are copied too")
     for reason in refuse_metadata(host, domain):
         warn(f"{reason.problem}; {reason.way_out}")
     if run.plan.was_running and domain.ended:
