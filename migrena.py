@@ -5399,7 +5399,9 @@ def execute(run: Run, stack: contextlib.ExitStack) -> str:
 
 def release_destination(run: Run, id: str) -> None:
     """After a success: the destination without the run's lock; somebody else's stays."""
-    if look(run).destination.is_locked_by(run.plan.run):
+    if (seen := look(run).destination).unseen:
+        raise CloudError(seen.unseen)
+    if seen.is_locked_by(run.plan.run):
         run.destination.unlock(id)
 
 
@@ -5707,8 +5709,8 @@ def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
     """The whole plan of the transfer, rehearsed, with the destination stopped; all of it while the source still runs."""
     with run.screen.step(f"{STOP_DESTINATION}."), run.journal.act("stop destination", server=new.id) as result:
         path = run.settings.disk_path % new.id
-        gate(run, Act.STOP_DESTINATION)
         fresh = survey_disk(ends.destination, new.id, path, shared=True)
+        gate(run, Act.STOP_DESTINATION)
         locked = run.destination.lock(new.id, f"{LOCKED_BY}{run.plan.run}")
         result["request"] = run.destination.stop(new.id, run.changed) or locked
         run.screen.note("Done. Current status: SHUTOFF")
