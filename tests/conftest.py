@@ -8,18 +8,25 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "migrena.py"
 Migrena = Callable[..., "subprocess.CompletedProcess[str]"]
+T = TypeVar("T")
 
 # Who starts the tests in the background has these ignored, and all that the tests start would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def short_are(kept: Collection[T], every: Iterable[T]) -> list[Any]:
+    """Parameters of a test, all of which are marked `long` but for these: the short command has one of each kind."""
+    return [one if one in kept else pytest.param(*(one if isinstance(one, tuple) else (one,)), marks=pytest.mark.long) for one in every]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

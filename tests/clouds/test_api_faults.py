@@ -55,6 +55,7 @@ def test_every_request_that_fails_once_is_made_again_and_nothing_is_made_twice(
     assert is_complete(clouds, src, source, done.stdout.strip())
 
 
+@pytest.mark.long
 def test_an_api_that_is_silent_for_a_minute_in_mid_run_delays_it(
         operator: Operator, clouds: Clouds, src: Api, source: str, between: Middle) -> None:
     since: list[float] = []

@@ -14,7 +14,8 @@ from lab.clouds import Clouds
 from lab.hosts import Host
 
 MACHINE = "dst-vm1"
-pytestmark = pytest.mark.timeout(2400)  # a virtual machine without KVM boots, joins the cloud and starts a guest, which is emulated twice
+# A virtual machine without KVM boots, joins the cloud and starts a guest, which is emulated twice.
+pytestmark = [pytest.mark.long, pytest.mark.timeout(2400)]
 PATIENCE = 900.0  # seconds for Nova to make an instance there, and for a guest to boot, while other tests have the cores
 
 

@@ -62,6 +62,7 @@ def test_an_overlay_arrives_by_nbd_server_and_nbd_client_with_tls(
     assert moved.digest and seen == [True]
 
 
+@pytest.mark.long
 def test_the_bytes_that_a_block_device_does_not_show_arrive_too_and_without_tls(lab: Lab, make_copy: MakeCopy) -> None:
     source, fresh = an_overlay(lab["src"]).write("guest", (MiB, MiB)).lengthen(777), an_overlay(lab["dst"])
     assert source.length % 512
@@ -71,6 +72,7 @@ def test_the_bytes_that_a_block_device_does_not_show_arrive_too_and_without_tls(
     assert len(ends) == 1
 
 
+@pytest.mark.long
 def test_hazard_the_size_is_no_multiple_of_the_nbd_block_and_196_640_bytes_arrive_whole(lab: Lab, make_copy: MakeCopy) -> None:
     source, fresh = (Instance.make(lab[name]).overlay(base(lab[name], "debian", 8 * MiB), 2048 * MiB) for name in ("src", "dst"))
     assert source.length == 196_640
@@ -78,12 +80,14 @@ def test_hazard_the_size_is_no_multiple_of_the_nbd_block_and_196_640_bytes_arriv
     assert (fresh.length, fresh.node()["virtual-size"]) == (196_640, 2048 * MiB)
 
 
+@pytest.mark.long
 def test_the_guest_s_view_arrives_by_qemu_nbd_and_nbd_client(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
     copy = make_copy(chunk=8 * MiB)  # each chunk costs an emulated machine half a minute
     arrives(copy, overlays[0], an_overlay(lab["dst"], "other"))
     assert copy.job and copy.job.transport == "nbd" and not copy.job.whole_file
 
 
+@pytest.mark.long
 def test_the_device_that_was_named_is_the_one_that_is_taken(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
     copy = make_copy(nbd_device="/dev/nbd5")
     shown: list[int] = []
@@ -109,6 +113,7 @@ def theirs(lab: Lab) -> Iterator[str]:
     host.run("sh", "-c", "rm -f /root/theirs*")
 
 
+@pytest.mark.long
 def test_hazard_other_people_s_device_is_cut_off(
         lab: Lab, theirs: str, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
     copy = make_copy(nbd_device=theirs)
@@ -118,6 +123,7 @@ def test_hazard_other_people_s_device_is_cut_off(
     lab["dst"].run("cmp", theirs, THEIRS)
 
 
+@pytest.mark.long
 def test_hazard_a_fixed_device_where_another_one_is_free(
         lab: Lab, theirs: str, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
     copy = make_copy()
@@ -127,12 +133,14 @@ def test_hazard_a_fixed_device_where_another_one_is_free(
     lab["dst"].run("cmp", theirs, THEIRS)
 
 
+@pytest.mark.long
 def test_hazard_the_nbd_device_is_missing(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
     copy = make_copy(nbd_device="/dev/nbd99")
     with copy.prepared(*overlays) as (ends, job), pytest.raises(HostError, match="/dev/nbd99 does not exist"):
         copy.move(ends, job)
 
 
+@pytest.mark.long
 def test_hazard_the_nbd_device_has_size_0(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
     """A device that is not connected has size 0, and reading it succeeds; the real nbd-client cannot be made to lie, so one is put in its place."""
     place = "/usr/local/sbin/nbd-client"
@@ -146,6 +154,7 @@ def test_hazard_the_nbd_device_has_size_0(lab: Lab, overlays: tuple[Instance, In
         lab["dst"].run("rm", place)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_hazard_ctrl_c_and_kill_leave_nbd_server_and_nbd_client_behind(
         lab: Lab, driver: Driver, overlays: tuple[Instance, Instance], number: signal.Signals) -> None:
@@ -167,6 +176,7 @@ def test_hazard_ctrl_c_and_kill_leave_nbd_server_and_nbd_client_behind(
     assert [source.sha256(), fresh.sha256()] == before
 
 
+@pytest.mark.long
 def test_a_server_that_dies_ends_the_copy_and_the_device_is_detached(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
     copy, thrown = make_copy(), list[bool]()
     with copy.prepared(*overlays) as (ends, job):
@@ -181,6 +191,7 @@ def test_a_server_that_dies_ends_the_copy_and_the_device_is_detached(lab: Lab, o
     assert size_of(lab["dst"], "nbd0") == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["src", "dst"])
 def test_a_copy_lives_through_the_power_cut_of_a_hypervisor_that_comes_up_again(
         lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy, name: str) -> None:
@@ -208,6 +219,7 @@ def without_module(host: LabHost) -> Iterator[None]:
         host.run("depmod")
 
 
+@pytest.mark.long
 def test_a_missing_module_is_seen_before_anything_is_done(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
     with without_module(lab["dst"]):
         with pytest.raises(HostError, match="missing is the module nbd on dst"), make_copy().prepared(*overlays):
@@ -218,6 +230,7 @@ def test_a_missing_module_is_seen_before_anything_is_done(lab: Lab, overlays: tu
         assert "the module nbd on dst" in str(copy.report.copy["why_transport"])
 
 
+@pytest.mark.long
 def test_auto_takes_nbd_where_it_serves(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
     source, fresh = overlays
     assert source.length % 512 == 0

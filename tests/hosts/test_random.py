@@ -26,6 +26,7 @@ from lab.processes import command
 from migrena import DONE, RunRecord, read_run
 
 STRANGER = 2666  # somebody else's server listens on the first port that migrena would take
+pytestmark = pytest.mark.long
 SIGNALS = {name: signal.Signals[name].value for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")}
 MOMENTS = 34  # lines that a journal has in the end, or a few more
 COPY = range(10, 26)  # among them those at which the disk moves
