@@ -30,8 +30,9 @@ def short_are(kept: Collection[T], every: Iterable[T]) -> list[Any]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What the random faults of hosts/test_random.py are thrown by."""
+    """What the random faults of hosts/test_random.py and the schedules of clouds/test_adversary.py are thrown by."""
     parser.addoption("--random-runs", type=int, default=3, help="how many runs faults are thrown into")
+    parser.addoption("--random-schedules", type=int, default=50, help="how many schedules others meddle in")
     parser.addoption("--random-seed", default="", help="what decides about the faults (left out: another one each time, which is printed)")
 
 
@@ -60,13 +61,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.get_closest_marker("xdist_group") is None, "unit" in item.path.parts))
 
 
+def tell_random(terminal: pytest.TerminalReporter, name: str, option: str, module: str) -> None:
+    """Says how the random runs of a module ended, and what they can be had again by."""
+    ends = Counter(str(end) for report in terminal.stats.get("passed", []) for key, end in report.user_properties if key == name)
+    if ends or any(module in report.nodeid for report in terminal.stats.get("failed", [])):
+        terminal.section(f"{name}s: {option} {terminal.config.getoption(option)} --random-seed {terminal.config.option.random_seed}")
+        terminal.line(", ".join(f"{count} {end}" for end, count in ends.most_common()) or "none has passed")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says how the random runs ended, and loudly what was not tested."""
-    ends = Counter(end for report in terminalreporter.stats.get("passed", []) for name, end in report.user_properties if name == "random run")
-    if ends or any("test_random" in report.nodeid for report in terminalreporter.stats.get("failed", [])):
-        terminalreporter.section(f"random faults: --random-runs {terminalreporter.config.option.random_runs} "
-                                 f"--random-seed {terminalreporter.config.option.random_seed}")
-        terminalreporter.line(", ".join(f"{count} {end}" for end, count in ends.most_common()) or "none has passed")
+    for name, option, module in (("random run", "--random-runs", "test_random"), ("random schedule", "--random-schedules", "test_adversary")):
+        tell_random(terminalreporter, name, option, module)
     skipped = terminalreporter.stats.get("skipped", [])
     if skipped:
         terminalreporter.section(f"{len(skipped)} TESTS WERE SKIPPED, SO THIS WAS NOT TESTED", sep="!", red=True, bold=True)

@@ -12,17 +12,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import SCRIPT
+from conftest import REPOSITORY, SCRIPT
 from lab.api import Api
 from lab.clouds import Clouds, Options, credentials, purge
+from lab.guest import guest_image
+from lab.halting import Throw
 from lab.hosts import Host
+from lab.processes import wait_until
 
 DISKS = "/var/lib/nova/instances"
 SOURCE, DESTINATION = "src-cmp1", "dst-cmp1"  # the hypervisors of most tests
@@ -38,14 +41,16 @@ class Operator:
     folder: Path
     script: Path = SCRIPT
     patience: float = 280.0  # seconds after which a run is taken to hang; less than the test's own limit, so that it undoes what it did
+    begun: list[subprocess.Popen[str]] = field(default_factory=list)
 
-    def words(self, *words: str, extra: str = "") -> list[str]:
-        """The whole command; `extra` is appended to the config.py that the lab writes."""
+    def words(self, *words: str, extra: str = "", throw: Sequence[Throw] = ()) -> list[str]:
+        """The whole command; `extra` is appended to the config.py that the lab writes; it sends itself signals at lines of its journal."""
         config = self.folder / "config.py"
         config.touch(mode=0o600)
         own = f"STATE_FOLDER = {str(self.folder / 'state')!r}\nCOMPRESS = 'off'"  # on a busy machine every wire may seem slow
         config.write_text(f"{self.clouds.config.read_text()}\n{own}\n{extra}\n")
-        return [sys.executable, str(self.script), *words, "-c", str(config)]
+        start = [str(REPOSITORY / "tests/lab/halting.py"), json.dumps(throw)] if throw else []
+        return [sys.executable, *start, str(self.script), *words, "-c", str(config)]
 
     def to(self, place: str, image: str = "guest", name: str = "arrived", flavor: str = "tiny") -> list[str]:
         """The words that make an instance on this hypervisor of the destination; flavor and image are left out where they are empty."""
@@ -54,14 +59,26 @@ class Operator:
         named = (("-d", name), ("-f", flavor), ("-i", image), ("-e", str(extra)))
         return [word for flag, value in named if value for word in (flag, value)]
 
-    def begin(self, *words: str, extra: str = "", env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    def begin(self, *words: str, extra: str = "", env: dict[str, str] | None = None, throw: Sequence[Throw] = ()) -> subprocess.Popen[str]:
         """A run under way."""
-        return subprocess.Popen(self.words(*words, extra=extra), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})}, cwd=self.folder)
+        self.begun.append(subprocess.Popen(
+            self.words(*words, extra=extra, throw=throw), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})}, cwd=self.folder))
+        return self.begun[-1]
 
-    def run(self, *words: str, extra: str = "", env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, extra: str = "", env: dict[str, str] | None = None,
+            throw: Sequence[Throw] = ()) -> subprocess.CompletedProcess[str]:
         """One run to its end."""
-        return ended(self.begin(*words, extra=extra, env=env), self.patience)
+        return ended(self.begin(*words, extra=extra, env=env, throw=throw), self.patience)
+
+    def halted(self, line: str | int, *words: str, extra: str = "", env: dict[str, str] | None = None,
+               throw: Sequence[Throw] = ()) -> subprocess.Popen[str]:
+        """A run that stands still since this line of its journal is on the disk; what it holds on hosts it holds for a minute."""
+        process = self.begin(*words, extra=extra, env=env, throw=[(line, signal.SIGSTOP), *throw])
+        wait_until(f"a run that halts at {line!r}", lambda: stands_still(process) or process.poll() is not None, self.patience)
+        if process.poll() is not None:
+            raise AssertionError(f"it never came to {line!r}: {process.returncode}\n{''.join(map(str, process.communicate()))}")
+        return process
 
     def report(self, *words: str, extra: str = "", env: dict[str, str] | None = None) -> dict[str, Any]:
         """The JSON report of a run that must succeed."""
@@ -94,6 +111,18 @@ class Operator:
     def last_run(self) -> str:
         """The id of the latest run that has a journal."""
         return max(path.stem for path in (self.folder / "state").glob("*.jsonl"))
+
+
+def stands_still(process: subprocess.Popen[str]) -> bool:
+    """Whether a process was stopped by a signal and has not gone on."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def go_on(process: subprocess.Popen[str], *signals: int) -> subprocess.CompletedProcess[str]:
+    """What a run that was halted prints until its end; it finds these signals when it goes on."""
+    for number in (*signals, signal.SIGCONT):
+        process.send_signal(number)
+    return ended(process)
 
 
 def ended(process: subprocess.Popen[str], patience: float = Operator.patience) -> subprocess.CompletedProcess[str]:
@@ -137,10 +166,22 @@ def dst(clouds: Clouds) -> Api:
     return clouds.api("dst")
 
 
+@pytest.fixture(scope="session")
+def quick(src: Api) -> Iterator[str]:
+    """An image of the source cloud whose guests are powered off after a second, as those of the destination's are."""
+    id = src.upload("guest-quick", guest_image(), os_shutdown_timeout="1")
+    yield id
+    src.call("DELETE", "glance", f"/images/{id}")
+
+
 @pytest.fixture
-def operator(clouds: Clouds, tmp_path: Path) -> Operator:
-    """Somebody who runs migrena."""
-    return Operator(clouds, tmp_path)
+def operator(clouds: Clouds, tmp_path: Path) -> Iterator[Operator]:
+    """Somebody who runs migrena; what a failed test leaves running or halted is ended."""
+    somebody = Operator(clouds, tmp_path)
+    yield somebody
+    for process in somebody.begun:
+        if process.poll() is None:
+            go_on(process, signal.SIGINT)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import migrena
 from hosts.rig import INSTANCES, Instance, MiB
+from lab.halting import line_of
 from lab.hosts import Host, Lab
 from unit.makers import a_flavor
 
@@ -164,12 +164,6 @@ class StandIn(migrena.Cloud):
 
     def refuses(self, extra: Mapping[str, Any]) -> str:
         return ""
-
-
-def line_of(event: str, facts: Mapping[str, Any]) -> str:
-    """A line of the journal as tests name it: `intent of stop source`, `chunk`."""
-    act = re.sub(r" [0-9a-f-]{36}", "", str(facts.get("act", "")))
-    return f"{event} of {act}" if act else event
 
 
 class ThrowingJournal(migrena.Journal):

@@ -1,0 +1,47 @@
+"""The real migrena, which sends itself signals at lines of its journal: `python halting.py THROW SCRIPT WORD…`.
+
+THROW is JSON: pairs of a line, by its name (`done of swap in`) or by how many came before it, and a signal's number.
+A test has it stop at a line (SIGSTOP), does what others do meanwhile, and lets it go on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Throw = tuple["str | int", int]
+
+
+def line_of(event: str, facts: Mapping[str, Any]) -> str:
+    """A line of the journal as tests name it: `intent of stop source`, `chunk`."""
+    act = re.sub(r" [0-9a-f-]{36}", "", str(facts.get("act", "")))
+    return f"{event} of {act}" if act else event
+
+
+def throw_at(journal: Any, throws: list[Throw]) -> None:
+    """From now on this class of journals sends this process these signals, in their order, each when its line is on the disk."""
+    write, seen = journal.write, list[str]()
+
+    def writing(self: Any, event: str, **facts: Any) -> None:
+        write(self, event, **facts)
+        seen.append(line_of(event, facts))
+        if throws and throws[0][0] in (seen[-1], len(seen) - 1):
+            os.kill(os.getpid(), throws.pop(0)[1])
+
+    journal.write = writing
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[2])
+    spec = importlib.util.spec_from_file_location("migrena", path)
+    assert spec and spec.loader
+    migrena = sys.modules["migrena"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(migrena)
+    throw_at(migrena.Journal, [(line, number) for line, number in json.loads(sys.argv[1])])
+    sys.exit(migrena.main(sys.argv[3:]))
