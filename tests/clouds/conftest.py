@@ -23,7 +23,7 @@ from conftest import REPOSITORY, SCRIPT
 from lab.api import Api
 from lab.clouds import Clouds, Options, credentials, purge
 from lab.guest import guest_image
-from lab.halting import Throw
+from lab.halting import HALT, Throw
 from lab.hosts import Host
 from lab.processes import wait_until
 
@@ -44,12 +44,12 @@ class Operator:
     begun: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def words(self, *words: str, extra: str = "", throw: Sequence[Throw] = ()) -> list[str]:
-        """The whole command; `extra` is appended to the config.py that the lab writes; it sends itself signals at lines of its journal."""
+        """The whole command; `extra` is appended to the config.py that the lab writes; it halts or ends itself at lines of its journal."""
         config = self.folder / "config.py"
         config.touch(mode=0o600)
         own = f"STATE_FOLDER = {str(self.folder / 'state')!r}\nCOMPRESS = 'off'"  # on a busy machine every wire may seem slow
         config.write_text(f"{self.clouds.config.read_text()}\n{own}\n{extra}\n")
-        start = [str(REPOSITORY / "tests/lab/halting.py"), json.dumps(throw)] if throw else []
+        start = [str(REPOSITORY / "tests/lab/halting.py"), str(self.halt(len(self.begun))), json.dumps(throw)] if throw else []
         return [sys.executable, *start, str(self.script), *words, "-c", str(config)]
 
     def to(self, place: str, image: str = "guest", name: str = "arrived", flavor: str = "tiny") -> list[str]:
@@ -73,12 +73,28 @@ class Operator:
 
     def halted(self, line: str | int, *words: str, extra: str = "", env: dict[str, str] | None = None,
                throw: Sequence[Throw] = ()) -> subprocess.Popen[str]:
-        """A run that stands still since this line of its journal is on the disk; what it holds on hosts it holds for a minute."""
-        process = self.begin(*words, extra=extra, env=env, throw=[(line, signal.SIGSTOP), *throw])
-        wait_until(f"a run that halts at {line!r}", lambda: stands_still(process) or process.poll() is not None, self.patience)
-        if process.poll() is not None:
+        """A run that halts since this line of its journal is on the disk."""
+        process = self.begin(*words, extra=extra, env=env, throw=[(line, HALT), *throw])
+        if not self.has_halted(process):
             raise AssertionError(f"it never came to {line!r}: {process.returncode}\n{''.join(map(str, process.communicate()))}")
         return process
+
+    def halt(self, number: int) -> Path:
+        """The file that is there while the command of this number halts."""
+        return self.folder / f"halt-{number}"
+
+    def has_halted(self, process: subprocess.Popen[str]) -> bool:
+        """Whether a run halts, as soon as it does; it may end instead."""
+        there = self.halt(self.begun.index(process))
+        wait_until("a run that halts or ends", lambda: there.exists() or process.poll() is not None, self.patience)
+        return process.poll() is None
+
+    def go_on(self, process: subprocess.Popen[str], *signals: int) -> subprocess.CompletedProcess[str]:
+        """What a run that halts prints until its end; it is sent these signals first."""
+        for number in signals:
+            process.send_signal(number)
+        self.halt(self.begun.index(process)).unlink(missing_ok=True)
+        return ended(process)
 
     def report(self, *words: str, extra: str = "", env: dict[str, str] | None = None) -> dict[str, Any]:
         """The JSON report of a run that must succeed."""
@@ -111,18 +127,6 @@ class Operator:
     def last_run(self) -> str:
         """The id of the latest run that has a journal."""
         return max(path.stem for path in (self.folder / "state").glob("*.jsonl"))
-
-
-def stands_still(process: subprocess.Popen[str]) -> bool:
-    """Whether a process was stopped by a signal and has not gone on."""
-    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-
-
-def go_on(process: subprocess.Popen[str], *signals: int) -> subprocess.CompletedProcess[str]:
-    """What a run that was halted prints until its end; it finds these signals when it goes on."""
-    for number in (*signals, signal.SIGCONT):
-        process.send_signal(number)
-    return ended(process)
 
 
 def ended(process: subprocess.Popen[str], patience: float = Operator.patience) -> subprocess.CompletedProcess[str]:
@@ -181,7 +185,7 @@ def operator(clouds: Clouds, tmp_path: Path) -> Iterator[Operator]:
     yield somebody
     for process in somebody.begun:
         if process.poll() is None:
-            go_on(process, signal.SIGINT)
+            somebody.go_on(process, signal.SIGINT)
 
 
 @pytest.fixture

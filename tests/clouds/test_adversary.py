@@ -22,9 +22,10 @@ from typing import Any
 
 import pytest
 
-from clouds.conftest import SOURCE, MiB, Operator, disk, format_of, left_on, same_to_both_guests, stands_still, write_random
+from clouds.conftest import SOURCE, MiB, Operator, disk, format_of, left_on, same_to_both_guests, write_random
 from lab.api import Api, ApiError
 from lab.clouds import Clouds
+from lab.halting import HALT
 from lab.processes import wait_until
 
 pytestmark = pytest.mark.long
@@ -212,7 +213,7 @@ class Schedule:
             self.are_two = len(both) > 1
         assert len(both) < 2 or self.are_two, f"two machines run with the same data: {both}: {told}"
         self.are_two = self.are_two and len(both) > 1
-        self.used |= both - {self.source}
+        self.used |= (now.carry if self.source in self.spoiled else both) - {self.source}  # the only whole copy, or one that runs
 
     # ---- what others do ----
 
@@ -284,10 +285,12 @@ class Schedule:
 
     def roll_back(self, api: Api, id: str) -> None:
         """Another operator, who does not know of this run, wants it undone."""
-        elsewhere = dataclasses.replace(self.operator, folder=self.operator.folder / "elsewhere")
-        elsewhere.folder.mkdir(exist_ok=True)
+        folder = self.operator.folder / "elsewhere"
+        folder.mkdir(exist_ok=True)
+        hasty = ("LEASE_LIMIT: Final = 75.0", "LEASE_LIMIT: Final = 5.0")  # a run that lives shows that it does all the time
+        elsewhere = dataclasses.replace(self.operator, folder=folder).with_build(hasty)
         done = elsewhere.run("rollback", "--run-of", self.source, extra=self.extra)
-        shutil.rmtree(elsewhere.folder / "state", ignore_errors=True)
+        shutil.rmtree(folder / "state", ignore_errors=True)
         assert done.returncode == 3, f"undone although the run is alive: {self.told}\n{done.stderr}"
 
     # ---- what we do ----
@@ -295,7 +298,7 @@ class Schedule:
     def throws(self, often: float) -> list[tuple[str | int, int]]:
         """At which lines a command stands still, and at which it is ended, if at any."""
         dice, lines = self.dice, sorted(self.dice.sample(range(1, MOMENTS), 3))
-        halts: list[tuple[str | int, int]] = [(line, signal.SIGSTOP.value) for line in lines[:2] if dice.random() < often]
+        halts: list[tuple[str | int, int]] = [(line, HALT) for line in lines[:2] if dice.random() < often]
         return halts + ([(lines[2], dice.choice([KILL, KILL, INT, TERM]))] if dice.random() < often else [])
 
     def go(self, *words: str, often: float = 0.0, extra: str = "") -> int:
@@ -303,12 +306,10 @@ class Schedule:
         before, acts = self.look(), sum("others" in line for line in self.told)
         throw = self.throws(often)
         process = self.operator.begin(*words, extra=extra or self.extra, throw=throw)
-        while process.poll() is None:
-            wait_until("a run that goes on", lambda: process.poll() is not None or stands_still(process), 200)
-            if process.poll() is None:
-                self.holds(self.look())
-                self.others()
-                process.send_signal(signal.SIGCONT)
+        while self.operator.has_halted(process):
+            self.holds(self.look())
+            self.others()
+            self.operator.halt(self.operator.begun.index(process)).unlink(missing_ok=True)
         out, self.said = process.communicate(timeout=60)
         code = process.returncode
         self.told.append(f"{' '.join(words if len(words) < 4 else words[-2:])}{' (swapped)' if extra else ''}, {throw}: {code}")
