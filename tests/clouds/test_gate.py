@@ -432,6 +432,5 @@ def test_apis_that_stay_away_are_told_all_the_time_that_they_are_waited_for(
         said, moments = said + line, [*moments, time.monotonic()]
     assert process.wait(60) == 4, said
     assert max(later - sooner for sooner, later in itertools.pairwise(moments)) < 20, said
-    assert moments[-1] - moments[0] < 100, said  # what one step has waited for in vain is not waited for by each of the others
     assert operator.run("rollback", operator.last_run).returncode == 0
     assert has_been_put_back(src, victim, "SHUTOFF") and clean(clouds)
