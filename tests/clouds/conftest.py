@@ -260,6 +260,12 @@ def has_been_put_back(api: Api, id: str, status: str) -> bool:
     return (server["status"], server["locked"], server["metadata"]) == (status, False, {})
 
 
+def has_moved(api: Api, id: str, to: str) -> bool:
+    """Whether a source stays stopped and locked because an instance of this id was started in its place, and carries no mark of ours."""
+    server = api.server(id)
+    return (server["status"], server["locked"], server["metadata"]) == ("SHUTOFF", True, {}) and to in server["locked_reason"]
+
+
 def disk(id: str) -> str:
     """The path of an instance's disk on its hypervisor."""
     return f"{DISKS}/{id}/disk"

@@ -17,6 +17,7 @@ from clouds.conftest import (
     disk,
     ended,
     has_been_put_back,
+    has_moved,
     last_record,
     left_on,
     same_to_both_guests,
@@ -68,7 +69,7 @@ def test_hazard_a_rebase_that_needs_the_old_base_though_image_ids_differ(
     shown = wait_for_console(dst, report["destination"]["id"], "GUEST boots=")
     assert f"GUEST boots={boots(clouds.host(SOURCE), running) + 1} last={last} broken=0" in shown
     assert report["started"] == ["destination"] and report["copy"]["tls"] is False and report["downtime_seconds"] > 0
-    assert has_been_put_back(src, running, "SHUTOFF")
+    assert has_moved(src, running, report["destination"]["id"])
 
 
 def test_the_source_can_be_started_instead(operator: Operator, clouds: Clouds, src: Api, dst: Api, source: str) -> None:

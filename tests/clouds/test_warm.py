@@ -17,6 +17,7 @@ from clouds.conftest import (
     disk,
     ended,
     has_been_put_back,
+    has_moved,
     last_record,
     left_on,
     same_to_both_guests,
@@ -53,7 +54,7 @@ def test_a_guest_that_writes_goes_on_with_its_next_record(
     assert report["downtime_seconds"] > 0 and not report["warnings"]
     assert (copy["proven_by_bitmap"] > 48 * MiB) == ("--bitmap" in words) and carries_no_bitmap(clouds.host(SOURCE), running)
     went_on(clouds, dst, running, id)
-    assert has_been_put_back(src, running, "SHUTOFF")
+    assert has_moved(src, running, id)
     assert left_on(clouds.host(SOURCE)) == left_on(clouds.host(DESTINATION)) == []
 
 
@@ -115,7 +116,7 @@ def test_a_run_that_was_killed_goes_on_with_a_bitmap_of_its_own(
     report = json.loads(done.stdout)
     assert report["copy"]["proven_by_bitmap"] > 48 * MiB and carries_no_bitmap(clouds.host(SOURCE), running)
     went_on(clouds, dst, running, report["destination"]["id"])
-    assert has_been_put_back(src, running, "SHUTOFF")
+    assert has_moved(src, running, report["destination"]["id"])
 
 
 @pytest.mark.parametrize(("line", "number"), [
