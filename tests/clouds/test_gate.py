@@ -62,6 +62,9 @@ class Victims:
             self.ids.append(self.src.create("victim", self.image, availability_zone=f"nova:{SOURCE}"))
             self.src.act(self.ids[-1], "os-stop", until="SHUTOFF")
             write_random(self.clouds.host(SOURCE), self.ids[-1], (200 * MiB, 16 * MiB))
+        elif self.clouds.host(SOURCE).run("virsh", "domstate", self.ids[-1], check=False).returncode:
+            for act, status in (("os-start", "ACTIVE"), ("os-stop", "SHUTOFF")):  # after a start that has failed Nova leaves no domain
+                self.src.act(self.ids[-1], act, until=status)
         return self.ids[-1]
 
 
@@ -220,6 +223,9 @@ def test_a_source_that_an_admin_starts_before_the_destination_starts_is_the_only
     if was_started != "ACTIVE":
         assert same_to_both_guests(clouds.host(SOURCE), victim, clouds.host(DESTINATION), id)
     done = operator.run("rollback", operator.last_run)
+    if done.returncode == 3:  # the source may have been written to since: the destination has what it was
+        assert "--yes" in done.stderr and is_there(dst, id), done.stderr
+        done = operator.run("rollback", operator.last_run, "--yes")
     assert done.returncode == 0, done.stderr
     assert not is_there(dst, id) and running_on(clouds) & {victim} == ({victim} if was_started == "ACTIVE" else set())
     assert has_been_put_back(src, victim, src.server(victim)["status"]) and clean(clouds)
