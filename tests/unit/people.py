@@ -1,0 +1,492 @@
+"""Who acts on the model's clouds: persons, tools, other operators, and migrena, whose own `main` is run there command by command.
+
+A schedule is a list of steps. A step is what a person does (`tenant starts source`) or a command (`copy -a dst`) with what others do at its
+points, by their number or by their label: `{"copy#1": "crash"}` is when a `copy` is asked for the first time in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, tzinfo
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from novaclient import exceptions
+
+import migrena
+from unit.model import EPOCH, FOLDER, LEASE, SOURCE, Disks, File, Killed, Machine, Modelled, Process, World
+
+Events = dict[int | str, str]
+Step = tuple[str, Events]
+
+TENANT = ("starts", "stops", "deletes", "rebuilds", "resizes", "pauses", "unpauses", "snapshots", "wipes", "locks", "unlocks")
+PERSONS = tuple(f"{who} {verb} {what}" for who in ("tenant", "admin") for verb in TENANT for what in ("source", "destination"))
+FATES = ("Ctrl-C", "crash", "outage of 30 s", "outage of 1000 s", "the answer is lost", "Nova refuses it", "the wire breaks")
+SETTINGS = ("the clouds are swapped", "the credentials are a tenant's", "the credentials are an admin's")
+OTHERS = ("elsewhere rollback --run-of", "elsewhere rollback --run-of --yes", "elsewhere copy --name other")
+WORDS = ("copy", "resume", "rollback", "elsewhere")
+FIRST = ("copy", "copy -a dst", "copy -a dst", "copy -a all", "copy -a src")
+COMMANDS = ("resume", "resume", "rollback", "rollback --yes", "rollback --run-of", "rollback --run-of --yes", "rollback first", "copy",
+            "copy -a dst", "copy --name other", "copy --name other -a dst", "copy --name other -a dst --yes", "the journals are lost", *OTHERS)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What is done, and what others do meanwhile."""
+
+    steps: tuple[Step, ...]
+    one_cloud: bool = False
+    was: str = "ACTIVE"
+
+    def __str__(self) -> str:
+        return f"Schedule(({', '.join(map(str, self.steps))},), one_cloud={self.one_cloud}, was={self.was!r})"
+
+
+class People:
+    """Those who act while migrena does."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self.world, self.folder = world, folder
+        self.runs = world.runs
+
+    def act(self, what: str) -> None:
+        """Somebody acts; what he may not do is not done."""
+        world = self.world
+        if what.split()[0] in WORDS:
+            self.command(what, {})
+            if world.stack:  # it was another one, at work meanwhile
+                world.last_touch = world.now
+                world.found.clear()
+                for process in world.stack:
+                    process.people += 1
+            return
+        if what == "the journals are lost":
+            for path in (self.folder / "here").glob("*.jsonl"):
+                path.unlink()
+        elif what in SETTINGS:
+            if what == SETTINGS[0]:
+                world.sides.reverse()
+            else:
+                world.is_admin = what == SETTINGS[2]
+        elif what in FATES:
+            self.fate(what)
+        else:
+            self.person(*what.split())
+
+    def fate(self, what: str) -> None:
+        """What befalls the migrena at work."""
+        world = self.world
+        if not world.stack:
+            return
+        process = world.process
+        if what == "crash":
+            process.alive, process.until = False, world.now + LEASE
+        elif what == "Ctrl-C":
+            signal.raise_signal(signal.SIGINT)
+        elif what.startswith("outage"):
+            world.away_until = world.now + float(what.split()[2])
+        elif what == "the answer is lost":
+            process.loses = True
+        elif what == "Nova refuses it":
+            process.refused = True
+        else:
+            process.wire_breaks = True
+
+    def person(self, who: str, verb: str, what: str) -> None:
+        """Somebody does something to an instance, as far as Nova lets him."""
+        world, machine = self.world, self.named(what)
+        if not machine or (machine.locked and who == "tenant" and verb not in ("locks", "unlocks", "wipes")):
+            return
+        before = world.is_person
+        world.is_person = True
+        try:
+            getattr(self, verb)(machine, who)
+        except exceptions.ClientException:
+            return
+        finally:
+            world.is_person = before
+        world.last_touch = world.now
+        world.found.clear()
+        for process in world.stack:
+            process.people += 1
+
+    def named(self, what: str) -> Machine | None:
+        """The instance that is meant: the destination is the newest that a run has made."""
+        if what == "source":
+            return self.world.source if self.world.has_source else None
+        made = [machine for machine in self.world.machines() if machine.run]
+        return max(made, key=lambda machine: machine.id, default=None)
+
+    def starts(self, machine: Machine, who: str) -> None:
+        self.world.require(machine, "SHUTOFF")
+        if who == "tenant" and machine is self.world.source and self.world.given_up and self.world.twins(machine):
+            self.world.broken.append("1 a tenant can start the source, which a run has moved and started elsewhere")
+        self.world.start(machine)
+        machine.used = machine.used or machine.open is not None
+
+    def stops(self, machine: Machine, who: str) -> None:
+        self.world.stop(machine)
+
+    def deletes(self, machine: Machine, who: str) -> None:
+        self.world.delete(machine)
+
+    def rebuilds(self, machine: Machine, who: str) -> None:
+        """A new disk from an image."""
+        world = self.world
+        world.require(machine, "ACTIVE", "SHUTOFF", "ERROR")
+        world.note(machine, "rebuild")
+        was_open, machine.open = machine.open, None
+        world.drop(machine.host, machine.path)
+        file = world.files[machine.host, machine.path] = File(f"rebuilt {world.next()}", 1, inode=world.next())
+        if machine is world.source:
+            world.newest[file.lineage] = 1
+        machine.open, machine.locked = file if was_open else None, False  # the reason stays: see issue 23
+
+    def resizes(self, machine: Machine, who: str) -> None:
+        """It is elsewhere afterwards, with its disk; VERIFY_RESIZE until it is confirmed."""
+        world = self.world
+        world.require(machine, "ACTIVE", "SHUTOFF")
+        world.note(machine, "resize")
+        old = world.files.get((machine.host, machine.path))
+        if not old:
+            return
+        new = File(old.lineage, old.version, old.whole, world.next(), old.stamp)
+        old_host, machine.host = machine.host, f"{machine.host[:5]}x"
+        world.files[machine.host, machine.path] = new
+        if old_host != machine.host:
+            world.drop(old_host, f"{FOLDER}{machine.id}/")
+        machine.status = "VERIFY_RESIZE"
+        machine.open = new if machine.open else None
+
+    def pauses(self, machine: Machine, who: str) -> None:
+        self.world.require(machine, "ACTIVE")
+        self.world.note(machine, "pause")
+        machine.status, machine.power = "PAUSED", 3
+
+    def unpauses(self, machine: Machine, who: str) -> None:
+        self.world.require(machine, "PAUSED")
+        self.world.note(machine, "unpause")
+        machine.status, machine.power = "ACTIVE", 1
+
+    def snapshots(self, machine: Machine, who: str) -> None:
+        world = self.world
+        world.require(machine, "ACTIVE", "SHUTOFF", "PAUSED")
+        world.note(machine, "createImage")
+        machine.task = "image_uploading"
+
+        def uploaded() -> None:
+            if machine.task == "image_uploading":
+                machine.task = None
+
+        world.after(20, uploaded)
+
+    def wipes(self, machine: Machine, who: str) -> None:
+        machine.metadata.clear()
+
+    def locks(self, machine: Machine, who: str) -> None:
+        machine.locked, machine.reason, machine.locked_by, machine.his_lock = True, "maintenance", who, True
+
+    def unlocks(self, machine: Machine, who: str) -> None:
+        if machine.locked_by == "admin" and who == "tenant":
+            return
+        machine.locked, machine.reason, machine.locked_by, machine.his_lock = False, None, "", False
+        if machine is self.world.source:
+            self.world.given_up = False
+
+    # migrena
+
+    def command(self, words: str, events: Events) -> Process | None:
+        """Runs migrena's main; None where there is no run to name."""
+        world = self.world
+        where = "elsewhere" if words.startswith("elsewhere") else "here"
+        folder = self.folder / where
+        folder.mkdir(exist_ok=True)
+        process = Process(words, dict(events), str(folder))
+        job, flags = self.asked(words, process, folder)
+        disk = world.files.get((world.source.host, world.source.path))
+        process.lineage = disk.lineage if disk else ""
+        if not job:
+            return None
+        urls = [{"auth_url": url} for url in world.sides]
+        config: dict[str, object] = {"src_creds": urls[0], "dst_creds": urls[1], "state_folder": str(folder)}
+        call = migrena.Call(job, {**flags, "quiet": True}, {}, config)
+        handlers = {each: signal.getsignal(each) for each in migrena.SIGNALS}
+        world.stack.append(process)
+        if not self.runs or job == "copy":
+            world.given_up = False
+        try:
+            CALLS.append(call)
+            process.code = migrena.main([])
+        except Killed:
+            process.alive, process.until = False, world.now + LEASE
+        finally:
+            CALLS.pop()
+            world.stack.pop()
+            for each, handler in handlers.items():
+                signal.signal(each, handler)
+        self.runs.append(process)
+        return process
+
+    def asked(self, words: str, process: Process, folder: Path) -> tuple[str, dict[str, object]]:
+        """The job and its flags."""
+        rest = words.replace("elsewhere ", "").split()
+        job, flags = rest[0], {"yes": True} if "--yes" in rest else {}
+        if job == "copy":
+            name = rest[rest.index("--name") + 1] if "--name" in rest else "new"
+            after = rest[rest.index("-a") + 1] if "-a" in rest else ""
+            more: dict[str, object] = {"src_uid": SOURCE, "dst_name": name, "start_after": after}
+            return job, {**flags, **more}
+        if "--run-of" in rest:
+            return job, {**flags, "run_of": SOURCE}
+        known = migrena.known_runs(folder)
+        if not known:
+            return "", {}
+        process.run = known[-1] if "first" in rest else known[0]
+        return job, {**flags, "run": process.run}
+
+
+# ---- migrena, on the model
+
+CALLS: list[migrena.Call] = []
+
+
+class Inline:
+    """A pool whose threads are this one, so that a schedule is always played in the same order."""
+
+    def __init__(self, most: int = 0) -> None:
+        """It needs no thread."""
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is under way."""
+
+    def submit(self, what: Callable[[], Any], *words: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(what(*words))
+        except (Killed, migrena.Interrupted):
+            raise
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+class Screen(migrena.Screen):
+    """What is said is kept; nothing is shown."""
+
+    world: World
+
+    def say(self, line: str, *, always: bool = False, is_title: bool = False) -> None:
+        self.world.process.said.append(line)
+
+    def record(self, line: str) -> None:
+        """There is no log."""
+
+    @contextlib.contextmanager
+    def progress(self, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda done: None
+
+
+class Journal(migrena.Journal):
+    """The journal of a process that may be dead."""
+
+    world: World
+
+    def write(self, event: str, **facts: object) -> None:
+        if not self.world.process.alive:
+            raise Killed
+        super().write(event, **facts)
+
+
+class Clock(datetime):
+    """The model's time of day."""
+
+    world: World
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Clock:
+        at = EPOCH + timedelta(seconds=cls.world.now)
+        return cls(at.year, at.month, at.day, at.hour, at.minute, at.second, at.microsecond, tz)
+
+
+@contextlib.contextmanager
+def on_the_model(world: World) -> Iterator[None]:
+    """migrena's walls and its work on disks are the model's."""
+    Modelled.world = Screen.world = Journal.world = Clock.world = world
+    disks = Disks(world)
+
+    def new_run() -> str:
+        run = f"20260101T000000-{world.next():06x}"
+        world.process.run = run
+        world.found[run] = world.source.status
+        return run
+
+    places: dict[str, Any] = {
+        "Cloud": Modelled, "Screen": Screen, "Journal": Journal, "datetime": Clock, "ThreadPoolExecutor": Inline, "new_run": new_run,
+        "time": SimpleNamespace(sleep=lambda seconds: world.point("sleep", seconds), monotonic=lambda: world.now, time=lambda: world.now),
+        "read_call": lambda arguments, environment, screen: CALLS[-1], "require_packages": lambda: None,
+        "connect": disks.connect, "disk_chain": disks.disk_chain, "survey_disk": disks.survey_disk, "stand_of": disks.stand_of,
+        "rehearse": disks.rehearse, "move_disk": disks.move_disk, "settle_disk": disks.settle_disk,
+        "tools_lacking": lambda host, tools: [], "same_content": lambda one, other, stall: True, "free_space": lambda host, path: 1 << 50,
+        "route_address": lambda host, to: "10.0.0.2", "certificates": lambda server: {},
+    }
+    before, fsync = {name: getattr(migrena, name) for name in places}, os.fsync
+    try:
+        for name, what in places.items():
+            setattr(migrena, name, what)
+        os.fsync = lambda file: None
+        yield
+    finally:
+        os.fsync = fsync
+        for name, what in before.items():
+            setattr(migrena, name, what)
+
+
+def play(schedule: Schedule, folder: Path) -> World:
+    """The world after a schedule, or after the step in which an invariant was broken."""
+    world = World(schedule.one_cloud, schedule.was)
+    people = People(world, folder)
+    world.act = people.act
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    with on_the_model(world):
+        for what, events in schedule.steps:
+            world.settle(max(5, world.away_until - world.now))
+            if what.split()[0] in WORDS:
+                process = people.command(what, events)
+                if process:
+                    world.top.append(process)
+                    see_what_is_told(world, process)
+            else:
+                people.act(what)
+            if world.broken:
+                break
+            if any(world.lives(process) for process in people.runs):
+                world.settle(LEASE)
+    world.broken.extend(f"   {process.words}: {process.code}" for process in people.runs if world.broken)
+    return world
+
+
+# ---- schedules by chance
+
+POINTS = 75  # of a copy
+
+
+def a_schedule(chance: random.Random) -> Schedule:
+    """One of all that may happen, most often a copy that something befalls, and what is done then."""
+    def event() -> str:
+        kind = chance.random()
+        if kind < 0.55:
+            return chance.choice(PERSONS)
+        return chance.choice(FATES if kind < 0.85 else SETTINGS if kind < 0.9 else OTHERS)
+
+    def events(most: int, points: int) -> Events:
+        return {chance.randrange(points): event() for _ in range(chance.randint(0, most))}
+
+    steps: list[Step] = [(chance.choice(FIRST), events(3, POINTS))]
+    while len(steps) < 5 and chance.random() < 0.7:
+        if chance.random() < 0.6:
+            steps.append((chance.choice(COMMANDS), events(2, 30) if chance.random() < 0.4 else {}))
+        else:
+            steps.append((chance.choice((*PERSONS, *SETTINGS)), {}))
+    return Schedule(tuple(steps), chance.random() < 0.3, chance.choice(("ACTIVE", "ACTIVE", "SHUTOFF")))
+
+
+def smaller(schedule: Schedule) -> Iterator[Schedule]:
+    """The same with a step or an event less."""
+    for number, (what, events) in enumerate(schedule.steps):
+        yield replace(schedule, steps=schedule.steps[:number] + schedule.steps[number + 1 :])
+        for point in events:
+            less = what, {key: event for key, event in events.items() if key != point}
+            yield replace(schedule, steps=(*schedule.steps[:number], less, *schedule.steps[number + 1 :]))
+    if schedule.one_cloud:
+        yield replace(schedule, one_cloud=False)
+
+
+def smallest(schedule: Schedule, folder: Path) -> tuple[Schedule, list[str]]:
+    """What is needed of a schedule that breaks an invariant to break the same one, its points by their labels; and what is broken."""
+    world = play(schedule, folder)
+    kind = world.broken[0][0]
+    while found := next((less for less in smaller(schedule) if less.steps and (play(less, folder).broken or "-")[0][0] == kind), None):
+        schedule = found
+    world = play(schedule, folder)
+    trails = iter([process.trail for process in world.top])
+    steps = tuple((what, named_points(events, next(trails, []))) if what.split()[0] in WORDS else (what, events) for what, events in schedule.steps)
+    named = replace(schedule, steps=steps)
+    return (named if play(named, folder).broken else schedule), world.broken
+
+
+def named_points(events: Events, trail: Sequence[str]) -> Events:
+    """Points by their labels, which mean the same in a migrena that asks for more."""
+    return {key if isinstance(key, str) or key >= len(trail) else f"{trail[key]}#{trail[: key + 1].count(trail[key])}": what
+            for key, what in events.items()}
+
+
+# ---- invariant 4
+
+def see_what_is_told(world: World, process: Process) -> None:
+    """Compares how a command says that it has ended with what there is."""
+    def broken(what: str) -> None:
+        world.broken.append(f"4 {process.words} ends with {process.code}: {what}")
+
+    code, run, source = process.code, process.run, world.source
+    if code is None:
+        return
+    if code not in (0, 1, 3, 4, 128 + signal.SIGINT):
+        broken(f"no such end was expected: {process.said}")
+    there = world.has_source
+    made = [machine for machine in world.machines() if run and machine.run == run]
+    is_ours = bool(run and there and source.locked and (source.reason or "").startswith(f"migrena run {run}") and "moved" not in (source.reason or ""))
+    is_marked = bool(run and there and source.metadata.get("migrena:run") == run)
+    left = [line for line in process.said if line.startswith("left behind: ")]
+    is_undone = code in (1, 3, 128 + signal.SIGINT) or (code == 0 and process.words.startswith("rollback"))
+    if code == 3 and process.words.split()[0] in ("resume", "rollback"):
+        if process.changes:
+            broken(f"refused, yet it has changed something: {process.changes}")
+        return
+    if code == 3 and not process.people and not made and any("is moving the source" in line for line in process.said):
+        mark = source.metadata.get("migrena:run", "")
+        if not mark and not (source.locked and "migrena run" in (source.reason or "")):
+            broken("refused for a run that has nothing to do with the source any more")
+    if is_undone:
+        if made and "--keep" not in process.words:
+            broken(f"{made[0].name} is left")
+        if is_ours or is_marked:
+            broken(f"the source keeps our {'lock' if is_ours else 'mark'}")
+        if there and world.found.get(run, source.status) != source.status:
+            broken(f"the source is {source.status}, and was {world.found[run]}")
+    if code == 4:
+        told = " ".join(left)
+        if any(machine.metadata.get("migrena:done") != run and machine.id not in told and machine.name not in told for machine in made):
+            broken(f"{made[0].name} is left and not told: {left}")
+        if (is_ours or is_marked) and source.id not in told:
+            broken(f"the source keeps our {'lock' if is_ours else 'mark'}, which is not told: {left}")
+    if code == 0 and process.words.startswith(("copy", "resume")):
+        see_success(world, process, made, broken)
+        world.given_up = "-a dst" in process.words and not process.people
+
+
+def see_success(world: World, process: Process, made: Sequence[Machine], broken: Callable[[str], None]) -> None:
+    """What a copy has said to be complete."""
+    source = world.source
+    if not made or process.people:
+        return
+    file = world.files.get((made[0].host, made[0].path))
+    if not file or not file.whole or file.lineage != process.lineage:
+        broken(f"{made[0].name} does not have the source's data: {file}")
+    if "migrena:run" in made[0].metadata or "migrena:made" in made[0].metadata or "migrena:run" in source.metadata:
+        broken("a mark is left")
+    for machine, after in ((made[0], ("dst", "all")), (source, ("src", "all"))):
+        is_asked = any(f"-a {word}" in process.words for word in after)
+        if process.words.startswith("copy") and is_asked != (machine.status == "ACTIVE"):
+            broken(f"{machine.name} is {machine.status}")
