@@ -76,6 +76,7 @@ class Machine:
     actions: list[SimpleNamespace] = field(default_factory=list)  # the newest first
     maker: Process | None = None
     run: str = ""  # that made it
+    wiped: bool = False  # whether a person has wiped its metadata: only a journal tells of it
     used: bool = False  # it may hold data of its own: it ran for somebody, after it was complete or because he started it
 
     @property
@@ -109,6 +110,7 @@ class Process:
     people: int = 0  # acts of others meanwhile
     changes: list[str] = field(default_factory=list)  # what it has changed in the clouds
     lineage: str = ""  # of the source as it began
+    after: str = ""  # what the run is to start
     said: list[str] = field(default_factory=list)
     code: int | None = None
 
@@ -120,7 +122,7 @@ class Process:
     @property
     def wants_two(self) -> bool:
         """Whether a person asked for both to run."""
-        return self.yes or "-a all" in self.words or "-a src" in self.words
+        return self.yes or self.after in ("all", "src")
 
 
 class World:
@@ -231,24 +233,26 @@ class World:
         self.after(0.5, built)
         return machine
 
-    def note(self, machine: Machine, action: str, error: str = "") -> None:
-        """An instance action."""
+    def note(self, machine: Machine, action: str, error: str = "") -> SimpleNamespace:
+        """An instance action; what novaclient answers to what has brought it about."""
+        request = f"req-{self.next()}"
         at = (EPOCH + timedelta(seconds=self.now)).replace(tzinfo=None).isoformat()
         events = [{"event": f"compute_{action}", "result": "Error" if error else "Success", "details": error, "finish_time": at, "start_time": at}]
-        machine.actions.insert(0, SimpleNamespace(action=action, request_id=f"req-{self.next()}", message="Error" if error else None,
+        machine.actions.insert(0, SimpleNamespace(action=action, request_id=request, message="Error" if error else None,
                                                   start_time=at, updated_at=at, events=events))
+        return SimpleNamespace(request_ids=[request])
 
     def require(self, machine: Machine, *states: str) -> None:
         """409 where the machine is in none of these states, or a task is under way."""
         if machine.task or (states and machine.status not in states):
             raise exceptions.Conflict(409, f"Cannot do this while it is in {machine.status} {machine.task}")
 
-    def start(self, machine: Machine) -> None:
+    def start(self, machine: Machine) -> SimpleNamespace:
         """Opens the disk at once; ACTIVE a little later. Where qemu's lock is held, it fails, and only the actions tell."""
         self.require(machine, "SHUTOFF")
         file, machine.task = self.files.get((machine.host, machine.path)), "powering-on"
         error = "No such file" if not file else 'Failed to get "write" lock' if self.lives(file.hold) else ""
-        self.note(machine, "start", error)
+        answer = self.note(machine, "start", error)
         machine.open = None if error else file
         if machine.open:
             self.write(machine.open)
@@ -259,18 +263,20 @@ class World:
                 machine.status, machine.power = ("ACTIVE", 1) if machine.open else ("SHUTOFF", 4)
 
         self.after(0.3, settled)
+        return answer
 
-    def stop(self, machine: Machine) -> None:
+    def stop(self, machine: Machine) -> SimpleNamespace:
         """SHUTOFF a little later."""
         self.require(machine, "ACTIVE", "ERROR")
         machine.task = "powering-off"
-        self.note(machine, "stop")
+        answer = self.note(machine, "stop")
 
         def settled() -> None:
             if machine.task == "powering-off":
                 machine.task, machine.status, machine.power, machine.open = None, "SHUTOFF", 4, None
 
         self.after(0.3, settled)
+        return answer
 
     def delete(self, machine: Machine) -> None:
         """Gone, with its folder."""
@@ -316,7 +322,8 @@ class World:
 
     def sees_to_start(self, machine: Machine) -> None:
         """migrena is about to start a machine."""
-        twins = self.twins(machine)
+        has_journal = not self.process.words.startswith(("copy", "elsewhere")) and "--run-of" not in self.process.words
+        twins = [twin for twin in self.twins(machine) if has_journal or not twin.wiped]
         if twins and not self.process.wants_two:
             self.breaks(f"1 {self.process.words}: {machine.name} is started while {', '.join(twin.name for twin in twins)} runs with its data")
 
@@ -412,29 +419,31 @@ class Servers:
 
     force_delete = delete
 
-    def stop(self, id: str) -> None:
+    def stop(self, id: str) -> SimpleNamespace:
         with self.changing("stop", id) as machine:
-            self.world.stop(machine)
+            return self.world.stop(machine)
 
-    def start(self, id: str) -> None:
+    def start(self, id: str) -> SimpleNamespace:
         with self.changing("start", id) as machine:
             self.world.require(machine, "SHUTOFF")
             self.world.sees_to_start(machine)
-            self.world.start(machine)
+            answer = self.world.start(machine)
             machine.used = machine.used or machine.open is not None
+            return answer
 
-    def lock(self, id: str, reason: str | None = None) -> None:
+    def lock(self, id: str, reason: str | None = None) -> SimpleNamespace:
         with self.changing("lock", id, is_held=False) as machine:
             machine.locked, machine.reason, machine.locked_by = True, reason, "admin" if self.world.is_admin else "tenant"
+            return self.world.note(machine, "lock")
 
-    def unlock(self, id: str) -> None:
+    def unlock(self, id: str) -> SimpleNamespace:
         with self.changing("unlock", id, is_held=False) as machine:
             if machine.locked_by == "admin" and not self.world.is_admin:
                 raise exceptions.Forbidden(403, "Policy doesn't allow os_compute_api:os-lock-server:unlock:unlock_override to be performed.")
             self.world.sees_to_unlock(machine)
-            if not machine.locked:
-                return
-            machine.locked, machine.reason, machine.locked_by, machine.his_lock = False, None, "", False
+            if machine.locked:
+                machine.locked, machine.reason, machine.locked_by, machine.his_lock = False, None, "", False
+            return self.world.note(machine, "unlock")
 
     def set_meta(self, id: str, meta: Mapping[str, str]) -> None:
         with self.changing("set_meta", id) as machine:
@@ -597,31 +606,56 @@ class Disks:
             raise migrena.CommandError(host.name, ("qemu-img",), 1, 'Failed to get shared "write" lock')
         return file
 
+    @contextlib.contextmanager
+    def held(self, host: HostStandIn, path: str, folder: str) -> Iterator[tuple[SimpleNamespace, None]]:
+        """qemu's lock, by a process that has the file open and may lose it."""
+        world = self.world
+        world.point(f"{host.name}.hold")
+        file, process = self.require_free(host, path), world.process
+        file.hold = process
+
+        def check(*, is_running: bool = False) -> None:
+            if file.hold is not process:
+                raise migrena.HostError(f"{host.name}: the lock on {path} was lost")
+
+        try:
+            yield SimpleNamespace(check=check, release=lambda: None), None
+        finally:
+            if process.alive and file.hold is process:
+                file.hold = None
+
+    def lose_holds(self) -> None:
+        """The connections of the migrena at work break, and what they held is held no more."""
+        process = self.world.process
+        process.wire_breaks = False
+        for file in self.world.files.values():
+            if file.hold is process:
+                file.hold = None
+        raise migrena.HostError("connection lost")
+
     def rehearse(self, ends: migrena.Ends, job: migrena.DiskJob) -> float:
         self.world.point("rehearse", 1)
         return 1e9
 
     def move_disk(self, ends: migrena.Ends, job: migrena.DiskJob, witness: migrena.Witness, known: object = ()) -> migrena.Moved:
         world, source, target = self.world, ends.source, (ends.destination.name, job.new)
+        ends.locks.hold(source, job.source.path)
+        migrena.require_stand(source, job)
         file = self.require_free(source, job.source.path)  # type: ignore[arg-type]
-        before, file.hold = file.hold, world.process
-        try:
-            new = world.files[target] = File(file.lineage, file.version, whole=False, inode=world.next())
-            with witness.progress(2) as show:
-                for turn in range(2):
-                    world.point("copy", 100)
-                    if world.process.wire_breaks:
-                        world.process.wire_breaks = False
-                        raise migrena.HostError(f"{source.name}: connection lost")
-                    show(turn + 1)
-                    witness.arrived(migrena.Chunk(turn, 1, 1))
-                    witness.check()
-                    migrena.require_stand(source, job)
-            new.whole = new.version == file.version and world.files.get((source.name, job.source.path)) is file
-            if target not in world.files:
-                raise migrena.HostError(f"{ends.destination.name}: {job.new} is gone")
-        finally:
-            file.hold = before
+        new = world.files[target] = File(file.lineage, file.version, whole=False, inode=world.next())
+        with witness.progress(2) as show:
+            for turn in range(2):
+                world.point("copy", 100)
+                if world.process.wire_breaks:
+                    self.lose_holds()
+                show(turn + 1)
+                witness.arrived(migrena.Chunk(turn, 1, 1))
+                witness.check()
+                migrena.require_stand(source, job)
+        ends.locks.check()
+        new.whole = new.version == file.version and world.files.get((source.name, job.source.path)) is file
+        if target not in world.files:
+            raise migrena.HostError(f"{ends.destination.name}: {job.new} is gone")
         return migrena.Moved(2, 2, "digest", 2.0)
 
     def settle_disk(self, host: HostStandIn, job: migrena.DiskJob) -> None:

@@ -190,9 +190,11 @@ class People:
 
     def wipes(self, machine: Machine, who: str) -> None:
         machine.metadata.clear()
+        machine.wiped = True
 
     def locks(self, machine: Machine, who: str) -> None:
         machine.locked, machine.reason, machine.locked_by, machine.his_lock = True, "maintenance", who, True
+        self.world.note(machine, "lock")
 
     def unlocks(self, machine: Machine, who: str) -> None:
         if machine.locked_by == "admin" and who == "tenant":
@@ -200,6 +202,7 @@ class People:
         machine.locked, machine.reason, machine.locked_by, machine.his_lock = False, None, "", False
         if machine is self.world.source:
             self.world.given_up = False
+        self.world.note(machine, "unlock")
 
     # migrena
 
@@ -243,6 +246,7 @@ class People:
             name = rest[rest.index("--name") + 1] if "--name" in rest else "new"
             after = rest[rest.index("-a") + 1] if "-a" in rest else ""
             more: dict[str, object] = {"src_uid": SOURCE, "dst_name": name, "start_after": after}
+            process.after = after
             return job, {**flags, **more}
         if "--run-of" in rest:
             return job, {**flags, "run_of": SOURCE}
@@ -250,6 +254,7 @@ class People:
         if not known:
             return "", {}
         process.run = known[-1] if "first" in rest else known[0]
+        process.after = next((earlier.after for earlier in self.runs if earlier.run == process.run), "")
         return job, {**flags, "run": process.run}
 
 
@@ -334,9 +339,9 @@ def on_the_model(world: World) -> Iterator[None]:
     places: dict[str, Any] = {
         "Cloud": Modelled, "Screen": Screen, "Journal": Journal, "datetime": Clock, "ThreadPoolExecutor": Inline, "new_run": new_run,
         "time": SimpleNamespace(sleep=lambda seconds: world.point("sleep", seconds), monotonic=lambda: world.now, time=lambda: world.now),
-        "read_call": lambda arguments, environment, screen: CALLS[-1], "require_packages": lambda: None,
+        "read_call": lambda arguments, environment, screen: CALLS[-1], "require_packages": lambda: None, "check_extra": lambda extra: None,
         "connect": disks.connect, "disk_chain": disks.disk_chain, "survey_disk": disks.survey_disk, "stand_of": disks.stand_of,
-        "rehearse": disks.rehearse, "move_disk": disks.move_disk, "settle_disk": disks.settle_disk,
+        "held": disks.held, "rehearse": disks.rehearse, "move_disk": disks.move_disk, "settle_disk": disks.settle_disk,
         "tools_lacking": lambda host, tools: [], "same_content": lambda one, other, stall: True, "free_space": lambda host, path: 1 << 50,
         "route_address": lambda host, to: "10.0.0.2", "certificates": lambda server: {},
     }
@@ -458,18 +463,21 @@ def see_what_is_told(world: World, process: Process) -> None:
         mark = source.metadata.get("migrena:run", "")
         if not mark and not (source.locked and "migrena run" in (source.reason or "")):
             broken("refused for a run that has nothing to do with the source any more")
+    if code > 128 and not process.changes:  # it has not even begun
+        return
     if is_undone:
         if made and "--keep" not in process.words:
             broken(f"{made[0].name} is left")
         if is_ours or is_marked:
             broken(f"the source keeps our {'lock' if is_ours else 'mark'}")
-        if there and world.found.get(run, source.status) != source.status:
+        was_successful = any(earlier.run == run and earlier.code == 0 for earlier in world.runs if earlier is not process)
+        if there and world.found.get(run, source.status) != source.status and not was_successful:
             broken(f"the source is {source.status}, and was {world.found[run]}")
     if code == 4:
         told = " ".join(left)
-        if any(machine.metadata.get("migrena:done") != run and machine.id not in told and machine.name not in told for machine in made):
+        if "both instances are kept" not in told and any(machine.metadata.get("migrena:done") != run and machine.id not in told and machine.name not in told for machine in made):
             broken(f"{made[0].name} is left and not told: {left}")
-        if (is_ours or is_marked) and source.id not in told:
+        if (is_ours or is_marked) and source.id not in told and "both instances are kept" not in told:
             broken(f"the source keeps our {'lock' if is_ours else 'mark'}, which is not told: {left}")
     if code == 0 and process.words.startswith(("copy", "resume")):
         see_success(world, process, made, broken)
@@ -487,6 +495,6 @@ def see_success(world: World, process: Process, made: Sequence[Machine], broken:
     if "migrena:run" in made[0].metadata or "migrena:made" in made[0].metadata or "migrena:run" in source.metadata:
         broken("a mark is left")
     for machine, after in ((made[0], ("dst", "all")), (source, ("src", "all"))):
-        is_asked = any(f"-a {word}" in process.words for word in after)
-        if process.words.startswith("copy") and is_asked != (machine.status == "ACTIVE"):
+        is_asked = process.after in after
+        if is_asked != (machine.status == "ACTIVE"):
             broken(f"{machine.name} is {machine.status}")
