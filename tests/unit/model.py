@@ -308,7 +308,8 @@ class World:
         process.counts[label] += 1
         for key in (number, f"{label}#{process.counts[label]}"):
             if key in process.events:
-                self.act(process.events.pop(key))
+                for what in process.events.pop(key).split(" + "):
+                    self.act(what)
                 if not process.alive:
                     raise Killed
         if seconds > 0.05:
@@ -661,6 +662,8 @@ class Disks:
     def settle_disk(self, host: HostStandIn, job: migrena.DiskJob) -> None:
         world = self.world
         world.point("check", 100)
+        if world.process.wire_breaks:
+            self.lose_holds()
         world.point("swap")
         new, old = world.files.get((host.name, job.new)), world.files.get((host.name, job.fresh.path))
         if not new or not old:

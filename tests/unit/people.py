@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -451,7 +452,7 @@ def see_what_is_told(world: World, process: Process) -> None:
         broken(f"no such end was expected: {process.said}")
     there = world.has_source
     made = [machine for machine in world.machines() if run and machine.run == run]
-    is_ours = bool(run and there and source.locked and (source.reason or "").startswith(f"migrena run {run}") and "moved" not in (source.reason or ""))
+    is_ours = bool(run and there and source.locked and (source.reason or "").startswith(f"migrena run {run}"))
     is_marked = bool(run and there and source.metadata.get("migrena:run") == run)
     left = [line for line in process.said if line.startswith("left behind: ")]
     is_undone = code in (1, 3, 128 + signal.SIGINT) or (code == 0 and process.words.startswith("rollback"))
@@ -459,7 +460,7 @@ def see_what_is_told(world: World, process: Process) -> None:
         if process.changes:
             broken(f"refused, yet it has changed something: {process.changes}")
         return
-    if code == 3 and not process.people and not made and any("is moving the source" in line for line in process.said):
+    if code == 3 and not process.people and not made and any(re.search("is moving the source|was moved already", line) for line in process.said):
         mark = source.metadata.get("migrena:run", "")
         if not mark and not (source.locked and "migrena run" in (source.reason or "")):
             broken("refused for a run that has nothing to do with the source any more")

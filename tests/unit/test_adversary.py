@@ -74,8 +74,8 @@ FOUND = {  # by the adversary
         (1, Schedule((("copy -a all", {"cmp-a.hold#1": "tenant wipes destination"}), ("copy --name other -a dst", {})), was="SHUTOFF")),
     "rollback deleted the only copy after the source was deleted":
         (2, Schedule((("copy", AFTER_SWAP), ("admin deletes source", {}), ("rollback --yes", {})))),
-    "rollback deleted the only copy of a source that its credentials would not have shown":
-        (2, Schedule((("copy", AFTER_SWAP), ("admin deletes source", {}), ("the credentials are a tenant's", {}), ("rollback --yes", {})))),
+    "a run that failed deleted the only copy of a source that its credentials would not have shown":
+        (2, Schedule((("copy", {"check#1": "admin deletes source + the credentials are a tenant's + the wire breaks"}),))),
 }
 KNOWN = {**FAULTS, **FOUND}
 
@@ -128,15 +128,23 @@ def no_holds(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_mark(patch: pytest.MonkeyPatch) -> None:
-    """What is made carries the mark that the source carries, and is known by nothing else."""
+    """What is made carries the mark that the source carries, and whatever carries it is deleted."""
     patch.setattr(migrena, "MADE", migrena.MARK)
-    patch.setattr(migrena.RunRecord, "destination", "")
+    known = migrena.RunRecord.destination.fget
+
+    def destination(self: migrena.RunRecord) -> str:
+        return "" if model.Modelled.world.process.words == "rollback" else str(known(self))
 
     def made_by(self: migrena.Cloud, run: str, origin: str) -> list[migrena.Server]:
-        return [server for server in map(self.read, (raw.to_dict() for raw in self._nova.servers.list(limit=-1)))
-                if run and run in (server.metadata.get(migrena.MARK), server.metadata.get(migrena.DONE))]
+        found = [self.read(raw.to_dict()) for raw in self._nova.servers.list(limit=-1)]
+        return [server for server in found if (server.metadata.get(migrena.MARK) or server.metadata.get(migrena.DONE)) in (run, *server.metadata.values())]
 
+    def delete_on_failure(run: migrena.Run) -> None:
+        run.undo.on_failure("delete it", lambda: [run.destination.delete(server.id) for server in run.destination.made_by(run.plan.run, "")] and None)
+
+    patch.setattr(migrena.RunRecord, "destination", property(destination))
     patch.setattr(migrena.Cloud, "made_by", made_by)
+    patch.setattr(migrena, "delete_on_failure", delete_on_failure)
 
 
 def any_cloud(patch: pytest.MonkeyPatch) -> None:
@@ -174,7 +182,7 @@ CONTROLS: Mapping[str, tuple[tuple[str, ...], tuple[Guard, ...]]] = {  # by the 
     "12 a lock": (("rule_ours",), (any_lock,)),
     "13 the same source was unlocked": ((), (nothing_made,)),
     "rollback deleted the only copy after the source was deleted": (("rule_one_copy",), ()),
-    "rollback deleted the only copy of a source that its": (("rule_seen",), ()),
+    "a run that failed deleted the only copy of a source that its": (("rule_seen",), ()),
 }
 
 
