@@ -129,7 +129,8 @@ class World:
     """Everything there is: clouds, hosts, files, processes and the clock."""
 
     def __init__(self, one_cloud: bool = False, was: str = "ACTIVE") -> None:
-        self.now, self.number, self.is_admin, self.away_until, self.last_touch = 100.0, 0, True, 0.0, -100.0
+        self.now, self.number, self.is_admin, self.last_touch = 100.0, 0, True, -100.0
+        self.away_until = {ALPHA: 0.0, BETA: 0.0}
         self.clouds: dict[str, dict[str, Machine]] = {ALPHA: {}, BETA: {}}
         self.sides = [ALPHA, ALPHA if one_cloud else BETA]  # as the config names them
         self.files: dict[tuple[str, str], File] = {}
@@ -356,7 +357,7 @@ class Servers:
         """The machine that is asked for, through an API that may be away."""
         world = self.world
         world.point(f"{self.side}.{verb}")
-        if world.now < world.away_until:
+        if world.now < world.away_until[self.url]:
             raise exceptions.ClientException(503, "Service Unavailable")
         if admin and not world.is_admin:
             raise exceptions.Forbidden(403, "Policy doesn't allow this to be performed")
@@ -493,7 +494,7 @@ class Modelled(migrena.Cloud):
         pause = 0.2
         while True:
             yield pause
-            migrena.time.sleep(pause)
+            Modelled.world.point("sleep", pause)
             pause = min(pause * 2, 30.0)
 
 
@@ -501,7 +502,7 @@ class HostStandIn:
     """A hypervisor: the few words that are asked of it outside of what moves a disk."""
 
     def __init__(self, world: World, name: str) -> None:
-        self.world, self.name, self.nbd_address, self.stays, self.unconfirmed = world, name, "10.0.0.1", [], []
+        self.world, self.name, self.nbd_address = world, name, "10.0.0.1"
 
     def file(self, path: str) -> File | None:
         return self.world.files.get((self.name, path))

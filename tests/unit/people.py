@@ -30,7 +30,8 @@ Step = tuple[str, Events]
 
 TENANT = ("starts", "stops", "deletes", "rebuilds", "resizes", "pauses", "unpauses", "snapshots", "wipes", "locks", "unlocks")
 PERSONS = tuple(f"{who} {verb} {what}" for who in ("tenant", "admin") for verb in TENANT for what in ("source", "destination"))
-FATES = ("Ctrl-C", "crash", "outage of 30 s", "outage of 1000 s", "the answer is lost", "Nova refuses it", "the wire breaks")
+FATES = ("Ctrl-C", "crash", "outage of 30 s", "outage of 1000 s", "outage of 1000 s at the source",
+         "outage of 1000 s at the destination", "the answer is lost", "Nova refuses it", "the wire breaks")
 SETTINGS = ("the clouds are swapped", "the credentials are a tenant's", "the credentials are an admin's")
 OTHERS = ("elsewhere rollback --run-of", "elsewhere rollback --run-of --yes", "elsewhere copy --name other")
 WORDS = ("copy", "resume", "rollback", "elsewhere")
@@ -93,7 +94,8 @@ class People:
         elif what == "Ctrl-C":
             signal.raise_signal(signal.SIGINT)
         elif what.startswith("outage"):
-            world.away_until = world.now + float(what.split()[2])
+            where = {"source": world.sides[:1], "destination": world.sides[1:]}.get(what.split()[-1], world.sides)
+            world.away_until |= {url: world.now + float(what.split()[2]) for url in where}
         elif what == "the answer is lost":
             process.loses = True
         elif what == "Nova refuses it":
@@ -346,16 +348,13 @@ def on_the_model(world: World) -> Iterator[None]:
         "tools_lacking": lambda host, tools: [], "same_content": lambda one, other, stall: True, "free_space": lambda host, path: 1 << 50,
         "route_address": lambda host, to: "10.0.0.2", "certificates": lambda server: {},
     }
-    before, fsync = {name: getattr(migrena, name) for name in places}, os.fsync
-    try:
+    with contextlib.ExitStack() as stack:
         for name, what in places.items():
+            stack.callback(setattr, migrena, name, getattr(migrena, name))
             setattr(migrena, name, what)
-        os.fsync = lambda file: None
+        stack.callback(setattr, os, "fsync", os.fsync)
+        setattr(os, "fsync", lambda file: None)  # noqa: B010
         yield
-    finally:
-        os.fsync = fsync
-        for name, what in before.items():
-            setattr(migrena, name, what)
 
 
 def play(schedule: Schedule, folder: Path) -> World:
@@ -367,7 +366,7 @@ def play(schedule: Schedule, folder: Path) -> World:
     folder.mkdir()
     with on_the_model(world):
         for what, events in schedule.steps:
-            world.settle(max(5, world.away_until - world.now))
+            world.settle(max(5, *(until - world.now for until in world.away_until.values())))
             if what.split()[0] in WORDS:
                 process = people.command(what, events)
                 if process:
@@ -440,6 +439,8 @@ def named_points(events: Events, trail: Sequence[str]) -> Events:
 
 # ---- invariant 4
 
+BOTH = "both instances are kept"
+
 def see_what_is_told(world: World, process: Process) -> None:
     """Compares how a command says that it has ended with what there is."""
     def broken(what: str) -> None:
@@ -476,13 +477,15 @@ def see_what_is_told(world: World, process: Process) -> None:
             broken(f"the source is {source.status}, and was {world.found[run]}")
     if code == 4:
         told = " ".join(left)
-        if "both instances are kept" not in told and any(machine.metadata.get("migrena:done") != run and machine.id not in told and machine.name not in told for machine in made):
-            broken(f"{made[0].name} is left and not told: {left}")
-        if (is_ours or is_marked) and source.id not in told and "both instances are kept" not in told:
+        for machine in made:
+            if not any(words in told for words in (machine.id, machine.name, BOTH)) and machine.metadata.get("migrena:done") != run:
+                broken(f"{machine.name} is left and not told: {left}")
+        if (is_ours or is_marked) and source.id not in told and BOTH not in told:
             broken(f"the source keeps our {'lock' if is_ours else 'mark'}, which is not told: {left}")
     if code == 0 and process.words.startswith(("copy", "resume")):
         see_success(world, process, made, broken)
         world.given_up = "-a dst" in process.words and not process.people
+        world.found.clear()
 
 
 def see_success(world: World, process: Process, made: Sequence[Machine], broken: Callable[[str], None]) -> None:
