@@ -30,14 +30,16 @@ Step = tuple[str, Events]
 
 TENANT = ("starts", "stops", "deletes", "rebuilds", "resizes", "pauses", "unpauses", "snapshots", "wipes", "locks", "unlocks")
 PERSONS = tuple(f"{who} {verb} {what}" for who in ("tenant", "admin") for verb in TENANT for what in ("source", "destination"))
-FATES = ("Ctrl-C", "crash", "outage of 30 s", "outage of 1000 s", "outage of 1000 s at the source",
-         "outage of 1000 s at the destination", "the answer is lost", "Nova refuses it", "the wire breaks")
+OUTAGES = ("outage of 30 s", "outage of 1000 s", "outage of 1000 s at the source", "outage of 1000 s at the destination")
+FATES = ("Ctrl-C", "crash", "the answer is lost", "Nova refuses it", "the wire breaks")
 SETTINGS = ("the clouds are swapped", "the credentials are a tenant's", "the credentials are an admin's")
 OTHERS = ("elsewhere rollback --run-of", "elsewhere rollback --run-of --yes", "elsewhere copy --name other")
 WORDS = ("copy", "resume", "rollback", "elsewhere")
-FIRST = ("copy", "copy -a dst", "copy -a dst", "copy -a all", "copy -a src")
-COMMANDS = ("resume", "resume", "rollback", "rollback --yes", "rollback --run-of", "rollback --run-of --yes", "rollback first", "copy",
-            "copy -a dst", "copy --name other", "copy --name other -a dst", "copy --name other -a dst --yes", "the journals are lost", *OTHERS)
+FIRST = ("copy", "copy -a dst", "copy -a dst", "copy -a all", "copy -a src", "copy --warm -a dst")
+CUT_OFF = ("resume", "resume", "resume --yes", "rollback", "rollback --yes", "rollback --run-of")  # what is done about a run that was
+COMMANDS = (*CUT_OFF, "resume -n", "rollback -n", "rollback --keep-destination", "rollback --keep-destination --yes", "rollback --run-of --yes",
+            "rollback first", "copy", "copy -a dst", "copy --name other", "copy --name other -a dst", "copy --name other -a dst --yes",
+            "the journals are lost", *OTHERS)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class People:
                 world.sides.reverse()
             else:
                 world.is_admin = what == SETTINGS[2]
-        elif what in FATES:
+        elif what in (*FATES, *OUTAGES):
             self.fate(what)
         else:
             self.person(*what.split())
@@ -244,7 +246,8 @@ class People:
     def asked(self, words: str, process: Process, folder: Path) -> tuple[str, dict[str, object]]:
         """The job and its flags."""
         rest = words.replace("elsewhere ", "").split()
-        job, flags = rest[0], {"yes": True} if "--yes" in rest else {}
+        switches = {"--yes": "yes", "--warm": "warm", "-n": "dry_run", "--keep-destination": "keep_destination"}
+        job, flags = rest[0], {name: True for flag, name in switches.items() if flag in rest}
         if job == "copy":
             name = rest[rest.index("--name") + 1] if "--name" in rest else "new"
             after = rest[rest.index("-a") + 1] if "-a" in rest else ""
@@ -344,7 +347,7 @@ def on_the_model(world: World) -> Iterator[None]:
         "time": SimpleNamespace(sleep=lambda seconds: world.point("sleep", seconds), monotonic=lambda: world.now, time=lambda: world.now),
         "read_call": lambda arguments, environment, screen: CALLS[-1], "require_packages": lambda: None, "check_extra": lambda extra: None,
         "connect": disks.connect, "disk_chain": disks.disk_chain, "survey_disk": disks.survey_disk, "stand_of": disks.stand_of,
-        "held": disks.held, "rehearse": disks.rehearse, "move_disk": disks.move_disk, "settle_disk": disks.settle_disk,
+        "held": disks.held, "rehearse": disks.rehearse, "move_disk": disks.move_disk, "move_changes": disks.move_changes, "warm_pass": disks.warm_pass, "settle_disk": disks.settle_disk,
         "tools_lacking": lambda host, tools: [], "same_content": lambda one, other, stall: True, "free_space": lambda host, path: 1 << 50,
         "route_address": lambda host, to: "10.0.0.2", "certificates": lambda server: {},
     }
@@ -384,7 +387,7 @@ def play(schedule: Schedule, folder: Path) -> World:
 
 # ---- schedules by chance
 
-POINTS = 75  # of a copy
+POINTS = 100  # of a copy
 
 
 def a_schedule(chance: random.Random) -> Schedule:
@@ -393,13 +396,17 @@ def a_schedule(chance: random.Random) -> Schedule:
         kind = chance.random()
         if kind < 0.55:
             return chance.choice(PERSONS)
-        return chance.choice(FATES if kind < 0.85 else SETTINGS if kind < 0.9 else OTHERS)
+        return chance.choice(FATES if kind < 0.8 else OUTAGES if kind < 0.85 else SETTINGS if kind < 0.9 else OTHERS)
 
     def events(most: int, points: int) -> Events:
         return {chance.randrange(points): event() for _ in range(chance.randint(0, most))}
 
     steps: list[Step] = [(chance.choice(FIRST), events(3, POINTS))]
-    while len(steps) < 5 and chance.random() < 0.7:
+    if chance.random() < 0.3:
+        steps[0][1][chance.randrange(POINTS)] = "crash"
+        steps += [(chance.choice((*PERSONS, *SETTINGS)), {})] if chance.random() < 0.5 else []
+        steps.append((chance.choice(CUT_OFF), events(2, POINTS) if chance.random() < 0.5 else {}))
+    while len(steps) < 5 and chance.random() < 0.45:
         if chance.random() < 0.6:
             steps.append((chance.choice(COMMANDS), events(2, 30) if chance.random() < 0.4 else {}))
         else:
@@ -446,46 +453,67 @@ def see_what_is_told(world: World, process: Process) -> None:
     def broken(what: str) -> None:
         world.broken.append(f"4 {process.words} ends with {process.code}: {what}")
 
-    code, run, source = process.code, process.run, world.source
+    code, run, source, words = process.code, process.run, world.source, process.words.split()
     if code is None:
         return
     if code not in (0, 1, 3, 4, 128 + signal.SIGINT):
         broken(f"no such end was expected: {process.said}")
-    there = world.has_source
+    if any(owner is process for owner in world.folders.values()):
+        broken("a private folder of it is left on a host")
+    if code == 3 or "-n" in words:
+        if any("meta" not in change for change in process.changes):
+            broken(f"it was to touch nothing, yet it has changed something: {process.changes}")
+        if words[0] != "copy":
+            return
     made = [machine for machine in world.machines() if run and machine.run == run]
-    is_ours = bool(run and there and source.locked and (source.reason or "").startswith(f"migrena run {run}"))
-    is_marked = bool(run and there and source.metadata.get("migrena:run") == run)
-    left = [line for line in process.said if line.startswith("left behind: ")]
-    is_undone = code in (1, 3, 128 + signal.SIGINT) or (code == 0 and process.words.startswith("rollback"))
-    if code == 3 and process.words.split()[0] in ("resume", "rollback"):
-        if process.changes:
-            broken(f"refused, yet it has changed something: {process.changes}")
-        return
-    if code == 3 and not process.people and not made and any(re.search("is moving the source|was moved already", line) for line in process.said):
-        mark = source.metadata.get("migrena:run", "")
-        if not mark and not (source.locked and "migrena run" in (source.reason or "")):
-            broken("refused for a run that has nothing to do with the source any more")
+    ours = []
+    if run and world.has_source and source.locked and (source.reason or "").startswith(f"migrena run {run}"):
+        ours.append("lock")
+    if run and world.has_source and source.metadata.get("migrena:run") == run:
+        ours.append("mark")
+    is_taken = "migrena:run" in source.metadata or (source.locked and "migrena run" in (source.reason or ""))
+    if code == 3 and not is_taken and not process.people and re.search("is moving the source|was moved already", " ".join(process.said)):
+        broken("refused for a run that has nothing to do with the source any more")
     if code > 128 and not process.changes:  # it has not even begun
         return
-    if is_undone:
-        if made and "--keep" not in process.words:
-            broken(f"{made[0].name} is left")
-        if is_ours or is_marked:
-            broken(f"the source keeps our {'lock' if is_ours else 'mark'}")
-        was_successful = any(earlier.run == run and earlier.code == 0 for earlier in world.runs if earlier is not process)
-        if there and world.found.get(run, source.status) != source.status and not was_successful:
-            broken(f"the source is {source.status}, and was {world.found[run]}")
+    if code in (1, 3, 128 + signal.SIGINT) or (code == 0 and words[0] == "rollback"):
+        see_undone(world, process, made, ours, broken)
     if code == 4:
-        told = " ".join(left)
-        for machine in made:
-            if not any(words in told for words in (machine.id, machine.name, BOTH)) and machine.metadata.get("migrena:done") != run:
-                broken(f"{machine.name} is left and not told: {left}")
-        if (is_ours or is_marked) and source.id not in told and BOTH not in told:
-            broken(f"the source keeps our {'lock' if is_ours else 'mark'}, which is not told: {left}")
-    if code == 0 and process.words.startswith(("copy", "resume")):
+        see_left(world, process, made, ours, broken)
+    if code == 0 and words[0] in ("copy", "resume"):
         see_success(world, process, made, broken)
-        world.given_up = "-a dst" in process.words and not process.people
+        world.given_up = process.after == "dst" and not process.people
         world.found.clear()
+
+
+def see_undone(world: World, process: Process, made: Sequence[Machine], ours: Sequence[str], broken: Callable[[str], None]) -> None:
+    """What a command has said to be undone."""
+    source = world.source
+    if made and not is_kept(world, process):
+        broken(f"{made[0].name} is left")
+    if ours:
+        broken(f"the source keeps our {' and '.join(ours)}")
+    found = world.found.get(process.run, source.status)
+    if world.has_source and found != source.status and not (process.words.startswith("rollback") and process.after in ("src", "all")):
+        broken(f"the source is {source.status}, and was {found}")
+
+
+def is_kept(world: World, process: Process) -> bool:
+    """Whether a person has asked for the instance to be kept."""
+    return any(known.run == process.run and "--keep-destination" in known.words for known in (*world.runs, process))
+
+
+def see_left(world: World, process: Process, made: Sequence[Machine], ours: Sequence[str], broken: Callable[[str], None]) -> None:
+    """What a command has said to be left."""
+    told = " ".join(line for line in process.said if line.startswith("left behind: "))
+    if any(machine.metadata.get("migrena:done") == process.run for machine in made):
+        return
+    made = [] if is_kept(world, process) else made
+    for machine in made:
+        if not any(words in told for words in (machine.id, machine.name, BOTH)):
+            broken(f"{machine.name} is left and not told: {told}")
+    if ours and world.source.id not in told and BOTH not in told:
+        broken(f"the source keeps our {' and '.join(ours)}, which is not told: {told}")
 
 
 def see_success(world: World, process: Process, made: Sequence[Machine], broken: Callable[[str], None]) -> None:
@@ -498,6 +526,8 @@ def see_success(world: World, process: Process, made: Sequence[Machine], broken:
         broken(f"{made[0].name} does not have the source's data: {file}")
     if "migrena:run" in made[0].metadata or "migrena:made" in made[0].metadata or "migrena:run" in source.metadata:
         broken("a mark is left")
+    if made[0].locked:
+        broken(f"{made[0].name} is locked: {made[0].reason}")
     for machine, after in ((made[0], ("dst", "all")), (source, ("src", "all"))):
         is_asked = process.after in after
         if is_asked != (machine.status == "ACTIVE"):

@@ -65,7 +65,10 @@ FOUND = {  # by the adversary
     "rollback --run-of on another machine undid a run that was undoing itself":
         (3, Schedule((("copy -a src", {"cmp-b.confirm#1": "elsewhere rollback --run-of", "copy#1": "admin locks destination"}),), was="SHUTOFF")),
     "a lock that an admin had set on the destination was taken off":
-        (3, Schedule((("copy", {"cmp-b.connect#1": "admin locks destination"}),))),
+        (3, Schedule((("copy", {"sleep#2": "admin locks destination"}),))),
+    "a lock that an admin had set on the source during an outage of the destination's cloud was taken off":
+        (3, Schedule((("copy -a all", {"destination.actions#3": "outage of 1000 s at the destination",
+                                       "destination.actions#7": "admin locks source"}),))),
     "rollback --run-of unlocked a source whose destination runs, with its metadata wiped":
         (4, Schedule((("copy -a dst", {}), ("admin wipes destination", {}), ("rollback --run-of", {}), ("rollback --yes", {})))),
     "rollback deleted the only copy after the source was rebuilt":
