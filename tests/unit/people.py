@@ -218,9 +218,9 @@ class People:
         folder = self.folder / where
         folder.mkdir(exist_ok=True)
         process = Process(words, dict(events), str(folder))
-        job, flags = self.asked(words, process, folder)
         disk = world.files.get((world.source.host, world.source.path))
         process.lineage = disk.lineage if disk else ""
+        job, flags = self.asked(words, process, folder)
         if not job:
             return None
         urls = [{"auth_url": url} for url in world.sides]
@@ -260,7 +260,8 @@ class People:
         if not known:
             return "", {}
         process.run = known[-1] if "first" in rest else known[0]
-        process.after = next((earlier.after for earlier in self.runs if earlier.run == process.run), "")
+        if first := next((earlier for earlier in self.runs if earlier.run == process.run), None):
+            process.after, process.lineage = first.after, first.lineage
         return job, {**flags, "run": process.run}
 
 
@@ -347,7 +348,8 @@ def on_the_model(world: World) -> Iterator[None]:
         "time": SimpleNamespace(sleep=lambda seconds: world.point("sleep", seconds), monotonic=lambda: world.now, time=lambda: world.now),
         "read_call": lambda arguments, environment, screen: CALLS[-1], "require_packages": lambda: None, "check_extra": lambda extra: None,
         "connect": disks.connect, "disk_chain": disks.disk_chain, "survey_disk": disks.survey_disk, "stand_of": disks.stand_of,
-        "held": disks.held, "rehearse": disks.rehearse, "move_disk": disks.move_disk, "move_changes": disks.move_changes, "warm_pass": disks.warm_pass, "settle_disk": disks.settle_disk,
+        "held": disks.held, "rehearse": disks.rehearse, "move_disk": disks.move_disk, "move_changes": disks.move_changes,
+        "warm_pass": disks.warm_pass, "settle_disk": disks.settle_disk,
         "tools_lacking": lambda host, tools: [], "same_content": lambda one, other, stall: True, "free_space": lambda host, path: 1 << 50,
         "route_address": lambda host, to: "10.0.0.2", "certificates": lambda server: {},
     }
@@ -453,7 +455,7 @@ def see_what_is_told(world: World, process: Process) -> None:
     def broken(what: str) -> None:
         world.broken.append(f"4 {process.words} ends with {process.code}: {what}")
 
-    code, run, source, words = process.code, process.run, world.source, process.words.split()
+    code, run, source, words = process.code, process.run, world.source, process.words.removeprefix("elsewhere ").split()
     if code is None:
         return
     if code not in (0, 1, 3, 4, 128 + signal.SIGINT):
