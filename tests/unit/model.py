@@ -109,7 +109,6 @@ class Process:
     wire_breaks: bool = False
     people: int = 0  # acts of others meanwhile
     changes: list[str] = field(default_factory=list)  # what it has changed in the clouds
-    lineage: str = ""  # of the source as it began
     after: str = ""  # what the run is to start
     said: list[str] = field(default_factory=list)
     code: int | None = None
@@ -690,7 +689,7 @@ class Disks:
         machine = next((machine for machine in world.machines() if machine.host == host.name and machine.path == job.fresh.path), None)
         if machine and machine.open:
             world.breaks(f"3 {world.process.words}: the disk of {machine.name} is swapped while it runs")
-        elif machine and machine.used:
+        elif machine and machine.used and not world.process.yes:
             world.breaks(f"3 {world.process.words}: the disk of {machine.name} is overwritten, which was in use")
         world.files[host.name, job.kept], world.files[host.name, job.fresh.path] = old, new
         del world.files[host.name, job.new]

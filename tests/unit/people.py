@@ -218,8 +218,6 @@ class People:
         folder = self.folder / where
         folder.mkdir(exist_ok=True)
         process = Process(words, dict(events), str(folder))
-        disk = world.files.get((world.source.host, world.source.path))
-        process.lineage = disk.lineage if disk else ""
         job, flags = self.asked(words, process, folder)
         if not job:
             return None
@@ -261,7 +259,7 @@ class People:
             return "", {}
         process.run = known[-1] if "first" in rest else known[0]
         if first := next((earlier for earlier in self.runs if earlier.run == process.run), None):
-            process.after, process.lineage = first.after, first.lineage
+            process.after = first.after
         return job, {**flags, "run": process.run}
 
 
@@ -508,10 +506,11 @@ def is_kept(world: World, process: Process) -> bool:
 def see_left(world: World, process: Process, made: Sequence[Machine], ours: Sequence[str], broken: Callable[[str], None]) -> None:
     """What a command has said to be left."""
     told = " ".join(line for line in process.said if line.startswith("left behind: "))
-    if any(machine.metadata.get("migrena:done") == process.run for machine in made):
+    if any(machine.metadata.get("migrena:done") == process.run or machine.wiped for machine in made):
         return
-    made = [] if is_kept(world, process) else made
-    for machine in made:
+    if process.after == "dst" and process.people and not made:
+        return  # it was complete, and a person has deleted it
+    for machine in made if not is_kept(world, process) else ():
         if not any(words in told for words in (machine.id, machine.name, BOTH)):
             broken(f"{machine.name} is left and not told: {told}")
     if ours and world.source.id not in told and BOTH not in told:
@@ -524,13 +523,13 @@ def see_success(world: World, process: Process, made: Sequence[Machine], broken:
     if not made or process.people:
         return
     file = world.files.get((made[0].host, made[0].path))
-    if not file or not file.whole or file.lineage != process.lineage:
+    if not file or not file.whole or file.lineage not in world.newest:
         broken(f"{made[0].name} does not have the source's data: {file}")
     if "migrena:run" in made[0].metadata or "migrena:made" in made[0].metadata or "migrena:run" in source.metadata:
         broken("a mark is left")
-    if made[0].locked:
+    if made[0].locked and (made[0].reason or "").startswith("migrena run"):
         broken(f"{made[0].name} is locked: {made[0].reason}")
     for machine, after in ((made[0], ("dst", "all")), (source, ("src", "all"))):
         is_asked = process.after in after
-        if is_asked != (machine.status == "ACTIVE"):
+        if machine.status != "ACTIVE" if is_asked else f"start {machine.name}" in process.changes:
             broken(f"{machine.name} is {machine.status}")

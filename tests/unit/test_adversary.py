@@ -75,6 +75,12 @@ FOUND = {  # by the adversary
         (2, Schedule((("copy -a all", {"source.actions#6": "admin rebuilds source"}), ("rollback", {})), was="SHUTOFF")),
     "the source was moved again after the metadata of the destination were wiped during the run":
         (1, Schedule((("copy -a all", {"cmp-a.hold#1": "tenant wipes destination"}), ("copy --name other -a dst", {})), was="SHUTOFF")),
+    "a run that failed while the source's cloud did not answer left its mark and did not tell":
+        (4, Schedule((("copy", {"destination.get#2": "outage of 1000 s at the source"}),), was="SHUTOFF")),
+    "rollback --keep-destination removed the only copy after the source was deleted":
+        (2, Schedule((("copy -a dst", {"source.get#11": "admin deletes source"}), ("rollback --keep-destination --yes", {})), was="SHUTOFF")),
+    "rollback --run-of on another machine undid a run whose source was resized":
+        (3, Schedule((("copy", {"destination.stop#1": "tenant resizes source", "sleep#10": "elsewhere rollback --run-of"}),), was="SHUTOFF")),
     "rollback deleted the only copy after the source was deleted":
         (2, Schedule((("copy", AFTER_SWAP), ("admin deletes source", {}), ("rollback --yes", {})))),
     "a run that failed deleted the only copy while the source's cloud did not answer":
@@ -186,7 +192,7 @@ CONTROLS: Mapping[str, tuple[tuple[str, ...], tuple[Guard, ...]]] = {  # by the 
     "5 rollback": (("rule_own_data",), ()),
     "6 rollback": (("rule_alive",), ()),
     "7 a source": ((), (any_reason,)),
-    "11 rollback": (("rule_ours",), ()),
+    "11 rollback": (("rule_ours", "rule_one_machine"), ()),
     "12 a lock": (("rule_ours",), (any_lock,)),
     "13 the same source was unlocked": ((), (nothing_made,)),
     "rollback deleted the only copy after the source was deleted": (("rule_one_copy",), ()),
