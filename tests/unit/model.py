@@ -138,6 +138,7 @@ class World:
         self.newest: dict[str, int] = {}
         self.broken: list[str] = []
         self.stack: list[Process] = []  # the migrenas that live, the one at work last
+        self.journals: list[migrena.Journal] = []
         self.runs: list[Process] = []  # the commands that have ended
         self.top: list[Process] = []  # those of them that are steps of the schedule
         self.act: Callable[[str], None] = lambda what: None  # of somebody else: people.py
@@ -488,7 +489,7 @@ class Modelled(migrena.Cloud):
                           flavors=some(list=lambda is_public: [some(to_dict=lambda: {**FLAVOR, "id": "flavor-1", "name": "small"})]),
                           hypervisors=some(list=lambda detailed: servers.reach("hypervisors", admin=True)),
                           limits=some(get=lambda: some(absolute=[])))
-        self.store = migrena.ImageStore(self, some(images=some(list=lambda: [IMAGE], get=lambda id: IMAGE)))
+        self.store = migrena.ImageStore(self, some(images=some(list=lambda filters: [IMAGE], get=lambda id: IMAGE)))
         self.identity = {"nova": self.url, "region": "", "project": "p"}
 
     @staticmethod
@@ -510,20 +511,22 @@ class HostStandIn:
     def file(self, path: str) -> File | None:
         return self.world.files.get((self.name, path))
 
-    def run(self, *words: str, stdin: bytes = b"", seconds: float = 60.0) -> str:
-        world = self.world
+    def run(self, *words: str, stdin: bytes = b"", seconds: float = 60.0) -> migrena.Answer:
         if words[0] == "rm":
-            world.point(f"{self.name}.rm")
+            self.world.point(f"{self.name}.rm")
             for path in words[words.index("--") + 1 :]:
                 self.remove(path)
-            return ""
-        if words[:3] == ("stat", "-c", "%i"):
-            return self.inode(words[-1])
-        if words[:4] == ("stat", "-c", "%s", "--"):
-            return "1"
-        if words[0] == "true":
-            return ""
-        return self.unknown(words)
+        elif words[:3] == ("stat", "-c", "%i"):
+            return self.said(self.inode(words[-1]))
+        elif words[:4] == ("stat", "-c", "%s", "--"):
+            return self.said("1")
+        elif words[0] != "true":
+            self.unknown(words)
+        return self.said("")
+
+    def said(self, printed: str) -> migrena.Answer:
+        """What a command has printed."""
+        return migrena.Answer(printed, self.name, ())
 
     def unknown(self, words: Sequence[str]) -> NoReturn:
         """The model must be told of every word."""
@@ -540,15 +543,15 @@ class HostStandIn:
         file = self.file(path)
         return str(file.inode) if file else ""
 
-    def script(self, script: str, *values: str, stdin: bytes = b"") -> str:
+    def script(self, script: str, *values: str, stdin: bytes = b"") -> migrena.Answer:
         if script == migrena.LEFT_FOLDERS:
             self.world.point(f"{self.name}.folders")
-            return "".join(f"{path}\n" for (host, path), owner in self.world.folders.items()
-                           if host == self.name and self.world.lives(owner) and owner.run == values[0])
+            return self.said("".join(f"{path}\n" for (host, path), owner in self.world.folders.items()
+                                     if host == self.name and self.world.lives(owner) and owner.run == values[0]))
         if "stat -c %i" in script:
-            return self.inode(values[0])
+            return self.said(self.inode(values[0]))
         if script == migrena.PRIVATE_FILE or "stat -c %b" in script:
-            return ""
+            return self.said("")
         return self.unknown((script, *values))
 
     def succeeds(self, *words: str) -> bool:

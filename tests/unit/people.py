@@ -233,9 +233,13 @@ class People:
             process.code = migrena.main([])
         except Killed:
             process.alive, process.until = False, world.now + LEASE
+        except Exception as error:
+            world.broken.append(f"4 {words} ends with a traceback: {error!r}")
         finally:
             CALLS.pop()
             world.stack.pop()
+            for journal in world.journals if not world.stack else ():
+                journal.close()  # a dead process does not
             for each, handler in handlers.items():
                 signal.signal(each, handler)
         self.runs.append(process)
@@ -311,6 +315,10 @@ class Journal(migrena.Journal):
     """The journal of a process that may be dead."""
 
     world: World
+
+    def __init__(self, folder: Path, run: str) -> None:
+        super().__init__(folder, run)
+        self.world.journals.append(self)
 
     def write(self, event: str, **facts: object) -> None:
         if not self.world.process.alive:
