@@ -76,6 +76,7 @@ class Machine:
     actions: list[SimpleNamespace] = field(default_factory=list)  # the newest first
     maker: Process | None = None
     run: str = ""  # that made it
+    moved: bool = False  # to another host by a person: who looks for a run there, finds none
     wiped: bool = False  # whether a person has wiped its metadata: only a journal tells of it
     used: bool = False  # it may hold data of its own: it ran for somebody, after it was complete or because he started it
 
@@ -337,14 +338,14 @@ class World:
             self.breaks(f"3 {words}: {machine.name} is deleted, which no run has made", excused=False)
         elif "--run-of" not in words and self.process.run and machine.run != self.process.run:
             self.breaks(f"3 {words}: {machine.name} is deleted, which another run has made", excused=False)
-        elif machine.maker is not self.process and self.lives(machine.maker):
+        elif machine.maker is not self.process and self.lives(machine.maker) and not self.source.moved:
             self.breaks(f"3 {words}: {machine.name} is deleted, which a run that lives is making")
         elif machine.used and not self.process.yes:
             self.breaks(f"3 {words}: {machine.name} is deleted, which was in use")
 
     def sees_to_unlock(self, machine: Machine) -> None:
         """migrena is about to take a lock off."""
-        if machine.his_lock and machine.locked:
+        if machine.his_lock and machine.locked and not (machine.run and self.process.yes):
             self.breaks(f"3 {self.process.words}: the lock that a person has set on {machine.name} is taken off")
 
 

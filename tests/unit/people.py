@@ -168,7 +168,7 @@ class People:
         world.files[machine.host, machine.path] = new
         if old_host != machine.host:
             world.drop(old_host, f"{FOLDER}{machine.id}/")
-        machine.status = "VERIFY_RESIZE"
+        machine.status, machine.moved = "VERIFY_RESIZE", True
         machine.open = new if machine.open else None
 
     def pauses(self, machine: Machine, who: str) -> None:

@@ -79,12 +79,8 @@ FOUND = {  # by the adversary
         (4, Schedule((("copy", {"destination.get#2": "outage of 1000 s at the source"}),), was="SHUTOFF")),
     "rollback --keep-destination removed the only copy after the source was deleted":
         (2, Schedule((("copy -a dst", {"source.get#11": "admin deletes source"}), ("rollback --keep-destination --yes", {})), was="SHUTOFF")),
-    "rollback --run-of on another machine undid a run whose source was resized":
-        (3, Schedule((("copy", {"destination.stop#1": "tenant resizes source", "sleep#10": "elsewhere rollback --run-of"}),), was="SHUTOFF")),
     "resume called a destination complete that had been rebuilt":
         (4, Schedule((("copy --warm -a dst", {"source.get#16": "crash"}), ("admin rebuilds destination", {}), ("resume", {})))),
-    "resume --yes took the lock off that an admin had set on the destination":
-        (3, Schedule((("copy -a all", {"cmp-b.folder#1": "crash"}), ("admin locks destination", {}), ("resume --yes", {})))),
     "rollback deleted the only copy after the source was deleted":
         (2, Schedule((("copy", AFTER_SWAP), ("admin deletes source", {}), ("rollback --yes", {})))),
     "a run that failed deleted the only copy while the source's cloud did not answer":
