@@ -553,7 +553,16 @@ class HostStandIn:
             return self.said(self.inode(values[0]))
         if script == migrena.PRIVATE_FILE or "stat -c %b" in script:
             return self.said("")
+        if migrena.DOMAIN_STATE in script:
+            return self.said(f"{'1' + chr(10) if 'stat' in script else ''}{self.state(values[0])}")
         return self.unknown((script, *values))
+
+    def state(self, id: str) -> str:
+        """What libvirt says of an instance's domain."""
+        machine = next((machine for machine in self.world.machines() if (machine.id, machine.host) == (id, self.name)), None)
+        if not machine:
+            raise migrena.CommandError(self.name, ("virsh",), 1, "Domain not found")
+        return "paused (user)" if machine.open and machine.status == "PAUSED" else "running (booted)" if machine.open else "shut off (shutdown)"
 
     def succeeds(self, *words: str) -> bool:
         if words[0] == "test":
@@ -590,6 +599,9 @@ class Disks:
     def connect(self, name: str, settings: migrena.Settings, screen: migrena.Screen) -> HostStandIn:
         self.world.point(f"{name}.connect")
         return HostStandIn(self.world, name)
+
+    def domain_of(self, host: HostStandIn, id: str, path: str) -> SimpleNamespace:
+        return SimpleNamespace(path=path, format="qcow2", state=host.state(id), ended="")
 
     def disk_chain(self, host: HostStandIn, path: str, format: str, *, shared: bool) -> tuple[migrena.DiskImage, ...]:
         file = self.world.files.get((host.name, path))
@@ -681,7 +693,7 @@ class Disks:
             raise migrena.HostError(f"{ends.destination.name}: {job.new} is gone")
         return migrena.Moved(2, 2, "digest", 2.0)
 
-    def settle_disk(self, host: HostStandIn, job: migrena.DiskJob) -> None:
+    def settle_disk(self, host: HostStandIn, job: migrena.DiskJob) -> tuple[str, ...]:
         world = self.world
         world.point("check", 100)
         if world.process.wire_breaks:
@@ -697,3 +709,4 @@ class Disks:
             world.breaks(f"3 {world.process.words}: the disk of {machine.name} is overwritten, which was in use")
         world.files[host.name, job.kept], world.files[host.name, job.fresh.path] = old, new
         del world.files[host.name, job.new]
+        return ()

@@ -356,6 +356,8 @@ def on_the_model(world: World) -> Iterator[None]:
         "connect": disks.connect, "disk_chain": disks.disk_chain, "survey_disk": disks.survey_disk, "stand_of": disks.stand_of,
         "held": disks.held, "rehearse": disks.rehearse, "move_disk": disks.move_disk, "move_changes": disks.move_changes,
         "warm_pass": disks.warm_pass, "settle_disk": disks.settle_disk,
+        "domain_of": disks.domain_of, "refuse_domain": lambda host, domain: [], "refuse_metadata": lambda host, domain: [],
+        "misplaced": lambda host, domain: None, "require_chain": lambda host, domain, chain: None, "checked": lambda host, image: image,
         "tools_lacking": lambda host, tools: [], "same_content": lambda one, other, stall: True, "free_space": lambda host, path: 1 << 50,
         "route_address": lambda host, to: "10.0.0.2", "certificates": lambda server: {},
     }
