@@ -427,6 +427,7 @@ class Servers:
         with self.changing("stop", id) as machine:
             if machine.run and machine.used and not self.world.process.yes:
                 self.world.breaks(f"3 {self.world.process.words}: {machine.name} is stopped, which was in use")
+                machine.used = self.world.now - self.world.last_touch > RACE  # else nobody could see it
             return self.world.stop(machine)
 
     def start(self, id: str) -> SimpleNamespace:
