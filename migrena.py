@@ -4387,6 +4387,7 @@ class Act(enum.Enum):
     SWAP = "put the copy in its place"
     START_DESTINATION = "start the destination"
     GIVE_BACK = "give the source back"  # unlocked, and started where it ran
+    UNMARK = "take the mark off the source"
     STOP_DESTINATION = "stop the destination"
     DELETE = "delete the destination"
     CLEAN = "remove the copy beside the destination's disk"
@@ -4479,7 +4480,7 @@ WRITING: Final = (Act.WRITE, Act.SWAP)
 
 def rule_ours(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     """Only what this run made is changed, and the source only as long as this run has it."""
-    if act is not Act.GIVE_BACK and act is not Act.STOP_SOURCE and now.destination.id == now.source.id:
+    if act not in (Act.GIVE_BACK, Act.UNMARK, Act.STOP_SOURCE) and now.destination.id == now.source.id:
         yield "the destination would be the source itself"
     made = now.destination.server
     if act in (*TAKING, *WRITING, Act.START_DESTINATION) and made and made.locked and not now.destination.is_locked_by(now.run):
@@ -4558,7 +4559,7 @@ def rule_nobody_inside(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
 
 def rule_seen(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     """What could not be looked at is not taken to be as it should be."""
-    needed = {Act.STOP_SOURCE: (now.source,), Act.STOP_DESTINATION: (now.destination,),
+    needed = {Act.STOP_SOURCE: (now.source,), Act.UNMARK: (now.source,), Act.STOP_DESTINATION: (now.destination,),
               Act.GIVE_BACK: (now.source, *([now.destination] if now.has_copy else []))}.get(act, (now.source, now.destination))
     if act in (Act.DELETE, Act.CLEAN) and now.stage < Stage.PROVEN:
         needed = (now.destination,)
@@ -6256,78 +6257,94 @@ LEASE_LIMIT: Final = 75.0  # seconds after which the leases of a run that was cu
 
 
 @dataclass(frozen=True)
-class Traces:
-    """What there is of a run in both clouds, whether or not its journal is known: a situation for each instance that it made, or one without."""
+class Undone:
+    """A run that is to be undone: what is seen of it, and its journal, where there is one."""
 
-    situations: tuple[Situation, ...]
-    since_source: str | None = None  # the request since which the source was not to run, where one is known
-    since: str = ""  # the same of the destinations
-    stand: str = ""  # of the source's file when it was copied
-    has_image: bool = False  # whether it was carrying the source's image too
-
-    @property
-    def now(self) -> Situation:
-        """What is seen of the run."""
-        return self.situations[0]
+    settings: Settings
+    screen: Screen
+    clouds: tuple[Cloud, Cloud]
+    now: Situation
+    record: RunRecord | None
 
     @property
-    def made(self) -> list[Server]:
-        """The instances that it made and that are there."""
-        return [now.destination.server for now in self.situations if now.destination.server]
+    def taking(self) -> Act:
+        """What becomes of the destination."""
+        return Act.STOP_DESTINATION if self.settings.keep_destination else Act.DELETE
+
+    def allow(self, act: Act) -> Situation:
+        """Lets an act be done: both sides as they are by now; raises Kept where it must not be."""
+        since, since_made = baselines(self.record)
+        source = dataclasses.replace(see(self.clouds[0], self.now.source.id, since), disk=self.now.source.disk)
+        now = dataclasses.replace(self.now, source=source, destination=see(self.clouds[1], self.now.destination.id, since_made))
+        allow(act, now, Asked(self.settings.yes))
+        return now
+
+    def judged(self) -> dict[Act, list[Reason]]:
+        """What forbids to undo the run, act by act; the source is given back when the destination is gone, or stopped."""
+        asked, gone = Asked(self.settings.yes), dataclasses.replace(self.now, destination=Seen())
+        taking = [] if self.now.destination.is_gone else judge(self.taking, self.now, asked)
+        return {self.taking: taking, Act.GIVE_BACK: judge(Act.GIVE_BACK, gone, asked)}
+
+    def host(self, server: Server) -> contextlib.closing[Host]:
+        """The host of an instance, for a scope."""
+        return contextlib.closing(connect(host_name(server, self.settings), self.settings, self.screen))
 
 
-def find_traces(clouds: tuple[Cloud, Cloud], source_id: str, record: RunRecord | None, folder: Path) -> Traces:
-    """What a run has made, by its journal or by marks and locks, and what is seen of both sides; raises Refused where nothing tells of a run."""
+def baselines(record: RunRecord | None) -> tuple[str | None, str]:
+    """The requests since which the source, where one is known, and the destination were not to run."""
+    return (record.request("stop source") or None, record.request("stop destination")) if record else (None, "")
+
+
+def find_undone(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud], source_id: str, record: RunRecord | None, folder: Path) -> Undone:
+    """What a run has made, by its journal or by marks and locks, and what the clouds tell of it; raises Refused where nothing tells of a run."""
     one, other = clouds
     if record:
         require_same_clouds(record, clouds)
-    since_source = (record.request("stop source") if record else "") or None
-    source = see(one, source_id, since_source)
+    since, since_made = baselines(record)
+    source = see(one, source_id, since)
     if source.unseen:
         raise Refused(f"the source could not be looked at: {source.unseen}", "see to that first: nothing was touched")
     run = record.run if record else (source.server.metadata.get(MARK) or lock_of(source.server)) if source.server else ""
-    all_made = other.made_by("", source_id)
-    runs = {server.metadata.get(MADE) or server.metadata[DONE] for server in all_made}
+    made = {server.id: server for server in other.made_by("", source_id)}
+    runs = {server.metadata.get(MADE) or server.metadata[DONE] for server in made.values()}
     if not run and len(runs) != 1:
         raise Refused(f"{'no run has' if not runs else f'{len(runs)} runs have'} a mark on {source_id} or on an instance made of it",
-                      f"delete what is not wanted by hand: {', '.join(server.id for server in all_made)}" if runs else "there is nothing to undo")
+                      f"delete what is not wanted by hand: {', '.join(made)}" if runs else "there is nothing to undo")
     run = run or runs.pop()
     if not re.fullmatch(r"[0-9A-Za-z-]+", run):
         raise Refused(f"the mark {run!r} is none of migrena's", "see who wrote it")
     if not record and (folder / f"{run}.jsonl").exists():
-        return find_traces(clouds, source_id, read_run(folder, run, is_ours=True), folder)
-    marked = [server for server in all_made if run in (server.metadata.get(MADE), server.metadata.get(DONE))]
-    ids = [record.destination] if record and record.destination else [server.id for server in marked]
-    since = record.request("stop destination") if record else ""
-    stage = Stage.DONE if any(DONE in server.metadata for server in marked) else stage_of(record) if record else Stage.SWAPPED
-    was = next((server.metadata[WAS] for server in (*([source.server] if source.server else []), *marked) if WAS in server.metadata), "")
-    was_running = was == "ACTIVE"
-    if record:
-        was_running = record.was_running and any(act.name == "stop source" for act in record.acts)
-    told = re.search(r"([0-9a-f-]{36}) takes its place", source.server.lock_reason) if source.server else None
-    others = [server for server in all_made if server.id not in ids and server not in marked]
-    if told and told[1] not in ids and (server := other.look(told[1])):  # whose marks somebody has wiped
-        others.append(server)
-    situations = (Situation(run, stage, source, see(other, id, since), was_running=was_running, others=tuple(others)) for id in ids or [""])
-    return Traces(tuple(situations), since_source, since, str(record.job.get("stand", "")) if record else "",
-                  record is not None and any(act.name == "create image" for act in record.acts))
+        return find_undone(settings, screen, clouds, source_id, read_run(folder, run, is_ours=True), folder)
+    marked = [id for id, server in made.items() if run in (server.metadata.get(MADE), server.metadata.get(DONE))]
+    id = record.destination if record and record.destination else next(iter(marked), "")
+    told = re.search(r"([0-9a-f-]{36}) takes its place", source.server.lock_reason if source.server else "")
+    if told and told[1] not in made and (server := other.look(told[1])):  # whose marks somebody has wiped
+        made[server.id] = server
+    marks = next((server.metadata for server in (source.server, made.get(id)) if server and WAS in server.metadata), {})
+    stopped = record.was_running and any(act.name == "stop source" for act in record.acts) if record else marks.get(WAS) == "ACTIVE"
+    stage = Stage.DONE if any(DONE in made[id].metadata for id in marked) else stage_of(record) if record else Stage.SWAPPED
+    others = tuple(server for server in made.values() if server.id not in (id, *marked))
+    now = Situation(run, stage, source, see(other, id, since_made), was_running=stopped, others=others)
+    return with_hosts(Undone(settings, screen, clouds, now, record))
 
 
-def complete(settings: Settings, screen: Screen, traces: Traces, *, is_known: bool) -> Traces:
-    """The traces with what only hypervisors tell: is the source's disk there, and, without a journal, is the run at work elsewhere."""
-    now, alive, source = traces.now, "", traces.now.source
-    if source.server and source.server.host and (now.stage >= Stage.PROVEN or not is_known):
+def with_hosts(undone: Undone) -> Undone:
+    """The same with what only hypervisors tell: is the source's disk there, and, without a journal, is the run at work elsewhere."""
+    now, record, alive = undone.now, undone.record, ""
+    source, made = now.source.server, now.destination.server
+    if source and source.host and (now.stage >= Stage.PROVEN or not record):
+        stand = str(record.job.get("stand", "")) if record else ""
         try:
-            with contextlib.closing(connect(host_name(source.server, settings), settings, screen)) as host:
-                alive = "" if is_known else at_work(host, now.run)
-                source = dataclasses.replace(source, disk=disk_now(host, settings.disk_path % source.id, traces.stand))
+            with undone.host(source) as host:
+                alive = "" if record else at_work(host, now.run)
+                disk = disk_now(host, undone.settings.disk_path % source.id, stand)
         except HostError as error:
-            source = dataclasses.replace(source, disk=f"cannot be looked at: {shorten(str(error))}")
-    for server in traces.made if not is_known and not alive else ():
-        if server.host:
-            with contextlib.closing(connect(host_name(server, settings), settings, screen)) as host:
-                alive = alive or at_work(host, now.run)
-    return dataclasses.replace(traces, situations=tuple(dataclasses.replace(now, source=source, alive=alive) for now in traces.situations))
+            disk = f"cannot be looked at: {shorten(str(error))}"
+        now = dataclasses.replace(now, source=dataclasses.replace(now.source, disk=disk))
+    if made and made.host and not record and not alive:
+        with undone.host(made) as host:
+            alive = at_work(host, now.run)
+    return dataclasses.replace(undone, now=dataclasses.replace(now, alive=alive))
 
 
 def at_work(host: Host, run: str) -> str:
@@ -6338,13 +6355,6 @@ def at_work(host: Host, run: str) -> str:
             return f"{host.name}:{found[0]} is held"
         time.sleep(1)
     return ""
-
-
-def judged(settings: Settings, traces: Traces) -> dict[Act, list[Reason]]:
-    """What forbids to undo a run, act by act; the source is given back when nothing of the destination is left, or it is stopped."""
-    taking, asked = Act.STOP_DESTINATION if settings.keep_destination else Act.DELETE, Asked(settings.yes)
-    found = {taking: [reason for now in traces.situations if not now.destination.is_gone for reason in judge(taking, now, asked)]}
-    return {**found, Act.GIVE_BACK: judge(Act.GIVE_BACK, dataclasses.replace(traces.now, destination=Seen()), asked)}
 
 
 def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
@@ -6369,27 +6379,27 @@ def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
             require_same_clouds(record, clouds)
             return take_back_image(record, clouds[1], Journal(folder, record.run), undo, report)
         with nothing_touched():
-            traces = complete(settings, screen, find_traces(clouds, source_id, record, folder), is_known=bool(record))
-        acts = judged(settings, traces)
+            undone = find_undone(settings, screen, clouds, source_id, record, folder)
+        judged = undone.judged()
         if settings.dry_run:
-            return tell_judged(screen, report, traces.now, acts)
-        if reasons := [reason for act, reasons in acts.items() if act is not Act.GIVE_BACK or traces.now.alive for reason in reasons]:
+            return tell_judged(screen, report, undone.now, judged)
+        if reasons := [*judged[undone.taking], *(judged[Act.GIVE_BACK] if undone.now.alive else [])]:
             raise Refused.of(list(dict.fromkeys(reasons)))
-        return undo_run(settings, clouds, traces, folder, undo, report)
+        return undo_run(undone, folder, undo, report)
 
 
-def undo_run(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, folder: Path, undo: Undo, report: Report) -> int:
+def undo_run(undone: Undone, folder: Path, undo: Undo, report: Report) -> int:
     """Undoes a run that may be undone."""
-    now, source = traces.now, traces.now.source.server
+    now, source, made = undone.now, undone.now.source.server, undone.now.destination.server
     journal, report.run = Journal(folder, now.run), now.run
     with journal.beginning():
         if not journal.path.stat().st_size:  # it was lost: this is all that is known
-            journal.write("run", source=now.source.id, was_running=now.was_running, name=next((server.name for server in traces.made), ""),
-                          where=[cloud.identity for cloud in clouds])
+            journal.write("run", source=now.source.id, was_running=now.was_running, name=made.name if made else "",
+                          where=[cloud.identity for cloud in undone.clouds])
         journal.write("asked to roll back", pid=os.getpid())
-    if source and not traces.made and MARK not in source.metadata and (source.is_running or not now.was_running):
+    if source and not made and MARK not in source.metadata and (source.is_running or not now.was_running):
         undo.screen.say(f"Neither cloud has anything of run {now.run} to undo; the source is {source.status}.")
-    return take_back(undoing(settings, clouds, traces, undo.screen, journal), journal, undo, report, keep_destination=settings.keep_destination)
+    return take_back(undoing(undone, journal), journal, undo, report, keep_destination=undone.settings.keep_destination)
 
 
 def take_back_image(record: RunRecord, cloud: Cloud, journal: Journal, undo: Undo, report: Report) -> int:
@@ -6425,83 +6435,54 @@ def journaled(journal: Journal, what: str, action: Callable[[], None]) -> None:
         action()
 
 
-def undoing(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, screen: Screen,
-            journal: Journal) -> Iterator[tuple[str, Callable[[], None]]]:
+def undoing(undone: Undone, journal: Journal) -> Iterator[tuple[str, Callable[[], None]]]:
     """The steps that undo a run, in their order, each with its name. The source's mark goes last: until then all can be done again."""
-    run, source = traces.now.run, traces.now.source.server
-    if traces.has_image:
+    run, settings, clouds = undone.now.run, undone.settings, undone.clouds
+    source, made = undone.now.source.server, undone.now.destination.server
+    if undone.record and any(act.name == "create image" for act in undone.record.acts):
         yield "see that no half image is left", functools.partial(delete_carried, clouds[1], run)
-    for number, server in enumerate(traces.made):
-        word = "stop" if settings.keep_destination else "delete"
-        yield f"{word} destination {server.id}", functools.partial(take_away, settings, clouds, traces, number)
-        if server.host:
-            yield (f"see that nothing is left on {host_name(server, settings)}",
-                   functools.partial(clean_beside, settings, clouds, traces, number, screen))
+    if made:
+        yield f"{'stop' if settings.keep_destination else 'delete'} destination {made.id}", functools.partial(take_away, undone)
+        if made.host:
+            yield f"see that nothing is left on {host_name(made, settings)}", functools.partial(clean_beside, undone, made)
         if settings.keep_destination:
-            yield f"take the marks off destination {server.id}", functools.partial(clouds[1].unmark, server.id, run, MADE, DONE, WAS)
-    if not source:
-        return
-    if source.host:
-        yield (f"see that nothing is left on {host_name(source, settings)}",
-               functools.partial(clean_host, host_name(source, settings), settings, screen, run, [], source.id))
-    yield f"give source {source.id} back", functools.partial(give_back, settings, clouds, traces, journal)
-    yield f"take the mark off source {source.id}", lambda: take_mark_off(clouds[0], seen_again(clouds, traces, traces.now))
+            yield f"take the marks off destination {made.id}", functools.partial(clouds[1].unmark, made.id, run, MADE, DONE, WAS)
+    if source:
+        if source.host:
+            yield f"see that nothing is left on {host_name(source, settings)}", functools.partial(clean_host, undone, source, source=source.id)
+        yield f"give source {source.id} back", lambda: give(clouds[0], undone.allow(Act.GIVE_BACK), journal, lambda server: None)
+        yield f"take the mark off source {source.id}", lambda: take_mark_off(clouds[0], undone.allow(Act.UNMARK))
 
 
-def seen_again(clouds: tuple[Cloud, Cloud], traces: Traces, now: Situation) -> Situation:
-    """One of the situations, with both sides as they are by now."""
-    source = dataclasses.replace(see(clouds[0], now.source.id, traces.since_source), disk=now.source.disk)
-    return dataclasses.replace(now, source=source, destination=see(clouds[1], now.destination.id, traces.since))
-
-
-def take_away(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, number: int) -> None:
+def take_away(undone: Undone) -> None:
     """Deletes an instance that a run made, or stops it and leaves it; raises Kept where that must not be done now."""
-    before = [now for now in traces.situations if now.destination.server][number]
-    now = seen_again(clouds, traces, before)
-    if now.destination.is_gone:
-        return
-    allow(Act.STOP_DESTINATION if settings.keep_destination else Act.DELETE, now, Asked(settings.yes))
-    if not settings.keep_destination:
-        clouds[1].delete(now.destination.id)
-        return
-    stop_and_keep(clouds[1], now.destination.id)
-    if now.destination.is_locked_by(now.run):
-        clouds[1].unlock(now.destination.id)
+    destination, cloud = undone.allow(undone.taking).destination, undone.clouds[1]
+    if undone.taking is Act.DELETE:
+        cloud.delete(destination.id)
+    elif destination.server:
+        cloud.wait(destination.id, lambda server: not server.task, lambda server: None)
+        cloud.stop(destination.id, lambda server: None)
+        if destination.is_locked_by(undone.now.run):
+            cloud.unlock(destination.id)
 
 
-def clean_beside(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, number: int, screen: Screen) -> None:
+def clean_beside(undone: Undone, made: Server) -> None:
     """Removes what a run has left on the destination's host; raises Kept where that may be the only copy."""
-    before = [now for now in traces.situations if now.destination.server][number]
-    server, run = traces.made[number], before.run
-    if settings.keep_destination:
-        allow(Act.CLEAN, seen_again(clouds, traces, before), Asked(settings.yes))
-    paths = [beside(settings.disk_path % server.id, run) for beside in (new_beside, kept_beside)]
-    clean_host(host_name(server, settings), settings, screen, run, paths)
+    if undone.settings.keep_destination:
+        undone.allow(Act.CLEAN)
+    path = undone.settings.disk_path % made.id
+    clean_host(undone, made, new_beside(path, undone.now.run), kept_beside(path, undone.now.run))
 
 
-def give_back(settings: Settings, clouds: tuple[Cloud, Cloud], traces: Traces, journal: Journal) -> None:
-    """Unlocks the source and starts it where it ran; raises Kept where that must not be done now."""
-    for before in traces.situations:
-        now = seen_again(clouds, traces, before)
-        allow(Act.GIVE_BACK, now, Asked(settings.yes))
-    give(clouds[0], now, journal, lambda server: None)
-
-
-def stop_and_keep(cloud: Cloud, id: str) -> None:
-    """Stops an instance, in whatever state it is but ERROR."""
-    cloud.wait(id, lambda server: not server.task, lambda server: None)
-    cloud.stop(id, lambda server: None)
-
-
-def clean_host(name: str, settings: Settings, screen: Screen, run: str, paths: Sequence[str], source: str = "") -> None:
+def clean_host(undone: Undone, server: Server, *paths: str, source: str = "") -> None:
     """Sees to it that a host has neither private folders of a run, nor these files, nor a bitmap in a source; processes end with their leases."""
-    with contextlib.closing(connect(name, settings, screen)) as host:
-        limit = time.monotonic() + LEASE_LIMIT
+    with undone.host(server) as host:
+        run, limit = undone.now.run, time.monotonic() + LEASE_LIMIT
         while (left := host.script(LEFT_FOLDERS, run).splitlines()) and time.monotonic() < limit:
             time.sleep(1)
         if left or paths:
             host.run("rm", "-rf", "--", *left, *paths)
-        path = settings.disk_path % source
+        path = undone.settings.disk_path % source
         if source and host.succeeds("grep", "-qsF", f'{path}": "qcow2"', f"{path}.info"):
             drop_bitmap(host, source, path, run)
 
