@@ -406,6 +406,8 @@ class Servers:
         return [self.shown(machine) for machine in self.world.clouds[self.url].values()]
 
     def create(self, name: str, image: str, flavor: str, meta: Mapping[str, str], **extra: object) -> Any:
+        if "_create" in vars(self):  # a trial, of which nothing is sent
+            return None
         self.reach("create")
         self.let()
         world = self.world
@@ -685,7 +687,7 @@ class Disks:
                 if world.process.wire_breaks:
                     self.lose_holds()
                 show(turn + 1)
-                witness.arrived(migrena.Chunk(turn, 1, 1))
+                witness.arrived(migrena.Chunk(turn, 1, 1), turn + 1)
                 witness.check()
                 migrena.require_stand(source, job)
         ends.locks.check()

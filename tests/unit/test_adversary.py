@@ -81,6 +81,8 @@ FOUND = {  # by the adversary
         (2, Schedule((("copy -a dst", {"source.get#11": "admin deletes source"}), ("rollback --keep-destination --yes", {})), was="SHUTOFF")),
     "resume called a destination complete that had been rebuilt":
         (4, Schedule((("copy --warm -a dst", {"source.get#16": "crash"}), ("admin rebuilds destination", {}), ("resume", {})))),
+    "a good run left its lock on the destination whose cloud did not answer, and did not tell":
+        (4, Schedule((("copy -a dst", {"destination.get#18": "outage of 1000 s at the destination"}),), was="SHUTOFF")),
     "rollback deleted the only copy after the source was deleted":
         (2, Schedule((("copy", AFTER_SWAP), ("admin deletes source", {}), ("rollback --yes", {})))),
     "a run that failed deleted the only copy while the source's cloud did not answer":
