@@ -86,7 +86,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, TypeVar
 if TYPE_CHECKING:  # `--help` must not wait for these; each is imported where it is first needed
     import paramiko
 
-if sys.version_info < (3, 10):  # noqa: UP036  # before anything that an older one does not know; the file as such is read by 3.8
+if sys.version_info < (3, 10):  # noqa: UP036  # before anything that an older one, which reads the file from 3.8 on, lacks
     print(f"error: migrena needs Python 3.10 or later, and {sys.executable} is {sys.version.split()[0]}\n"
           "  try: python3.11 migrena.py, or whatever later one this machine has", file=sys.stderr)
     sys.exit(2)
@@ -642,7 +642,7 @@ class Flavor:
         return (self.vcpus, self.ram, self.disk, self.ephemeral, self.swap)
 
     def differs(self, source: Flavor) -> Iterator[tuple[str, bool]]:
-        """What it has other than the source's flavor, in words, and whether that is less; disks are not compared, they are looked at."""
+        """What it has other than the source's flavor, in words, and whether that is less; disks are looked at elsewhere."""
         for unit, name in (("vCPUs", "vcpus"), ("MiB of RAM", "ram"), ("MiB of swap", "swap")) if source.vcpus else ():
             here, there = getattr(source, name), getattr(self, name)
             if here != there:
@@ -677,7 +677,8 @@ class Image:
     @property
     def disk_size(self) -> int:
         """Bytes of the disk that Nova makes of it where the flavor names no size; 0 where Glance does not tell."""
-        return int(self.told.get("virtual_size") or (self.told.get("size") if self.told.get("disk_format") in ("raw", "iso") else 0) or 0)
+        is_raw = self.told.get("disk_format") in ("raw", "iso")
+        return int(self.told.get("virtual_size") or (self.told.get("size") if is_raw else 0) or 0)
 
     @property
     def is_hidden(self) -> bool:
@@ -1704,7 +1705,7 @@ FED: Final = '"$@"; status=$?; cat >/dev/null; exit "$status"'  # a command that
 PRIVATE_FILE: Final = 'umask 077; cat > "$1"'
 LACKING: Final = 'for tool; do command -v "$tool" >/dev/null || echo "$tool"; done'
 
-# What the login shell runs; $1 is the command, `escaped`. Before BEGUN stands, on both streams, what only the login shell has said: a banner.
+# What the login shell runs; $1 is the command, `escaped`. What stands before BEGUN, on both streams, is the login shell's own.
 BEGUN: Final = b"--- migrena begins ---\n"
 BEGIN: Final = 'm="--- migrena begins ---"; echo "$m"; echo "$m" >&2; eval "exec $(printf %b "$1")"'
 MOST_LINKS: Final = 16  # connections to one host: more than a copy has commands at work there at a time
@@ -1876,12 +1877,13 @@ def _transport(client: paramiko.SSHClient) -> paramiko.Transport:
 
 
 def escaped(command: str) -> bytes:
-    """A command for printf's %b, without the signs that mean something within single quotes to some shell, csh and fish among them."""
-    return re.sub(rb"[\0-\x1f\x7f'!\\]", lambda sign: b"\\0%03o" % ord(sign[0]), command.encode("utf-8", "surrogateescape"))
+    """A command for printf's %b, without what means something within single quotes to some shell, csh and fish among them."""
+    sent = command.encode("utf-8", "surrogateescape")
+    return re.sub(rb"[\0-\x1f\x7f'!\\]", lambda sign: b"\\0%03o" % ord(sign[0]), sent)
 
 
 def session(client: paramiko.SSHClient) -> paramiko.Channel | None:
-    """A channel for one command; None where sshd takes no more of them on this connection, see MaxSessions in sshd_config(5)."""
+    """A channel for one command; None where sshd takes no more of them here: see MaxSessions in sshd_config(5)."""
     import paramiko
 
     transport = _transport(client)
@@ -1890,8 +1892,8 @@ def session(client: paramiko.SSHClient) -> paramiko.Channel | None:
     except paramiko.ChannelException:
         return None
     except paramiko.SSHException as error:
-        if str(error) == "Unable to open channel." and transport.is_active():  # of two that are refused at once, paramiko tells only one why
-            return None
+        if str(error) == "Unable to open channel." and transport.is_active():
+            return None  # of two that are refused at once, paramiko tells only one why
         raise
 
 
@@ -1908,7 +1910,7 @@ def closed_after(seconds: float, channel: paramiko.Channel) -> Iterator[None]:
 
 
 class Host:
-    """One hypervisor: commands as words in, text out. One SSH connection carries them all, or as many as its sshd asks for."""
+    """One hypervisor: commands as words in, text out, over one SSH connection, or as many as its sshd asks for."""
 
     def __init__(self, name: str, dial: Dial, nbd_address: str, screen: Screen) -> None:
         self.name = name
@@ -1944,7 +1946,7 @@ class Host:
         self._prefix = ("sudo", "-n")
 
     def revive(self) -> None:
-        """Opens the connections anew if one does not or did not answer; what they held has ended, or does within a minute. Raises HostError."""
+        """Opens the connections anew if one does not or did not answer; what they held ends. Raises HostError."""
         with contextlib.suppress(HostError):
             if not self.unconfirmed:  # else the way to be sure of their end is to end the connection
                 self.run("true", seconds=10.0)
@@ -2060,7 +2062,7 @@ class Host:
         return channel, Lease(self, channel, words)
 
     def _session(self) -> paramiko.Channel:
-        """A channel for one command, on the connection that carries least; where none takes one more, on a further one. Raises HostError."""
+        """A channel for one command, on the connection that carries least, else on a further one. Raises HostError."""
         while True:
             links = self._links
             for client, carried in sorted(links, key=lambda link: sum(not channel.closed for channel in link[1])):
@@ -2111,12 +2113,13 @@ class Answer(str):
     asked: tuple[str, Sequence[str]]
 
     def read(self, how: Callable[[str], T]) -> T:
-        """What `how` makes of it; raises HostError that shows the answer where it has another form than it should have."""
+        """What `how` makes of it; raises HostError that shows the answer where it has another form."""
         try:
             return how(self)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             host, words = self.asked
-            raise HostError(f"{host}: what `{shorten(shlex.join(words))}` answers cannot be understood: {shorten(self) or 'nothing'}",
+            shown = shorten(self) or "nothing"
+            raise HostError(f"{host}: what `{shorten(shlex.join(words))}` answers cannot be understood: {shown}",
                             "see what runs there in place of that command, a wrapper or another version") from error
 
 
@@ -2126,7 +2129,7 @@ class Lease:
     def __init__(self, host: Host, channel: paramiko.Channel, words: Sequence[str]) -> None:
         self._host, self._channel, self._words = host, channel, words
         self._said = bytearray()
-        self._banner, self._has_begun, self._ahead = b"", False, b""  # what the login shell said; what came with the word that it has begun
+        self._banner, self._has_begun, self._ahead = b"", False, b""  # the login shell's words; what came with BEGUN
         self._has_ended = False  # it said so itself
         self._is_let_go = False  # nothing more is said to it
         self._speaking = threading.Lock()
@@ -2188,7 +2191,8 @@ class Lease:
         said = self._said.rpartition(BEGUN)[2]
         if not self._has_begun:
             banner = shorten((self._banner + said).decode(errors="replace")) or "nothing"
-            raise HostError(f"{self._host.name}: the login shell did not run `{shorten(shlex.join(self._words))}` but said: {banner}",
+            words = shorten(shlex.join(self._words))
+            raise HostError(f"{self._host.name}: the login shell did not run `{words}` but said: {banner}",
                             "name a user whose shell runs commands, in HOSTS or SSH_USER")
         if status != 0 or is_running:
             raise CommandError(self._host.name, self._words, status, said.decode(errors="replace"))
@@ -2295,7 +2299,8 @@ def is_text(value: object) -> bool:
 def is_nic(nic: object) -> bool:
     """Whether it is an entry of `nics`: novaclient silently omits keys that it does not know."""
     return (isinstance(nic, dict) and nic.keys() <= {"net-id", "port-id", "tag", "v4-fixed-ip", "v6-fixed-ip"}
-            and all(map(is_text, nic.values())) and any(re.fullmatch(UUID_FORM, nic.get(key, "")) for key in ("net-id", "port-id")))
+            and all(map(is_text, nic.values()))
+            and any(re.fullmatch(UUID_FORM, nic.get(key, "")) for key in ("net-id", "port-id")))
 
 
 def are_texts(value: object) -> bool:
@@ -2307,10 +2312,12 @@ def are_texts(value: object) -> bool:
 EXTRA_FORMS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "nics": (lambda value: value in ("auto", "none") or (isinstance(value, (list, tuple)) and all(map(is_nic, value))),
              "'auto', 'none' or a list as [{'net-id': 'ID'}]; port-id, v4-fixed-ip, v6-fixed-ip and tag are known too"),
-    "meta": (lambda value: isinstance(value, dict) and are_texts([*value, *filter(None, value.values())]), "a dictionary of texts, up to 255 long"),
+    "meta": (lambda value: isinstance(value, dict) and are_texts([*value, *filter(None, value.values())]),
+             "a dictionary of texts, up to 255 long"),
     "userdata": (lambda value: isinstance(value, str) and len(value.encode()) < 49150, "a text of up to 49149 bytes"),
     **dict.fromkeys(("security_groups", "tags"), (are_texts, "a list of names")),
-    **dict.fromkeys(("key_name", "availability_zone", "host", "hypervisor_hostname", "hostname"), (is_text, "a text, up to 255 long")),
+    **dict.fromkeys(("key_name", "availability_zone", "host", "hypervisor_hostname", "hostname"),
+                    (is_text, "a text, up to 255 long")),
     **dict.fromkeys(("scheduler_hints", "files"), (lambda value: isinstance(value, dict), "a dictionary")),
 }
 
@@ -2362,7 +2369,7 @@ class ImageStore:
         self._cloud, self._images = cloud, glance.images
 
     def all(self, *ids: str) -> list[Image]:
-        """All images that Glance lists, the hidden ones too; and those of these ids, which may be a community's or not yet accepted."""
+        """All images that Glance lists, the hidden ones too, and those of these ids, which may be a community's."""
         with self._cloud.wall("list images"):
             found = [Image.of(dict(raw)) for only in ({}, {"os_hidden": "true"}) for raw in self._images.list(filters=only)]
         known = {one.id: one for one in found}
@@ -2536,7 +2543,8 @@ class Cloud(Service):
         auth = loader.load_from_options(**creds)
         opened = session.Session(auth=auth, verify=verify, cert=cert, timeout=float(own.get("timeout", 60)), app_name="migrena")
         opened.session.hooks["response"].append(self._count)
-        opened.get(str(creds["auth_url"]), authenticated=False, raise_exc=False, timeout=min(MUTE_AFTER, float(own.get("timeout", 60))))
+        patience = min(MUTE_AFTER, float(own.get("timeout", 60)))
+        opened.get(str(creds["auth_url"]), authenticated=False, raise_exc=False, timeout=patience)
         auth.get_access(opened)  # a wrong password shows here, and not in the middle
         region, interface = own.get("region_name"), str(own.get("interface", own.get("endpoint_type", "public"))).removesuffix("URL")
         nova = nova_client.Client("2.1", session=opened, region_name=region, endpoint_type=interface)
@@ -2647,7 +2655,7 @@ class Cloud(Service):
             return str(self._nova.servers.create(name, image, flavor, **self._arguments(extra, marks)).id)
 
     def refuses(self, extra: Mapping[str, Any]) -> str:
-        """Why such an instance cannot be asked for here, by novaclient, who knows what each version of Nova takes; empty where it can."""
+        """Why this version of Nova cannot be asked for such an instance, by novaclient; empty where it can."""
         trial = copying.copy(self._nova.servers)
         trial._create = lambda *body, **more: None  # all is done but the sending
         try:
@@ -2658,7 +2666,8 @@ class Cloud(Service):
 
     def _arguments(self, extra: Mapping[str, Any], marks: Mapping[str, str]) -> dict[str, Any]:
         given = {name: value for name, value in extra.items() if value is not None}
-        return {**({"nics": "auto"} if self._version >= (2, 37) else {}), **given, "meta": {**given.get("meta", {}), **marks}}
+        default = {"nics": "auto"} if self._version >= (2, 37) else {}
+        return {**default, **given, "meta": {**given.get("meta", {}), **marks}}
 
     def delete(self, id: str) -> None:
         """Deletes an instance and waits until it is gone; raises CloudError when Nova fails five times, or has not in half an hour."""
@@ -2798,7 +2807,7 @@ def tls_of(who, folder):
 
 
 def document_in(printed: str) -> Any:
-    """The JSON document that a command has printed, found among the lines of a wrapper around it; raises ValueError where there is none."""
+    """The JSON document that a command has printed, found among the lines of a wrapper; raises ValueError where there is none."""
     import json
     import re
 
@@ -2856,7 +2865,7 @@ class File:
         found = os.preadv(self.fd, [into], at)
         if found <= count - 512:
             sys.exit("%s ends at byte %d" % (where, at + found))
-        into[found:count] = bytes(max(0, count - found))  # a raw disk that ends within a sector, which qemu fills up with zeros
+        into[found:count] = bytes(max(0, count - found))  # a raw disk that ends within a sector: qemu adds zeros
     def stream(self, pieces, room):
         for at, count in pieces:
             self.read(at, room, count)
@@ -3865,7 +3874,7 @@ Progress = Callable[[int], contextlib.AbstractContextManager[Callable[[int], Non
 
 @dataclass(frozen=True)
 class Witness:
-    """Those who look on while a disk moves: who shows the bytes, who is told of each chunk that has arrived, and who may stop it."""
+    """Those who look on while a disk moves: who shows the bytes, who is told of each chunk there, and who may stop it."""
 
     progress: Progress
     arrived: Callable[[Chunk, int], None] = lambda tile, done: None  # and of the bytes done so far
@@ -5189,8 +5198,8 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
     try:
         flavor = pick_flavor(settings.flavor, destination.flavors, source.server)
         if source.server and not settings.flavor:
-            reasons += [Reason(f"flavor {flavor.name} of the destination is smaller than the source's: {what}", "name one with -f")
-                        for what, is_less in flavor.differs(source.server.flavor) if is_less]
+            reasons += [Reason(f"flavor {flavor.name} of the destination is smaller than the source's: {what}",
+                               "name one with -f") for what, is_less in flavor.differs(source.server.flavor) if is_less]
         if source.disk and 0 < flavor.disk * GiB < source.disk.top.size:
             reasons.append(Reason(f"flavor {flavor.name} has a disk of {flavor.disk} GiB, the source's has {human(source.disk.top.size)}",
                                   "name a larger one with -f"))
@@ -5206,10 +5215,11 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
             image = pick_image(settings.image, destination.images, source.image)
     except Refused as refusal:
         reasons += refusal.reasons
-    if flavor and not flavor.disk and image and source.server and source.disk and image.disk_size < source.disk.top.size and (
-            image.disk_size or source.server.flavor.disk):  # else both disks have the size of one image, which is not told
-        reasons.append(Reason(f"flavor {flavor.name} names no disk size, and image {image.name!r} has {human(image.disk_size)}, "
-                              f"or does not tell; the source's disk has {human(source.disk.top.size)}", "name a larger flavor with -f"))
+    if flavor and not flavor.disk and image and source.server and source.disk and (
+            image.disk_size < source.disk.top.size and (image.disk_size or source.server.flavor.disk)):
+        reasons.append(Reason(f"flavor {flavor.name} names no disk size, and image {image.name!r} has "
+                              f"{human(image.disk_size)}, or does not tell; the source's disk has "
+                              f"{human(source.disk.top.size)}", "name a larger flavor with -f"))
     return reasons
 
 

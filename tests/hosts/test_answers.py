@@ -12,13 +12,7 @@ from hosts.operators import Operator
 from hosts.rig import Instance, MiB, base, same_guest
 from hosts.test_commands import AWKWARD
 from lab.hosts import Lab
-from migrena import (
-    Host,
-    HostError,
-    free_space,
-    numbers_in,
-    survey_disk,
-)
+from migrena import Host, HostError, disk_chain, free_space, numbers_in
 
 BANNER = "echo '{\"Authorized\": \"use only\"}'; echo 'be warned' >&2; printf 'no line end'\n"
 
@@ -135,9 +129,9 @@ def test_a_warm_copy_from_a_host_with_a_wrapper_arrives(operator: Operator) -> N
 
 
 @pytest.mark.parametrize(("tool", "says", "act"), [
-    ("qemu-img", "qemu-img version 9", lambda host, disk: survey_disk(host, "x", disk.path, shared=False)),
-    ("qemu-img", "[]", lambda host, disk: survey_disk(host, "x", disk.path, shared=False)),
-    ("qemu-img", '[{"filename": "x"}]', lambda host, disk: survey_disk(host, "x", disk.path, shared=False)),
+    ("qemu-img", "qemu-img version 9", lambda host, disk: disk_chain(host, disk.path, "qcow2", shared=False)),
+    ("qemu-img", "[]", lambda host, disk: disk_chain(host, disk.path, "qcow2", shared=False)),
+    ("qemu-img", '[{"filename": "x"}]', lambda host, disk: disk_chain(host, disk.path, "qcow2", shared=False)),
     ("stat", "a lot", lambda host, disk: free_space(host, disk.path)),
     ("stat", "17", lambda host, disk: free_space(host, disk.path)),
     ("python3", "hello", lambda host, disk: host.work("python3", stall=30).read(lambda said: numbers_in(said, 2))),

@@ -69,7 +69,7 @@ def test_threads_that_are_refused_at_once_open_no_more_connections_than_they_nee
 
         with ThreadPoolExecutor(6) as pool:
             assert list(pool.map(at_once, range(6))) == ["done\n"] * 6
-        assert 6 <= connections(lab, "src") <= 8
+        assert 2 <= connections(lab, "src") <= 8  # on a busy machine some have ended before others begin
         for _ in range(30):
             host.run("true")
         assert connections(lab, "src") <= 8
