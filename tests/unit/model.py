@@ -31,6 +31,7 @@ SOURCE = "11111111-2222-3333-4444-555555555555"
 FOLDER = "/var/lib/nova/instances/"
 EPOCH = datetime(2026, 1, 1, tzinfo=timezone.utc)
 RACE = 1.0  # seconds between a look and its act, in which what somebody else does is not seen by anybody
+MOMENT = 0.05  # seconds that an API takes for an answer
 LEASE = 60.0  # seconds that what a dead process had on the hosts lives on
 FLAVOR = {"original_name": "small", "vcpus": 1, "ram": 512, "disk": 10, "ephemeral": 0, "swap": 0}
 IMAGE = {"id": "image-1", "name": "debian", "status": "active", "os_hash_value": "hash-1", "checksum": "sum-1"}
@@ -163,7 +164,7 @@ class World:
             self.later = [entry for entry in self.later if entry[0] > self.now]
             for what in due:
                 what()
-        for machines in self.clouds.values():
+        for machines in self.clouds.values() if seconds > MOMENT else ():
             for machine in machines.values():
                 if machine.open:
                     self.write(machine.open)
@@ -300,12 +301,12 @@ class World:
         """The migrena at work."""
         return self.stack[-1]
 
-    def point(self, label: str, seconds: float = 0.05) -> None:
+    def point(self, label: str, seconds: float = MOMENT) -> None:
         """migrena asks for something: others act first."""
         process = self.process
         if not process.alive:
             raise Killed
-        self.settle(min(seconds, 0.05))
+        self.settle(min(seconds, MOMENT))
         number = len(process.trail)
         process.trail.append(label)
         process.counts[label] += 1
@@ -315,8 +316,8 @@ class World:
                     self.act(what)
                 if not process.alive:
                     raise Killed
-        if seconds > 0.05:
-            self.settle(seconds - 0.05)
+        if seconds > MOMENT:
+            self.settle(seconds - MOMENT)
 
     def changes(self, what: str, machine: Machine) -> None:
         """migrena changes something; a machine that is neither the source nor made by a run is nobody's to change."""

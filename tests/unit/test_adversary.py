@@ -83,6 +83,9 @@ FOUND = {  # by the adversary
         (4, Schedule((("copy --warm -a dst", {"source.get#16": "crash"}), ("admin rebuilds destination", {}), ("resume", {})))),
     "a good run left its lock on the destination whose cloud did not answer, and did not tell":
         (4, Schedule((("copy -a dst", {"destination.get#18": "outage of 1000 s at the destination"}),), was="SHUTOFF")),
+    "rollback --run-of on another machine deleted the only copy after the source was rebuilt":
+        (2, Schedule((("copy --warm -a dst", {"destination.get#15": "admin rebuilds source", "source.get#7": "the wire breaks"}),
+                      ("elsewhere rollback --run-of", {})))),
     "rollback deleted the only copy after the source was deleted":
         (2, Schedule((("copy", AFTER_SWAP), ("admin deletes source", {}), ("rollback --yes", {})))),
     "a run that failed deleted the only copy while the source's cloud did not answer":
@@ -96,7 +99,7 @@ def test_what_operators_have_seen_is_seen_no_more(tmp_path: Path, name: str) -> 
     assert play(KNOWN[name][1], tmp_path / "state").broken == []
 
 
-GROUPS, BATCHES, BATCH = 10, 20, 50  # ten thousand schedules
+GROUPS, BATCHES, BATCH = 20, 10, 50  # ten thousand schedules
 
 
 @pytest.mark.parametrize("group", range(GROUPS))
