@@ -2831,17 +2831,30 @@ DOCUMENT_IN: Final = f"Any = None\n{inspect.getsource(document_in)}"  # for prog
 # prints the stretches that hold data, with how many bytes and in how many pieces; `pieces` each piece for itself; `digest` one sha256 of each block
 # of 1 MiB that is not all zeros, with the block's number: that of its runs of cells of 64 KiB that are not all zeros, each run after its place and
 # length, so that holes need not be read; LIST, where it is given, names the pieces whose blocks are wanted. `bring` makes FILE equal to WHERE at
-# the pieces in LIST, and leaves them on the disk; FOLDER has the certificates for TLS. RATE is the most bytes per second that are read, or 0.
+# the pieces in LIST, and leaves them on the disk; FOLDER has the certificates for TLS. `unchanged` prints those blocks of the qcow2 file FILE that
+# hold nothing but a guest's data which was not written since the dirty bitmap of WHERE began: dirty stretches show as no data there, and the file's
+# own tables may have changed. RATE is the most bytes per second that are read, or 0.
 # Files are read past the page cache where they can be: what is proven comes from the disk, and others keep their cache.
 BLOCKS: Final = DOCUMENT_IN + TLS_OF + r"""
-import hashlib, mmap, os, struct, sys, threading, time
+import hashlib, json, mmap, os, socket, struct, subprocess, sys, threading, time
 CELL, BLOCK, SPAN = 1 << 16, 1 << 20, 64 << 20  # a stretch goes on over holes as long as it is no longer than SPAN
 verb, where, offset, length, rate, listed, target, folder = (sys.argv[1:] + [""] * 4)[:8]
 offset, length, rate = int(offset), int(length), int(rate or 0)
 end, zeros = offset + length, bytes(CELL)
 sys.excepthook = lambda kind, error, trace: print("%s: %s" % ("the export" if where[0] == "{" else where, error), file=sys.stderr)
-if "{" in where[:1] + target[:1]:
-    import json, socket, subprocess
+
+def map_of(node, *more):  # of an image, by qemu-img: part by part
+    words = ["qemu-img", "map", "--output=json"] + list(more) + ["json:" + json.dumps(node)]
+    return document_in(subprocess.check_output(words, stdin=subprocess.DEVNULL, universal_newlines=True))
+
+def joined(spans):  # those side by side made one
+    made = []
+    for start, stop in spans:
+        if made and made[-1][1] >= start:
+            made[-1][1] = stop
+        else:
+            made.append([start, stop])
+    return made
 
 class File:
     def __init__(self, path):
@@ -2875,9 +2888,7 @@ class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project),
     def __init__(self, node):
         self.node, self.local = node, threading.local()
     def extents(self):
-        image = ",".join(["driver=raw"] + ["file.%s=%s" % option for option in self.node.items()])
-        map_of = ["qemu-img", "map", "--output=json", "--image-opts", "--start-offset=%d" % offset, "--max-length=%d" % length, image]
-        for part in document_in(subprocess.check_output(map_of, stdin=subprocess.DEVNULL, universal_newlines=True)):
+        for part in map_of({"driver": "raw", "file": self.node}, "--start-offset=%d" % offset, "--max-length=%d" % length):
             if part["data"] and not part["zero"] and part["start"] < end:
                 yield max(part["start"], offset), min(part["start"] + part["length"], end)
     def answer(self, into):
@@ -2919,8 +2930,7 @@ class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project),
             sys.exit("the export fails at byte %d: error %d" % (at, error))
         return at
     def read(self, at, into, count):
-        self.ask(at, count)
-        self.told()
+        self.act(at, count)
         self.answer(into[:count])
     def stream(self, pieces, room):  # as many questions under way as the wire may hold; answers come in any order
         asked, rest = {}, iter(pieces)
@@ -2937,15 +2947,15 @@ class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project),
                 most += count
                 self.answer(room[:count])
                 yield at, count
+    def act(self, *words):
+        self.ask(*words)
+        self.told()
     def write(self, at, data):
-        self.ask(at, len(data), 1, data)
-        self.told()
+        self.act(at, len(data), 1, data)
     def hollow(self, at, count):
-        self.ask(at, count, 6)
-        self.told()
+        self.act(at, count, 6)
     def sync(self):
-        self.ask(0, 0, 3)
-        self.told()
+        self.act(0, 0, 3)
 
 class NewFile:
     def __init__(self, path):
@@ -2972,35 +2982,22 @@ def hold_back(count):  # after so many bytes were read
     time.sleep(max(0, began + passed / rate - time.monotonic()) if rate else 0)
 
 def runs_of(room, start, stop):  # of cells that are not all zeros
-    runs = []
-    for at in range(start, stop, CELL):
-        size = min(CELL, stop - at)
-        if room[at] or bytes(room[at:at + size]) != zeros[:size]:
-            if runs and runs[-1][1] == at:
-                runs[-1][1] = at + size
-            else:
-                runs.append([at, at + size])
-    return runs
+    cells = ((at, min(at + CELL, stop)) for at in range(start, stop, CELL))
+    return joined((at, to) for at, to in cells if room[at] or bytes(room[at:to]) != zeros[:to - at])
 
-def digest(block, room):
-    base, runs, found = block * BLOCK, [], hashlib.sha256()
+def digest(block):
+    if not hasattr(own, "room"):
+        own.room = memoryview(mmap.mmap(-1, BLOCK))  # begins with a page, as reading past the cache needs it
+    base, room, runs, found = block * BLOCK, own.room, [], hashlib.sha256()
     for first, last in blocks[block]:
-        start, stop = first * CELL - base, min(last * CELL, end) - base
-        disk.read(base + start, room[start:last * CELL - base], stop - start)
+        start, stop = first - base, min(last, end) - base
+        disk.read(first, room[start:last - base], stop - start)
         hold_back(stop - start)
         runs += runs_of(room, start, stop)
     for start, stop in runs:
         found.update(struct.pack(">QQ", base + start, stop - start))
         found.update(room[start:stop])
     return found.hexdigest() if runs else ""
-
-def work(turns):
-    try:
-        room = memoryview(mmap.mmap(-1, BLOCK))  # begins with a page, as reading past the cache needs it
-        for block in turns:
-            found[block] = digest(block, room)
-    except BaseException as error:
-        failures.append(error)
 
 def bring(new):
     pieces = ((at, min(BLOCK, start + count - at)) for start, count in wanted for at in range(start, start + count, BLOCK))
@@ -3019,7 +3016,19 @@ def bring(new):
             print("(%.2f/100%%)" % (100 * passed / total), flush=True)
     new.sync()
 
-began, passed, wanted, found, failures = time.monotonic(), 0, [], {}, []
+def unchanged():  # spans of the file
+    clean, at = list(disk.extents()), 0
+    for part in map_of({"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": target}}):
+        if part["data"] and "offset" in part:  # compressed data has no place of its own
+            start, stop, shift = part["start"], part["start"] + part["length"], part["offset"] - part["start"]
+            while at < len(clean) and clean[at][0] < stop:
+                if clean[at][1] > start:
+                    yield max(start, clean[at][0]) + shift, min(stop, clean[at][1]) + shift
+                if clean[at][1] > stop:
+                    break
+                at += 1
+
+began, passed, wanted, own = time.monotonic(), 0, [], threading.local()
 disk = Export(json.loads(where)) if where.startswith("{") else File(where)
 if listed:
     with open(listed) as file:
@@ -3038,31 +3047,24 @@ elif verb == "map":
         print(start, stop - start, count, pieces)
 elif verb == "bring":
     bring(Export(json.loads(target)) if target.startswith("{") else NewFile(target))
+elif verb == "unchanged":
+    for start, stop in joined(sorted(unchanged())):
+        print(*range(-(-start // BLOCK), stop // BLOCK))
 else:
+    from concurrent.futures import ThreadPoolExecutor
     blocks = {}  # each with its runs of cells that hold data
     touched = {block for start, count in wanted for block in range(start // BLOCK, -(-(start + count) // BLOCK))}
-    for cell in (cell for start, stop in disk.extents() for cell in range(start // CELL, -(-stop // CELL))):
-        if listed and cell * CELL // BLOCK not in touched:
-            continue
-        runs = blocks.setdefault(cell * CELL // BLOCK, [])
-        if runs and cell <= runs[-1][1]:
-            runs[-1][1] = cell + 1
-        else:
-            runs.append([cell, cell + 1])
+    for start, stop in joined((start // CELL * CELL, -(-stop // CELL) * CELL) for start, stop in disk.extents()):
+        for block in range(start // BLOCK, -(-stop // BLOCK)):
+            if not listed or block in touched:
+                blocks.setdefault(block, []).append((max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)))
     order, turn = sorted(blocks), max(1, min(256, rate // BLOCK)) if rate else 256  # a sign of life each second, however little is let through
-    for at in range(0, len(order), turn):
-        turns = iter(order[at:at + turn])
-        threads = [threading.Thread(target=work, args=(turns,)) for _ in range(min(4, os.cpu_count() or 1))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if failures:
-            sys.exit(str(failures[0]))
-        for block in order[at:at + turn]:
-            if found[block]:
-                print(block, found[block])
-        print(".", flush=True)  # a sign of life, all zeros or not
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for at in range(0, len(order), turn):
+            for block, found in zip(order[at:], pool.map(digest, order[at:at + turn])):
+                if found:
+                    print(block, found)
+            print(".", flush=True)  # a sign of life, all zeros or not
 sys.stdout.flush()
 os._exit(0)  # connections need no farewell
 """
@@ -3102,36 +3104,31 @@ serves, loop = role == "serve", asyncio.new_event_loop()
 asyncio.set_event_loop(loop)
 tls = tls_of("server" if serves else "client", folder) if folder else None
 
-def ending(way):
-    async def end(said, heard, *more):
-        try:
-            await way(said, heard, *more)
-        finally:
-            heard.close()
-    return end
+async def plain(said):
+    return await said.read(MOST)
 
-async def framed(piece):
+async def deflated(said):
+    piece = await said.read(MOST)
     short = await loop.run_in_executor(None, zlib.compress, piece, 1)
     if len(short) < len(piece):
         return struct.pack(">I", len(short) | DEFLATED) + short
-    return struct.pack(">I", len(piece)) + piece
+    return struct.pack(">I", len(piece)) + piece if piece else piece
 
-@ending
-async def pass_on(said, heard, form=None):
-    while True:
-        piece = await said.read(MOST)
-        if not piece:
-            return
-        heard.write(await form(piece) if form else piece)
-        await heard.drain()
+async def inflated(said):
+    word, = struct.unpack(">I", await said.readexactly(4))
+    piece = await said.readexactly(word & ~DEFLATED)
+    return await loop.run_in_executor(None, zlib.decompress, piece) if word & DEFLATED else piece
 
-@ending
-async def restore(wire, disk):
-    while True:
-        word, = struct.unpack(">I", await wire.readexactly(4))
-        piece = await wire.readexactly(word & ~DEFLATED)
-        disk.write(await loop.run_in_executor(None, zlib.decompress, piece) if word & DEFLATED else piece)
-        await disk.drain()
+async def pass_on(said, heard, form=plain):
+    try:
+        while True:
+            piece = await form(said)
+            if not piece:
+                return
+            heard.write(piece)
+            await heard.drain()
+    finally:
+        heard.close()
 
 async def carry(*here):
     try:
@@ -3142,7 +3139,7 @@ async def carry(*here):
     except OSError:
         here[1].close()
         raise
-    ways = pass_on(here[0], there[1]), pass_on(there[0], here[1], framed) if serves else restore(there[0], here[1])
+    ways = pass_on(here[0], there[1]), pass_on(there[0], here[1], deflated if serves else inflated)
     await asyncio.gather(*ways, return_exceptions=True)  # each that ends has the other end too
 
 if serves:
@@ -3268,40 +3265,6 @@ until said=$(drop 2>&1); do  # it may be starting or stopping just then
   [ "$n" -lt 15 ] || { echo "$said" >&2; exit 1; }
   sleep 1
 done
-"""
-
-# Runs on the source's host: FILE EXPORT. Prints the numbers of those blocks of 1 MiB of a qcow2 file that hold nothing but a guest's data which was
-# not written since a dirty bitmap began. EXPORT is qemu's node for an export with that bitmap as its x-dirty-bitmap, in which dirty stretches
-# show as no data. All else may have changed: the file's own tables, and its last block, which may have been shorter.
-UNCHANGED: Final = DOCUMENT_IN + r"""
-import json, os, subprocess, sys
-path, export = sys.argv[1:]
-BLOCK = 1 << 20
-
-def stretches(*image):
-    command = ["qemu-img", "map", "--output=json"] + list(image)
-    return document_in(subprocess.check_output(command, stdin=subprocess.DEVNULL, universal_newlines=True))
-
-held, at = [0] * (os.stat(path).st_size // BLOCK + 1), 0  # bytes of each block that have not changed
-def hold(start, stop):
-    for block in range(start // BLOCK, -(-stop // BLOCK)):
-        held[block] += max(0, min(stop, (block + 1) * BLOCK) - max(start, block * BLOCK))
-
-dirty = [(part["start"], part["start"] + part["length"]) for part in stretches("--image-opts", export) if not part["data"]]
-own = "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path}})
-for part in stretches(own):
-    if not part["data"] or "offset" not in part:  # compressed data has no place of its own
-        continue
-    start, stop, shift = part["start"], part["start"] + part["length"], part["offset"] - part["start"]
-    while at < len(dirty) and dirty[at][1] <= start:
-        at += 1
-    turn = at
-    while turn < len(dirty) and dirty[turn][0] < stop:
-        hold(start + shift, max(start, dirty[turn][0]) + shift)
-        start = max(start, dirty[turn][1])
-        turn += 1
-    hold(start + shift, stop + shift)
-print(*[block for block, count in enumerate(held) if count == BLOCK], sep="\n")
 """
 
 SAMPLE: Final = 8 * MiB  # what a rehearsal sends
@@ -4278,8 +4241,8 @@ def unchanged_since(source: Host, folder: str, job: DiskJob, known: Known) -> fr
     """
     bitmap = bitmap_of(job.run)
     with served_here(source, folder, "bitmap", "-r", "-B", bitmap, "-f", "qcow2", job.source.path) as (_, node):
-        dirty = image_opts({**node, "x-dirty-bitmap": f"qemu:dirty-bitmap:{bitmap}"})
-        printed = source.work(*PYTHON, UNCHANGED, job.source.path, dirty, stall=600)
+        dirty = json.dumps({**node, "x-dirty-bitmap": f"qemu:dirty-bitmap:{bitmap}"})
+        printed = source.work(*blocks("unchanged", dirty, 0, job.source.size, 0, "", job.source.path), stall=600)
     found = printed.read(lambda said: [int(word) for word in said.split()])
     return frozenset(block for block in found if known.here.get(block) == known.there.get(block))
 
