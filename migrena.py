@@ -3270,9 +3270,6 @@ done
 SAMPLE: Final = 8 * MiB  # what a rehearsal sends
 SLOW_WIRE: Final = 16 * MiB  # bytes per second; up to here zlib, with 30 to 50 MiB/s on one core, is not what the copy waits for
 
-# $1 a raw file, then offset and length of each stretch that shall be a hole again.
-PUNCH: Final = 'file=$1; shift; while [ $# -gt 0 ]; do fallocate -p -o "$1" -l "$2" -- "$file" || exit; shift 2; done'
-
 
 def tools_lacking(host: Host, tools: Sequence[str]) -> list[str]:
     """Which of these tools a host does not have."""
@@ -3547,29 +3544,29 @@ def numbers_in(printed: str, count: int) -> list[tuple[int, ...]]:
     return found
 
 
-def digests(host: Host, where: str, offset: int, length: int, stall: float, *more: int | str, before: Sequence[str] = ()) -> str:
-    """A line for each block of 1 MiB that is not all zeros: its number, its sha256; `where` is a file, or an export as qemu's node in JSON."""
+def digests(host: Host, where: str, offset: int, length: int, stall: float, *more: int | str, before: Sequence[str] = ()) -> dict[int, str]:
+    """The sha256 of each block of 1 MiB that is not all zeros, by its number; `where` is a file, or an export as qemu's node in JSON."""
     return host.work(*before, *blocks("digest", where, offset, length, *more), stall=stall).read(_digests_in)
 
 
-def _digests_in(printed: str) -> str:
-    """The lines with digests, without the signs of life between them."""
+def _digests_in(printed: str) -> dict[int, str]:
+    """The digests, without the signs of life between them."""
     lines = printed.replace(".\n", "")
     if not re.fullmatch(r"(?:\d+ [0-9a-f]{64}\n)*", lines):
         raise ValueError("a line is not a block and its digest")
-    return lines
+    return {int(block): found for block, found in map(str.split, lines.splitlines())}
 
 
-def by_block(lines: str) -> dict[int, str]:
-    """The digests of these lines by their blocks."""
-    return {int(number): found for number, found in map(str.split, lines.splitlines())}
+def lines_of(found: Mapping[int, str]) -> bytes:
+    """Digests as lines, of which the digest of a whole disk is made."""
+    return "".join(f"{block} {digest}\n" for block, digest in sorted(found.items())).encode()
 
 
 @contextlib.contextmanager
-def served_here(host: Host, folder: str, name: str, *words: str) -> Iterator[tuple[Lease, Node]]:
+def served_here(host: Host, folder: str, name: str, *words: str, before: Sequence[str] = ()) -> Iterator[tuple[Lease, Node]]:
     """A qemu-nbd with these words on a socket in our private folder, and qemu's node for it; raises CommandError where it does not serve."""
     socket_file, pidfile = f"{folder}/{name}.sock", f"{folder}/{name}.pid"
-    with host.daemon(pidfile, "qemu-nbd", "-t", "-k", socket_file, f"--pid-file={pidfile}", *words) as lease:
+    with host.daemon(pidfile, *before, "qemu-nbd", "-t", "-k", socket_file, f"--pid-file={pidfile}", *words) as lease:
         yield lease, {"driver": "nbd", "server.type": "unix", "server.path": socket_file}
 
 
@@ -3597,24 +3594,26 @@ class DiskLocks:
 
     def hold(self, host: Host, path: str) -> Lease:
         """Holds a disk, again where a connection has lost it. Raises FinalError where somebody has it open."""
-        if place := self._held.get((host.name, path)):
-            if can_be(functools.partial(place[1].check, is_running=True), HostError):
-                return place[1]
-            self.release(host.name, path)
+        place = host.name, path
+        if place in self._held and self._holds(place):
+            return self._held[place][1]
+        self.release(*place)
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(host.private_folder(self._run))
             try:
                 lease, _ = stack.enter_context(held(host, path, folder))
             except CommandError as error:
                 raise FinalError(f"{host.name}: {path} is in use: {error.said}", "find out who has it open (virsh list, lsof)") from error
-            self._held[host.name, path] = stack.pop_all(), lease
+            self._held[place] = stack.pop_all(), lease
         return lease
+
+    def _holds(self, place: tuple[str, str]) -> bool:
+        return can_be(functools.partial(self._held[place][1].check, is_running=True), HostError)
 
     def check(self) -> None:
         """Raises HostError where one of them was lost."""
-        for (host, path), (_, lease) in self._held.items():
-            if not can_be(functools.partial(lease.check, is_running=True), HostError):
-                raise HostError(f"{host}: the lock on {path} was lost", "run it again")
+        for host, path in itertools.filterfalse(self._holds, self._held):
+            raise HostError(f"{host}: the lock on {path} was lost", "run it again")
 
     def release(self, host: str, path: str) -> None:
         """Lets go of a disk; nothing happens where it is not held."""
@@ -3643,18 +3642,18 @@ class Ends:
     locks: DiskLocks
 
 
-def route_address(host: Host, to: str) -> str:
-    """The address a host uses when it connects to another."""
-    with contextlib.suppress(CommandError, ValueError, KeyError, IndexError):
-        return str(document_in(host.run("ip", "-json", "route", "get", to))[0]["prefsrc"])
-    return host.nbd_address
+def route(host: Host, to: str) -> dict[str, str]:
+    """How a host reaches another, as `ip route get` tells it: "dev", "prefsrc"; empty where it does not."""
+    with contextlib.suppress(CommandError, ValueError, LookupError):
+        return dict(document_in(host.run("ip", "-json", "route", "get", to))[0])
+    return {}
 
 
 def received(ends: Ends) -> int:
     """Bytes that the destination's interface towards the source has received so far, for whomever; 0 where the host cannot tell."""
-    count = 'read -r count < "/sys/class/net/$(ip -o route get "$1" | sed -n "s/.* dev \\([^ ]*\\).*/\\1/p")/statistics/rx_bytes" && echo "$count"'
-    with contextlib.suppress(CommandError, ValueError):
-        return int(ends.destination.script(count, ends.source.nbd_address))
+    with contextlib.suppress(CommandError, ValueError, KeyError):
+        device = route(ends.destination, ends.source.nbd_address)["dev"]
+        return int(ends.destination.run("cat", f"/sys/class/net/{device}/statistics/rx_bytes"))
     return 0
 
 
@@ -3695,13 +3694,9 @@ def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple
             failure = HostError(f"{host.name}: port {number} is taken", "set NBD_SERVER_PORT to a free one, or a range as in 2666-2697")
             continue
         place = Export(host.nbd_address, number, name)
-        by_nbd_server = job.transport == "nbd" and format == "raw"
-        words = nbd_server(ends, job, place, path) if by_nbd_server else (*gentle(job), *qemu_nbd(ends, job, place, path, format))
         with contextlib.ExitStack() as stack:
             try:
-                if job.compress:
-                    stack.enter_context(host.daemon(f"{ends.source_folder}/disk.pid", *words))
-                    words = squeezed(ends, job, place)
+                words = serving(ends, job, place, (path, format), stack)
                 lease = stack.enter_context(host.daemon(f"{ends.source_folder}/{number}.pid", *words))
             except CommandError as error:
                 if "in use" not in error.said:
@@ -3731,31 +3726,32 @@ def gentle(job: DiskJob) -> tuple[str, ...]:
     return ("nice", "-n", "15", "ionice", "-c", "2", "-n", "7") if job.is_live else ()
 
 
-def shared(path: str, format: str) -> tuple[str, ...]:
-    """qemu-nbd's words for a disk that a guest has open: it takes no part in qemu's locks, and what it reads may be torn."""
+def opened(path: str, format: str, *, is_live: bool) -> tuple[str, ...]:
+    """qemu-nbd's words for a disk; where a guest has it open, it takes no part in qemu's locks, and what it reads may be torn."""
+    if not is_live:
+        return ("-f", format, path)
     return ("--image-opts", image_opts({"driver": format, "file.driver": "file", "file.filename": path, "file.locking": "off"}))
 
 
-def qemu_nbd(ends: Ends, job: DiskJob, place: Export, path: str, format: str) -> tuple[str, ...]:
-    """The words that start qemu-nbd on a disk; it stays in the foreground, as a child of its lease."""
-    folder = ends.source_folder
+def serving(ends: Ends, job: DiskJob, place: Export, image: tuple[str, str], stack: contextlib.ExitStack) -> tuple[str, ...]:
+    """The words that start what serves a disk (path, format) where it is exported: nbd-server, qemu-nbd, or what deflates for a qemu-nbd here."""
+    folder, settings = ends.source_folder, job.settings
+    if job.transport == "nbd" and image[1] == "raw":
+        return nbd_server(ends, job, place, image[0])
+    pidfile, client = f"{folder}/{place.port}.pid", "" if settings.tls else ends.client_address
+    listen = (*PYTHON, LISTEN, place.address, str(place.port), client)
     cache = ("--cache=none", "--aio=native") if job.source_direct else ("--cache=writeback",)
-    pidfile = f"{folder}/{'disk' if job.compress else place.port}.pid"
-    words = ("qemu-nbd", "-r", "-t", "-e", "8", "-x", place.name, f"--pid-file={pidfile}", *cache)
-    image = shared(path, format) if job.is_live else ("-f", format, path)
+    words = ("-r", "-e", "8", "-x", place.name, *cache, *opened(*image, is_live=job.is_live))
     if job.compress:
-        return (*words, "-k", f"{folder}/disk.sock", *image)
-    if job.settings.tls:
-        words += ("--object", f"tls-creds-x509,id=t,dir={folder},endpoint=server,verify-peer=yes", "--tls-creds", "t")
-    client = "" if job.settings.tls else ends.client_address
-    return (*PYTHON, LISTEN, place.address, str(place.port), client, *words, *image)
+        _, node = stack.enter_context(served_here(ends.source, folder, "disk", *words, before=gentle(job)))
+        return (*listen, *PYTHON, SQUEEZE, "serve", pidfile, node["server.path"], folder if settings.tls else "", "", "")
+    tls = ("--object", creds(folder, "server"), "--tls-creds", "t") if settings.tls else ()
+    return (*gentle(job), *listen, "qemu-nbd", "-t", f"--pid-file={pidfile}", *tls, *words)
 
 
-def squeezed(ends: Ends, job: DiskJob, place: Export) -> tuple[str, ...]:
-    """The words that start what takes connections from the wire to a qemu-nbd's socket, and deflates what that one says."""
-    folder, client = (ends.source_folder, "") if job.settings.tls else ("", ends.client_address)
-    files = (f"{ends.source_folder}/{place.port}.pid", f"{ends.source_folder}/disk.sock", folder)
-    return (*PYTHON, LISTEN, place.address, str(place.port), client, *PYTHON, SQUEEZE, "serve", *files, "", "")
+def creds(folder: str, endpoint: str) -> str:
+    """qemu's object for TLS with a certificate of this run."""
+    return f"tls-creds-x509,id=t,dir={folder},endpoint={endpoint},verify-peer=yes"
 
 
 @contextlib.contextmanager
@@ -3772,8 +3768,7 @@ def reached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[t
             yield (), {"driver": "nbd", "server.type": "unix", "server.path": socket_file, "export": export.name}
         return
     node = {"driver": "nbd", "server.type": "inet", "server.host": export.address, "server.port": str(export.port), "export": export.name}
-    creds = ("--object", f"tls-creds-x509,id=t,dir={ends.destination_folder},endpoint=client,verify-peer=yes")
-    yield (creds, {**node, "tls-creds": "t"}) if job.settings.tls else ((), node)
+    yield (("--object", creds(ends.destination_folder, "client")), {**node, "tls-creds": "t"}) if job.settings.tls else ((), node)
 
 
 @contextlib.contextmanager
@@ -3814,11 +3809,11 @@ def rehearse(ends: Ends, job: DiskJob) -> float:
         raise HostError(f"{ends.destination.name} cannot read from {ends.source.name} at {ends.source.nbd_address}: {error}",
                         "see that the port is open between the hosts (NBD_SERVER_PORT), and set nbd_address in HOSTS if the "
                         "traffic takes another network") from error
-    sums = [host.run("sha256sum", path).read(lambda said: said.split()[0]) for host, path in ((ends.source, sample), (ends.destination, arrived))]
-    if sums[0] != sums[1]:
+    sides = (ends.source, sample), (ends.destination, arrived)
+    if not same_digests(sides, Chunk(0, SAMPLE, SAMPLE), 90):
         raise HostError(f"what {ends.source.name} sends is not what arrives at {ends.destination.name}: the rehearsal's digests differ")
-    ends.source.run("rm", "-f", "--", sample)
-    ends.destination.run("rm", "-f", "--", arrived)
+    for host, path in sides:
+        host.run("rm", "-f", "--", path)
     return rate
 
 
@@ -3935,40 +3930,38 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[Piece]
 def prove_what_is_there(ends: Ends, job: DiskJob, readable: str, claimed: Sequence[Chunk], tiles: Sequence[Chunk]) -> frozenset[Chunk]:
     """Those of the claimed chunks that the digests of both ends prove. All else in the new file is zeros then; it is made where it must be."""
     destination = ends.destination
-    if claimed and destination.succeeds("test", "-f", job.new):
-        destination.script(UNWRITTEN, job.new, locked(job.new))
-        if can_be(lambda: make_sound(destination, job)):
-            with seen_by_guest(ends, destination, job.new_image, job) as place:
-                sides, stall = ((ends.source, readable), (destination, place)), job.settings.stall_timeout
-                proven = frozenset(tile for tile in claimed if same_digests(sides, tile, stall))
-            if can_be(lambda: make_zero(destination, job, [tile for tile in tiles if tile not in proven])):
-                return proven
+    if claimed and is_begun(destination, job):
+        with seen_by_guest(ends, destination, job.new_image, job) as place:
+            sides, stall = ((ends.source, readable), (destination, place)), job.settings.stall_timeout
+            proven = frozenset(tile for tile in claimed if same_digests(sides, tile, stall))
+        if can_be(lambda: make_zero(destination, job, [tile for tile in tiles if tile not in proven])):
+            return proven
     make_new(destination, job)
     return frozenset()
 
 
-def make_sound(destination: Host, job: DiskJob) -> None:
-    """Brings a new file that was left in the middle into a form that can be gone on with; raises CommandError where it cannot."""
-    if job.new_format == "raw":
-        destination.run("truncate", "-s", str(_whole_sectors(job.length)), "--", job.new)
-        return
-    destination.work("qemu-img", "check", "-q", "-r", "all", "-f", job.new_format, job.new, stall=3600)
-    chain = disk_chain(destination, job.new, job.new_format, shared=False)
-    if len(chain) != 1 or chain[0].size != job.source.size:
-        raise CommandError(destination.name, ("qemu-img", "info", job.new), 0, "it is not the file that was begun")
+def is_begun(destination: Host, job: DiskJob) -> bool:
+    """Whether there is a new file that can be gone on with; else it is made. Raises CommandError while an earlier attempt writes to it."""
+    if destination.succeeds("test", "-f", job.new):
+        destination.script(UNWRITTEN, job.new, locked(job.new))
+        with contextlib.suppress(CommandError):
+            if job.new_format == "raw":
+                destination.run("truncate", "-s", str(_whole_sectors(job.length)), "--", job.new)
+                return True
+            destination.work("qemu-img", "check", "-q", "-r", "all", "-f", job.new_format, job.new, stall=3600)
+            chain = disk_chain(destination, job.new, job.new_format, shared=False)
+            if len(chain) == 1 and chain[0].size == job.source.size:
+                return True
+    make_new(destination, job)
+    return False
 
 
 def make_zero(destination: Host, job: DiskJob, tiles: Sequence[Chunk]) -> None:
     """Makes these chunks of the new file holes again: convert writes no zeros where the source has none."""
-    if job.new_format == "raw":
-        for at in range(0, len(tiles), 500):
-            stretches = (str(number) for tile in tiles[at : at + 500] for number in (tile.offset, _whole_sectors(tile.length)))
-            destination.script(PUNCH, job.new, *stretches)
-        return
-    pieces = [(at, min(GiB, tile.offset + tile.length - at)) for tile in tiles if tile.held
+    pieces = [(at, min(GiB, tile.offset + tile.length - at)) for tile in tiles if tile.held or job.new_format == "raw"
               for at in range(tile.offset, tile.offset + tile.length, GiB)]
     for first in range(0, len(pieces), 100):
-        orders = (word for at, length in pieces[first : first + 100] for word in ("-c", f"write -q -z -u {at} {length}"))
+        orders = (word for at, length in pieces[first : first + 100] for word in ("-c", f"write -q -z -u {at} {_whole_sectors(length)}"))
         destination.run("qemu-io", "-f", job.new_format, *orders, job.new, seconds=600)
 
 
@@ -3987,8 +3980,8 @@ def seen_by_guest(ends: Ends, host: Host, image: DiskImage, job: DiskJob, *, is_
         yield image.path
         return
     folder = ends.source_folder if host is ends.source else ends.destination_folder
-    opened = shared(image.path, image.format) if job.is_live and host is ends.source else ("-f", image.format, image.path)
-    with served_here(host, folder, "guest", *(("--discard=unmap",) if is_written else ("-r", "-e", "8")), *opened) as (_, node):
+    image_words = opened(image.path, image.format, is_live=job.is_live and host is ends.source)
+    with served_here(host, folder, "guest", *(("--discard=unmap",) if is_written else ("-r", "-e", "8")), *image_words) as (_, node):
         yield json.dumps(node)
 
 
@@ -4130,7 +4123,7 @@ class Comparison:
         self.ends, self.job, self.readable, self._stack = ends, job, readable, stack
         self._pools = tuple(stack.enter_context(threads_for(host, 1)) for host in (ends.source, ends.destination))
         self._tiles: list[Chunk] = []
-        self._found: tuple[deque[Future[str]], deque[Future[str]]] = deque(), deque()  # of the source and the new file, those not yet compared
+        self._found = deque[Future[dict[int, str]]](), deque[Future[dict[int, str]]]()  # of the source and the new file, those not yet compared
         self._compared, self._whole = 0, hashlib.sha256()
 
     def begin(self, tile: Chunk) -> None:
@@ -4163,8 +4156,8 @@ class Comparison:
     def _compare(self) -> None:
         """Compares the next chunk, and keeps no more of it than its share in the digest of the whole."""
         here, there = (outcome(found.popleft()) for found in self._found)
-        require_equal(self._tiles[self._compared], by_block(here), by_block(there))
-        self._whole.update(here.encode())
+        require_equal(self._tiles[self._compared], here, there)
+        self._whole.update(lines_of(here))
         self._compared += 1
 
     @unbroken()
@@ -4216,12 +4209,10 @@ def warm_pass(ends: Ends, job: DiskJob, known: Known, progress: Progress) -> tup
     Gives the digests that were taken of the source before, and those of the new file afterwards, read from the destination's disk.
     """
     began, destination, stall = time.monotonic(), ends.destination, job.settings.stall_timeout
-    is_there = destination.succeeds("test", "-f", job.new) and can_be(lambda: make_sound(destination, job))
-    if not is_there:
-        make_new(destination, job)
+    is_there = is_begun(destination, job)
     with reading(ends, job) as disk:
         if is_there:
-            here = by_block(digests(ends.source, disk.readable, 0, job.length, stall, job.settings.limit_rate, before=gentle(job)))
+            here = digests(ends.source, disk.readable, 0, job.length, stall, job.settings.limit_rate, before=gentle(job))
             known = Known(here, known.there or digests_there(ends, job))
             pieces = as_pieces(differing(here, known.there), job.length)
         else:
@@ -4251,7 +4242,7 @@ def digests_there(ends: Ends, job: DiskJob, pieces: Sequence[Piece] = ()) -> dic
     """The digests of the new file, or of those of its blocks that these pieces touch."""
     listed = (0, put_list(ends.destination, ends.destination_folder, pieces)) if pieces else ()
     with seen_by_guest(ends, ends.destination, job.new_image, job) as place:
-        return by_block(digests(ends.destination, place, 0, job.length, job.settings.stall_timeout, *listed))
+        return digests(ends.destination, place, 0, job.length, job.settings.stall_timeout, *listed)
 
 
 def digests_after(ends: Ends, job: DiskJob, before: Mapping[int, str], pieces: Sequence[Piece]) -> dict[int, str]:
@@ -4285,15 +4276,13 @@ def move_changes(ends: Ends, job: DiskJob, witness: Witness, known: Known) -> Mo
     when a host, a command or the proof fails. The source's lock is held for as long as the export lives.
     """
     began, before, destination, stall = time.monotonic(), received(ends), ends.destination, job.settings.stall_timeout
-    destination.script(UNWRITTEN, job.new, locked(job.new))
-    if not can_be(lambda: make_sound(destination, job)):
-        make_new(destination, job)
+    if not is_begun(destination, job):
         known = NOTHING_KNOWN
     asked = as_pieces(set(range(-(-job.length // MiB))) - known.unchanged, job.length)
     with reading_stopped(ends, job) as disk, threads_for(destination, 1) as pool:
         proving = pool.submit(digests_there, ends, job, asked)
         listed = put_list(ends.source, ends.source_folder, asked)
-        here = of_blocks(known.here, known.unchanged) | by_block(digests(ends.source, disk.readable, 0, job.length, stall, 0, listed))
+        here = of_blocks(known.here, known.unchanged) | digests(ends.source, disk.readable, 0, job.length, stall, 0, listed)
         there = of_blocks(known.there, known.unchanged) | outcome(proving)
         pieces = as_pieces(differing(here, there), _whole_sectors(job.length))
         sent = sum(count for _, count in pieces)
@@ -4303,7 +4292,7 @@ def move_changes(ends: Ends, job: DiskJob, witness: Witness, known: Known) -> Mo
         disk.check()
         copy_tail(ends, job)
         require_equal(Chunk(0, job.length, 0), here, digests_after(ends, job, there, pieces))
-    digest = hashlib.sha256("".join(f"{block} {found}\n" for block, found in sorted(here.items())).encode()).hexdigest()
+    digest = hashlib.sha256(lines_of(here)).hexdigest()
     unread = job.length - sum(count for _, count in asked)
     return Moved(sent, received(ends) - before, digest, time.monotonic() - began, True, unread)
 
@@ -5676,7 +5665,7 @@ def both_ends(run: Run, destination: Host, locks: DiskLocks) -> Iterator[Ends]:
             host, folder = (source, one) if who == "server" else (destination, other)
             for name, content in files.items():
                 host.script(PRIVATE_FILE, f"{folder}/{name}", stdin=content)
-        yield Ends(source, destination, one, other, route_address(destination, source.nbd_address), locks)
+        yield Ends(source, destination, one, other, route(destination, source.nbd_address).get("prefsrc", destination.nbd_address), locks)
 
 
 def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:

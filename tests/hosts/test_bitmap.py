@@ -23,7 +23,6 @@ from migrena import (
     Known,
     Witness,
     bitmap_of,
-    by_block,
     digests,
     digests_there,
     disk_chain,
@@ -40,7 +39,7 @@ LARGE = 48 * MiB
 
 def digests_of(host: Host, path: str) -> dict[int, str]:
     """A file's digests."""
-    return by_block(digests(host, path, 0, int(host.run("stat", "-c", "%s", path)), 60))
+    return digests(host, path, 0, int(host.run("stat", "-c", "%s", path)), 60)
 
 
 def with_bitmap(instance: Instance, bitmap: str) -> None:
