@@ -75,7 +75,7 @@ import urllib.parse
 import uuid
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -3440,16 +3440,11 @@ def misplaced(host: Host, domain: Domain) -> Reason | None:
 def disk_chain(host: Host, path: str, format: str, *, shared: bool) -> tuple[DiskImage, ...]:
     """A disk and its bases, by qemu-img info; `shared` also while a guest runs on it, else a running guest raises CommandError."""
     force = ("-U",) if shared else ()
-    images = host.run("qemu-img", "info", "--output=json", "--backing-chain", *force, "-f", format, path).read(_images_in)
+    answer = host.run("qemu-img", "info", "--output=json", "--backing-chain", *force, "-f", format, path)
+    images = answer.read(lambda said: [_disk_image(node) for node in document_in(said) or [{}]])
     lengths = host.run("stat", "-L", "-c", "%s", "--", *(image.path for image in images)).read(
         lambda said: [int(length) for _, length in zip(images, said.split(), strict=True)])
     return tuple(dataclasses.replace(image, length=length) for image, length in zip(images, lengths, strict=True))
-
-
-def _images_in(said: str) -> list[DiskImage]:
-    """The files of a chain, as qemu-img info tells them, each without its length."""
-    top, *below = document_in(said)
-    return [_disk_image(node) for node in (top, *below)]
 
 
 def _disk_image(node: Mapping[str, Any]) -> DiskImage:
@@ -3570,16 +3565,11 @@ def served_here(host: Host, folder: str, name: str, *words: str, before: Sequenc
         yield lease, {"driver": "nbd", "server.type": "unix", "server.path": socket_file}
 
 
-def held(host: Host, path: str, folder: str) -> contextlib.AbstractContextManager[tuple[Lease, Node]]:
-    """Holds qemu's lock on a disk: nobody had it open for writing when the scope began, and no guest can start on it within.
-
-    Raises CommandError where somebody has it open. The qemu-nbd is there for nobody to read from.
-    """
-    return served_here(host, folder, "hold", "-r", "--image-opts", locked(path))
-
-
 class DiskLocks:
-    """qemu's locks on both disks of a copy, from the stop on until they are released: no guest starts on either, whoever asks for it."""
+    """qemu's locks on both disks of a copy, from the stop on until they are released: no guest starts on either, whoever asks for it.
+
+    A qemu-nbd holds each, for nobody to read from.
+    """
 
     def __init__(self, run: str) -> None:
         self._run = run
@@ -3601,7 +3591,7 @@ class DiskLocks:
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(host.private_folder(self._run))
             try:
-                lease, _ = stack.enter_context(held(host, path, folder))
+                lease, _ = stack.enter_context(served_here(host, folder, "hold", "-r", "--image-opts", locked(path)))
             except CommandError as error:
                 raise FinalError(f"{host.name}: {path} is in use: {error.said}", "find out who has it open (virsh list, lsof)") from error
             self._held[place] = stack.pop_all(), lease
@@ -3640,6 +3630,10 @@ class Ends:
     destination_folder: str
     client_address: str
     locks: DiskLocks
+
+    def folder(self, host: Host) -> str:
+        """The private folder on that one of them."""
+        return self.source_folder if host is self.source else self.destination_folder
 
 
 def route(host: Host, to: str) -> dict[str, str]:
@@ -3871,24 +3865,23 @@ class Reading:
 
 
 @contextlib.contextmanager
-def reading(ends: Ends, job: DiskJob, *holds: Lease) -> Iterator[Reading]:
-    """The source's disk, served to the destination; what holds it meanwhile is let go with the scope."""
+def reading(ends: Ends, job: DiskJob) -> Iterator[Reading]:
+    """The source's disk, served to the destination; that of a source that has stopped is locked, and proven unchanged at the scope's end.
+
+    Raises FinalError where somebody has it open or has changed it.
+    """
     with contextlib.ExitStack() as stack:
+        if not job.is_live:
+            require_stand(ends.source, job)
+        holds = () if job.is_live else (ends.locks.hold(ends.source, job.source.path),)
         export, serving = stack.enter_context(exported(ends, job, job.source.path, job.export_format))
         readable = stack.enter_context(seen_by_guest(ends, ends.source, job.source, job))
         options, node = stack.enter_context(reached(ends, job, export, job.length))
         yield Reading(readable, options, node, (*holds, serving))
+        if not job.is_live:
+            require_stand(ends.source, job)
+            ends.locks.check()
         serving.release()
-
-
-@contextlib.contextmanager
-def reading_stopped(ends: Ends, job: DiskJob) -> Iterator[Reading]:
-    """The disk of a source that has stopped: locked, and proven unchanged at the scope's end. Raises FinalError where somebody has it open."""
-    require_stand(ends.source, job)
-    with reading(ends, job, ends.locks.hold(ends.source, job.source.path)) as disk:
-        yield disk
-        require_stand(ends.source, job)
-        ends.locks.check()
 
 
 def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[Piece] = ()) -> Moved:
@@ -3896,34 +3889,21 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[Piece]
 
     Raises HostError when a host, a command or the proof fails. The source's lock is held for as long as the export lives.
     """
-    began, before, source = time.monotonic(), received(ends), ends.source
-    with reading_stopped(ends, job) as disk, contextlib.ExitStack() as stack:
-        tiles, held_bytes = tiles_of(source, disk.readable, job)
+    began, before = time.monotonic(), received(ends)
+    with reading(ends, job) as disk, contextlib.ExitStack() as stack:
+        tiles, held_bytes = tiles_of(ends.source, disk.readable, job)
         proven = prove_what_is_there(ends, job, disk.readable, [tile for tile in tiles if tile.held and is_covered(tile, known)], tiles)
-        compared, sending = Comparison(ends, job, disk.readable, stack), Sending(ends, job, disk, stack)
-
-        def arrived() -> None:
-            tile = sending.wait_for_one()
-            witness.arrived(tile, sending.done)
-            witness.check()
-            compared.arrived(tile)
-            require_stand(source, job)
-            disk.check()
-
-        with witness.progress(sum(tile.held for tile in tiles)) as sending.show:
+        flow = Flow(ends, job, disk, witness, stack)
+        with witness.progress(sum(tile.held for tile in tiles)) as flow.show:
             for tile in tiles:
-                is_sent = tile.held and tile not in proven
-                if is_sent and len(sending) == job.lanes:
-                    arrived()
-                compared.begin(tile)
-                if is_sent:
-                    sending.begin(tile)
-                elif tile.held:
-                    sending.keep(tile)
-            while sending:
-                arrived()
+                is_sent = tile.held > 0 and tile not in proven
+                if is_sent and len(flow) == job.lanes:
+                    flow.wait_for_one()
+                flow.begin(tile, is_sent=is_sent)
+            while flow:
+                flow.wait_for_one()
         copy_tail(ends, job)
-        digest = compared.finish()
+        digest = flow.finish()
     return Moved(held_bytes, received(ends) - before, digest, time.monotonic() - began)
 
 
@@ -3979,9 +3959,8 @@ def seen_by_guest(ends: Ends, host: Host, image: DiskImage, job: DiskJob, *, is_
     if job.whole_file or image.format == "raw":
         yield image.path
         return
-    folder = ends.source_folder if host is ends.source else ends.destination_folder
     image_words = opened(image.path, image.format, is_live=job.is_live and host is ends.source)
-    with served_here(host, folder, "guest", *(("--discard=unmap",) if is_written else ("-r", "-e", "8")), *image_words) as (_, node):
+    with served_here(host, ends.folder(host), "guest", *(("--discard=unmap",) if is_written else ("-r", "-e", "8")), *image_words) as (_, node):
         yield json.dumps(node)
 
 
@@ -4060,6 +4039,9 @@ def copy_tail(ends: Ends, job: DiskJob) -> None:
     ends.destination.run("truncate", "-s", str(job.length), "--", job.new)
 
 
+Digests = Future[dict[int, str]]
+
+
 @contextlib.contextmanager
 def threads_for(host: Host, count: int) -> Iterator[ThreadPoolExecutor]:
     """Threads for commands on a host. A scope that fails ends all that the host does for us, so that none of them is waited for."""
@@ -4078,93 +4060,77 @@ def threads_for(host: Host, count: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown()
 
 
-class Sending:
-    """Chunks on their way into the new file: while one ends the next one flows already, so that the wire is never idle."""
+class Flow:
+    """Chunks on their way into the new file, and their proof: while one ends the next one flows already, so that the wire is never idle.
 
-    def __init__(self, ends: Ends, job: DiskJob, disk: Reading, stack: contextlib.ExitStack) -> None:
-        self.ends, self.job, self.disk = ends, job, disk
+    The source digests each chunk while it flows, the destination when it has arrived.
+    """
+
+    def __init__(self, ends: Ends, job: DiskJob, disk: Reading, witness: Witness, stack: contextlib.ExitStack) -> None:
+        self.ends, self.job, self.disk, self.witness, self._stack = ends, job, disk, witness, stack
         self.show: Callable[[int], None] = lambda done: None
-        self._pool = stack.enter_context(threads_for(ends.destination, job.lanes))
-        self._flows: deque[tuple[Chunk, Future[None]]] = deque()
-        self._here: dict[int, int] = {}  # how many bytes of the chunk at an offset have arrived
+        self._senders, *self._readers = (stack.enter_context(threads_for(host, count)) for host, count in (
+            (ends.destination, job.lanes), (ends.source, 1), (ends.destination, 1)))
+        self._flows: dict[Chunk, Future[None]] = {}
+        self._done: dict[Chunk, int] = {}  # how many bytes of each have arrived
+        self._found: tuple[dict[Chunk, Digests], dict[Chunk, Digests]] = {}, {}  # of the source and the new file, those not yet compared
+        self._whole = hashlib.sha256()
 
     def __len__(self) -> int:
         return len(self._flows)
 
-    @property
-    def done(self) -> int:
-        """Bytes that have arrived so far."""
-        return sum(self._here.values())
-
-    def keep(self, tile: Chunk) -> None:
-        """A chunk is there already."""
-        self._here[tile.offset] = tile.held
-        self.show(self.done)
-
     @unbroken()
-    def begin(self, tile: Chunk) -> None:
-        """Sends a chunk off."""
-        self._here[tile.offset] = 0
-        show = functools.partial(self._here.__setitem__, tile.offset)
-        self._flows.append((tile, self._pool.submit(copy_chunk, self.ends, self.job, self.disk, tile, show)))
+    def begin(self, tile: Chunk, *, is_sent: bool) -> None:
+        """Has the source's digests taken of a chunk, and sends it off where it is not in the new file already."""
+        self._digest(0, self.disk.readable, tile)
+        if is_sent:
+            show = functools.partial(self._done.__setitem__, tile)
+            self._flows[tile] = self._senders.submit(copy_chunk, self.ends, self.job, self.disk, tile, show)
+        else:
+            self._is_there(tile)
 
-    def wait_for_one(self) -> Chunk:
-        """The chunk that was sent off first, when it has arrived. Raises HostError where it has not."""
-        tile, flow = self._flows.popleft()
-        outcome(flow, lambda: self.show(self.done))
-        self.keep(tile)
-        return tile
-
-
-class Comparison:
-    """The proof: the source digests each chunk while it flows, the destination when it has arrived."""
-
-    def __init__(self, ends: Ends, job: DiskJob, readable: str, stack: contextlib.ExitStack) -> None:
-        self.ends, self.job, self.readable, self._stack = ends, job, readable, stack
-        self._pools = tuple(stack.enter_context(threads_for(host, 1)) for host in (ends.source, ends.destination))
-        self._tiles: list[Chunk] = []
-        self._found = deque[Future[dict[int, str]]](), deque[Future[dict[int, str]]]()  # of the source and the new file, those not yet compared
-        self._compared, self._whole = 0, hashlib.sha256()
-
-    def begin(self, tile: Chunk) -> None:
-        """A chunk is about to be sent, or need not be: the source's digests can be taken."""
-        if self.job.settings.verify:
-            self._tiles.append(tile)
-            self._digest(0, self.readable, self._tiles)
-
-    @unbroken()
-    def arrived(self, tile: Chunk) -> None:
-        """A chunk has arrived, and so has all before it; raises HostError for a chunk whose digests are there and differ."""
-        if not self.job.settings.verify:
-            return
-        is_whole = tile.offset + tile.length < self.job.length or self.job.length % 512 == 0  # the end of others gets its length later
-        if self.job.new_format == "raw" and is_whole:  # only a file that is nobody's image can be read while it is being written
-            self._digest(1, self.job.new, self._tiles[: self._tiles.index(tile) + 1])
-        while all(found and found[0].done() for found in self._found):
-            self._compare()
+    def wait_for_one(self) -> None:
+        """Returns when the chunk that was sent off first has arrived. Raises HostError where it has not, or where one that has differs."""
+        tile = next(iter(self._flows))
+        outcome(self._flows.pop(tile), lambda: self.show(sum(self._done.values())))
+        self.witness.arrived(tile)
+        self.witness.check()
+        self._is_there(tile)
+        while (first := next(iter(self._found[0]), None)) and all(first in found and found[first].done() for found in self._found):
+            self._compare(first)
+        require_stand(self.ends.source, self.job)
+        self.disk.check()
 
     def finish(self) -> str:
         """The digest of the whole, which both ends agree on; empty where no proof was asked for. Raises HostError where they differ."""
         if not self.job.settings.verify:
             return ""
         place = self._stack.enter_context(seen_by_guest(self.ends, self.ends.destination, self.job.new_image, self.job))
-        self._digest(1, place, self._tiles)
-        while self._compared < len(self._tiles):
-            self._compare()
+        for tile in self._found[0]:
+            if tile not in self._found[1]:
+                self._digest(1, place, tile)
+        for tile in list(self._found[0]):
+            self._compare(tile)
         return self._whole.hexdigest()
 
-    def _compare(self) -> None:
+    def _is_there(self, tile: Chunk) -> None:
+        self._done[tile] = tile.held
+        self.show(sum(self._done.values()))
+        is_whole = tile.offset + tile.length < self.job.length or self.job.length % 512 == 0  # the end of others gets its length later
+        if self.job.new_format == "raw" and is_whole:  # only a file that is nobody's image can be read while it is being written
+            self._digest(1, self.job.new, tile)
+
+    def _compare(self, tile: Chunk) -> None:
         """Compares the next chunk, and keeps no more of it than its share in the digest of the whole."""
-        here, there = (outcome(found.popleft()) for found in self._found)
-        require_equal(self._tiles[self._compared], here, there)
+        here, there = (outcome(found.pop(tile)) for found in self._found)
+        require_equal(tile, here, there)
         self._whole.update(lines_of(here))
-        self._compared += 1
 
     @unbroken()
-    def _digest(self, end: int, place: str, tiles: Sequence[Chunk]) -> None:
-        """Begins at one end with those of the chunks that were not begun yet."""
-        host, found, stall = (self.ends.source, self.ends.destination)[end], self._found[end], self.job.settings.stall_timeout
-        found += [self._pools[end].submit(digests, host, place, tile.offset, tile.length, stall) for tile in tiles[self._compared + len(found) :]]
+    def _digest(self, end: int, place: str, tile: Chunk) -> None:
+        if self.job.settings.verify:
+            host, stall = (self.ends.source, self.ends.destination)[end], self.job.settings.stall_timeout
+            self._found[end][tile] = self._readers[end].submit(digests, host, place, tile.offset, tile.length, stall)
 
 
 def require_equal(tile: Chunk, one: Mapping[int, str], other: Mapping[int, str]) -> None:
@@ -4208,12 +4174,12 @@ def warm_pass(ends: Ends, job: DiskJob, known: Known, progress: Progress) -> tup
 
     Gives the digests that were taken of the source before, and those of the new file afterwards, read from the destination's disk.
     """
-    began, destination, stall = time.monotonic(), ends.destination, job.settings.stall_timeout
-    is_there = is_begun(destination, job)
+    began, is_there = time.monotonic(), is_begun(ends.destination, job)
     with reading(ends, job) as disk:
         if is_there:
-            here = digests(ends.source, disk.readable, 0, job.length, stall, job.settings.limit_rate, before=gentle(job))
-            known = Known(here, known.there or digests_there(ends, job))
+            whole = [(0, job.length)]
+            here = digests_again(ends, ends.source, job, {}, whole, disk.readable)
+            known = Known(here, known.there or digests_again(ends, ends.destination, job, {}, whole))
             pieces = as_pieces(differing(here, known.there), job.length)
         else:
             known, pieces = NOTHING_KNOWN, pieces_held(ends.source, disk.readable, 0, job.length, job)
@@ -4221,7 +4187,7 @@ def warm_pass(ends: Ends, job: DiskJob, known: Known, progress: Progress) -> tup
         with progress(changed) as show:
             bring(ends, job, disk.node, pieces, show)
         sent = time.monotonic()
-    known = dataclasses.replace(known, there=digests_after(ends, job, known.there, pieces))
+    known = dataclasses.replace(known, there=digests_again(ends, ends.destination, job, known.there, pieces))
     return Pass(changed, looked - began, sent - looked, time.monotonic() - began), known
 
 
@@ -4238,24 +4204,16 @@ def unchanged_since(source: Host, folder: str, job: DiskJob, known: Known) -> fr
     return frozenset(block for block in found if known.here.get(block) == known.there.get(block))
 
 
-def digests_there(ends: Ends, job: DiskJob, pieces: Sequence[Piece] = ()) -> dict[int, str]:
-    """The digests of the new file, or of those of its blocks that these pieces touch."""
-    listed = (0, put_list(ends.destination, ends.destination_folder, pieces)) if pieces else ()
-    with seen_by_guest(ends, ends.destination, job.new_image, job) as place:
-        return digests(ends.destination, place, 0, job.length, job.settings.stall_timeout, *listed)
-
-
-def digests_after(ends: Ends, job: DiskJob, before: Mapping[int, str], pieces: Sequence[Piece]) -> dict[int, str]:
-    """The digests of the new file after these pieces were brought, of which those that they touch are taken again."""
-    if not pieces:
-        return dict(before)
+def digests_again(ends: Ends, host: Host, job: DiskJob, before: Mapping[int, str], pieces: Sequence[Piece], where: str = "") -> dict[int, str]:
+    """The digests of the new file, or of what else the host reads, taken of those blocks that these pieces touch; the others are as before."""
     touched = {block for start, count in pieces for block in range(start // MiB, -(-(start + count) // MiB))}
-    return of_blocks(before, before.keys() - touched) | digests_there(ends, job, pieces)
-
-
-def of_blocks(found: Mapping[int, str], some: Set[int]) -> dict[int, str]:
-    """The digests of these blocks, where they have any."""
-    return {block: found[block] for block in some & found.keys()}
+    found = {block: digest for block, digest in before.items() if block not in touched and block * MiB < job.length}
+    if not pieces:
+        return found
+    rate, gently = (job.settings.limit_rate, gentle(job)) if job.is_live and host is ends.source else (0, ())
+    listed, stall = put_list(host, ends.folder(host), pieces), job.settings.stall_timeout
+    with contextlib.nullcontext(where) if where else seen_by_guest(ends, host, job.new_image, job) as place:
+        return found | digests(host, place, 0, job.length, stall, rate, listed, before=gently)
 
 
 def as_pieces(changed: Iterable[int], length: int) -> list[Piece]:
@@ -4275,15 +4233,14 @@ def move_changes(ends: Ends, job: DiskJob, witness: Witness, known: Known) -> Mo
     Blocks that are known to be `unchanged` are not read again: the digests stand that both ends had while the source ran. Raises HostError
     when a host, a command or the proof fails. The source's lock is held for as long as the export lives.
     """
-    began, before, destination, stall = time.monotonic(), received(ends), ends.destination, job.settings.stall_timeout
+    began, before, destination = time.monotonic(), received(ends), ends.destination
     if not is_begun(destination, job):
         known = NOTHING_KNOWN
     asked = as_pieces(set(range(-(-job.length // MiB))) - known.unchanged, job.length)
-    with reading_stopped(ends, job) as disk, threads_for(destination, 1) as pool:
-        proving = pool.submit(digests_there, ends, job, asked)
-        listed = put_list(ends.source, ends.source_folder, asked)
-        here = of_blocks(known.here, known.unchanged) | digests(ends.source, disk.readable, 0, job.length, stall, 0, listed)
-        there = of_blocks(known.there, known.unchanged) | outcome(proving)
+    with reading(ends, job) as disk, threads_for(destination, 1) as pool:
+        proving = pool.submit(digests_again, ends, destination, job, known.there, asked)
+        here = digests_again(ends, ends.source, job, known.here, asked, disk.readable)
+        there = outcome(proving)
         pieces = as_pieces(differing(here, there), _whole_sectors(job.length))
         sent = sum(count for _, count in pieces)
         with witness.progress(sent) as show:
@@ -4291,7 +4248,7 @@ def move_changes(ends: Ends, job: DiskJob, witness: Witness, known: Known) -> Mo
         witness.check()
         disk.check()
         copy_tail(ends, job)
-        require_equal(Chunk(0, job.length, 0), here, digests_after(ends, job, there, pieces))
+        require_equal(Chunk(0, job.length, 0), here, digests_again(ends, destination, job, there, pieces))
     digest = hashlib.sha256(lines_of(here)).hexdigest()
     unread = job.length - sum(count for _, count in asked)
     return Moved(sent, received(ends) - before, digest, time.monotonic() - began, True, unread)

@@ -24,7 +24,6 @@ from migrena import (
     Witness,
     bitmap_of,
     digests,
-    digests_there,
     disk_chain,
     drop_bitmap,
     move_changes,
@@ -69,7 +68,7 @@ def prepared(pair: tuple[Instance, Instance], make_copy: MakeCopy) -> Iterator[t
         here = digests_of(ends.source, source.path)
         shutil.copy(f"{source.host.root}{source.path}", f"{fresh.host.root}{job.new}")
         ends.destination.script('printf "?" | dd of="$1" bs=1 seek=$((9 << 20)) conv=notrunc status=none', job.new)
-        yield ends, job, Known(here, digests_there(ends, job))
+        yield ends, job, Known(here, digests_of(ends.destination, job.new))
 
 
 def looked_at_again(ends: Ends, job: DiskJob) -> DiskJob:
