@@ -2807,7 +2807,7 @@ def tls_of(who, folder):
 
 
 def document_in(printed: str) -> Any:
-    """The JSON document that a command has printed, found among the lines of a wrapper; raises ValueError where there is none."""
+    """The JSON document in what a command, or a wrapper around it, has printed; raises ValueError without one."""
     import json
     import re
 
@@ -2827,13 +2827,14 @@ def document_in(printed: str) -> Any:
 
 DOCUMENT_IN: Final = f"Any = None\n{inspect.getsource(document_in)}"  # for programs on hypervisors
 
-# Runs on a hypervisor: VERB WHERE OFFSET LENGTH RATE LIST FILE FOLDER. WHERE is a file, or an NBD export as qemu's node for it in JSON. `map`
-# prints the stretches that hold data, with how many bytes and in how many pieces; `pieces` each piece for itself; `digest` one sha256 of each block
-# of 1 MiB that is not all zeros, with the block's number: that of its runs of cells of 64 KiB that are not all zeros, each run after its place and
-# length, so that holes need not be read; LIST, where it is given, names the pieces whose blocks are wanted. `bring` makes FILE equal to WHERE at
-# the pieces in LIST, and leaves them on the disk; FOLDER has the certificates for TLS. `unchanged` prints those blocks of the qcow2 file FILE that
-# hold nothing but a guest's data which was not written since the dirty bitmap of WHERE began: dirty stretches show as no data there, and the file's
-# own tables may have changed. RATE is the most bytes per second that are read, or 0.
+# Runs on a hypervisor: VERB WHERE OFFSET LENGTH RATE LIST FILE FOLDER. WHERE is a file, or an NBD export as qemu's node
+# in JSON. `map` prints the stretches that hold data, with how many bytes and in how many pieces; `pieces` each piece.
+# `digest` prints the number of each block of 1 MiB that is not all zeros, and a sha256: of its runs of cells of 64 KiB
+# that are not all zeros, each after its place and length, so that holes need not be read. LIST, where given, names
+# the pieces whose blocks are wanted. `bring` makes FILE equal to WHERE at the pieces in LIST, and leaves them on the
+# disk; FOLDER has the certificates for TLS. `unchanged` prints those blocks of the qcow2 file FILE that are full of a
+# guest's data, none of it written since the dirty bitmap of WHERE began, in which dirty stretches show as no data.
+# RATE is the most bytes per second that are read, or 0.
 # Files are read past the page cache where they can be: what is proven comes from the disk, and others keep their cache.
 BLOCKS: Final = DOCUMENT_IN + TLS_OF + r"""
 import hashlib, json, mmap, os, socket, struct, subprocess, sys, threading, time
@@ -2888,7 +2889,8 @@ class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project),
     def __init__(self, node):
         self.node, self.local = node, threading.local()
     def extents(self):
-        for part in map_of({"driver": "raw", "file": self.node}, "--start-offset=%d" % offset, "--max-length=%d" % length):
+        wanted = "--start-offset=%d" % offset, "--max-length=%d" % length
+        for part in map_of({"driver": "raw", "file": self.node}, *wanted):
             if part["data"] and not part["zero"] and part["start"] < end:
                 yield max(part["start"], offset), min(part["start"] + part["length"], end)
     def answer(self, into):
@@ -3287,7 +3289,7 @@ def image_opts(node: Node) -> str:
 
 
 def locked(path: str) -> str:
-    """A file for --image-opts that opens only while nobody writes to it, and keeps others from writing while it is open.
+    """A file for --image-opts that opens only while nobody writes to it, and that nobody can write to while it is open.
 
     A raw node asks for no such lock by itself, so that blkdebug does: see `unshare-child-perms` in qemu's block-core.json.
     """
@@ -3438,7 +3440,7 @@ def misplaced(host: Host, domain: Domain) -> Reason | None:
 
 
 def disk_chain(host: Host, path: str, format: str, *, shared: bool) -> tuple[DiskImage, ...]:
-    """A disk and its bases, by qemu-img info; `shared` also while a guest runs on it, else a running guest raises CommandError."""
+    """A disk and its bases, by qemu-img info; raises CommandError where a guest runs on it, unless `shared`."""
     force = ("-U",) if shared else ()
     answer = host.run("qemu-img", "info", "--output=json", "--backing-chain", *force, "-f", format, path)
     images = answer.read(lambda said: [_disk_image(node) for node in document_in(said) or [{}]])
@@ -3459,7 +3461,7 @@ def _disk_image(node: Mapping[str, Any]) -> DiskImage:
 
 
 def survey_disk(host: Host, instance: str, path: str, *, shared: bool) -> Disk:
-    """All that can be known about an instance's root disk by looking; raises HostError for LVM, Ceph and disks that are not there."""
+    """What can be seen of an instance's root disk; raises HostError for LVM, Ceph and disks that are not there."""
     domain = domain_of(host, instance, path)
     reasons = refuse_domain(host, domain)
     if shared and domain.is_off:
@@ -3514,14 +3516,14 @@ def free_space(host: Host, path: str) -> int:
 
 
 def same_content(one: tuple[Host, DiskImage], other: tuple[Host, DiskImage], stall: float) -> bool:
-    """Whether two files hold the same bytes, by the digests of all their blocks, both hosts at work at once."""
+    """Whether two files hold the same bytes, by the digests of all their blocks."""
     if (one[1].length, one[1].format) != (other[1].length, other[1].format):
         return False
     return same_digests(((one[0], one[1].path), (other[0], other[1].path)), Chunk(0, one[1].length, one[1].length), stall)
 
 
 def same_digests(sides: tuple[tuple[Host, str], tuple[Host, str]], tile: Chunk, stall: float) -> bool:
-    """Whether the digests of a chunk are equal on both sides (a host, and what it reads), which are at work at once."""
+    """Whether the digests of a chunk are equal on both sides (a host, and what it reads), taken at the same time."""
     one, other = at_once(*(functools.partial(digests, host, where, tile.offset, tile.length, stall) for host, where in sides))
     return one == other
 
@@ -3539,8 +3541,9 @@ def numbers_in(printed: str, count: int) -> list[tuple[int, ...]]:
     return found
 
 
-def digests(host: Host, where: str, offset: int, length: int, stall: float, *more: int | str, before: Sequence[str] = ()) -> dict[int, str]:
-    """The sha256 of each block of 1 MiB that is not all zeros, by its number; `where` is a file, or an export as qemu's node in JSON."""
+def digests(host: Host, where: str, offset: int, length: int, stall: float, *more: int | str,
+            before: Sequence[str] = ()) -> dict[int, str]:
+    """The digest of each block that is not all zeros, by its number; `where` is a file, or qemu's node in JSON."""
     return host.work(*before, *blocks("digest", where, offset, length, *more), stall=stall).read(_digests_in)
 
 
@@ -3558,29 +3561,21 @@ def lines_of(found: Mapping[int, str]) -> bytes:
 
 
 @contextlib.contextmanager
-def served_here(host: Host, folder: str, name: str, *words: str, before: Sequence[str] = ()) -> Iterator[tuple[Lease, Node]]:
-    """A qemu-nbd with these words on a socket in our private folder, and qemu's node for it; raises CommandError where it does not serve."""
+def served_here(host: Host, folder: str, name: str, *words: str,
+                before: Sequence[str] = ()) -> Iterator[tuple[Lease, Node]]:
+    """A qemu-nbd on a socket in our private folder, and its node; raises CommandError where it does not serve."""
     socket_file, pidfile = f"{folder}/{name}.sock", f"{folder}/{name}.pid"
     with host.daemon(pidfile, *before, "qemu-nbd", "-t", "-k", socket_file, f"--pid-file={pidfile}", *words) as lease:
         yield lease, {"driver": "nbd", "server.type": "unix", "server.path": socket_file}
 
 
-class DiskLocks:
-    """qemu's locks on both disks of a copy, from the stop on until they are released: no guest starts on either, whoever asks for it.
-
-    A qemu-nbd holds each, for nobody to read from.
-    """
+class DiskLocks(contextlib.ExitStack):
+    """qemu's locks on both disks of a copy, each held by a qemu-nbd until it is released: no guest starts on either."""
 
     def __init__(self, run: str) -> None:
+        super().__init__()
         self._run = run
         self._held: dict[tuple[str, str], tuple[contextlib.ExitStack, Lease]] = {}
-
-    def __enter__(self) -> DiskLocks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for place in list(self._held):
-            self.release(*place)
 
     def hold(self, host: Host, path: str) -> Lease:
         """Holds a disk, again where a connection has lost it. Raises FinalError where somebody has it open."""
@@ -3594,7 +3589,7 @@ class DiskLocks:
                 lease, _ = stack.enter_context(served_here(host, folder, "hold", "-r", "--image-opts", locked(path)))
             except CommandError as error:
                 raise FinalError(f"{host.name}: {path} is in use: {error.said}", "find out who has it open (virsh list, lsof)") from error
-            self._held[place] = stack.pop_all(), lease
+            self._held[place] = self.enter_context(stack.pop_all()), lease
         return lease
 
     def _holds(self, place: tuple[str, str]) -> bool:
@@ -3644,7 +3639,7 @@ def route(host: Host, to: str) -> dict[str, str]:
 
 
 def received(ends: Ends) -> int:
-    """Bytes that the destination's interface towards the source has received so far, for whomever; 0 where the host cannot tell."""
+    """Bytes that the destination's interface towards the source has received, for whomever; 0 where it cannot tell."""
     with contextlib.suppress(CommandError, ValueError, KeyError):
         device = route(ends.destination, ends.source.nbd_address)["dev"]
         return int(ends.destination.run("cat", f"/sys/class/net/{device}/statistics/rx_bytes"))
@@ -3652,7 +3647,7 @@ def received(ends: Ends) -> int:
 
 
 def certificates(server: str) -> dict[str, dict[str, bytes]]:
-    """PEM files for `server` and `client`, made for this run alone: a CA and one certificate each, valid for longer than any copy."""
+    """PEM files for `server` and `client`, for this run alone: a CA and a certificate each, valid for any copy."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -3681,7 +3676,7 @@ def certificates(server: str) -> dict[str, dict[str, bytes]]:
 
 @contextlib.contextmanager
 def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple[Export, Lease]]:
-    """A file of the source, served read-only to the destination alone, on the first port of the job's that is free, and who serves it."""
+    """A file of the source, served read-only to the destination alone on a free port of the job, and its server."""
     host, name, failure = ends.source, f"migrena-{secrets.token_hex(8)}", None
     for number in job.settings.nbd_server_port:
         if host.run("ss", "-Hltn", f"sport = :{number}").strip():
@@ -3703,96 +3698,90 @@ def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple
 
 
 def nbd_server(ends: Ends, job: DiskJob, place: Export, path: str) -> tuple[str, ...]:
-    """The words that start nbd-server on a file; its configuration and list of clients are written before, see nbd-server(5)."""
+    """The words that start nbd-server on a file, for which its configuration is written: see nbd-server(5)."""
     folder = ends.source_folder
-    tls = {"force_tls": "true", "certfile": f"{folder}/server-cert.pem", "keyfile": f"{folder}/server-key.pem",
-           "cacertfile": f"{folder}/ca-cert.pem"} if job.settings.tls else {}
-    sections: dict[str, dict[str, object]] = {"generic": {"listenaddr": place.address, "port": place.port, "allowlist": "false", **tls},
-                place.name: {"exportname": path, "readonly": "true", "authfile": f"{folder}/clients"}}
-    lines = [line for title, entries in sections.items() for line in (f"[{title}]", *(f"{key} = {value}" for key, value in entries.items()))]
+    lines = ["[generic]", f"listenaddr = {place.address}", f"port = {place.port}", "allowlist = false"]
+    if job.settings.tls:
+        lines += ["force_tls = true", f"certfile = {folder}/server-cert.pem", f"keyfile = {folder}/server-key.pem",
+                  f"cacertfile = {folder}/ca-cert.pem"]
+    lines += [f"[{place.name}]", f"exportname = {path}", "readonly = true", f"authfile = {folder}/clients"]
     ends.source.script(PRIVATE_FILE, f"{folder}/clients", stdin=f"{ends.client_address}\n".encode())
     ends.source.script(PRIVATE_FILE, f"{folder}/{place.port}.conf", stdin="\n".join((*lines, "")).encode())
     return ("nbd-server", "-C", f"{folder}/{place.port}.conf", "-p", f"{folder}/{place.port}.pid")
 
 
 def gentle(job: DiskJob) -> tuple[str, ...]:
-    """The words before those of a command on the source's host: while a guest runs there, it comes first with CPU and disk."""
+    """The words before a command on the source's host: a guest that runs there comes first with CPU and disk."""
     return ("nice", "-n", "15", "ionice", "-c", "2", "-n", "7") if job.is_live else ()
 
 
 def opened(path: str, format: str, *, is_live: bool) -> tuple[str, ...]:
-    """qemu-nbd's words for a disk; where a guest has it open, it takes no part in qemu's locks, and what it reads may be torn."""
+    """qemu-nbd's words for a disk; one that a guest has open is read without qemu's locks, and may be torn."""
     if not is_live:
         return ("-f", format, path)
     return ("--image-opts", image_opts({"driver": format, "file.driver": "file", "file.filename": path, "file.locking": "off"}))
 
 
-def serving(ends: Ends, job: DiskJob, place: Export, image: tuple[str, str], stack: contextlib.ExitStack) -> tuple[str, ...]:
-    """The words that start what serves a disk (path, format) where it is exported: nbd-server, qemu-nbd, or what deflates for a qemu-nbd here."""
-    folder, settings = ends.source_folder, job.settings
+def serving(ends: Ends, job: DiskJob, place: Export, image: Layer, stack: contextlib.ExitStack) -> tuple[str, ...]:
+    """The words that start what serves a disk: nbd-server, qemu-nbd, or what deflates for a qemu-nbd."""
+    folder, tls = ends.source_folder, job.settings.tls
     if job.transport == "nbd" and image[1] == "raw":
         return nbd_server(ends, job, place, image[0])
-    pidfile, client = f"{folder}/{place.port}.pid", "" if settings.tls else ends.client_address
-    listen = (*PYTHON, LISTEN, place.address, str(place.port), client)
+    pidfile = f"{folder}/{place.port}.pid"
+    listen = (*PYTHON, LISTEN, place.address, str(place.port), "" if tls else ends.client_address)
     cache = ("--cache=none", "--aio=native") if job.source_direct else ("--cache=writeback",)
     words = ("-r", "-e", "8", "-x", place.name, *cache, *opened(*image, is_live=job.is_live))
     if job.compress:
         _, node = stack.enter_context(served_here(ends.source, folder, "disk", *words, before=gentle(job)))
-        return (*listen, *PYTHON, SQUEEZE, "serve", pidfile, node["server.path"], folder if settings.tls else "", "", "")
-    tls = ("--object", creds(folder, "server"), "--tls-creds", "t") if settings.tls else ()
-    return (*gentle(job), *listen, "qemu-nbd", "-t", f"--pid-file={pidfile}", *tls, *words)
+        return (*listen, *PYTHON, SQUEEZE, "serve", pidfile, node["server.path"], folder if tls else "", "", "")
+    own = (*creds(job, folder, "server"), *(("--tls-creds", "t") if tls else ()))
+    return (*gentle(job), *listen, "qemu-nbd", "-t", f"--pid-file={pidfile}", *own, *words)
 
 
-def creds(folder: str, endpoint: str) -> str:
-    """qemu's object for TLS with a certificate of this run."""
-    return f"tls-creds-x509,id=t,dir={folder},endpoint={endpoint},verify-peer=yes"
+def creds(job: DiskJob, folder: str, endpoint: str) -> tuple[str, ...]:
+    """The words that give qemu the run's certificates, under the name t; none where TLS is not wanted."""
+    words = "--object", f"tls-creds-x509,id=t,dir={folder},endpoint={endpoint},verify-peer=yes"
+    return words if job.settings.tls else ()
 
 
 @contextlib.contextmanager
-def reached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[tuple[tuple[str, ...], Node]]:
-    """The export as qemu-img reads it at the destination: options before the images, and the node, `length` bytes long."""
-    if job.transport == "nbd":
-        with attached(ends, job, export, length) as device:
-            yield (), {"driver": "host_device", "filename": device, "cache.direct": "on"}
+def reached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[Node]:
+    """The export, `length` bytes long, as qemu's node at the destination."""
+    host, folder, place = ends.destination, ends.destination_folder, (export.address, str(export.port))
+    if job.transport == "nbd":  # the device is detached, and its end awaited, with the scope
+        tls = ("-certfile", f"{folder}/client-cert.pem", "-keyfile", f"{folder}/client-key.pem",
+               "-cacertfile", f"{folder}/ca-cert.pem", "-tlshostname", export.address) if job.settings.tls else ()
+        words = ("nbd-client", "-N", export.name, "-R", "-timeout", "30", *tls, *place)
+        with host.lease(LEASED_DEVICE, *words, given=(job.settings.nbd_device, f"{folder}/attached")) as lease:
+            device, size = lease.line(150.0).read(lambda said: (said.split()[0], int(said.split()[1]) * 512))
+            if size != length // 512 * 512:  # an unconnected device has size 0, and reading it succeeds
+                raise HostError(f"{host.name}: {device} shows {size:,} bytes of the export's {length:,}")
+            yield {"driver": "host_device", "filename": device, "cache.direct": "on"}
         return
     if job.compress:
-        folder, pidfile, socket_file = ends.destination_folder, f"{ends.destination_folder}/wire.pid", f"{ends.destination_folder}/wire.sock"
-        place = (socket_file, folder if job.settings.tls else "", export.address, str(export.port))
-        with ends.destination.daemon(pidfile, *PYTHON, SQUEEZE, "fetch", pidfile, *place):
-            yield (), {"driver": "nbd", "server.type": "unix", "server.path": socket_file, "export": export.name}
+        pidfile, socket_file = f"{folder}/wire.pid", f"{folder}/wire.sock"
+        words = ("fetch", pidfile, socket_file, folder if job.settings.tls else "", *place)
+        with host.daemon(pidfile, *PYTHON, SQUEEZE, *words):
+            yield {"driver": "nbd", "server.type": "unix", "server.path": socket_file, "export": export.name}
         return
     node = {"driver": "nbd", "server.type": "inet", "server.host": export.address, "server.port": str(export.port), "export": export.name}
-    yield (("--object", creds(ends.destination_folder, "client")), {**node, "tls-creds": "t"}) if job.settings.tls else ((), node)
-
-
-@contextlib.contextmanager
-def attached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[str]:
-    """The /dev/nbdN of the destination that the export is attached to; detached, and its end awaited, with the scope."""
-    folder = ends.destination_folder
-    tls = ("-certfile", f"{folder}/client-cert.pem", "-keyfile", f"{folder}/client-key.pem", "-cacertfile", f"{folder}/ca-cert.pem",
-           "-tlshostname", export.address) if job.settings.tls else ()
-    words = ("nbd-client", "-N", export.name, "-R", "-timeout", "30", *tls, export.address, str(export.port))
-    with ends.destination.lease(LEASED_DEVICE, *words, given=(job.settings.nbd_device, f"{folder}/attached")) as lease:
-        device, size = lease.line(150.0).read(lambda said: (said.split()[0], int(said.split()[1]) * 512))
-        if size != length // 512 * 512:  # an unconnected device has size 0, and reading it succeeds
-            raise HostError(f"{ends.destination.name}: {device} shows {size:,} bytes of the export's {length:,}")
-        yield device
+    yield {**node, "tls-creds": "t"} if job.settings.tls else node
 
 
 def rehearse(ends: Ends, job: DiskJob) -> float:
-    """Sends random bytes the whole way while the source still runs: ports, certificates, tools and device are proven by it.
+    """Sends random bytes the whole way while the source still runs, which proves ports, certificates, tools and device.
 
-    Gives the bytes per second that it went at; where that is slow and decides about compression, those of the wire alone.
+    Gives the bytes per second; where they are few and decide about compression, those of the wire alone.
     """
     sample, arrived = f"{ends.source_folder}/sample", f"{ends.destination_folder}/sample"
     ends.source.script('umask 077; head -c "$2" /dev/urandom > "$1"', sample, str(SAMPLE))
-    trial = dataclasses.replace(job, source_direct=False)
+    trial, options = dataclasses.replace(job, source_direct=False), creds(job, ends.destination_folder, "client")
     try:
-        with exported(ends, trial, sample, "raw") as (export, _), reached(ends, trial, export, SAMPLE) as (options, node):
+        with exported(ends, trial, sample, "raw") as (export, _), reached(ends, trial, export, SAMPLE) as node:
             def fetch(length: int) -> float:
                 began = time.monotonic()
-                words = ("qemu-img", "convert", *options, "--image-opts", "-O", "raw", _cut(node, 0, length), arrived)
-                ends.destination.work("timeout", "60", *words, stall=90)
+                images = ("--image-opts", "-O", "raw", _cut(node, 0, length), arrived)
+                ends.destination.work("timeout", "60", "qemu-img", "convert", *options, *images, stall=90)
                 return time.monotonic() - began
 
             rate = SAMPLE / fetch(SAMPLE)
@@ -3826,7 +3815,7 @@ Progress = Callable[[int], contextlib.AbstractContextManager[Callable[[int], Non
 
 @dataclass(frozen=True)
 class Witness:
-    """Those who look on while a disk moves: who shows the bytes, who is told of each chunk there, and who may stop it."""
+    """Who shows the bytes while a disk moves, who is told of each chunk that has arrived, and who may stop it all."""
 
     progress: Progress
     arrived: Callable[[Chunk, int], None] = lambda tile, done: None  # and of the bytes done so far
@@ -3834,7 +3823,7 @@ class Witness:
 
 
 def stand_of(host: Host, path: str) -> str:
-    """Size, times and inode of a file, empty if it is gone: whoever writes to it, replaces it or hands it to a guest changes them."""
+    """Size, times and inode of a file, which every change of it changes; empty if it is gone."""
     return host.script('[ ! -e "$1" ] || stat -c "%s %.Y %.Z %i" -- "$1"', path).strip()
 
 
@@ -3851,12 +3840,11 @@ def require_stand(source: Host, job: DiskJob) -> None:
 
 @dataclass(frozen=True)
 class Reading:
-    """The source's disk while it is read: by BLOCKS on its own host, and by those of the destination, with their options and qemu's node."""
+    """The source's disk while it is read: by BLOCKS on its host, as qemu's node at the destination; and its leases."""
 
     readable: str
-    options: tuple[str, ...]
     node: Node
-    leases: tuple[Lease, ...] = ()
+    leases: tuple[Lease, ...]
 
     def check(self) -> None:
         """Raises CommandError where the export or the lock has ended."""
@@ -3866,9 +3854,9 @@ class Reading:
 
 @contextlib.contextmanager
 def reading(ends: Ends, job: DiskJob) -> Iterator[Reading]:
-    """The source's disk, served to the destination; that of a source that has stopped is locked, and proven unchanged at the scope's end.
+    """The source's disk, served to the destination; of a stopped source it is locked.
 
-    Raises FinalError where somebody has it open or has changed it.
+    Raises FinalError where somebody has it open, or has changed it by the scope's end.
     """
     with contextlib.ExitStack() as stack:
         if not job.is_live:
@@ -3876,8 +3864,8 @@ def reading(ends: Ends, job: DiskJob) -> Iterator[Reading]:
         holds = () if job.is_live else (ends.locks.hold(ends.source, job.source.path),)
         export, serving = stack.enter_context(exported(ends, job, job.source.path, job.export_format))
         readable = stack.enter_context(seen_by_guest(ends, ends.source, job.source, job))
-        options, node = stack.enter_context(reached(ends, job, export, job.length))
-        yield Reading(readable, options, node, (*holds, serving))
+        node = stack.enter_context(reached(ends, job, export, job.length))
+        yield Reading(readable, node, (*holds, serving))
         if not job.is_live:
             require_stand(ends.source, job)
             ends.locks.check()
@@ -3885,13 +3873,17 @@ def reading(ends: Ends, job: DiskJob) -> Iterator[Reading]:
 
 
 def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[Piece] = ()) -> Moved:
-    """Brings the source's disk into the new file and proves it; of what an earlier attempt has sent (`known`), only what is not proven again.
+    """Brings the source's disk into the new file, but for what an earlier attempt has sent (`known`), and proves it.
 
-    Raises HostError when a host, a command or the proof fails. The source's lock is held for as long as the export lives.
+    Raises HostError when a host, a command or the proof fails.
     """
     began, before = time.monotonic(), received(ends)
     with reading(ends, job) as disk, contextlib.ExitStack() as stack:
-        tiles, held_bytes = tiles_of(ends.source, disk.readable, job)
+        printed = ends.source.work(*blocks("map", disk.readable, 0, job.length), stall=600)
+        found = printed.read(lambda said: numbers_in(said, 4))
+        least = max(SPAN, job.settings.limit_rate * 5 // MiB * MiB)  # between two that are held back nothing flows
+        hole = SPAN if job.transport == "nbd" else 0  # a block device has none, and its reader would be sent zeros
+        tiles = chunks(job.length, found, job.chunk, least, hole)
         proven = prove_what_is_there(ends, job, disk.readable, [tile for tile in tiles if tile.held and is_covered(tile, known)], tiles)
         flow = Flow(ends, job, disk, witness, stack)
         with witness.progress(sum(tile.held for tile in tiles)) as flow.show:
@@ -3904,53 +3896,42 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[Piece]
                 flow.wait_for_one()
         copy_tail(ends, job)
         digest = flow.finish()
-    return Moved(held_bytes, received(ends) - before, digest, time.monotonic() - began)
+    return Moved(sum(held for _, _, held, _ in found), received(ends) - before, digest, time.monotonic() - began)
 
 
 def prove_what_is_there(ends: Ends, job: DiskJob, readable: str, claimed: Sequence[Chunk], tiles: Sequence[Chunk]) -> frozenset[Chunk]:
-    """Those of the claimed chunks that the digests of both ends prove. All else in the new file is zeros then; it is made where it must be."""
+    """Those of the claimed chunks that the digests of both ends prove. All else in the new file is zeros then."""
     destination = ends.destination
     if claimed and is_begun(destination, job):
         with seen_by_guest(ends, destination, job.new_image, job) as place:
             sides, stall = ((ends.source, readable), (destination, place)), job.settings.stall_timeout
             proven = frozenset(tile for tile in claimed if same_digests(sides, tile, stall))
-        if can_be(lambda: make_zero(destination, job, [tile for tile in tiles if tile not in proven])):
+        # The rest is made holes again: convert writes no zeros where the source has none.
+        pieces = [(at, _whole_sectors(min(GiB, tile.offset + tile.length - at)))
+                  for tile in tiles if tile not in proven and (tile.held or job.new_format == "raw")
+                  for at in range(tile.offset, tile.offset + tile.length, GiB)]
+        with contextlib.suppress(CommandError):
+            for first in range(0, len(pieces), 100):
+                orders = (f"-cwrite -q -z -u {at} {count}" for at, count in pieces[first : first + 100])
+                destination.run("qemu-io", "-f", job.new_format, *orders, job.new, seconds=600)
             return proven
     make_new(destination, job)
     return frozenset()
 
 
 def is_begun(destination: Host, job: DiskJob) -> bool:
-    """Whether there is a new file that can be gone on with; else it is made. Raises CommandError while an earlier attempt writes to it."""
+    """Whether there is a new file to go on with; else makes it. Raises CommandError while an earlier attempt writes."""
     if destination.succeeds("test", "-f", job.new):
         destination.script(UNWRITTEN, job.new, locked(job.new))
-        with contextlib.suppress(CommandError):
+        with contextlib.suppress(HostError):
             if job.new_format == "raw":
                 destination.run("truncate", "-s", str(_whole_sectors(job.length)), "--", job.new)
                 return True
             destination.work("qemu-img", "check", "-q", "-r", "all", "-f", job.new_format, job.new, stall=3600)
-            chain = disk_chain(destination, job.new, job.new_format, shared=False)
-            if len(chain) == 1 and chain[0].size == job.source.size:
-                return True
+            check_qcow2(destination, job)
+            return True
     make_new(destination, job)
     return False
-
-
-def make_zero(destination: Host, job: DiskJob, tiles: Sequence[Chunk]) -> None:
-    """Makes these chunks of the new file holes again: convert writes no zeros where the source has none."""
-    pieces = [(at, min(GiB, tile.offset + tile.length - at)) for tile in tiles if tile.held or job.new_format == "raw"
-              for at in range(tile.offset, tile.offset + tile.length, GiB)]
-    for first in range(0, len(pieces), 100):
-        orders = (word for at, length in pieces[first : first + 100] for word in ("-c", f"write -q -z -u {at} {_whole_sectors(length)}"))
-        destination.run("qemu-io", "-f", job.new_format, *orders, job.new, seconds=600)
-
-
-def tiles_of(source: Host, readable: str, job: DiskJob) -> tuple[tuple[Chunk, ...], int]:
-    """The chunks of a job, and how many bytes the source holds, after a look at where."""
-    found = source.work(*blocks("map", readable, 0, job.length), stall=600).read(lambda said: numbers_in(said, 4))
-    least = max(SPAN, job.settings.limit_rate * 5 // MiB * MiB)  # between two commands that are held back nothing flows
-    hole = SPAN if job.transport == "nbd" else 0  # a block device has none, and its reader would be sent zeros
-    return chunks(job.length, found, job.chunk, least, hole), sum(held for _, _, held, _ in found)
 
 
 @contextlib.contextmanager
@@ -3959,8 +3940,9 @@ def seen_by_guest(ends: Ends, host: Host, image: DiskImage, job: DiskJob, *, is_
     if job.whole_file or image.format == "raw":
         yield image.path
         return
-    image_words = opened(image.path, image.format, is_live=job.is_live and host is ends.source)
-    with served_here(host, ends.folder(host), "guest", *(("--discard=unmap",) if is_written else ("-r", "-e", "8")), *image_words) as (_, node):
+    words = opened(image.path, image.format, is_live=job.is_live and host is ends.source)
+    words = (*(("--discard=unmap",) if is_written else ("-r", "-e", "8")), *words)
+    with served_here(host, ends.folder(host), "guest", *words) as (_, node):
         yield json.dumps(node)
 
 
@@ -3978,22 +3960,23 @@ def copy_chunk(ends: Ends, job: DiskJob, disk: Reading, tile: Chunk, show: Calla
         bring(ends, job, disk.node, pieces_held(ends.source, disk.readable, tile.offset, tile.length, job), show)
         return
     available = job.length // 512 * 512 if job.transport == "nbd" and job.whole_file else _whole_sectors(job.length)
-    is_last = tile.offset + tile.length == job.length
-    length = available - tile.offset if is_last else tile.length
+    length = min(_whole_sectors(tile.length), available - tile.offset)
     if length <= 0:
         return
     node_of_new = {"driver": "file", "filename": job.new, "locking": "off"}  # qemu's own lock is for one writer; flock's is for all of ours
     if job.new_format != "raw":
         node_of_new = {"driver": job.new_format, "file.driver": "file", "file.filename": job.new}
+    options = creds(job, ends.destination_folder, "client")
     rate = ("-r", str(job.settings.limit_rate)) if job.settings.limit_rate else ()
     cache = ("-T", "none", "-t", "none") if job.fresh_direct else ()
-    ends.destination.work("qemu-img", "convert", "-p", "-n", "-m", "16", "-W", *cache, *rate, *disk.options, "--image-opts", "--target-image-opts",
+    ends.destination.work("qemu-img", "convert", "-p", "-n", "-m", "16", "-W", *cache, *rate, *options,
+                          "--image-opts", "--target-image-opts",
                           _cut(disk.node, tile.offset, length), _cut(node_of_new, tile.offset, length),
                           stall=job.settings.stall_timeout, heard=share_of(tile.held, show), given=("flock", "-s", job.new))
 
 
 def share_of(total: int, show: Callable[[int], None]) -> Callable[[str], None]:
-    """What hears qemu-img's and our own words for a share that is done, as in (12.34/100%), and shows it in bytes."""
+    """What hears of a share that is done, as in (12.34/100%), and shows it in bytes."""
     def heard(said: str) -> None:
         if shares := re.findall(r"\((\d+\.\d+)/100%\)", said):
             show(int(total * float(shares[-1]) / 100))
@@ -4008,7 +3991,7 @@ def pieces_held(source: Host, readable: str, offset: int, length: int, job: Disk
 
 
 def bring(ends: Ends, job: DiskJob, node: Node, pieces: Sequence[Piece], show: Callable[[int], None]) -> None:
-    """Makes these pieces of the new file equal to the export, by one process however many they are, and shows the bytes done."""
+    """Makes these pieces of the new file equal to the export, and shows the bytes done."""
     total = sum(count for _, count in pieces)
     if pieces:
         where, folder = node["filename"] if "filename" in node else json.dumps(node), ends.destination_folder
@@ -4028,7 +4011,7 @@ def put_list(host: Host, folder: str, pieces: Sequence[Piece]) -> str:
 
 
 def copy_tail(ends: Ends, job: DiskJob) -> None:
-    """Gives a new file that ends within a sector its exact length, with the last bytes that a block device, rounded down to 512, does not show."""
+    """Gives a new file that ends within a sector its exact length, and the last bytes, which no block device shows."""
     tail = job.length % 512
     if job.new_format != "raw" or not tail:
         return
@@ -4044,7 +4027,7 @@ Digests = Future[dict[int, str]]
 
 @contextlib.contextmanager
 def threads_for(host: Host, count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for commands on a host. A scope that fails ends all that the host does for us, so that none of them is waited for."""
+    """Threads for commands on a host. A scope that fails ends all that the host does for us, and waits for none."""
     pool = ThreadPoolExecutor(count)
     try:
         yield pool
@@ -4061,10 +4044,7 @@ def threads_for(host: Host, count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 class Flow:
-    """Chunks on their way into the new file, and their proof: while one ends the next one flows already, so that the wire is never idle.
-
-    The source digests each chunk while it flows, the destination when it has arrived.
-    """
+    """Chunks on their way, the next while one ends: the source digests it meanwhile, the destination afterwards."""
 
     def __init__(self, ends: Ends, job: DiskJob, disk: Reading, witness: Witness, stack: contextlib.ExitStack) -> None:
         self.ends, self.job, self.disk, self.witness, self._stack = ends, job, disk, witness, stack
@@ -4073,7 +4053,7 @@ class Flow:
             (ends.destination, job.lanes), (ends.source, 1), (ends.destination, 1)))
         self._flows: dict[Chunk, Future[None]] = {}
         self._done: dict[Chunk, int] = {}  # how many bytes of each have arrived
-        self._found: tuple[dict[Chunk, Digests], dict[Chunk, Digests]] = {}, {}  # of the source and the new file, those not yet compared
+        self._found = dict[Chunk, Digests](), dict[Chunk, Digests]()  # of source and new file, those not yet compared
         self._whole = hashlib.sha256()
 
     def __len__(self) -> int:
@@ -4090,19 +4070,21 @@ class Flow:
             self._is_there(tile)
 
     def wait_for_one(self) -> None:
-        """Returns when the chunk that was sent off first has arrived. Raises HostError where it has not, or where one that has differs."""
+        """Returns when the chunk that was sent first has arrived. Raises HostError where it has not, or one differs."""
         tile = next(iter(self._flows))
         outcome(self._flows.pop(tile), lambda: self.show(sum(self._done.values())))
         self.witness.arrived(tile)
         self.witness.check()
         self._is_there(tile)
-        while (first := next(iter(self._found[0]), None)) and all(first in found and found[first].done() for found in self._found):
+        for first in list(self._found[0]):
+            if not all(first in found and found[first].done() for found in self._found):
+                break
             self._compare(first)
         require_stand(self.ends.source, self.job)
         self.disk.check()
 
     def finish(self) -> str:
-        """The digest of the whole, which both ends agree on; empty where no proof was asked for. Raises HostError where they differ."""
+        """The digest of both ends; empty where no proof was asked for. Raises HostError where they differ."""
         if not self.job.settings.verify:
             return ""
         place = self._stack.enter_context(seen_by_guest(self.ends, self.ends.destination, self.job.new_image, self.job))
@@ -4116,8 +4098,9 @@ class Flow:
     def _is_there(self, tile: Chunk) -> None:
         self._done[tile] = tile.held
         self.show(sum(self._done.values()))
-        is_whole = tile.offset + tile.length < self.job.length or self.job.length % 512 == 0  # the end of others gets its length later
-        if self.job.new_format == "raw" and is_whole:  # only a file that is nobody's image can be read while it is being written
+        # A file that ends within a sector gets its length later; an image cannot be read while it is written.
+        is_whole = tile.offset + tile.length < self.job.length or self.job.length % 512 == 0
+        if self.job.new_format == "raw" and is_whole:
             self._digest(1, self.job.new, tile)
 
     def _compare(self, tile: Chunk) -> None:
@@ -4149,7 +4132,7 @@ def differing(one: Mapping[int, str], other: Mapping[int, str]) -> list[int]:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over a disk that is in the new file already: bytes that had changed, seconds to find them, to send them, and in all."""
+    """One pass of a warm copy: bytes that had changed, seconds to find them, to send them, and in all."""
 
     changed: int
     looking: float
@@ -4161,18 +4144,18 @@ class Pass:
 class Known:
     """What a warm copy's last pass tells: the digests of both ends; empty where it took none."""
 
-    here: Mapping[int, str] = field(default_factory=dict)
-    there: Mapping[int, str] = field(default_factory=dict)
+    here: Mapping[int, str]
+    there: Mapping[int, str]
     unchanged: frozenset[int] = frozenset()  # blocks that no guest has written to since, by a dirty bitmap
 
 
-NOTHING_KNOWN: Final = Known()
+NOTHING_KNOWN: Final = Known({}, {})
 
 
 def warm_pass(ends: Ends, job: DiskJob, known: Known, progress: Progress) -> tuple[Pass, Known]:
-    """Makes the new file what the source's file is, or was a moment ago: the guest goes on writing, so that this is a cache and no copy.
+    """Makes the new file what the source's file is, or was a moment ago: the guest goes on writing.
 
-    Gives the digests that were taken of the source before, and those of the new file afterwards, read from the destination's disk.
+    Gives the digests of the source before, and those of the new file afterwards, read from the destination's disk.
     """
     began, is_there = time.monotonic(), is_begun(ends.destination, job)
     with reading(ends, job) as disk:
@@ -4194,7 +4177,7 @@ def warm_pass(ends: Ends, job: DiskJob, known: Known, progress: Progress) -> tup
 def unchanged_since(source: Host, folder: str, job: DiskJob, known: Known) -> frozenset[int]:
     """The blocks of the stopped source's file that are in the new one, by digests that were taken since its dirty bitmap began.
 
-    Raises CommandError where the file has no such bitmap, or one that was not kept to the end because qemu was killed.
+    Raises CommandError where the file has no such bitmap, or one that a killed qemu did not keep to the end.
     """
     bitmap = bitmap_of(job.run)
     with served_here(source, folder, "bitmap", "-r", "-B", bitmap, "-f", "qcow2", job.source.path) as (_, node):
@@ -4204,8 +4187,9 @@ def unchanged_since(source: Host, folder: str, job: DiskJob, known: Known) -> fr
     return frozenset(block for block in found if known.here.get(block) == known.there.get(block))
 
 
-def digests_again(ends: Ends, host: Host, job: DiskJob, before: Mapping[int, str], pieces: Sequence[Piece], where: str = "") -> dict[int, str]:
-    """The digests of the new file, or of what else the host reads, taken of those blocks that these pieces touch; the others are as before."""
+def digests_again(ends: Ends, host: Host, job: DiskJob, before: Mapping[int, str], pieces: Sequence[Piece],
+                  where: str = "") -> dict[int, str]:
+    """The digests of the new file, or of `where`: taken of the blocks that these pieces touch, the others as before."""
     touched = {block for start, count in pieces for block in range(start // MiB, -(-(start + count) // MiB))}
     found = {block: digest for block, digest in before.items() if block not in touched and block * MiB < job.length}
     if not pieces:
@@ -4230,8 +4214,7 @@ def as_pieces(changed: Iterable[int], length: int) -> list[Piece]:
 def move_changes(ends: Ends, job: DiskJob, witness: Witness, known: Known) -> Moved:
     """Sends what the source, now stopped, has other than the new file, and proves every byte of both, as move_disk does.
 
-    Blocks that are known to be `unchanged` are not read again: the digests stand that both ends had while the source ran. Raises HostError
-    when a host, a command or the proof fails. The source's lock is held for as long as the export lives.
+    Of blocks that are `unchanged` the digests stand that both ends had while the source ran.
     """
     began, before, destination = time.monotonic(), received(ends), ends.destination
     if not is_begun(destination, job):
@@ -5622,7 +5605,8 @@ def both_ends(run: Run, destination: Host, locks: DiskLocks) -> Iterator[Ends]:
             host, folder = (source, one) if who == "server" else (destination, other)
             for name, content in files.items():
                 host.script(PRIVATE_FILE, f"{folder}/{name}", stdin=content)
-        yield Ends(source, destination, one, other, route(destination, source.nbd_address).get("prefsrc", destination.nbd_address), locks)
+        client = route(destination, source.nbd_address).get("prefsrc", destination.nbd_address)
+        yield Ends(source, destination, one, other, client, locks)
 
 
 def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
