@@ -3569,6 +3569,11 @@ def served_here(host: Host, folder: str, name: str, *words: str,
         yield lease, {"driver": "nbd", "server.type": "unix", "server.path": socket_file}
 
 
+def held(host: Host, path: str, folder: str) -> contextlib.AbstractContextManager[tuple[Lease, Node]]:
+    """Holds qemu's lock on a disk by a qemu-nbd: nobody writes to it; raises CommandError where somebody does."""
+    return served_here(host, folder, "hold", "-r", "--image-opts", locked(path))
+
+
 class DiskLocks(contextlib.ExitStack):
     """qemu's locks on both disks of a copy, each held by a qemu-nbd until it is released: no guest starts on either."""
 
@@ -3586,7 +3591,7 @@ class DiskLocks(contextlib.ExitStack):
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(host.private_folder(self._run))
             try:
-                lease, _ = stack.enter_context(served_here(host, folder, "hold", "-r", "--image-opts", locked(path)))
+                lease, _ = stack.enter_context(held(host, path, folder))
             except CommandError as error:
                 raise FinalError(f"{host.name}: {path} is in use: {error.said}", "find out who has it open (virsh list, lsof)") from error
             self._held[place] = self.enter_context(stack.pop_all()), lease
@@ -4059,23 +4064,33 @@ class Flow:
     def __len__(self) -> int:
         return len(self._flows)
 
+    @property
+    def done(self) -> int:
+        """Bytes that have arrived so far."""
+        return sum(self._done.values())
+
     @unbroken()
     def begin(self, tile: Chunk, *, is_sent: bool) -> None:
         """Has the source's digests taken of a chunk, and sends it off where it is not in the new file already."""
         self._digest(0, self.disk.readable, tile)
         if is_sent:
+            self._done[tile] = 0
             show = functools.partial(self._done.__setitem__, tile)
             self._flows[tile] = self._senders.submit(copy_chunk, self.ends, self.job, self.disk, tile, show)
         else:
-            self._is_there(tile)
+            self._done[tile] = tile.held
+            self.show(self.done)
+            self._digest_there(tile)
 
     def wait_for_one(self) -> None:
         """Returns when the chunk that was sent first has arrived. Raises HostError where it has not, or one differs."""
         tile = next(iter(self._flows))
-        outcome(self._flows.pop(tile), lambda: self.show(sum(self._done.values())))
-        self.witness.arrived(tile)
+        outcome(self._flows.pop(tile), lambda: self.show(self.done))
+        self._done[tile] = tile.held
+        self.show(self.done)
+        self.witness.arrived(tile, self.done)
         self.witness.check()
-        self._is_there(tile)
+        self._digest_there(tile)
         for first in list(self._found[0]):
             if not all(first in found and found[first].done() for found in self._found):
                 break
@@ -4095,9 +4110,7 @@ class Flow:
             self._compare(tile)
         return self._whole.hexdigest()
 
-    def _is_there(self, tile: Chunk) -> None:
-        self._done[tile] = tile.held
-        self.show(sum(self._done.values()))
+    def _digest_there(self, tile: Chunk) -> None:
         # A file that ends within a sector gets its length later; an image cannot be read while it is written.
         is_whole = tile.offset + tile.length < self.job.length or self.job.length % 512 == 0
         if self.job.new_format == "raw" and is_whole:

@@ -17,8 +17,6 @@ from lab.hosts import Lab
 from migrena import (
     BROKEN,
     CommandError,
-    DiskLocks,
-    FinalError,
     Host,
     HostError,
     Server,
@@ -26,6 +24,7 @@ from migrena import (
     digests,
     disk_chain,
     free_space,
+    held,
     look_at_disk,
     same_content,
     survey_disk,
@@ -218,8 +217,7 @@ def test_control_a_disk_that_nobody_uses_is_not_refused(src: Host, disk: Instanc
 
 def test_nobody_can_open_the_disk_for_writing_while_it_is_held(src: Host, disk: Instance) -> None:
     before = disk.sha256()
-    with DiskLocks("test") as locks:
-        locks.hold(src, disk.path)
+    with src.private_folder("test") as folder, held(src, disk.path, folder):
         refused = disk.host.run("qemu-io", "-f", disk.format, *WRITE, disk.path, check=False)
         assert refused.returncode and "lock" in refused.stderr
         assert disk.host.run("qemu-img", "resize", "-f", disk.format, disk.path, "128M", check=False).returncode
@@ -230,14 +228,13 @@ def test_nobody_can_open_the_disk_for_writing_while_it_is_held(src: Host, disk: 
 
 
 def test_a_disk_that_somebody_writes_to_cannot_be_held(src: Host, in_use: Instance) -> None:
-    with DiskLocks("test") as locks, pytest.raises(FinalError, match="lock"):
-        locks.hold(src, in_use.path)
+    with src.private_folder("test") as folder, pytest.raises(CommandError, match="lock"), held(src, in_use.path, folder):
+        pass
 
 
 def test_a_disk_with_an_awkward_name_can_be_held(lab: Lab, src: Host) -> None:
     instance = Instance.make(lab["src"], "/var/lib/nova/a, b,,c 'd' \"e\"/%s/disk").raw(MiB)
-    with DiskLocks("test") as locks:
-        locks.hold(src, instance.path)
+    with src.private_folder("test") as folder, held(src, instance.path, folder):
         assert lab["src"].run("qemu-io", "-f", "raw", *WRITE, instance.path, check=False).returncode
 
 

@@ -359,7 +359,7 @@ def on_the_model(world: World) -> Iterator[None]:
         "domain_of": disks.domain_of, "refuse_domain": lambda host, domain: [], "refuse_metadata": lambda host, domain: [],
         "misplaced": lambda host, domain: None, "require_chain": lambda host, domain, chain: None, "checked": lambda host, image: image,
         "tools_lacking": lambda host, tools: [], "same_content": lambda one, other, stall: True, "free_space": lambda host, path: 1 << 50,
-        "route_address": lambda host, to: "10.0.0.2", "certificates": lambda server: {},
+        "route": lambda host, to: {"prefsrc": "10.0.0.2"}, "certificates": lambda server: {},
     }
     with contextlib.ExitStack() as stack:
         for name, what in places.items():
