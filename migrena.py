@@ -133,7 +133,7 @@ class UsageError(MigrenaError):
 
 
 class Refused(MigrenaError):
-    """The run was refused before anything was touched; carries every reason at once."""
+    """The run was refused before anything was touched."""
 
     exit_code = 3
 
@@ -143,26 +143,26 @@ class HostError(MigrenaError):
 
 
 class FinalError(HostError):
-    """What a further attempt would only meet again: the proof failed, the source was changed, the disk is full."""
+    """A failure that a further attempt would only meet again."""
 
 
 class Kept(MigrenaError):
-    """An act was not done because of what is so now: both copies are kept, and what was seen is told with the ways on."""
+    """An act was refused because of what is so now: both copies are kept."""
 
     exit_code = 4
 
 
 class StateError(MigrenaError):
-    """The journal can no longer be written, and nothing goes on that is not in it."""
+    """The journal can no longer be written; nothing goes on that is not in it."""
 
 
 class CommandError(HostError):
-    """A command on a hypervisor failed: names host, command, exit status and what it said."""
+    """A command on a hypervisor failed."""
 
     def __init__(self, host: str, words: Sequence[str], status: int, said: str) -> None:
         self.said = said.strip()
         outcome = "was ended" if status < 0 else f"ended with status {status}"
-        super().__init__(f"{host}: `{shorten(shlex.join(words))}` {outcome}: {self.said or 'it said nothing'}")
+        super().__init__(f"{host}: {quoted(words)} {outcome}: {self.said or 'it said nothing'}")
 
 
 class CloudError(MigrenaError):
@@ -175,7 +175,7 @@ class CloudError(MigrenaError):
     @property
     def may_pass(self) -> bool:
         """Whether the same question may be answered a little later."""
-        return self.code == 0 or self.code == 429 or self.code >= 500
+        return self.code in (0, 429) or self.code >= 500
 
 
 class Interrupted(BaseException):
@@ -190,6 +190,11 @@ def shorten(text: str, limit: int = 300) -> str:
     """The text, on one line, its middle left out where it is longer than `limit` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else f"{line[: limit // 2]} … {line[-limit // 2 :]}"
+
+
+def quoted(words: Sequence[str], limit: int = 300) -> str:
+    """A command as messages show it."""
+    return f"`{shorten(shlex.join(words), limit)}`"
 
 
 # ---- 2. Settings -----------------------------------------------------------------------------------------------------
@@ -220,7 +225,7 @@ def text(value: object) -> str:
     """Plain text without control characters."""
     if not isinstance(value, (str, Path)):
         raise ValueError("is no text")
-    if any(ord(sign) < 32 or ord(sign) == 127 for sign in str(value)):
+    if re.search(r"[\0-\x1f\x7f]", str(value)):
         raise ValueError("has control characters in it")
     return str(value)
 
@@ -235,11 +240,11 @@ def name_of_new(value: object) -> str:
 
 
 def yes_no(value: object) -> bool:
-    """True or False, also from the words that people write in variables."""
-    known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    if str(value).lower() not in known:
+    """True or False, also from words."""
+    word, yes = str(value).lower(), ("1", "true", "yes", "on")
+    if word not in (*yes, "0", "false", "no", "off"):
         raise ValueError("is neither yes nor no")
-    return known[str(value).lower()]
+    return word in yes
 
 
 def count(value: object) -> int:
@@ -275,7 +280,7 @@ def seconds(value: object) -> int:
 
 
 def limit(value: object) -> int:
-    """The same, or 0 for no limit."""
+    """A number of seconds, or 0 for no limit."""
     return 0 if str(value) == "0" else seconds(value)
 
 
@@ -302,7 +307,7 @@ def disk_path(value: object) -> str:
 
 
 def literal(value: object) -> dict[str, Any]:
-    """A dictionary, from itself or from its text as a Python literal or JSON; nothing is ever evaluated."""
+    """A dictionary, from itself or from its text as a Python literal or JSON; nothing is evaluated."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value.strip() or "{}")
@@ -316,17 +321,17 @@ def literal(value: object) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class HostEntry:
-    """How one hypervisor is reached: a row of HOSTS; what is empty comes from ~/.ssh/config or the defaults."""
+    """How one hypervisor is reached: a row of HOSTS; what is empty comes from Settings or ~/.ssh/config."""
 
     address: str = ""
     port: int = 0
     user: str = ""
     key: str = ""
-    nbd_address: str = ""  # where this host is reached by the other hypervisor; empty: where SSH reached it
+    nbd_address: str = ""  # where the other hypervisor reaches it; empty: where SSH reached it
 
 
 def ip_address(value: object) -> str:
-    """An IP address, or nothing; names will not do where nbd-server listens and where a certificate speaks for it."""
+    """An IP address, or nothing; nbd-server and the certificates take no names."""
     return str(ipaddress.ip_address(text(value))) if value else ""
 
 
@@ -343,7 +348,7 @@ def hosts(value: object) -> dict[str, HostEntry]:
 
 
 def start_words(value: object) -> str:
-    """What `-a` names: all, src, dst, or several with commas between."""
+    """What `-a` names: all, src, dst, or both."""
     chosen = {word.strip() for word in str(value).split(",")} - {""}
     if chosen - {"all", "src", "dst"}:
         raise ValueError("names what is none of all, src, dst")
@@ -360,62 +365,70 @@ def names(value: object) -> tuple[str, ...]:
 
 COPY: Final = ("copy",)  # the jobs that know a flag
 MOVE: Final = ("copy", "resume")
-SEND: Final = ("copy", "resume", "image")
-ACT: Final = ("copy", "resume", "rollback", "image")
-ALL: Final = (*ACT, "status", "live-migrate")
+SEND: Final = (*MOVE, "image")
+ACT: Final = (*SEND, "rollback")
+LIVE: Final = ("live-migrate",)
+ALL: Final = (*ACT, "status", *LIVE)
 
 
-def option(default: T, *flags: str, help: str, read: Callable[[Any], T] | None = None, config: bool = True, **more: Any) -> T:
+def option(default: T, *flags: str, read: Callable[[Any], T] | None = None, config: bool = True,
+           jobs: Collection[str] = COPY, **more: Any) -> T:
     """One row of the table of settings, text or yes-or-no unless it has a reader; `jobs` know its flag, the rest of `more` is argparse's."""
-    is_switch, jobs = isinstance(default, bool), more.pop("jobs", COPY)
+    is_switch = isinstance(default, bool)
     if flags and is_switch:
         more["action"] = "store_false" if default else "store_true"
-    metadata = {"flags": flags, "read": read or (yes_no if is_switch else text), "help": help, "config": config, "jobs": jobs, "more": more}
+    metadata = {"flags": flags, "read": read or (yes_no if is_switch else text), "config": config, "jobs": jobs,
+                "more": more}
     row: T = field(default_factory=lambda: default, metadata=metadata)
     return row
+
+
+def per_call(default: T, *flags: str, **more: Any) -> T:
+    """The same, for one call alone: config.py may not set it."""
+    return option(default, *flags, config=False, **more)
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that was asked for. A row gives the flag, MIGRENA_NAME, NAME in config.py, the reader and the help."""
 
-    run: str = option("", config=False, help="the run that status, resume or rollback is about")
-    run_of: str = option("", "--run-of", read=instance_id, config=False, jobs=("rollback",), metavar="SRC_UUID",
-                         help="the run that is marked on this source instance, also where its journal is lost")
-    keep_destination: bool = option(False, "--keep-destination", config=False, jobs=("rollback",),
-                                    help="stop the new instance and leave it, in place of deleting it")
-    yes: bool = option(False, "--yes", "-y", "--y", config=False, jobs=("copy", "resume", "rollback", "live-migrate"),
-                       help="ask nothing: also what may lose what an instance has written since; move each instance")
-    host_map: str = option("", "--host-map", "--host_map", config=False, jobs=("live-migrate",), metavar="FILE",
-                           help='JSON: {"compute001": ["web-0"], "compute003": ["db-0", "db-1"]}, instances by name or id')
-    cloud: str = option("", "--cloud", config=False, jobs=("live-migrate",), metavar="src|dst|NAME",
-                        help="the cloud: one of config.py, or a name in clouds.yaml (left out: by OS_* variables)")
-    timeout: int = option(600, "--timeout", read=seconds, config=False, jobs=("live-migrate",), metavar="TIME",
-                          help="for one instance (default: 600)")
-    keep_waiting: bool = option(False, "--keep-waiting", config=False, jobs=("live-migrate",), help="after the timeout, wait on")
-    abort: bool = option(False, "--abort", config=False, jobs=("live-migrate",), help="after the timeout, end the migration")
-    keep_going: bool = option(False, "--keep-going", config=False, jobs=("live-migrate",), help="go on with the next one after a failure")
-    src_uid: str = option("", "-s", "--src-uid", "--src-uuid", read=instance_id, config=False, metavar="UUID", help="the source instance's id")
-    dst_name: str = option("", "-d", "--dst-name", read=name_of_new, config=False, metavar="NAME",
-                           help="name of the new instance in the destination")
-    flavor: str = option("", "-f", "--flavor", config=False, metavar="FLAVOR", help="its flavor, name or id (left out: matched from the source)")
-    image: str = option("", "-i", "--image-id", config=False, metavar="IMAGE", help="its image, name or id (left out: the one with the same content)")
-    extra_args: dict[str, Any] = option({}, "-e", "--extra-args", read=literal, config=False, metavar="EXTRA",
-                                        help="more arguments of Nova's create, a Python literal or JSON: "
-                                        "\"{'nics': [{'net-id': 'ID'}], 'security_groups': ['default']}\"")
-    images: tuple[str, ...] = option((), "-i", "--image-id", read=names, config=False, jobs=("image",), action="append", metavar="IMAGE",
-                                     help="an image of the source, name or id; may be given more than once")
-    tag: str = option("", "--tag", config=False, jobs=("image",), metavar="TAG", help="all images of the source with this tag")
-    new_name: str = option("", "--name", read=name_of_new, config=False, jobs=("image",), metavar="NAME",
-                           help="its name in the destination, if not the same")
-    disk_format: str = option("", "--disk-format", read=words_of("", "raw", "qcow2", "vmdk"), config=False, jobs=("image",),
-                              metavar="raw|qcow2|vmdk", help="convert it, on this machine")
+    run: str = per_call("")  # the run that status, resume or rollback is about
+    run_of: str = per_call("", "--run-of", read=instance_id, jobs=("rollback",), metavar="SRC_UUID",
+                           help="the run that is marked on this source instance, also where its journal is lost")
+    keep_destination: bool = per_call(False, "--keep-destination", jobs=("rollback",),
+                                      help="stop the new instance and leave it, in place of deleting it")
+    yes: bool = per_call(False, "--yes", "-y", "--y", jobs=(*MOVE, "rollback", *LIVE),
+                         help="ask nothing: also what may lose what an instance has written since; move each instance")
+    host_map: str = per_call("", "--host-map", "--host_map", jobs=LIVE, metavar="FILE",
+                             help='JSON: {"compute001": ["web-0"], "compute003": ["db-0", "db-1"]}, instances by name or id')
+    cloud: str = per_call("", "--cloud", jobs=LIVE, metavar="src|dst|NAME",
+                          help="the cloud: one of config.py, or a name in clouds.yaml (left out: by OS_* variables)")
+    timeout: int = per_call(600, "--timeout", read=seconds, jobs=LIVE, metavar="TIME",
+                            help="for one instance (default: 600)")
+    keep_waiting: bool = per_call(False, "--keep-waiting", jobs=LIVE, help="after the timeout, wait on")
+    abort: bool = per_call(False, "--abort", jobs=LIVE, help="after the timeout, end the migration")
+    keep_going: bool = per_call(False, "--keep-going", jobs=LIVE, help="go on with the next one after a failure")
+    src_uid: str = per_call("", "-s", "--src-uid", "--src-uuid", read=instance_id, metavar="UUID", help="the source instance's id")
+    dst_name: str = per_call("", "-d", "--dst-name", read=name_of_new, metavar="NAME",
+                             help="name of the new instance in the destination")
+    flavor: str = per_call("", "-f", "--flavor", help="its flavor, name or id (left out: matched from the source)")
+    image: str = per_call("", "-i", "--image-id", help="its image, name or id (left out: the one with the same content)")
+    extra_args: dict[str, Any] = per_call({}, "-e", "--extra-args", read=literal, metavar="EXTRA",
+                                          help="more arguments of Nova's create, a Python literal or JSON: "
+                                          "\"{'nics': [{'net-id': 'ID'}], 'security_groups': ['default']}\"")
+    images: tuple[str, ...] = per_call((), "-i", "--image-id", read=names, jobs=("image",), action="append", metavar="IMAGE",
+                                       help="an image of the source, name or id; may be given more than once")
+    tag: str = per_call("", "--tag", jobs=("image",), help="all images of the source with this tag")
+    new_name: str = per_call("", "--name", read=name_of_new, jobs=("image",), metavar="NAME",
+                             help="its name in the destination, if not the same")
+    disk_format: str = per_call("", "--disk-format", read=words_of("", "raw", "qcow2", "vmdk"), jobs=("image",),
+                                metavar="raw|qcow2|vmdk", help="convert it, on this machine")
     work_folder: str = option("", "--work-folder", jobs=("image",), metavar="PATH", help="where it is converted (default: the system's folder "
                               "for temporary files)")
     copy_image: bool = option(False, "--copy-image", help="carry the source's image first, where the destination lacks it")
-    start_after: str = option("", "-a", "--start-after", read=start_words, config=False, nargs="?", const="all",
-                              metavar="all|src|dst", help="start these afterwards; -a alone means all, nothing without it")
-    root_only: bool = option(False, "--root-only", config=False, help="go on although volumes, ephemeral disks or a config drive would stay behind")
+    start_after: str = per_call("", "-a", "--start-after", read=start_words, nargs="?", const="all",
+                                metavar="all|src|dst", help="start these afterwards; -a alone means all, nothing without it")
+    root_only: bool = per_call(False, "--root-only", help="go on although volumes, ephemeral disks or a config drive would stay behind")
     transport: str = option("auto", "--transport", read=words_of("auto", "nbd", "qemu"), metavar="auto|nbd|qemu",
                             help="nbd: nbd-server and nbd-client; qemu: qemu-nbd and qemu-img; auto picks")
     tls: bool = option(True, "--no-tls", help="send the disk in clear; only the destination's address is let in")
@@ -439,28 +452,29 @@ class Settings:
                                help="copies at a time from or to one hypervisor; later ones wait (default: 2)")
     src_cloud: str = option("", "--src-cloud", jobs=ACT, metavar="NAME", help="the source's name in clouds.yaml")
     dst_cloud: str = option("", "--dst-cloud", jobs=ACT, metavar="NAME", help="the destination's name in clouds.yaml")
-    dry_run: bool = option(False, "-n", "--dry-run", config=False, jobs=("copy", "resume", "rollback", "image", "live-migrate"),
-                            help="print the plan, or what is seen and may be done; change nothing")
+    dry_run: bool = per_call(False, "-n", "--dry-run", jobs=(*ACT, *LIVE),
+                              help="print the plan, or what is seen and may be done; change nothing")
     log_file: str = option("", "--log-file", jobs=ALL, metavar="PATH", help="append every line to this file too, stamped, also with -q")
     verbose: bool = option(False, "-v", "--verbose", jobs=ALL, help="show every remote command")
     quiet: bool = option(False, "-q", "--quiet", jobs=ALL, help="say nothing at all, not even the new id, unless something is wrong")
     json: bool = option(False, "--json", jobs=ALL, help="print a report as JSON on standard output")
     debug: bool = option(False, "--debug", jobs=ALL, help="show tracebacks and the libraries' logs")
-    src_creds: dict[str, Any] = option({}, read=literal, help="the source's credentials, as keystoneauth names them")
-    dst_creds: dict[str, Any] = option({}, read=literal, help="the destination's credentials")
-    dst_glance_endpoint: str = option("", help="the destination's Glance, where its catalog does not fit")
-    disk_path: str = option("/var/lib/nova/instances/%s/disk", read=disk_path, help="an instance's root disk on a hypervisor")
-    nbd_device: str = option("", help="the device nbd-client takes; empty: the first that is free")
-    nbd_server_port: range = option(range(2666, 2698), read=ports, help="the port of the export, or a range of them")
-    hosts: dict[str, HostEntry] = option({}, read=hosts, help="Nova's host names and how each is reached")
-    ssh_user: str = option("", help="user on the hypervisors; empty: ~/.ssh/config, else root")
-    ssh_port: int = option(0, read=port, help="port of their sshd; 0: ~/.ssh/config, else 22")
-    ssh_key: str = option("", help="private key; empty: ~/.ssh/config, the agent, the usual files")
-    ssh_config: str = option("~/.ssh/config", help="OpenSSH client configuration to honour")
-    known_hosts: str = option("", help="the hypervisors' host keys; empty: ~/.ssh/config, else ~/.ssh/known_hosts")
-    sudo: str = option("auto", read=words_of("auto", "yes", "no"), help="use sudo on the hypervisors; auto: unless root")
-    state_folder: str = option("", help="journals and locks; empty: ~/.local/state/migrena")
-    chunk: int = option(GiB, read=size, help="bytes on their way at once, the most that are sent twice; a multiple of 1 MiB")
+    # What follows has no flag; config.py tells what it means.
+    src_creds: dict[str, Any] = option({}, read=literal)
+    dst_creds: dict[str, Any] = option({}, read=literal)
+    dst_glance_endpoint: str = option("")
+    disk_path: str = option("/var/lib/nova/instances/%s/disk", read=disk_path)
+    nbd_device: str = option("")
+    nbd_server_port: range = option(range(2666, 2698), read=ports)
+    hosts: dict[str, HostEntry] = option({}, read=hosts)
+    ssh_user: str = option("")
+    ssh_port: int = option(0, read=port)
+    ssh_key: str = option("")
+    ssh_config: str = option("~/.ssh/config")
+    known_hosts: str = option("")
+    sudo: str = option("auto", read=words_of("auto", "yes", "no"))
+    state_folder: str = option("")
+    chunk: int = option(GiB, read=size)
 
 
 # What a run is asked for that a resume goes on with; never credentials, and never -e, which may hold secrets.
@@ -507,13 +521,13 @@ def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: 
     """Settings: built-in default < config.py < MIGRENA_NAME < flag. Raises UsageError for a value that cannot be."""
     values = {}
     for row in dataclasses.fields(Settings):
-        variable = f"MIGRENA_{row.name.upper()}"
-        if row.name in flags:
-            values[row.name] = read_value(row, flags[row.name], (row.metadata["flags"] or (row.name.upper(),))[-1])
-        elif variable in environment:
-            values[row.name] = read_value(row, environment[variable], variable)
-        elif row.name in config:
-            values[row.name] = read_value(row, config[row.name], f"{row.name.upper()} in config.py")
+        name, variable = row.name.upper(), f"MIGRENA_{row.name.upper()}"
+        for place, key, origin in ((flags, row.name, (name, *row.metadata["flags"])[-1]),
+                                   (environment, variable, variable),
+                                   (config, row.name, f"{name} in config.py")):
+            if key in place:
+                values[row.name] = read_value(row, place[key], origin)
+                break
     settings = Settings(**values)
     if settings.chunk < MiB or settings.chunk % MiB:
         raise UsageError(f"CHUNK: {settings.chunk} is no multiple of 1 MiB")
@@ -544,33 +558,22 @@ SESSION_KEYS: Final = ("region_name", "interface", "endpoint_type", "verify", "i
                        "compute_api_version", "identity_api_version", "image_api_version", "auth_type")
 
 
-def credentials(side: str, settings: Settings, environment: Mapping[str, str]) -> dict[str, Any]:
-    """The credentials of `src` or `dst`: clouds.yaml by --SIDE-cloud, else SIDE_OS_* variables, else config.py."""
-    name: str = getattr(settings, f"{side}_cloud")
-    prefix = f"{side.upper()}_OS_"
-    from_environment = from_variables(prefix, environment)
-    if name:
-        found = cloud_from_yaml(name, environment)
-    elif "auth_url" in from_environment:
-        found = from_environment
-    else:
-        found = dict(getattr(settings, f"{side}_creds"))
-    if not found.get("auth_url"):
-        raise UsageError(f"no credentials for the {'source' if side == 'src' else 'destination'} cloud",
-                         f"fill in {side.upper()}_CREDS in config.py, or give --{side}-cloud or {prefix}AUTH_URL and the like")
-    return modern(found)
-
-
-def credentials_of(cloud: str, settings: Settings, environment: Mapping[str, str]) -> dict[str, Any]:
-    """The credentials of src, of dst, of a cloud in clouds.yaml, or those of OS_* variables where no cloud is named."""
-    if cloud in ("src", "dst"):
-        return credentials(cloud, settings, environment)
-    if cloud := cloud or environment.get("OS_CLOUD", ""):
-        return modern(cloud_from_yaml(cloud, environment))
-    found = from_variables("OS_", environment)
-    if "auth_url" not in found:
-        raise UsageError("no cloud is named", "give --cloud src, dst or a name in clouds.yaml, or OS_AUTH_URL and the like")
-    return modern(found)
+def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) -> dict[str, Any]:
+    """The credentials of src or dst (clouds.yaml by --SIDE-cloud, else SIDE_OS_* variables, else config.py), of a cloud
+    in clouds.yaml, or of OS_* variables where no cloud is named. Raises UsageError where there are none."""
+    is_side = cloud in ("src", "dst")
+    prefix = f"{cloud.upper()}_OS_" if is_side else "OS_"
+    name = getattr(settings, f"{cloud}_cloud") if is_side else cloud or environment.get("OS_CLOUD", "")
+    found = cloud_from_yaml(name, environment) if name else from_variables(prefix, environment)
+    if is_side and not name and "auth_url" not in found:
+        found = getattr(settings, f"{cloud}_creds")
+    if found.get("auth_url"):
+        return modern(found)
+    if is_side:
+        raise UsageError(f"no credentials for the {'source' if cloud == 'src' else 'destination'} cloud",
+                         f"fill in {cloud.upper()}_CREDS in config.py, or give --{cloud}-cloud or {prefix}AUTH_URL and the like")
+    raise UsageError(f"cloud {name!r} has no auth_url" if name else "no cloud is named",
+                     "give --cloud src, dst or a name in clouds.yaml, or OS_AUTH_URL and the like")
 
 
 def from_variables(prefix: str, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -579,13 +582,14 @@ def from_variables(prefix: str, environment: Mapping[str, str]) -> dict[str, Any
     return {key: value for key, value in found.items() if not re.fullmatch(r".*_api_version|cloud|client_config_file", key)}
 
 
-def modern(found: dict[str, Any]) -> dict[str, Any]:
+def modern(found: Mapping[str, Any]) -> dict[str, Any]:
     """Credentials as Keystone v3 wants them: tenants become projects, v2.0 leaves the address, domains are filled in."""
     renamed = {"tenant_name": "project_name", "tenant_id": "project_id", "api_key": "password"}
     creds = {renamed.get(key, key): value for key, value in found.items() if value not in (None, "")}
     creds["auth_url"] = re.sub(r"/v2\.0/?$", "", str(creds["auth_url"]))
-    if creds.get("auth_type", "password") in ("password", "v3password", "v2password"):
-        creds["auth_type"] = str(creds.get("auth_type", "password")).replace("v2", "v3")
+    kind = str(creds.get("auth_type", "password")).replace("v2", "v3")
+    if kind in ("password", "v3password"):
+        creds["auth_type"] = kind
         if "user_id" not in creds and not {"user_domain_id", "user_domain_name"} & creds.keys():
             creds["user_domain_id"] = "default"
         if "project_name" in creds and not {"project_domain_id", "project_domain_name"} & creds.keys():
@@ -607,12 +611,13 @@ def cloud_from_yaml(name: str, environment: Mapping[str, str]) -> dict[str, Any]
             clouds = yaml.safe_load(path.read_text())["clouds"]
             secure = path.with_name("secure.yaml")
             hidden = yaml.safe_load(secure.read_text())["clouds"] if secure.is_file() else {}
-            entry = {**clouds.get(name, {}), **{k: v for k, v in hidden.get(name, {}).items() if k != "auth"}}
-            auth = {**entry.pop("auth", {}), **hidden.get(name, {}).get("auth", {})}
+            entry, more = dict(clouds.get(name, {})), dict(hidden.get(name, {}))
+            auth = {**entry.pop("auth", {}), **more.pop("auth", {})}
+            entry |= more
         except yaml.MarkedYAMLError as error:  # its own text quotes the line, which may hold a password
             line = error.problem_mark.line + 1 if error.problem_mark else 0
             raise UsageError(f"{path} or secure.yaml beside it is no YAML: {error.problem} at line {line}") from None
-        except (yaml.YAMLError, OSError, TypeError, KeyError, AttributeError) as error:
+        except (yaml.YAMLError, OSError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise UsageError(f"{path} cannot be read as clouds.yaml: {type(error).__name__}") from None
         if name not in clouds:
             raise UsageError(f"{path} has no cloud {name!r}{did_you_mean(name, clouds)}", f"it has: {', '.join(clouds)}")
@@ -1201,8 +1206,12 @@ class Milestones:
 # ---- 5. Journal ------------------------------------------------------------------------------------------------------
 
 
+PRIVATE: Final = functools.partial(os.open, mode=0o600)  # an opener of files for this user's eyes only
+ELSEWHERE: Final = "name another folder in STATE_FOLDER"
+
+
 def state_folder(settings: Settings, environment: Mapping[str, str], *, to_write: bool = True) -> Path:
-    """The folder of journals and locks, made where it is missing, for this user's eyes only. Raises UsageError where it cannot be used."""
+    """The folder of journals and locks, made where it is missing, for this user's eyes only. Raises UsageError."""
     base = Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local/state")
     folder = Path(settings.state_folder).expanduser() if settings.state_folder else base / "migrena"
     try:
@@ -1220,7 +1229,7 @@ def new_run() -> str:
 
 
 def parse_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a journal, and the length up to which they are whole: a last one that was cut is left out. Raises UsageError."""
+    """The lines of a journal without a last one that was cut, and their length in bytes. Raises UsageError."""
     content, entries, whole = path.read_bytes(), [], 0
     lines = content.splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
@@ -1244,15 +1253,15 @@ class Journal:
     def __init__(self, folder: Path, run: str) -> None:
         self.path = folder / f"{run}.jsonl"
         try:
-            self._file = open(self.path, "ab", buffering=0, opener=functools.partial(os.open, mode=0o600))
+            self._file = open(self.path, "ab", buffering=0, opener=PRIVATE)
             self.entries, whole = parse_journal(self.path)
             os.truncate(self.path, whole)  # what follows a line that was cut would make it unreadable
         except OSError as error:
-            raise UsageError(f"the journal {self.path} cannot be written: {error}", "name another folder in STATE_FOLDER") from error
+            raise UsageError(f"the journal {self.path} cannot be written: {error}", ELSEWHERE) from error
         self._is_broken = False
 
     def write(self, event: str, **facts: object) -> None:
-        """One line, on the disk when this returns. Raises StateError once; after that the undoing goes on by what is kept in memory."""
+        """One line, on the disk when this returns. Raises StateError once: the undoing then goes by what is in memory."""
         entry = {"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": event, **facts}
         self.entries.append(entry)
         if self._is_broken:
@@ -1268,7 +1277,7 @@ class Journal:
 
     @contextlib.contextmanager
     def act(self, act: str, **facts: object) -> Iterator[dict[str, object]]:
-        """Writes the intent, lets the act happen, writes its result: done with what was put into the dictionary, or failed."""
+        """A scope around an act: writes its intent and its result, done with what was put into the dictionary, or failed."""
         self.write("intent", act=act, **facts)
         result: dict[str, object] = {}
         try:
@@ -1281,7 +1290,7 @@ class Journal:
 
     @contextlib.contextmanager
     def beginning(self) -> Iterator[None]:
-        """A scope for the first lines of a process, before anything is touched; raises UsageError where there is no room for them."""
+        """A scope for the first lines of a process; raises UsageError where there is no room for them."""
         is_new = not self.path.stat().st_size
         try:
             yield
@@ -1289,11 +1298,11 @@ class Journal:
             self.close()
             if is_new:
                 self.path.unlink(missing_ok=True)
-            raise UsageError(str(error), "free space there, or name another folder in STATE_FOLDER") from error
+            raise UsageError(str(error), f"free space there, or {ELSEWHERE}") from error
 
     @contextlib.contextmanager
     def ending(self, undo: Undo, done: str = "done", failed: str = "failed") -> Iterator[None]:
-        """A scope around the undoing: writes how the run ended, and what was left; closes the file."""
+        """A scope around the undoing: writes how the run ended and what was left; closes the file."""
         result, error = done, ""
         try:
             yield
@@ -1313,31 +1322,29 @@ class Journal:
 
 
 @contextlib.contextmanager
-def flocked(path: Path) -> Iterator[TextIO | None]:
-    """The file, empty and locked until the scope or the process ends, and then removed; None while somebody else has it locked."""
-    while True:
+def flocked(path: Path, owner: str = "") -> Iterator[bool]:
+    """Whether the file, with `owner` in it, is locked until the scope or the process ends, and then removed; False
+    while somebody else has it locked."""
+    def free() -> None:
+        with contextlib.suppress(OSError):  # where it cannot be removed any more, it is free all the same
+            path.unlink()
+
+    with contextlib.ExitStack() as stack:
+        is_ours = False
         try:
-            file = open(path, "a+", encoding="utf-8", opener=functools.partial(os.open, mode=0o600))
-        except OSError as error:
-            raise UsageError(f"{path} cannot be made: {error}", "name another folder in STATE_FOLDER") from error
-        with file:
-            try:
+            while not is_ours:  # its holder may just have removed it
+                file = stack.enter_context(open(path, "ab", buffering=0, opener=PRIVATE))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield None
-                return
-            try:
-                if os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:
-                    continue  # its holder has just removed it
-            except FileNotFoundError:
-                continue
+                with contextlib.suppress(FileNotFoundError):
+                    is_ours = os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+            stack.callback(free)
             file.truncate(0)
-            try:
-                yield file
-            finally:
-                with contextlib.suppress(OSError):  # where it cannot be removed any more, it is free all the same
-                    path.unlink()
-            return
+            file.write(owner.encode())
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error}", ELSEWHERE) from error
+        yield is_ours
 
 
 @contextlib.contextmanager
@@ -1346,18 +1353,12 @@ def only_run_of(folder: Path, source: str, run: str) -> Iterator[None]:
     if not source:  # the first line was cut before anything was done, or the file was emptied since
         raise Refused(f"the journal of run {run} does not tell what it moved: nothing was begun, or somebody emptied it",
                       "./migrena.py rollback --run-of SRC_UUID goes by the marks; where there are none, delete the journal")
-    path = folder / f"source-{source}.lock"
-    for turn in range(6):  # status looks at a lock by taking it for a moment
-        with flocked(path) as lock:
-            if lock:
-                try:
-                    os.write(lock.fileno(), f"{os.getpid()} {run}\n".encode())
-                except OSError as error:
-                    raise UsageError(f"{path} cannot be written: {error}", "name another folder in STATE_FOLDER") from error
+    for _ in range(6):  # status looks at a lock by taking it for a moment
+        with flocked(folder / f"source-{source}.lock", f"{os.getpid()} {run}\n") as is_ours:
+            if is_ours:
                 yield
                 return
-        if turn < 5:
-            time.sleep(0.1)
+        time.sleep(0.1)
     pid, other = who_has(folder, source)
     raise Refused(f"another run is moving {source} just now (process {pid or 'unknown'}, run {other or 'unknown'})",
                   f"wait for its end; ./migrena.py status {other} shows how far it is".replace("  ", " "))
@@ -1376,15 +1377,15 @@ def who_has(folder: Path, source: str) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def slots(folder: Path, hosts: Iterable[str], most: int, screen: Screen) -> Iterator[None]:
-    """A place among the copies that each of these hosts takes part in, `most` at a time; waits for one. The dead hold none."""
+    """A place among the copies that each of these hosts takes part in, `most` at a time; waits for one."""
     with contextlib.ExitStack() as stack:
         for host in sorted(set(hosts)):  # in one order everywhere, so that no two runs wait for each other
             paths = [folder / f"slot-{urllib.parse.quote(host, safe='')}-{number}.lock" for number in range(most)]
-            has_waited = False
-            while not any(_is_taken(path, stack) for path in paths):
-                if not has_waited:
+            for turn in itertools.count():
+                if any(_is_taken(path, stack) for path in paths):
+                    break
+                if not turn:
                     screen.note(f"Waiting: {host} takes part in {most} copies already (--max-per-host).")
-                    has_waited = True
                 screen.status(f"Waiting for a place on {host}")
                 time.sleep(0.5)
         yield
@@ -1393,15 +1394,14 @@ def slots(folder: Path, hosts: Iterable[str], most: int, screen: Screen) -> Iter
 def _is_taken(path: Path, stack: contextlib.ExitStack) -> bool:
     """Whether the lock on this file could be taken; the stack holds it then."""
     with contextlib.ExitStack() as trial:
-        if trial.enter_context(flocked(path)):
+        if is_ours := trial.enter_context(flocked(path)):
             stack.enter_context(trial.pop_all())
-            return True
-    return False
+    return is_ours
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a run as its journal tells it; `result` is done, failed, or empty where nobody knows."""
+    """One step of a run; `result` is done, failed, or empty where nobody knows."""
 
     name: str
     began: str
@@ -1427,7 +1427,7 @@ class RunRecord:
     retries: int = 0
     error: str = ""
     left: tuple[str, ...] = ()
-    is_undoing: bool = False  # whether a rollback has begun: then there is no way on but to end it
+    is_undoing: bool = False  # a rollback has begun, and has to be ended
 
     @property
     def source(self) -> str:
@@ -1436,7 +1436,7 @@ class RunRecord:
 
     @property
     def destination(self) -> str:
-        """The new instance's id, empty while Nova had not told it."""
+        """The new instance's id, empty where Nova has not told it."""
         return next((str(act.facts["server"]) for act in self.acts if act.name == "create destination" and "server" in act.facts), "")
 
     @property
@@ -1469,12 +1469,12 @@ class RunRecord:
         return any(known.name == act and known.result == "done" for known in self.acts)
 
     def request(self, act: str) -> str:
-        """The request by which Nova was last asked for this act, empty where that is unknown."""
+        """The last request to Nova for this act, or nothing."""
         return next((str(known.facts["request"]) for known in reversed(self.acts) if known.name == act and "request" in known.facts), "")
 
 
 def read_run(folder: Path, run: str, *, is_ours: bool = False) -> RunRecord:
-    """What is known of a run on this machine, `is_ours` to those who hold its lock. Raises UsageError where its journal cannot be read."""
+    """What is known of a run on this machine, `is_ours` to those who hold its lock. Raises UsageError."""
     entries, _ = parse_journal(folder / f"{run}.jsonl")
     source = next((str(entry.get("source", "")) for entry in entries if entry["event"] == "run"), "")
     return recorded(run, entries, "" if is_ours else who_has(folder, source)[1])
@@ -1484,35 +1484,40 @@ def recorded(run: str, entries: Sequence[dict[str, Any]], holder: str = "") -> R
     """What the lines of a run's journal say; `holder` is the run that has the lock on its source."""
     facts = next((entry for entry in entries if entry["event"] == "run"), {})
     last: dict[str, dict[str, Any]] = {entry["event"]: entry for entry in entries}
-    begun = max((number for number, entry in enumerate(entries) if entry["event"] in ("run", "resume", "rollback")), default=0)
-    end = next((entry for entry in entries[begun:] if entry["event"] == "ended"), None)
+    end = next((entry for entry in _lines_since(entries, "run", "resume", "rollback") if entry["event"] == "ended"), {})
     arrived = tuple((entry["offset"], entry["length"]) for entry in entries if entry["event"] == "chunk")
     return RunRecord(
         run, "running" if holder == run else str(end["result"]) if end else "killed", str(facts.get("at", "")), facts, _acts(entries),
         last.get("job", {}), arrived,
         next((entry["done"] for entry in reversed(entries) if "done" in entry), 0), last.get("progress", {}).get("total", 0), _rate(entries),
         sum(entry["event"] == "retry" for entry in entries),
-        str(end.get("error", "")) if end else "", tuple(end.get("left", ())) if end else (), "rollback" in last)
+        str(end.get("error", "")), tuple(end.get("left", ())), "rollback" in last)
+
+
+def _lines_since(entries: Sequence[dict[str, Any]], *events: str) -> Sequence[dict[str, Any]]:
+    """The lines from the latest of these events on; all, where there is none."""
+    return entries[max((number for number, entry in enumerate(entries) if entry["event"] in events), default=0) :]
 
 
 def _acts(entries: Iterable[Mapping[str, Any]]) -> tuple[Step, ...]:
     """The acts in the order in which they began, each with its end where it has one."""
     acts: list[Step] = []
+    latest: dict[str, int] = {}
     for entry in entries:
         facts = {key: value for key, value in entry.items() if key not in ("at", "event", "act")}
         if entry["event"] == "intent":
+            latest[entry["act"]] = len(acts)
             acts.append(Step(entry["act"], entry["at"], facts=facts))
-        elif entry["event"] in ("done", "failed"):
-            number = next((number for number in reversed(range(len(acts))) if acts[number].name == entry["act"]), None)
-            if number is not None:
-                acts[number] = dataclasses.replace(acts[number], ended=entry["at"], result=entry["event"], facts={**acts[number].facts, **facts})
+        elif entry["event"] in ("done", "failed") and entry["act"] in latest:
+            act = acts[latest[entry["act"]]]
+            acts[latest[act.name]] = Step(act.name, act.began, entry["at"], entry["event"], {**act.facts, **facts})
     return tuple(acts)
 
 
-def _rate(entries: Sequence[Mapping[str, Any]]) -> float:
+def _rate(entries: Sequence[dict[str, Any]]) -> float:
     """Bytes per second of the latest attempt, by the first and the last time that it said how far it was."""
-    begun = max((number for number, entry in enumerate(entries) if entry["event"] in ("job", "retry", "resume", "pass")), default=0)
-    told = [(datetime.fromisoformat(entry["at"]), entry["done"]) for entry in entries[begun:] if entry["event"] == "progress"]
+    told = [(datetime.fromisoformat(entry["at"]), entry["done"])
+            for entry in _lines_since(entries, "job", "retry", "resume", "pass") if entry["event"] == "progress"]
     seconds = (told[-1][0] - told[0][0]).total_seconds() if told else 0.0
     return (told[-1][1] - told[0][1]) / seconds if seconds > 0 else 0.0
 
@@ -1544,7 +1549,7 @@ def last_rate(folder: Path, clouds: Sequence[str]) -> float:
 
 
 class Undo:
-    """How to unmake what was made, newest first: a failing step is kept in `left` and does not stop the others."""
+    """How to unmake what was made, newest first: a failing step is kept in `left`, and the others go on."""
 
     def __init__(self, screen: Screen) -> None:
         self.screen = screen
@@ -1559,7 +1564,7 @@ class Undo:
         self._steps.append((what, action, True))
 
     def on_failure(self, what: str, action: Callable[[], None]) -> None:
-        """To be done only if the run fails; not where the failure is that both copies are to be kept."""
+        """To be done only if the run fails, and not where both copies are to be kept."""
         self._steps.append((what, action, False))
 
     def __enter__(self) -> Undo:
@@ -1586,7 +1591,7 @@ class Undo:
             self.ways += [reason.way_out] if reason.way_out and reason.way_out not in self.ways else []
 
     def attempt(self, what: str, action: Callable[[], None]) -> None:
-        """Does one step; one that fails is kept in `left`."""
+        """Does one step."""
         self.doing = what
         try:
             try:
@@ -1602,7 +1607,7 @@ class Undo:
 
 
 class HeldBack(threading.local):
-    """A signal that waits for the end of what it must not cut in two; Python hears signals in the main thread alone."""
+    """A signal that waits for the end of what it must not cut in two; Python hears signals in the main thread."""
 
     depth = 0
     number = 0
@@ -1613,7 +1618,7 @@ HELD_BACK: Final = HeldBack()
 
 @contextlib.contextmanager
 def unbroken() -> Iterator[None]:
-    """A signal that comes within raises Interrupted at the end: else it could leave a lock of paramiko's or of a thread pool's locked for ever."""
+    """A signal that comes within raises Interrupted at the end: else a lock of paramiko's or a pool's could stay locked."""
     HELD_BACK.depth += 1
     try:
         yield
@@ -1634,7 +1639,7 @@ def outcome(flow: Future[T], meanwhile: Callable[[], None] = lambda: None) -> T:
 
 
 def at_once(one: Callable[[], T], other: Callable[[], S]) -> tuple[T, S]:
-    """What two acts give that are at work at the same time; raises what the first raises, else what the other does."""
+    """What two acts at the same time give; raises what the first raises, else what the other does."""
     with ThreadPoolExecutor(2) as pool:
         flow, side = pool.submit(one), pool.submit(other)
         return outcome(flow), outcome(side)
@@ -1642,10 +1647,10 @@ def at_once(one: Callable[[], T], other: Callable[[], S]) -> tuple[T, S]:
 
 # ---- 6. Host ---------------------------------------------------------------------------------------------------------
 
-# A lease ties what runs on a hypervisor to our SSH channel, which is its standard input: we send a dot every few seconds,
-# and whatever ends the dots (the end of the scope, kill -9 of migrena, a cut network) ends the process by its pid. A lease that
-# ends by itself says so by a zero byte and waits until we have no more to say: where the end of a channel and a word of ours
-# cross, sshd ends the whole connection ("packet referred to nonexistent channel").
+# A lease ties a process to our SSH channel, its standard input: we send a dot every few seconds, and whatever ends the
+# dots (the scope, kill -9 of migrena, a cut network) ends the process by its pid. A lease that ends by itself says so by
+# a zero byte and waits until we say no more: where the end of a channel and a word of ours cross, sshd ends the whole
+# connection ("packet referred to nonexistent channel").
 HOLD: Final = """
 hold() { while [ "$(timeout 60 head -c 1)" = . ]; do :; done; }
 trap 'status=$?; printf "\\000"; hold; exit "$status"' EXIT
@@ -1705,11 +1710,10 @@ FED: Final = '"$@"; status=$?; cat >/dev/null; exit "$status"'  # a command that
 PRIVATE_FILE: Final = 'umask 077; cat > "$1"'
 LACKING: Final = 'for tool; do command -v "$tool" >/dev/null || echo "$tool"; done'
 
-# What the login shell runs; $1 is the command, `escaped`. What stands before BEGUN, on both streams, is the login shell's own.
+# What the login shell runs; $1 is the command, `escaped`. What stands before BEGUN, on both streams, is a banner.
 BEGUN: Final = b"--- migrena begins ---\n"
 BEGIN: Final = 'm="--- migrena begins ---"; echo "$m"; echo "$m" >&2; eval "exec $(printf %b "$1")"'
 MOST_LINKS: Final = 16  # connections to one host: more than a copy has commands at work there at a time
-
 
 DIAL_LIMIT: Final = 15.0  # seconds; a server that says nothing at all for the 30 s that we wait is not asked twice
 DROPPED: Final = ("SSH protocol banner", "kex_exchange_identification", "Connection reset by peer")  # ours, a jump host's, the kernel's
@@ -1717,7 +1721,7 @@ Dial = Callable[[], tuple["paramiko.SSHClient", contextlib.ExitStack]]
 
 
 def connect(name: str, settings: Settings, screen: Screen) -> Host:
-    """A hypervisor by Nova's name for it; raises HostError that says what ssh would say, and what to do."""
+    """A hypervisor by Nova's name for it. Raises HostError."""
     logging.getLogger("paramiko").setLevel(logging.DEBUG if settings.debug else logging.CRITICAL)
     entry = settings.hosts.get(name, HostEntry())
     with contextlib.ExitStack() as stack:
@@ -1729,7 +1733,7 @@ def connect(name: str, settings: Settings, screen: Screen) -> Host:
 
 
 def dial(name: str, target: Target) -> tuple[paramiko.SSHClient, contextlib.ExitStack]:
-    """An SSH connection, and what closes it. One that sshd drops unheard is tried again: see MaxStartups in sshd_config(5)."""
+    """An SSH connection, and what closes it. One that sshd drops unheard (MaxStartups) is tried again."""
     limit = time.monotonic() + DIAL_LIMIT
     while True:
         try:
@@ -1763,7 +1767,7 @@ def dial_once(name: str, target: Target) -> tuple[paramiko.SSHClient, contextlib
 
 @contextlib.contextmanager
 def proxied(command: str) -> Iterator[socket.socket]:
-    """A socket to the standard input and output of a command; raises HostError with the command's own words when it ends."""
+    """A socket to a command's standard input and output; raises HostError with the command's own words when it ends."""
     ours, theirs = socket.socketpair()
     words = shlex.split(command)  # in a session of its own: a Ctrl-C is for us, and the connection is still needed to undo
     pipe = theirs.fileno()
@@ -1797,7 +1801,7 @@ class Target:
 
     @classmethod
     def of(cls, alias: str, entry: HostEntry, settings: Settings) -> Target:
-        """The target that an alias stands for. Settings of ours win over ~/.ssh/config, which wins over the defaults."""
+        """What an alias stands for: our settings win over ~/.ssh/config, which wins over the defaults."""
         path = Path(settings.ssh_config).expanduser()
         found = _ssh_lookup(path, alias)
         host, port = found.get("hostname", alias), entry.port or settings.ssh_port or int(found.get("port", 22))
@@ -1825,7 +1829,7 @@ class Target:
         return f"{self.host} port {self.port}"
 
     def open(self, stack: contextlib.ExitStack) -> paramiko.SSHClient:
-        """A connection to a host whose key is known, closed by the stack. Raises what paramiko and sockets raise."""
+        """A connection, closed by the stack. Raises what paramiko and sockets raise."""
         import paramiko
 
         through: Any = stack.enter_context(proxied(self.proxy)) if self.proxy else None
@@ -1843,7 +1847,7 @@ class Target:
         return client
 
     def missing_host_key(self, client: object, hostname: str, key: paramiko.PKey) -> NoReturn:
-        """Called by paramiko for a host whose key nobody has vouched for: refuses it, with the command that would accept it."""
+        """Called by paramiko for an unknown host key: refuses it, with the command that would accept it."""
         raise HostError(f"{self}: the host key ({key.get_name()} {key.fingerprint}) is not known", "compare it on the host, then: "
                         f"ssh-keyscan -p {self.port} {shlex.quote(self.host)} >> {shlex.quote(self.known_hosts[0])}")
 
@@ -1860,7 +1864,7 @@ def _ssh_lookup(path: Path, alias: str) -> dict[str, Any]:
 
 
 def _refuse_circle(path: Path, alias: str) -> None:
-    """Raises UsageError where the jump hosts of ssh_config lead back to one of them: ssh would start itself again and again."""
+    """Raises UsageError where jump hosts lead back to one of them: ssh would start itself again and again."""
     passed = [alias]
     while (jumps := _ssh_lookup(path, passed[-1]).get("proxyjump", "none")) != "none":
         first = jumps.split(",")[0].removeprefix("ssh://").rpartition("@")[2]
@@ -1877,13 +1881,12 @@ def _transport(client: paramiko.SSHClient) -> paramiko.Transport:
 
 
 def escaped(command: str) -> bytes:
-    """A command for printf's %b, without what means something within single quotes to some shell, csh and fish among them."""
-    sent = command.encode("utf-8", "surrogateescape")
-    return re.sub(rb"[\0-\x1f\x7f'!\\]", lambda sign: b"\\0%03o" % ord(sign[0]), sent)
+    """A command for printf's %b, without what any shell, csh and fish too, minds within single quotes."""
+    return re.sub(rb"[\0-\x1f\x7f'!\\]", lambda sign: b"\\0%03o" % ord(sign[0]), command.encode("utf-8", "surrogateescape"))
 
 
 def session(client: paramiko.SSHClient) -> paramiko.Channel | None:
-    """A channel for one command; None where sshd takes no more of them here: see MaxSessions in sshd_config(5)."""
+    """A channel for one command; None where sshd takes no more of them on this connection (MaxSessions)."""
     import paramiko
 
     transport = _transport(client)
@@ -1897,20 +1900,8 @@ def session(client: paramiko.SSHClient) -> paramiko.Channel | None:
         raise
 
 
-@contextlib.contextmanager
-def closed_after(seconds: float, channel: paramiko.Channel) -> Iterator[None]:
-    """Closes a channel when what is done in this scope takes longer."""
-    alarm = threading.Timer(seconds, channel.close)
-    alarm.daemon = True
-    alarm.start()
-    try:
-        yield
-    finally:
-        alarm.cancel()
-
-
 class Host:
-    """One hypervisor: commands as words in, text out, over one SSH connection, or as many as its sshd asks for."""
+    """One hypervisor: commands as words in, text out, over as many SSH connections as its sshd asks for."""
 
     def __init__(self, name: str, dial: Dial, nbd_address: str, screen: Screen) -> None:
         self.name = name
@@ -1924,7 +1915,7 @@ class Host:
         threading.Thread(target=self._beat, name=f"dots to {name}", daemon=True).start()
 
     def _open(self) -> None:
-        """Opens the connection to where the name leads now, and sees at which address the other hypervisor reaches the host."""
+        """Opens the connection to where the name leads now, and sees the address for the other hypervisor."""
         self._links: list[tuple[paramiko.SSHClient, list[paramiko.Channel]]] = []  # connections, each with what it carries
         self._stack = contextlib.ExitStack()
         prefix, self._prefix, seen = self._prefix, (), []  # sudo would hide the variable
@@ -1934,7 +1925,7 @@ class Host:
         self.nbd_address = self._given_address or (seen[2] if len(seen) == 4 else str(_transport(self._links[0][0]).getpeername()[0]))
 
     def become(self, sudo: str) -> None:
-        """Takes root's rights by sudo where it is asked for or needed; raises HostError where they are denied."""
+        """Takes root's rights by sudo where asked for or needed; raises HostError where they are denied."""
         if sudo == "no" or (sudo == "auto" and self.run("id", "-u").strip() == "0"):
             return
         try:
@@ -1946,7 +1937,7 @@ class Host:
         self._prefix = ("sudo", "-n")
 
     def revive(self) -> None:
-        """Opens the connections anew if one does not or did not answer; what they held ends. Raises HostError."""
+        """Opens the connections anew if one does not or did not answer; what they held ends within a minute."""
         with contextlib.suppress(HostError):
             if not self.unconfirmed:  # else the way to be sure of their end is to end the connection
                 self.run("true", seconds=10.0)
@@ -1978,7 +1969,7 @@ class Host:
         return Answer(printed.decode("utf-8", "surrogateescape"), self.name, words)
 
     def script(self, script: str, *values: str, stdin: bytes = b"") -> Answer:
-        """What one of our constant shell scripts prints; the values reach it as "$@"."""
+        """What one of our constant scripts prints; the values reach it as "$@"."""
         return self.run("sh", "-c", script, "migrena", *values, stdin=stdin)
 
     def succeeds(self, *words: str) -> bool:
@@ -1986,7 +1977,7 @@ class Host:
         return can_be(lambda: self.run(*words))
 
     def work(self, *words: str, stall: float, heard: Callable[[str], None] = lambda said: None, given: Sequence[str] = ()) -> Answer:
-        """What a long command prints, under a lease, no zero bytes; `heard` gets each piece as it comes. Ends it after `stall` s of silence."""
+        """What a long command prints under a lease, no zero bytes; `heard` gets each piece. Ends it after `stall` s of silence."""
         with self.lease(LEASED_COMMAND, *words, given=given) as lease:
             pieces = []
             for piece in iter(functools.partial(lease.read, stall), ""):
@@ -1998,7 +1989,7 @@ class Host:
 
     @contextlib.contextmanager
     def lease(self, script: str, *words: str, given: Sequence[str] = ()) -> Iterator[Lease]:
-        """A script that holds a command for as long as the scope and our channel do; `given` reaches it before the words."""
+        """A script that holds a command while the scope and our channel last; `given` reaches it before the words."""
         with contextlib.ExitStack() as stack:
             with unbroken():
                 _, lease = self._start(words, ("sh", "-c", script, "migrena", *given), 30.0)
@@ -2012,19 +2003,19 @@ class Host:
 
     @contextlib.contextmanager
     def private_folder(self, run: str) -> Iterator[str]:
-        """The path of a folder that only root reads and that is gone when the scope or migrena ends."""
+        """A folder that only root reads, gone when the scope or migrena ends."""
         with self.lease(LEASED_FOLDER, "mktemp", "-d", given=(run,)) as lease:
             yield lease.line(15.0)
 
     @contextlib.contextmanager
     def daemon(self, pidfile: str, *words: str) -> Iterator[Lease]:
-        """A daemon that writes its pid when it serves, held for as long as the scope; raises CommandError where it does not serve."""
+        """A daemon that writes its pid when it serves, held while the scope lasts; raises CommandError."""
         with self.lease(LEASED_DAEMON, *words, given=(pidfile,)) as lease:
             lease.line(180.0)
             yield lease
 
     def end_work(self, *, is_silent: bool = False) -> None:
-        """Ends every lease at once, for threads that wait on one; what they were doing fails. A silent host is listened to no longer."""
+        """Ends every lease at once, for threads that wait on one. A silent host is listened to no longer."""
         for lease in list(self._leases):
             lease.release()
             if is_silent:
@@ -2042,7 +2033,7 @@ class Host:
 
     @unbroken()
     def _start(self, words: Sequence[str], before: Sequence[str], seconds: float, form: str = "{}") -> tuple[paramiko.Channel, Lease]:
-        """Starts a command, with what goes before its words unsaid in messages; nothing holds it yet."""
+        """Starts a command; messages do not show what goes before its words. Nothing holds it yet."""
         import paramiko
 
         with self._wall(words):
@@ -2053,8 +2044,13 @@ class Host:
                 channel = self._session()
                 channel.settimeout(seconds)
                 command = form.format(shlex.join((*self._prefix, *before, *words)))
-                with closed_after(DEAF_AFTER, channel):  # paramiko itself waits as long as the connection seems to live
+                alarm = threading.Timer(DEAF_AFTER, channel.close)  # paramiko waits as long as the connection seems to live
+                alarm.daemon = True
+                alarm.start()
+                try:
                     channel.exec_command(b"exec sh -c '%s' migrena '%s'" % (BEGIN.encode(), escaped(command)))
+                finally:
+                    alarm.cancel()
             except (paramiko.SSHException, EOFError) as error:
                 if time.monotonic() - began < DEAF_AFTER:
                     raise
@@ -2062,7 +2058,7 @@ class Host:
         return channel, Lease(self, channel, words)
 
     def _session(self) -> paramiko.Channel:
-        """A channel for one command, on the connection that carries least, else on a further one. Raises HostError."""
+        """A channel on the connection that carries least; where none takes one more, on a further one."""
         while True:
             links = self._links
             for client, carried in sorted(links, key=lambda link: sum(not channel.closed for channel in link[1])):
@@ -2092,9 +2088,9 @@ class Host:
         try:
             yield
         except TimeoutError as error:
-            raise HostError(f"{self.name}: `{shorten(shlex.join(words))}` made no progress and was given up") from error
+            raise HostError(f"{self.name}: {quoted(words)} made no progress and was given up") from error
         except (paramiko.SSHException, EOFError, OSError) as error:
-            raise HostError(f"{self.name}: the SSH connection broke at `{shorten(shlex.join(words))}`: {error}") from error
+            raise HostError(f"{self.name}: the SSH connection broke at {quoted(words)}: {error}") from error
 
     def _beat(self) -> None:
         while not self._closing.wait(BEAT):
@@ -2118,18 +2114,17 @@ class Answer(str):
             return how(self)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             host, words = self.asked
-            shown = shorten(self) or "nothing"
-            raise HostError(f"{host}: what `{shorten(shlex.join(words))}` answers cannot be understood: {shown}",
+            raise HostError(f"{host}: what {quoted(words)} answers cannot be understood: {shorten(self) or 'nothing'}",
                             "see what runs there in place of that command, a wrapper or another version") from error
 
 
 class Lease:
-    """A process on a hypervisor; one that Host.lease() made lives only as long as our channel to it."""
+    """A process on a hypervisor; one of Host.lease() lives only as long as our channel to it."""
 
     def __init__(self, host: Host, channel: paramiko.Channel, words: Sequence[str]) -> None:
         self._host, self._channel, self._words = host, channel, words
         self._said = bytearray()
-        self._banner, self._has_begun, self._ahead = b"", False, b""  # the login shell's words; what came with BEGUN
+        self._banner, self._has_begun, self._ahead = b"", False, b""  # the login shell's; what came with BEGUN
         self._has_ended = False  # it said so itself
         self._is_let_go = False  # nothing more is said to it
         self._speaking = threading.Lock()
@@ -2144,7 +2139,7 @@ class Lease:
                 self._channel.send(b".")
 
     def read(self, seconds: float) -> str:
-        """The next piece of what it prints, empty at its end; raises HostError after `seconds` of silence."""
+        """The next piece that it prints, empty at its end; raises HostError after `seconds` of silence."""
         if self._has_ended:
             return ""
         with self._host._wall(self._words):
@@ -2153,7 +2148,7 @@ class Lease:
         return piece.decode("utf-8", "surrogateescape")
 
     def begin(self, seconds: float) -> None:
-        """Returns when the login shell has said all that it has to say; raises TimeoutError."""
+        """Waits until the login shell has said all; raises TimeoutError."""
         while not self._has_begun and (piece := received_within(self._channel, seconds)):
             self._banner, begun, self._ahead = (self._banner + piece).partition(BEGUN)
             self._has_begun = bool(begun)
@@ -2165,19 +2160,18 @@ class Lease:
         return piece or received_within(self._channel, seconds)
 
     def line(self, seconds: float) -> Answer:
-        """The line by which it says that it is ready; raises CommandError if it ends without one."""
+        """The line by which it is ready; raises CommandError if it ends without one."""
         said = ""
         while not said.endswith("\n"):
-            piece = self.read(seconds)
+            said += (piece := self.read(seconds))
             if not piece:
                 self.release()
                 self.check()
                 raise CommandError(self._host.name, self._words, 0, "it ended without a word")
-            said += piece
         return Answer(said.strip(), self._host.name, self._words)
 
     def check(self, *, is_running: bool = False) -> None:
-        """Raises CommandError if it failed, or, where it should be running, if it ended at all; HostError if the connection broke."""
+        """Raises CommandError if it failed, or should be running and ended; HostError if the connection broke."""
         if is_running:
             if not self._channel.exit_status_ready() and not self._channel.recv_ready():
                 return
@@ -2187,12 +2181,11 @@ class Lease:
         self._reader.join(5.0)
         if status < 0 and not self._channel.eof_received:  # of a command that was killed, sshd tells at least that it says no more
             why = getattr(self._channel.transport, "saved_exception", None) or "the other side ended it"
-            raise HostError(f"{self._host.name}: the SSH connection broke at `{shorten(shlex.join(self._words))}`: {why}")
+            raise HostError(f"{self._host.name}: the SSH connection broke at {quoted(self._words)}: {why}")
         said = self._said.rpartition(BEGUN)[2]
         if not self._has_begun:
             banner = shorten((self._banner + said).decode(errors="replace")) or "nothing"
-            words = shorten(shlex.join(self._words))
-            raise HostError(f"{self._host.name}: the login shell did not run `{words}` but said: {banner}",
+            raise HostError(f"{self._host.name}: the login shell did not run {quoted(self._words)} but said: {banner}",
                             "name a user whose shell runs commands, in HOSTS or SSH_USER")
         if status != 0 or is_running:
             raise CommandError(self._host.name, self._words, status, said.decode(errors="replace"))
@@ -2206,34 +2199,33 @@ class Lease:
 
     @unbroken()
     def drop(self) -> None:
-        """Listens no longer: whoever reads what it says is told that this is the end."""
+        """Listens no longer: whoever reads is told that this is the end."""
         with unheard():
             self._channel.close()
 
     @unbroken()
     def close(self) -> None:
-        """Ends it and waits for the host to confirm that; what is not confirmed is kept in Host.unconfirmed."""
+        """Ends it; what the host does not confirm is kept in Host.unconfirmed."""
         self.release()
         patience = 1.0 if self._host.unconfirmed else 15.0  # a host that does not answer is not waited for once a lease
         if self._channel.status_event.wait(patience) and self._channel.exit_status == LEFT_BEHIND:
             self._host.stays.append(f"{self._host.name}: {self._said.rpartition(BEGUN)[2].decode(errors='replace').strip()}")
         elif self._channel.exit_status == -1 and self in self._host._leases:  # else it ended with a connection that was given up
-            self._host.unconfirmed.append(f"{self._host.name} did not confirm the end of `{shorten(shlex.join(self._words), 120)}`"
+            self._host.unconfirmed.append(f"{self._host.name} did not confirm the end of {quoted(self._words, 120)}"
                                           " (it ends by itself when the connection does)")
         self.drop()
 
 
 def can_be(act: Callable[[], object], failing: type[HostError] = CommandError) -> bool:
-    """Whether an act succeeds; False where it raises such an error: one of its commands fails."""
-    try:
+    """Whether an act succeeds; False where it raises such an error."""
+    with contextlib.suppress(failing):
         act()
-    except failing:
-        return False
-    return True
+        return True
+    return False
 
 
 def received_within(channel: paramiko.Channel, seconds: float) -> bytes:
-    """What a channel has to say next, empty at its end; raises TimeoutError after `seconds` of silence. Signals are heard while it is silent."""
+    """What a channel says next, empty at its end; raises TimeoutError after `seconds` of silence. Signals are heard."""
     until = time.monotonic() + seconds
     while True:
         with unbroken():
@@ -2247,21 +2239,21 @@ def received_within(channel: paramiko.Channel, seconds: float) -> bytes:
 
 @unbroken()
 def exit_status_of(channel: paramiko.Channel) -> int:
-    """How a command that has said all has ended, -1 where the connection broke; raises TimeoutError where the host no longer tells."""
+    """How a command that has said all has ended, -1 where the connection broke; raises TimeoutError."""
     if not channel.status_event.wait(30.0):
         raise TimeoutError
     return channel.exit_status
 
 
 def unheard() -> contextlib.suppress:
-    """A scope for what is said to a host that may be gone: whether the connection still carries it makes no difference any more."""
+    """A scope for what is said to a host that may be gone."""
     import paramiko
 
     return contextlib.suppress(paramiko.SSHException, EOFError, OSError)
 
 
 def _drain(channel: paramiko.Channel, into: bytearray, most: int = 16384) -> None:
-    """Reads a channel's standard error to its end, however long it is silent: left unread, it would block standard output too."""
+    """Reads a channel's standard error to its end: left unread, it would block standard output too."""
     with unheard():
         while True:
             try:
@@ -2339,38 +2331,24 @@ def check_extra(extra: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def api_wall(label: str, url: str, act: str) -> Iterator[None]:
-    """Exceptions of the OpenStack libraries stop here."""
-    import requests
-    from glanceclient import exc as glance_exceptions
-    from keystoneauth1 import exceptions as auth_exceptions
-    from novaclient import exceptions as nova_exceptions
-
+def ignoring(*codes: int) -> Iterator[None]:
+    """A scope that a CloudError with one of these HTTP statuses ends, and nothing more."""
     try:
         yield
-    except auth_exceptions.Unauthorized as error:
-        raise CloudError(f"{label} cloud: {url} refuses the credentials: {shorten(str(error))}",
-                         "check user, password, project and domains", 401) from error
-    except auth_exceptions.EndpointNotFound as error:
-        raise CloudError(f"{label} cloud: {shorten(str(error))}", "check region_name and interface in the credentials", 404) from error
-    except (auth_exceptions.ClientException, nova_exceptions.ClientException, glance_exceptions.ClientException, glance_exceptions.BaseException,
-            requests.RequestException) as error:
-        code = getattr(error, "http_status", None) or getattr(error, "code", None)
-        is_gone = isinstance(error, (auth_exceptions.ConnectionError, glance_exceptions.CommunicationError))
-        code = code if isinstance(code, int) else 0 if is_gone else 400
-        way_out = "check auth_url, and whether this machine reaches it" if act == "sign in" else ""
-        raise CloudError(f"{label} cloud: {act}: {shorten(str(error)) or type(error).__name__}", way_out, code) from error
+    except CloudError as error:
+        if error.code not in codes:
+            raise
 
 
 class ImageStore:
-    """The Glance of one cloud. Every method raises CloudError, whatever the library raises."""
+    """The Glance of one cloud. Every method raises CloudError."""
 
     def __init__(self, cloud: Cloud, glance: Any) -> None:
-        self._cloud, self._images = cloud, glance.images
+        self._wall, self._images = cloud.wall, glance.images
 
     def all(self, *ids: str) -> list[Image]:
-        """All images that Glance lists, the hidden ones too, and those of these ids, which may be a community's."""
-        with self._cloud.wall("list images"):
+        """All images that Glance lists, hidden ones too, and those of these ids: a community's, or not yet accepted."""
+        with self._wall("list images"):
             found = [Image.of(dict(raw)) for only in ({}, {"os_hidden": "true"}) for raw in self._images.list(filters=only)]
         known = {one.id: one for one in found}
         further = (self.one(id) for id in ids if id not in known and re.fullmatch(UUID_FORM, id))
@@ -2378,44 +2356,38 @@ class ImageStore:
 
     def one(self, id: str) -> Image | None:
         """An image by its id, or None where it is gone."""
-        from glanceclient import exc
-
-        with self._cloud.wall(f"show image {id}"):
-            try:
-                return Image.of(dict(self._images.get(id)))
-            except exc.HTTPNotFound:
-                return None
+        with ignoring(404), self._wall(f"show image {id}"):
+            return Image.of(dict(self._images.get(id)))
+        return None
 
     def pieces(self, id: str) -> Iterator[bytes]:
         """What an image holds, 64 KiB after 64 KiB."""
-        with self._cloud.wall(f"read image {id}"):
+        with self._wall(f"read image {id}"):
             yield from self._images.data(id, do_checksum=False) or ()  # whoever reads it takes its digests
 
     def make(self, **facts: object) -> str:
         """The id of a new image that holds nothing yet."""
-        with self._cloud.wall(f"create image {facts.get('name')}"):
+        with self._wall(f"create image {facts.get('name')}"):
             return str(self._images.create(**facts).id)
 
     def describe(self, id: str, *left_out: str, **facts: object) -> None:
         """Sets what is told of an image, and takes properties out."""
-        with self._cloud.wall(f"describe image {id}"):
+        with self._wall(f"describe image {id}"):
             self._images.update(id, remove_props=list(left_out), **facts)
 
     def send(self, id: str, content: object, size: int) -> None:
         """Gives a new image its content, of so many bytes, by its method `read`."""
-        with self._cloud.wall(f"upload image {id}"):
+        with self._wall(f"upload image {id}"):
             self._images.upload(id, content, image_size=size)
 
     def delete(self, id: str) -> None:
         """Deletes an image; one that is gone is no failure."""
-        from glanceclient import exc
-
-        with self._cloud.wall(f"delete image {id}"), contextlib.suppress(exc.HTTPNotFound):
+        with ignoring(404), self._wall(f"delete image {id}"):
             self._images.delete(id)
 
 
 class Fleet:
-    """All instances and compute hosts of one cloud, for its admins. Every method raises CloudError, whatever the library raises."""
+    """All instances and compute hosts of one cloud, for its admins. Every method raises CloudError."""
 
     def __init__(self, cloud: Cloud, nova: Any, placement: Callable[[str], Any]) -> None:
         self._cloud, self._nova, self._placement = cloud, nova, placement
@@ -2426,7 +2398,7 @@ class Fleet:
             return [self._cloud.read(raw.to_dict()) for raw in self._nova.servers.list(search_opts={"all_tenants": True}, limit=-1)]
 
     def hosts(self) -> list[ComputeHost]:
-        """The compute hosts, each with what is free and taken there; that is not told where Placement does not answer us."""
+        """The compute hosts, each with what is free and taken there, where Placement tells it."""
         with self._cloud.wall("list compute services"):
             services = self._nova.services.list(binary="nova-compute")
             node_of = {node.service["host"]: node.hypervisor_hostname for node in self._nova.hypervisors.list()}
@@ -2451,7 +2423,7 @@ class Fleet:
                 raise
 
     def progress(self, id: str) -> tuple[int, int] | None:
-        """Bytes of memory and disks that the migration under way has carried, and those it has to; None where none is under way."""
+        """Bytes that the migration under way has carried, and those it has to; None where none is under way."""
         records = self._cloud.insist(f"show migrations of server {id}", lambda: self._nova.server_migrations.list(id))
         if not records:
             return None
@@ -2460,7 +2432,7 @@ class Fleet:
         return min(done, total), total
 
     def last_migration(self, id: str, after: int = 0) -> tuple[int, str]:
-        """The number and the state of the latest live migration of an instance; (0, "") where none has a number higher than `after`."""
+        """The number and the state of an instance's latest live migration; (0, "") where none is higher than `after`."""
         found = self._cloud.insist(f"list migrations of server {id}",
                                    lambda: self._nova.migrations.list(instance_uuid=id, migration_type="live-migration"))
         return max(((int(one.id), str(one.status)) for one in found if int(one.id) > after), default=(0, ""))
@@ -2472,7 +2444,7 @@ class Fleet:
 
 
 class Service:
-    """What all questions to a cloud share: its name, errors that come as CloudError, and patience with APIs that do not answer."""
+    """What all questions to a cloud share: its name, errors as CloudError, patience with APIs that do not answer."""
 
     label, url = "", ""
     calls = 0  # that its APIs have answered
@@ -2482,12 +2454,35 @@ class Service:
     def _count(self, *_: object, **__: object) -> None:
         self.calls += 1
 
-    def wall(self, act: str) -> contextlib.AbstractContextManager[None]:
-        """A scope out of which the libraries' exceptions come as CloudError."""
-        return api_wall(self.label, self.url, act)
+    def error(self, said: str, way_out: str = "", code: int = 400) -> CloudError:
+        """An error that names the cloud."""
+        return CloudError(f"{self.label} cloud: {said}", way_out, code)
+
+    @contextlib.contextmanager
+    def wall(self, act: str) -> Iterator[None]:
+        """A scope out of which the OpenStack libraries' exceptions come as CloudError."""
+        import requests
+        from glanceclient import exc as glance
+        from keystoneauth1 import exceptions as auth
+        from novaclient import exceptions as nova
+
+        try:
+            yield
+        except auth.Unauthorized as error:
+            raise self.error(f"{self.url} refuses the credentials: {shorten(str(error))}",
+                             "check user, password, project and domains", 401) from error
+        except auth.EndpointNotFound as error:
+            raise self.error(shorten(str(error)), "check region_name and interface in the credentials") from error
+        except (auth.ClientException, nova.ClientException, glance.ClientException, glance.BaseException,
+                requests.RequestException) as error:
+            code = getattr(error, "http_status", None) or getattr(error, "code", None)
+            is_gone = isinstance(error, (auth.ConnectionError, glance.CommunicationError))
+            raise self.error(f"{act}: {shorten(str(error)) or type(error).__name__}",
+                             "check auth_url, and whether this machine reaches it" if act == "sign in" else "",
+                             code if isinstance(code, int) else 0 if is_gone else 400) from error
 
     def insist(self, act: str, do: Callable[[], T]) -> T:
-        """What an act gives that may be repeated: it lives through an outage, and waits for the end of a task that is under way."""
+        """What an act gives that may be repeated: it lives through an outage, and waits for a task under way."""
         conflict = told = 0.0
         for _ in self.polls():
             try:
@@ -2501,16 +2496,19 @@ class Service:
                     conflict = conflict or now
                 elif error.may_pass:
                     self._away = self._away or now
-                if now - (conflict or self._away) > OUTAGE_LIMIT or (error.code != 409 and not error.may_pass):
+                else:
                     raise
-                if now - max(conflict or self._away, told) > OUTAGE_TOLD:
+                since = conflict or self._away
+                if now - since > OUTAGE_LIMIT:
+                    raise
+                if now - max(since, told) > OUTAGE_TOLD:
                     told = now
-                    self.tell(f"{error}; it is tried again for {span(OUTAGE_LIMIT - now + (conflict or self._away))}")
+                    self.tell(f"{error}; it is tried again for {span(OUTAGE_LIMIT - now + since)}")
         raise AssertionError("polls never end")
 
     @staticmethod
     def polls() -> Iterator[float]:
-        """Turns of a loop, each a little later than the one before: 0.2 s apart at first, 2 s in the end."""
+        """Turns of a loop, 0.2 s apart at first, 2 s in the end."""
         pause = 0.2
         while True:
             yield pause
@@ -2519,7 +2517,7 @@ class Service:
 
 
 class Cloud(Service):
-    """One OpenStack cloud, as far as a copy needs it. Every method raises CloudError, whatever the libraries raise."""
+    """One OpenStack cloud, as far as a copy needs it. Every method raises CloudError."""
 
     def __init__(self, label: str, creds: Mapping[str, Any], glance_endpoint: str = "") -> None:
         self.label, self.url = label, str(creds["auth_url"])
@@ -2547,16 +2545,16 @@ class Cloud(Service):
         opened.get(str(creds["auth_url"]), authenticated=False, raise_exc=False, timeout=patience)
         auth.get_access(opened)  # a wrong password shows here, and not in the middle
         region, interface = own.get("region_name"), str(own.get("interface", own.get("endpoint_type", "public"))).removesuffix("URL")
-        nova = nova_client.Client("2.1", session=opened, region_name=region, endpoint_type=interface)
-        newest = api_versions.discover_version(nova, api_versions.APIVersion("2.latest"))
-        self._nova: Any = nova_client.Client(newest, session=opened, region_name=region, endpoint_type=interface)
+        nova: Any = functools.partial(nova_client.Client, session=opened, region_name=region, endpoint_type=interface)
+        newest = api_versions.discover_version(nova("2.1"), api_versions.APIVersion("2.latest"))
+        self._nova = nova(newest)
         self._version = (newest.ver_major, newest.ver_minor)
-        glance = GlanceClient("2", session=opened, endpoint=glance_endpoint or None, region_name=region, interface=interface)
-        self.store = ImageStore(self, glance)
+        self.store = ImageStore(self, GlanceClient("2", session=opened, endpoint=glance_endpoint or None, region_name=region,
+                                                   interface=interface))
         placement = {"service_type": "placement", "region_name": region, "interface": interface}
         endpoint = opened.get_endpoint(service_type="compute", interface=interface, region_name=region)
         self.identity = {"nova": str(endpoint), "region": region or "", "project": str(opened.get_project_id() or "")}
-        calm = nova_client.Client(min(newest, api_versions.APIVersion("2.87")), session=opened, region_name=region, endpoint_type=interface)
+        calm = nova(min(newest, api_versions.APIVersion("2.87")))
         self.fleet = Fleet(self, calm, lambda path: opened.get(path, endpoint_filter=placement).json())  # 2.88 waits for each hypervisor
 
     def server(self, id: str) -> Server:
@@ -2569,14 +2567,11 @@ class Cloud(Service):
         return self.insist(f"show server {id}", lambda: self.server(id))
 
     def look(self, id: str, *, is_patient: bool = True) -> Server | None:
-        """An instance as it is now, or None where it does not exist; raises CloudError where these credentials might only not see it."""
-        try:
+        """An instance as it is now, None where it does not exist; raises CloudError where credentials might only not see it."""
+        with ignoring(404):
             return self.steady_server(id) if is_patient else self.server(id)
-        except CloudError as error:
-            if error.code != 404:
-                raise
-            if not self.sees_hosts():
-                raise CloudError(f"{self.label} cloud: server {id} is not there, or not shown to these credentials", code=403) from error
+        if not self.sees_hosts():
+            raise self.error(f"server {id} is not there, or not shown to these credentials", code=403)
         return None
 
     def actions(self, id: str) -> list[Action]:
@@ -2585,7 +2580,7 @@ class Cloud(Service):
         return [Action(one.request_id, one.action, str(one.start_time), getattr(one, "message", None) == "Error") for one in found]
 
     def _request(self, id: str, answer: object) -> str:
-        """The request that an answer was to, or where it was lost, the latest one about this instance."""
+        """The request of an answer; where that was lost, the latest one about this instance."""
         known = [action.request for action in self.actions(id)]
         return next((request for request in getattr(answer, "request_ids", ()) if request in known), known[0] if known else "")
 
@@ -2596,7 +2591,7 @@ class Cloud(Service):
             return [self.read(server.to_dict()) for server in found if server.name == name]
 
     def made_by(self, run: str, origin: str) -> list[Server]:
-        """The instances that a run has made, by its marks, or without a run all that were made of `origin`; never `origin` itself."""
+        """The instances that a run has made, by its marks; without a run all that were made of `origin`; never that itself."""
         found = self.insist("list servers", lambda: self._nova.servers.list(limit=-1))  # else no more than the first page is listed
         servers = [self.read(raw.to_dict()) for raw in found]
         return [server for server in servers if server.id != origin and (runs := {MADE, DONE} & server.metadata.keys()) and (
@@ -2608,17 +2603,15 @@ class Cloud(Service):
 
     def read(self, raw: Mapping[str, Any]) -> Server:
         """An instance as Nova tells it."""
-        addresses = [entry for entries in raw.get("addresses", {}).values() for entry in entries]
+        told = {key.rpartition(":")[2]: value for key, value in raw.items() if value}  # no OS-EXT-STS: and the like
         return Server(
-            id=raw["id"], name=raw["name"], status=raw["status"],
-            task=raw.get("OS-EXT-STS:task_state") or "", power=int(raw.get("OS-EXT-STS:power_state") or 0),
-            host=raw.get("OS-EXT-SRV-ATTR:host") or "", hypervisor=raw.get("OS-EXT-SRV-ATTR:hypervisor_hostname") or "",
-            locked=bool(raw.get("locked")), lock_reason=raw.get("locked_reason") or "", metadata=raw.get("metadata") or {},
-            image=(raw.get("image") or {}).get("id", ""), flavor=self._flavor_of(raw.get("flavor") or {}),
-            volumes=tuple(volume["id"] for volume in raw.get("os-extended-volumes:volumes_attached") or ()),
-            config_drive=bool(raw.get("config_drive")),
-            fixed_addresses=frozenset(entry["addr"] for entry in addresses if entry.get("OS-EXT-IPS:type", "fixed") == "fixed"),
-            fault=(raw.get("fault") or {}).get("message", ""),
+            id=raw["id"], name=raw["name"], status=raw["status"], task=told.get("task_state", ""), power=int(told.get("power_state", 0)),
+            host=told.get("host", ""), hypervisor=told.get("hypervisor_hostname", ""), locked="locked" in told,
+            lock_reason=told.get("locked_reason", ""), metadata=told.get("metadata", {}), image=told.get("image", {}).get("id", ""),
+            flavor=self._flavor_of(told.get("flavor", {})), volumes=tuple(volume["id"] for volume in told.get("volumes_attached", ())),
+            config_drive="config_drive" in told, fault=told.get("fault", {}).get("message", ""),
+            fixed_addresses=frozenset(entry["addr"] for entries in told.get("addresses", {}).values() for entry in entries
+                                      if entry.get("OS-EXT-IPS:type", "fixed") == "fixed"),
         )
 
     def _flavor_of(self, raw: Mapping[str, Any]) -> Flavor:
@@ -2635,14 +2628,10 @@ class Cloud(Service):
 
     def sees_hosts(self) -> bool:
         """Whether these credentials are an admin's, who is told on which host an instance is."""
-        try:
-            with self.wall("list hypervisors"):
-                self._nova.hypervisors.list(detailed=False)
-        except CloudError as error:
-            if error.code in (401, 403):
-                return False
-            raise
-        return True
+        with ignoring(401, 403), self.wall("list hypervisors"):
+            self._nova.hypervisors.list(detailed=False)
+            return True
+        return False
 
     def limits(self) -> dict[str, int]:
         """This project's quota and what is used of it, by Nova's names."""
@@ -2670,7 +2659,7 @@ class Cloud(Service):
         return {**default, **given, "meta": {**given.get("meta", {}), **marks}}
 
     def delete(self, id: str) -> None:
-        """Deletes an instance and waits until it is gone; raises CloudError when Nova fails five times, or has not in half an hour."""
+        """Deletes an instance and waits until it is gone; raises CloudError when Nova fails five times or for half an hour."""
         refused, asked, limit = 0, 0.0, time.monotonic() + UNCHANGED_LIMIT
         for _ in self.polls():
             server = self.look(id)
@@ -2678,27 +2667,23 @@ class Cloud(Service):
                 return
             is_deleting = server.task == "deleting"
             if time.monotonic() > limit or (refused == 5 and not is_deleting):
-                raise CloudError(f"{self.label} cloud: server {id} is not deleted: {server.fault or 'Nova gives no reason'}", code=400)
+                raise self.error(f"server {id} is not deleted: {server.fault or 'Nova gives no reason'}")
             if is_deleting and time.monotonic() < asked + 30:
                 continue
-            # Nova ignores a repeated request, until it takes the instance's host for dead. A cloud that keeps what is deleted for a while
-            # keeps its disk too.
+            # Nova ignores a repeated request, until it takes the host for dead. SOFT_DELETED keeps the disk for a while.
             ask = self._nova.servers.force_delete if server.status == "SOFT_DELETED" else self._nova.servers.delete
-            try:
+            with ignoring(404):
                 self.insist(f"delete server {id}", functools.partial(ask, id))
-            except CloudError as error:
-                if error.code != 404:
-                    raise
             refused, asked = refused + (not is_deleting), time.monotonic()
 
     def stop(self, id: str, changed: Callable[[Server], None]) -> str:
-        """Stops an instance, and gives the request that did; one that is stopped already is left alone. Raises CloudError as `wait` does."""
+        """Stops an instance that is not stopped already, and gives the request that did."""
         answer = self.insist(f"stop server {id}", lambda: self.server(id).is_stopped or self._nova.servers.stop(id))
         self.wait(id, lambda server: server.is_stopped, changed)
         return self._request(id, answer)
 
     def start(self, id: str, changed: Callable[[Server], None]) -> Server:
-        """An instance that was started; raises CloudError with the reason from os-instance-actions: Nova accepts a start that fails."""
+        """An instance that was started; raises CloudError with the reason from os-instance-actions."""
         self.insist(f"start server {id}", lambda: self.server(id).is_running or self._nova.servers.start(id))
 
         def settled(server: Server) -> bool:
@@ -2706,7 +2691,7 @@ class Cloud(Service):
 
         server = self.wait(id, settled, changed)
         if not server.is_running:
-            raise CloudError(f"{self.label} cloud: server {id} did not start: {self.why_failed(id, 'start')}", code=400)
+            raise self.error(f"server {id} did not start: {self.why_failed(id, 'start')}")
         return server
 
     def restart(self, id: str, changed: Callable[[Server], None]) -> None:
@@ -2715,7 +2700,7 @@ class Cloud(Service):
         self.start(id, changed)
 
     def why_failed(self, id: str, action: str) -> str:
-        """Why the latest such action failed, from os-instance-actions; empty while it runs or where it did not fail."""
+        """Why the latest such action failed; empty where it did not, or not yet."""
         def look() -> list[dict[str, Any]]:
             latest = next((entry for entry in self._nova.instance_action.list(id) if entry.action == action), None)
             return list(self._nova.instance_action.get(id, latest.request_id).events or ()) if latest else []
@@ -2724,7 +2709,7 @@ class Cloud(Service):
         return str(failed[0].get("details") or failed[0].get("traceback") or "Nova gives no details") if failed else ""
 
     def lock(self, id: str, reason: str) -> str:
-        """Locks an instance against its users, and gives the request that did; admins are not held by that."""
+        """Locks an instance against its users (not admins), and gives the request that did."""
         reasons = {"reason": reason} if self._version >= (2, 73) else {}
         return self._request(id, self.insist(f"lock server {id}", lambda: self._nova.servers.lock(id, **reasons)))
 
@@ -2737,7 +2722,7 @@ class Cloud(Service):
         self.insist(f"mark server {id}", lambda: self._nova.servers.set_meta(id, dict(marks)))
 
     def unmark(self, id: str, run: str, *keys: str) -> None:
-        """Takes a run's marks of these keys out of an instance's metadata; where another run's mark is, all stays."""
+        """Takes a run's marks of these keys off an instance; where another run's mark is, all stays."""
         def take() -> None:
             there = self.server(id).metadata
             if all(there.get(key, run) == run for key in keys if key != WAS) and (found := [key for key in keys if key in there]):
@@ -2746,7 +2731,7 @@ class Cloud(Service):
         self.insist(f"unmark server {id}", take)
 
     def wait(self, id: str, ready: Callable[[Server], bool], changed: Callable[[Server], None]) -> Server:
-        """The instance when `ready` says so. Raises CloudError when it goes to ERROR, and when nothing changes for half an hour."""
+        """The instance when `ready`. Raises CloudError when it goes to ERROR or nothing changes for half an hour."""
         last, since = ("", ""), time.monotonic()
         for _ in self.polls():
             server = self.steady_server(id)
@@ -2754,17 +2739,17 @@ class Cloud(Service):
                 return server
             changed(server)
             if server.status == "ERROR":
-                raise CloudError(f"{self.label} cloud: server {id} went to ERROR: {server.fault or 'Nova gives no reason'}", code=400)
+                raise self.error(f"server {id} went to ERROR: {server.fault or 'Nova gives no reason'}")
             if (server.status, server.task) != last:
                 last, since = (server.status, server.task), time.monotonic()
             if time.monotonic() - since > UNCHANGED_LIMIT:
-                raise CloudError(f"{self.label} cloud: server {id} has been {' '.join(last)} for {span(UNCHANGED_LIMIT)}", code=400)
+                raise self.error(f"server {id} has been {' '.join(last)} for {span(UNCHANGED_LIMIT)}")
         raise AssertionError("polls never end")
 
 
 @contextlib.contextmanager
 def nothing_touched() -> Iterator[None]:
-    """A scope in which clouds are only looked at: what they do not tell is a refusal."""
+    """A scope in which a CloudError is a refusal: clouds are only looked at."""
     try:
         yield
     except CloudError as error:
@@ -4720,7 +4705,7 @@ def locally(*words: str) -> str:
     """What a command on this machine prints; raises MigrenaError with what it says where it fails."""
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise MigrenaError(f"`{shorten(shlex.join(words))}` ended with status {done.returncode}: {done.stderr.strip()}")
+        raise MigrenaError(f"{quoted(words)} ended with status {done.returncode}: {done.stderr.strip()}")
     return done.stdout
 
 
@@ -6471,7 +6456,7 @@ def spread(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     if settings.keep_waiting and settings.abort:
         raise UsageError("--keep-waiting and --abort exclude each other", "give one of them")
     screen, wanted = undo.screen, read_map(settings.host_map)
-    creds = credentials_of(settings.cloud, settings, call.environment)
+    creds = credentials(settings.cloud, settings, call.environment)
     with screen.timed("Survey"), nothing_touched():
         cloud = Cloud("the", creds)
         servers, hosts = at_once(cloud.fleet.servers, cloud.fleet.hosts)
@@ -6644,7 +6629,7 @@ def parser(job: str = "copy") -> argparse.ArgumentParser:
                           help="the run's id, or its beginning")
     for row in dataclasses.fields(Settings):
         if row.metadata["flags"] and job in row.metadata["jobs"]:
-            made.add_argument(*row.metadata["flags"], dest=row.name, default=argparse.SUPPRESS, help=row.metadata["help"], **row.metadata["more"])
+            made.add_argument(*row.metadata["flags"], dest=row.name, default=argparse.SUPPRESS, **row.metadata["more"])
     return made
 
 
@@ -6685,7 +6670,7 @@ def open_log(path: str) -> TextIO | None:
     if not path:
         return None
     try:
-        return open(Path(path).expanduser(), "a", encoding="utf-8", opener=functools.partial(os.open, mode=0o600))
+        return open(Path(path).expanduser(), "a", encoding="utf-8", opener=PRIVATE)
     except OSError as error:
         raise UsageError(f"the log file {path} cannot be written: {error}", "name another one with --log-file") from error
 

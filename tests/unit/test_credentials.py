@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from migrena import Settings, UsageError, cloud_from_yaml, credentials, credentials_of, modern, read_config, settle
+from migrena import Settings, UsageError, cloud_from_yaml, credentials, modern, read_config, settle
 from unit.makers import some_settings
 
 V2_STYLE = {"auth_url": "http://192.0.2.1:5000/v2.0/", "username": "admin", "password": "hunter2", "tenant_name": "admin"}
@@ -65,13 +65,13 @@ def test_an_empty_entry_counts_as_none_given() -> None:
 def test_one_cloud_is_src_or_dst_or_a_name_or_told_by_variables(tmp_path: Path) -> None:
     settings, environment = some_settings(dst_creds=dict(V2_STYLE)), {"OS_CLIENT_CONFIG_FILE": str(tmp_path / "clouds.yaml")}
     (tmp_path / "clouds.yaml").write_text(CLOUDS)
-    assert credentials_of("dst", settings, {}) == AS_V3
+    assert credentials("dst", settings, {}) == AS_V3
     for cloud, more in (("there", {}), ("", {"OS_CLOUD": "there"})):
-        assert credentials_of(cloud, settings, {**environment, **more})["application_credential_id"] == "abc"
+        assert credentials(cloud, settings, {**environment, **more})["application_credential_id"] == "abc"
     variables = {f"OS_{key.upper()}": value for key, value in V2_STYLE.items()}
-    assert credentials_of("", settings, {**variables, "OS_IDENTITY_API_VERSION": "3", "OS_COMPUTE_API_VERSION": "2.90"}) == AS_V3
+    assert credentials("", settings, {**variables, "OS_IDENTITY_API_VERSION": "3", "OS_COMPUTE_API_VERSION": "2.90"}) == AS_V3
     with pytest.raises(UsageError, match="no cloud is named"):
-        credentials_of("", settings, {"OS_USERNAME": "admin"})
+        credentials("", settings, {"OS_USERNAME": "admin"})
 
 
 def test_credentials_come_from_config() -> None:
