@@ -373,7 +373,7 @@ ALL: Final = (*ACT, "status", *LIVE)
 
 def option(default: T, *flags: str, read: Callable[[Any], T] | None = None, config: bool = True,
            jobs: Collection[str] = COPY, **more: Any) -> T:
-    """One row of the table of settings, text or yes-or-no unless it has a reader; `jobs` know its flag, the rest of `more` is argparse's."""
+    """One row of Settings, text or yes-or-no unless it has a reader; `jobs` know its flag, `more` is argparse's."""
     is_switch = isinstance(default, bool)
     if flags and is_switch:
         more["action"] = "store_false" if default else "store_true"
@@ -390,7 +390,7 @@ def per_call(default: T, *flags: str, **more: Any) -> T:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that was asked for. A row gives the flag, MIGRENA_NAME, NAME in config.py, the reader and the help."""
+    """Everything that was asked for. A row gives flag, MIGRENA_NAME, NAME in config.py, reader and help."""
 
     run: str = per_call("")  # the run that status, resume or rollback is about
     run_of: str = per_call("", "--run-of", read=instance_id, jobs=("rollback",), metavar="SRC_UUID",
@@ -494,7 +494,7 @@ def config_names() -> dict[str, dataclasses.Field[Any]]:
 
 
 def read_config(path: Path) -> dict[str, object]:
-    """The values that a config.py sets; raises UsageError where it cannot be read or names what is unknown."""
+    """The values that a config.py sets. Raises UsageError."""
     known = config_names()
     try:
         found = runpy.run_path(str(path))
@@ -518,7 +518,7 @@ def read_value(row: dataclasses.Field[Any], value: object, origin: str) -> Any:
 
 
 def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: Mapping[str, object]) -> Settings:
-    """Settings: built-in default < config.py < MIGRENA_NAME < flag. Raises UsageError for a value that cannot be."""
+    """Settings: built-in default < config.py < MIGRENA_NAME < flag. Raises UsageError."""
     values = {}
     for row in dataclasses.fields(Settings):
         name, variable = row.name.upper(), f"MIGRENA_{row.name.upper()}"
@@ -541,7 +541,7 @@ def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of migrena: the job, and the places that its settings come from, the strongest first."""
+    """One call of migrena: the job, and where its settings come from, the strongest first."""
 
     job: str
     flags: Mapping[str, object]
@@ -549,7 +549,7 @@ class Call:
     config: Mapping[str, object]
 
     def settings(self, kept: Mapping[str, object] | None = None) -> Settings:
-        """The settings; what a run's journal has `kept` wins over all but flags. Raises UsageError for a value that cannot be."""
+        """The settings; what a run's journal has `kept` wins over all but flags. Raises UsageError."""
         return settle({**(kept or {}), **self.flags}, self.environment, self.config)
 
 
@@ -577,13 +577,13 @@ def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) 
 
 
 def from_variables(prefix: str, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Credentials in variables of this prefix, without what such files hold for other clients."""
+    """Credentials in variables of this prefix, without what is there for other clients."""
     found = {key[len(prefix) :].lower(): value for key, value in environment.items() if key.startswith(prefix)}
     return {key: value for key, value in found.items() if not re.fullmatch(r".*_api_version|cloud|client_config_file", key)}
 
 
 def modern(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Credentials as Keystone v3 wants them: tenants become projects, v2.0 leaves the address, domains are filled in."""
+    """Credentials as Keystone v3 wants them."""
     renamed = {"tenant_name": "project_name", "tenant_id": "project_id", "api_key": "password"}
     creds = {renamed.get(key, key): value for key, value in found.items() if value not in (None, "")}
     creds["auth_url"] = re.sub(r"/v2\.0/?$", "", str(creds["auth_url"]))
@@ -598,7 +598,7 @@ def modern(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cloud_from_yaml(name: str, environment: Mapping[str, str]) -> dict[str, Any]:
-    """One cloud of clouds.yaml (and secure.yaml beside it), flattened; raises UsageError where there is none."""
+    """One cloud of clouds.yaml and secure.yaml beside it, flattened. Raises UsageError."""
     import yaml
 
     named = environment.get("OS_CLIENT_CONFIG_FILE")
@@ -1248,7 +1248,7 @@ def parse_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 class Journal:
-    """One run's file of JSON lines: the intent before each act and its result after, each on the disk before going on."""
+    """One run's file of JSON lines: each act's intent and result, on the disk before going on."""
 
     def __init__(self, folder: Path, run: str) -> None:
         self.path = folder / f"{run}.jsonl"
@@ -1317,7 +1317,6 @@ class Journal:
             self.close()
 
     def close(self) -> None:
-        """Nothing more will be written."""
         self._file.close()
 
 
@@ -1365,7 +1364,7 @@ def only_run_of(folder: Path, source: str, run: str) -> Iterator[None]:
 
 
 def who_has(folder: Path, source: str) -> tuple[int, str]:
-    """The process and the run that hold the lock on a source on this machine; (0, "") where nobody does."""
+    """The process and the run that hold the lock on a source; (0, "") where none does."""
     with contextlib.suppress(OSError, ValueError), open(folder / f"source-{source}.lock", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -1412,7 +1411,7 @@ class Step:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the journal of one run says; bytes, and bytes per second. What it does not say is empty."""
+    """What the journal of one run says, in bytes; what it does not say is empty."""
 
     run: str
     state: str  # running, killed, done, failed (and rolled back), left, rolled back
@@ -1431,7 +1430,6 @@ class RunRecord:
 
     @property
     def source(self) -> str:
-        """The source instance's id."""
         return str(self.facts.get("source", ""))
 
     @property
@@ -1451,21 +1449,19 @@ class RunRecord:
 
     @property
     def seconds_left(self) -> float:
-        """Of the copy, at its present rate; 0 where there is none."""
+        """Of the copy, at its present rate."""
         return (self.total - self.done) / self.rate if self.rate and self.state == "running" else 0.0
 
     @property
     def carries_image(self) -> bool:
-        """Whether it is one of the job `image`."""
         return self.facts.get("job") == "image"
 
     @property
     def stopped_at(self) -> datetime | None:
-        """When the source was first asked to stop, by the clock of this machine."""
+        """When the source was first asked to stop, by this machine's clock."""
         return next((datetime.fromisoformat(act.began) for act in self.acts if act.name == "stop source"), None)
 
     def has_done(self, act: str) -> bool:
-        """Whether this act has succeeded."""
         return any(known.name == act and known.result == "done" for known in self.acts)
 
     def request(self, act: str) -> str:
@@ -1481,7 +1477,7 @@ def read_run(folder: Path, run: str, *, is_ours: bool = False) -> RunRecord:
 
 
 def recorded(run: str, entries: Sequence[dict[str, Any]], holder: str = "") -> RunRecord:
-    """What the lines of a run's journal say; `holder` is the run that has the lock on its source."""
+    """The same, of these lines; `holder` is the run that has the lock on its source."""
     facts = next((entry for entry in entries if entry["event"] == "run"), {})
     last: dict[str, dict[str, Any]] = {entry["event"]: entry for entry in entries}
     end = next((entry for entry in _lines_since(entries, "run", "resume", "rollback") if entry["event"] == "ended"), {})
@@ -1528,7 +1524,7 @@ def known_runs(folder: Path) -> list[str]:
 
 
 def find_run(folder: Path, beginning: str) -> str:
-    """The one run whose id begins so; raises Refused where there is none or more than one."""
+    """The one run whose id begins so; raises Refused."""
     found = [run for run in known_runs(folder) if run.startswith(beginning)]
     if beginning in found:
         return beginning
@@ -1539,7 +1535,7 @@ def find_run(folder: Path, beginning: str) -> str:
 
 
 def last_rate(folder: Path, clouds: Sequence[str]) -> float:
-    """Bytes per second of the last run between these clouds, by its journal; 0.0 where there was none."""
+    """Bytes per second of the last run between these clouds, or 0.0."""
     for run in known_runs(folder):
         with contextlib.suppress(UsageError):
             for entry in reversed(parse_journal(folder / f"{run}.jsonl")[0]):
@@ -1591,7 +1587,6 @@ class Undo:
             self.ways += [reason.way_out] if reason.way_out and reason.way_out not in self.ways else []
 
     def attempt(self, what: str, action: Callable[[], None]) -> None:
-        """Does one step."""
         self.doing = what
         try:
             try:
@@ -1822,7 +1817,6 @@ class Target:
 
     @property
     def known_as(self) -> str:
-        """The name of this target in known_hosts."""
         return self.host if self.port == 22 else f"[{self.host}]:{self.port}"
 
     def __str__(self) -> str:
@@ -1952,17 +1946,15 @@ class Host:
         self.unconfirmed.clear()
 
     def run(self, *words: str, stdin: bytes = b"", seconds: float = 60.0) -> Answer:
-        """What a short command prints; raises CommandError when it fails and HostError after `seconds` of silence."""
+        """What a short command prints; raises CommandError, and HostError after `seconds` of silence."""
         fed = ("sh", "-c", FED, "migrena") if stdin else ()
         form = "{}" if stdin else "{} </dev/null"
-        channel, process = self._start(words, (*fed, "timeout", "-k", "5", str(seconds)), seconds + 15, form)
+        process = self._start(words, (*fed, "timeout", "-k", "5", str(seconds)), seconds + 15, form)
         with self._wall(words):
             if stdin:
-                with unbroken():
-                    channel.sendall(stdin)
-                    channel.shutdown_write()
+                process.feed(stdin)
             printed = b"".join(iter(functools.partial(process.heard, seconds + 15), b""))
-            if exit_status_of(channel) in (124, 137):
+            if process.exit_status() in (124, 137):
                 raise TimeoutError
         process.check()
         process.drop()
@@ -1973,7 +1965,6 @@ class Host:
         return self.run("sh", "-c", script, "migrena", *values, stdin=stdin)
 
     def succeeds(self, *words: str) -> bool:
-        """Whether a command ends with status 0."""
         return can_be(lambda: self.run(*words))
 
     def work(self, *words: str, stall: float, heard: Callable[[str], None] = lambda said: None, given: Sequence[str] = ()) -> Answer:
@@ -1992,7 +1983,7 @@ class Host:
         """A script that holds a command while the scope and our channel last; `given` reaches it before the words."""
         with contextlib.ExitStack() as stack:
             with unbroken():
-                _, lease = self._start(words, ("sh", "-c", script, "migrena", *given), 30.0)
+                lease = self._start(words, ("sh", "-c", script, "migrena", *given), 30.0)
                 stack.callback(self._leases.discard, lease)
                 stack.callback(lease.close)
                 self._leases.add(lease)
@@ -2032,7 +2023,7 @@ class Host:
         self._stack.close()
 
     @unbroken()
-    def _start(self, words: Sequence[str], before: Sequence[str], seconds: float, form: str = "{}") -> tuple[paramiko.Channel, Lease]:
+    def _start(self, words: Sequence[str], before: Sequence[str], seconds: float, form: str = "{}") -> Lease:
         """Starts a command; messages do not show what goes before its words. Nothing holds it yet."""
         import paramiko
 
@@ -2055,7 +2046,7 @@ class Host:
                 if time.monotonic() - began < DEAF_AFTER:
                     raise
                 raise TimeoutError from error  # it did not break: nobody answers
-        return channel, Lease(self, channel, words)
+        return Lease(self, channel, words)
 
     def _session(self) -> paramiko.Channel:
         """A channel on the connection that carries least; where none takes one more, on a further one."""
@@ -2082,7 +2073,6 @@ class Host:
 
     @contextlib.contextmanager
     def _wall(self, words: Sequence[str]) -> Iterator[None]:
-        """Exceptions of paramiko and of sockets stop here."""
         import paramiko
 
         try:
@@ -2109,7 +2099,7 @@ class Answer(str):
     asked: tuple[str, Sequence[str]]
 
     def read(self, how: Callable[[str], T]) -> T:
-        """What `how` makes of it; raises HostError that shows the answer where it has another form."""
+        """What `how` makes of it; raises HostError that shows an answer of another form."""
         try:
             return how(self)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -2149,15 +2139,42 @@ class Lease:
 
     def begin(self, seconds: float) -> None:
         """Waits until the login shell has said all; raises TimeoutError."""
-        while not self._has_begun and (piece := received_within(self._channel, seconds)):
+        while not self._has_begun and (piece := self._received(seconds)):
             self._banner, begun, self._ahead = (self._banner + piece).partition(BEGUN)
             self._has_begun = bool(begun)
 
     def heard(self, seconds: float) -> bytes:
-        """The next piece as it comes; raises TimeoutError."""
+        """The next piece as it comes, empty at its end; raises TimeoutError."""
         self.begin(seconds)
         piece, self._ahead = self._ahead, b""
-        return piece or received_within(self._channel, seconds)
+        return piece or self._received(seconds)
+
+    def _received(self, seconds: float) -> bytes:
+        """The same, of the login shell too; signals are heard meanwhile."""
+        until = time.monotonic() + seconds
+        while True:
+            with unbroken():
+                self._channel.settimeout(min(0.5, max(0.01, until - time.monotonic())))
+                try:
+                    return self._channel.recv(65536)
+                except TimeoutError:
+                    if time.monotonic() >= until:
+                        raise
+
+    @unbroken()
+    def feed(self, content: bytes) -> None:
+        self._channel.sendall(content)
+        self._channel.shutdown_write()
+
+    @unbroken()
+    def exit_status(self) -> int:
+        """How it ended when it has said all, -1 where the connection broke; raises TimeoutError where nobody tells."""
+        if not self._channel.status_event.wait(30.0):
+            raise TimeoutError
+        return self._channel.exit_status
+
+    def _complaint(self, banner: bytes = b"") -> str:
+        return (banner + self._said.rpartition(BEGUN)[2]).decode(errors="replace").strip()
 
     def line(self, seconds: float) -> Answer:
         """The line by which it is ready; raises CommandError if it ends without one."""
@@ -2177,18 +2194,17 @@ class Lease:
                 return
             self.release()
         with self._host._wall(self._words):
-            status = exit_status_of(self._channel)
+            status = self.exit_status()
         self._reader.join(5.0)
         if status < 0 and not self._channel.eof_received:  # of a command that was killed, sshd tells at least that it says no more
             why = getattr(self._channel.transport, "saved_exception", None) or "the other side ended it"
             raise HostError(f"{self._host.name}: the SSH connection broke at {quoted(self._words)}: {why}")
-        said = self._said.rpartition(BEGUN)[2]
         if not self._has_begun:
-            banner = shorten((self._banner + said).decode(errors="replace")) or "nothing"
+            banner = shorten(self._complaint(self._banner)) or "nothing"
             raise HostError(f"{self._host.name}: the login shell did not run {quoted(self._words)} but said: {banner}",
                             "name a user whose shell runs commands, in HOSTS or SSH_USER")
         if status != 0 or is_running:
-            raise CommandError(self._host.name, self._words, status, said.decode(errors="replace"))
+            raise CommandError(self._host.name, self._words, status, self._complaint())
 
     @unbroken()
     def release(self) -> None:
@@ -2209,7 +2225,7 @@ class Lease:
         self.release()
         patience = 1.0 if self._host.unconfirmed else 15.0  # a host that does not answer is not waited for once a lease
         if self._channel.status_event.wait(patience) and self._channel.exit_status == LEFT_BEHIND:
-            self._host.stays.append(f"{self._host.name}: {self._said.rpartition(BEGUN)[2].decode(errors='replace').strip()}")
+            self._host.stays.append(f"{self._host.name}: {self._complaint()}")
         elif self._channel.exit_status == -1 and self in self._host._leases:  # else it ended with a connection that was given up
             self._host.unconfirmed.append(f"{self._host.name} did not confirm the end of {quoted(self._words, 120)}"
                                           " (it ends by itself when the connection does)")
@@ -2222,27 +2238,6 @@ def can_be(act: Callable[[], object], failing: type[HostError] = CommandError) -
         act()
         return True
     return False
-
-
-def received_within(channel: paramiko.Channel, seconds: float) -> bytes:
-    """What a channel says next, empty at its end; raises TimeoutError after `seconds` of silence. Signals are heard."""
-    until = time.monotonic() + seconds
-    while True:
-        with unbroken():
-            channel.settimeout(min(0.5, max(0.01, until - time.monotonic())))
-            try:
-                return channel.recv(65536)
-            except TimeoutError:
-                if time.monotonic() >= until:
-                    raise
-
-
-@unbroken()
-def exit_status_of(channel: paramiko.Channel) -> int:
-    """How a command that has said all has ended, -1 where the connection broke; raises TimeoutError."""
-    if not channel.status_event.wait(30.0):
-        raise TimeoutError
-    return channel.exit_status
 
 
 def unheard() -> contextlib.suppress:
@@ -2268,15 +2263,16 @@ def _drain(channel: paramiko.Channel, into: bytearray, most: int = 16384) -> Non
 
 # ---- 7. Cloud --------------------------------------------------------------------------------------------------------
 
-MARK: Final = "migrena:run"  # key in a source's metadata: the run that is moving it
-MADE: Final = "migrena:made"  # key in a destination's metadata: the run that makes it
-ORIGIN: Final = "migrena:source"  # key in the destination's metadata: the id of the instance that it was copied from
-WAS: Final = "migrena:was"  # key in both servers' metadata: the status in which the run found the source
-DONE: Final = "migrena:done"  # key in the destination's metadata, in place of MADE: the run that has completed it
+# Keys in the metadata of instances.
+MARK: Final = "migrena:run"  # the source's: the run that is moving it
+MADE: Final = "migrena:made"  # the destination's: the run that makes it
+DONE: Final = "migrena:done"  # the same, of the run that has completed it
+ORIGIN: Final = "migrena:source"  # the destination's: the id of the instance that it was copied from
+WAS: Final = "migrena:was"  # of both: the status in which the run found the source
 LOCKED_BY: Final = "migrena run "  # how the reason of our lock on an instance begins; the run's id follows
 UNCHANGED_LIMIT: Final = 1800.0  # seconds that Nova may show no change before we stop waiting; a big image loads slowly
 MUTE_AFTER: Final = 30.0  # seconds after which a Keystone that takes the connection and says nothing is given up
-OUTAGE_LIMIT: Final = 120.0  # seconds of errors from the API that a wait lives through; what is asked after them waits no longer
+OUTAGE_LIMIT: Final = 120.0  # seconds of errors from the API that a wait lives through
 OUTAGE_TOLD: Final = 10.0  # seconds of errors after which they are told
 OWN_ARGUMENTS: Final = frozenset({"self", "name", "image", "flavor", "reservation_id", "min_count", "max_count",
                                   "block_device_mapping", "block_device_mapping_v2"})  # not for -e: ours, or not one instance
@@ -2317,7 +2313,7 @@ SHOWN: Final = ("nics", "security_groups", "availability_zone", "key_name", "con
 
 
 def check_extra(extra: Mapping[str, Any]) -> None:
-    """Raises UsageError where `-e` names what novaclient's servers.create does not take, or what would break the copy."""
+    """Raises UsageError where `-e` names what Nova's create does not take, or what would break the copy."""
     from novaclient.v2.servers import ServerManager
 
     known = set(inspect.signature(ServerManager.create).parameters) - OWN_ARGUMENTS
@@ -2393,7 +2389,6 @@ class Fleet:
         self._cloud, self._nova, self._placement = cloud, nova, placement
 
     def servers(self) -> list[Server]:
-        """The instances of all projects."""
         with self._cloud.wall("list servers of all projects"):
             return [self._cloud.read(raw.to_dict()) for raw in self._nova.servers.list(search_opts={"all_tenants": True}, limit=-1)]
 
@@ -2455,7 +2450,6 @@ class Service:
         self.calls += 1
 
     def error(self, said: str, way_out: str = "", code: int = 400) -> CloudError:
-        """An error that names the cloud."""
         return CloudError(f"{self.label} cloud: {said}", way_out, code)
 
     @contextlib.contextmanager
@@ -2558,7 +2552,6 @@ class Cloud(Service):
         self.fleet = Fleet(self, calm, lambda path: opened.get(path, endpoint_filter=placement).json())  # 2.88 waits for each hypervisor
 
     def server(self, id: str) -> Server:
-        """An instance by its id."""
         with self.wall(f"show server {id}"):
             return self.read(self._nova.servers.get(id).to_dict())
 
@@ -2602,7 +2595,6 @@ class Cloud(Service):
         return {flavor.id: flavor for flavor in self.flavors()}
 
     def read(self, raw: Mapping[str, Any]) -> Server:
-        """An instance as Nova tells it."""
         told = {key.rpartition(":")[2]: value for key, value in raw.items() if value}  # no OS-EXT-STS: and the like
         return Server(
             id=raw["id"], name=raw["name"], status=raw["status"], task=told.get("task_state", ""), power=int(told.get("power_state", 0)),
@@ -2622,7 +2614,6 @@ class Cloud(Service):
                       extra_specs=raw.get("extra_specs"))
 
     def flavors(self) -> list[Flavor]:
-        """All flavors, the private ones too."""
         with self.wall("list flavors"):
             return [self._flavor_of(flavor.to_dict()) for flavor in self._nova.flavors.list(is_public=None)]
 
@@ -2685,11 +2676,8 @@ class Cloud(Service):
     def start(self, id: str, changed: Callable[[Server], None]) -> Server:
         """An instance that was started; raises CloudError with the reason from os-instance-actions."""
         self.insist(f"start server {id}", lambda: self.server(id).is_running or self._nova.servers.start(id))
-
-        def settled(server: Server) -> bool:
-            return server.is_running or (server.is_stopped and bool(self.why_failed(id, "start")))
-
-        server = self.wait(id, settled, changed)
+        server = self.wait(id, lambda server: server.is_running or (
+            server.is_stopped and self.why_failed(id, "start") != ""), changed)
         if not server.is_running:
             raise self.error(f"server {id} did not start: {self.why_failed(id, 'start')}")
         return server
@@ -2701,12 +2689,13 @@ class Cloud(Service):
 
     def why_failed(self, id: str, action: str) -> str:
         """Why the latest such action failed; empty where it did not, or not yet."""
-        def look() -> list[dict[str, Any]]:
-            latest = next((entry for entry in self._nova.instance_action.list(id) if entry.action == action), None)
-            return list(self._nova.instance_action.get(id, latest.request_id).events or ()) if latest else []
-
-        failed = [event for event in self.insist(f"show actions of server {id}", look) if event.get("result") == "Error"]
-        return str(failed[0].get("details") or failed[0].get("traceback") or "Nova gives no details") if failed else ""
+        latest = next((known.request for known in self.actions(id) if known.name == action), "")
+        see = functools.partial(self._nova.instance_action.get, id, latest)
+        events = self.insist(f"show actions of server {id}", see).events if latest else None
+        for event in events or ():
+            if event.get("result") == "Error":
+                return str(event.get("details") or event.get("traceback") or "Nova gives no details")
+        return ""
 
     def lock(self, id: str, reason: str) -> str:
         """Locks an instance against its users (not admins), and gives the request that did."""
@@ -2714,11 +2703,9 @@ class Cloud(Service):
         return self._request(id, self.insist(f"lock server {id}", lambda: self._nova.servers.lock(id, **reasons)))
 
     def unlock(self, id: str) -> None:
-        """Takes the lock off an instance."""
         self.insist(f"unlock server {id}", lambda: self._nova.servers.unlock(id))
 
     def mark(self, id: str, marks: Mapping[str, str]) -> None:
-        """Writes into an instance's metadata."""
         self.insist(f"mark server {id}", lambda: self._nova.servers.set_meta(id, dict(marks)))
 
     def unmark(self, id: str, run: str, *keys: str) -> None:
@@ -2757,7 +2744,7 @@ def nothing_touched() -> Iterator[None]:
 
 
 def both_clouds(settings: Settings, environment: Mapping[str, str]) -> tuple[Cloud, Cloud]:
-    """Source and destination; raises Refused with all the reasons why one cannot be reached."""
+    """Source and destination; raises Refused with every reason why one cannot be reached."""
     creds = [credentials(side, settings, environment) for side in ("src", "dst")]
     with ThreadPoolExecutor(2) as pool:
         opening = [pool.submit(Cloud, "source", creds[0]), pool.submit(Cloud, "destination", creds[1], settings.dst_glance_endpoint)]
