@@ -199,15 +199,13 @@ def quoted(words: Sequence[str], limit: int = 300) -> str:
 
 # ---- 2. Settings -----------------------------------------------------------------------------------------------------
 
-SIZE_UNITS: Final = {"": 1, "K": 1024, "M": MiB, "G": GiB, "T": 1024 * GiB}
-
 
 def size(value: object) -> int:
     """Bytes from `50M`, `1.5GiB` or a plain number; the units are powers of 1024."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?(?:/s)?\s*", str(value), re.IGNORECASE)
     if not match:
         raise ValueError("is no size; write it as 500K, 50M or 1G")
-    return int(float(match[1]) * SIZE_UNITS[match[2].upper()])
+    return int(float(match[1]) * 1024 ** ("", "K", "M", "G", "T").index(match[2].upper()))
 
 
 def words_of(*allowed: str) -> Callable[[object], str]:
@@ -1342,7 +1340,7 @@ def flocked(path: Path, owner: str = "") -> Iterator[bool]:
         except BlockingIOError:
             pass
         except OSError as error:
-            raise UsageError(f"{path} cannot be written: {error}", ELSEWHERE) from error
+            raise UsageError(f"{path} cannot be made: {error}", ELSEWHERE) from error
         yield is_ours
 
 
@@ -2278,7 +2276,6 @@ OWN_ARGUMENTS: Final = frozenset({"self", "name", "image", "flavor", "reservatio
                                   "block_device_mapping", "block_device_mapping_v2"})  # not for -e: ours, or not one instance
 
 
-
 def is_text(value: object) -> bool:
     """Whether it is a text that Nova takes for a name."""
     return isinstance(value, str) and 0 < len(value) < 256
@@ -2543,11 +2540,11 @@ class Cloud(Service):
         newest = api_versions.discover_version(nova("2.1"), api_versions.APIVersion("2.latest"))
         self._nova = nova(newest)
         self._version = (newest.ver_major, newest.ver_minor)
-        self.store = ImageStore(self, GlanceClient("2", session=opened, endpoint=glance_endpoint or None, region_name=region,
-                                                   interface=interface))
-        placement = {"service_type": "placement", "region_name": region, "interface": interface}
-        endpoint = opened.get_endpoint(service_type="compute", interface=interface, region_name=region)
-        self.identity = {"nova": str(endpoint), "region": region or "", "project": str(opened.get_project_id() or "")}
+        where: Any = {"region_name": region, "interface": interface}
+        self.store = ImageStore(self, GlanceClient("2", session=opened, endpoint=glance_endpoint or None, **where))
+        placement = {"service_type": "placement", **where}
+        self.identity = {"nova": str(opened.get_endpoint(service_type="compute", **where)), "region": region or "",
+                         "project": str(opened.get_project_id() or "")}
         calm = nova(min(newest, api_versions.APIVersion("2.87")))
         self.fleet = Fleet(self, calm, lambda path: opened.get(path, endpoint_filter=placement).json())  # 2.88 waits for each hypervisor
 
