@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import struct
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from migrena import (
     Refused,
     SourceFacts,
     Stream,
+    converted,
     image_to_carry,
     pick_image,
     plan_image,
@@ -125,3 +129,51 @@ def test_an_image_in_a_container_is_not_converted() -> None:
     assert "in a container (ova)" in reason.problem
     (reason,) = refuse_image(some_settings(), ImagePlan(told(disk_format="aki"), "debian", "raw"), [])
     assert "does not read aki" in reason.problem
+
+
+def convert(content: bytes, folder: Path, disk_format: str = "vmdk") -> bytes:
+    """What an image with these bytes becomes as a raw one."""
+    image = told(disk_format=disk_format, size=len(content))
+    with converted(Stream(iter([content]), image, 0, lambda done: None), ImagePlan(image, "x", "raw"), str(folder)) as made:
+        return made.read_bytes()
+
+
+def empty_vmdk(kind: str, extent: str) -> bytes:
+    """A sparse VMDK of capacity 0, for which qemu looks up its descriptor where the data is."""
+    descriptor = f'# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n{kind}\nRW 128 FLAT "{extent}" 0\n'
+    header = struct.pack("<4sIIQQQQIQQQ", b"KDMV", 1, 3, 0, 128, 1, 20, 512, 0, 0, 128)
+    return (header.ljust(512, b"\0") + descriptor.encode()).ljust(1 << 17, b"\0")
+
+
+needs_qemu = pytest.mark.skipif(not shutil.which("qemu-img"), reason="qemu-img is missing")
+
+
+@needs_qemu
+@pytest.mark.parametrize("kind", ['createType="monolithicFlat"', 'createtype="monolithicSparse"\ncreateType="monolithicFlat"'])
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_a_vmdk_without_capacity_brings_no_file_of_this_machine_into_an_image(tmp_path: Path, kind: str, is_absolute: bool) -> None:
+    (tmp_path / "secret").write_bytes(b"secret".ljust(1 << 16, b"\0"))
+    extent = str(tmp_path / "secret") if is_absolute else "given"
+    with pytest.raises(FinalError, match="not safe to convert"):
+        convert(empty_vmdk(kind, extent), tmp_path)
+
+
+@needs_qemu
+@pytest.mark.parametrize("words", [("qcow2",), ("vmdk", "-o", "subformat=streamOptimized"), ("vmdk", "-o", "subformat=monolithicSparse"),
+                                   ("vdi",), ("vpc",), ("vpc", "-o", "subformat=fixed,force_size"), ("vhdx",), ("parallels",), ("raw",)])
+def test_an_image_of_one_file_is_converted_whatever_its_format(tmp_path: Path, words: tuple[str, ...]) -> None:
+    (tmp_path / "raw").write_bytes(b"content".ljust(1 << 20, b"\0"))
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", *words, tmp_path / "raw", tmp_path / "image"], check=True)
+    format = {"vpc": "vhd", "parallels": "ploop"}.get(words[0], words[0])
+    assert convert((tmp_path / "image").read_bytes(), tmp_path, format).startswith(b"content")
+
+
+@needs_qemu
+@pytest.mark.parametrize("words", [("qcow2", "-b", "base", "-F", "raw"), ("qcow2", "-o", "data_file=data"), ("vmdk", "-o", "subformat=monolithicFlat"),
+                                   ("vmdk", "-b", "base.vmdk", "-F", "vmdk")])
+def test_an_image_that_names_a_further_file_is_not_converted(tmp_path: Path, words: tuple[str, ...]) -> None:
+    (tmp_path / "base").write_bytes(bytes(1 << 20))
+    subprocess.run(["qemu-img", "create", "-q", "-f", "vmdk", tmp_path / "base.vmdk", "1M"], check=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", *words, "image", "1M"], check=True, cwd=tmp_path)
+    with pytest.raises(FinalError, match="not safe to convert"):
+        convert((tmp_path / "image").read_bytes(), tmp_path, words[0])
