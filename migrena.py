@@ -64,7 +64,6 @@ import shutil
 import signal
 import socket
 import stat
-import struct
 import subprocess
 import sys
 import tempfile
@@ -685,7 +684,7 @@ class Image:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether it is retired: its instances run on, and Glance lists it only to those who ask for such."""
+        """Whether it is retired: Glance lists it only to those who ask for such."""
         return bool(self.told.get("os_hidden"))
 
     def equals(self, other: Image) -> bool:
@@ -728,7 +727,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Action:
-    """What Nova was asked to do with an instance, by os-instance-actions; `request` is the id of that request."""
+    """What Nova was asked to do with an instance, by os-instance-actions."""
 
     request: str
     name: str
@@ -749,22 +748,22 @@ def newer(actions: Sequence[Action], than: str) -> list[Action]:
 Named = TypeVar("Named", Flavor, Image, Server)
 
 
-def named(wanted: str, among: Sequence[Named]) -> list[Named]:
-    """The one with this id, else all with this name."""
-    return [one for one in among if one.id == wanted] or [one for one in among if one.name == wanted]
+def pick(name: str, among: Sequence[Named], kind: str, place: str, way: str) -> Named:
+    """The one with this id, else the only one with this name, a hidden one giving its name up; raises Refused with the candidates."""
+    found = [one for one in among if one.id == name] or [one for one in among if one.name == name]
+    found = [one for one in found if not getattr(one, "is_hidden", False)] or found
+    if len(found) > 1:
+        raise Refused(f"{place}{len(found)} {kind}s are named {name!r}: {', '.join(one.id for one in found)}", f"give the id{way}")
+    if not found:
+        raise none_such(f"{place}there is no {kind} {name!r}", name, among, way)
+    return found[0]
 
 
-def images_named(wanted: str, among: Sequence[Image]) -> list[Image]:
-    """The same of images, where a hidden one gives its name up to one that is not."""
-    found = named(wanted, among)
-    return [one for one in found if not one.is_hidden] or found
-
-
-def none_such(side: str, what: str, flag: str, name: str, known: Sequence[Flavor | Image]) -> Refused:
+def none_such(problem: str, name: str, known: Sequence[Named], way: str) -> Refused:
     """The refusal for what is not there, with the known names that look like it, else some of them."""
     names = [one.name for one in known if one.name]
     near = ", ".join(difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]) or "none"
-    return Refused(f"{side} cloud: there is no {what}", f"name one with {flag}; nearest: {near}")
+    return Refused(problem, f"name one{way}; nearest: {near}")
 
 
 @dataclass(frozen=True)
@@ -811,7 +810,7 @@ Piece = tuple[int, int]  # offset and length
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of the disk, in bytes; how many of them it holds, and in how many pieces, as far as that is known."""
+    """A stretch of the disk: in bytes its place, its length and what it holds; in how many pieces, where that is known."""
 
     offset: int
     length: int
@@ -884,14 +883,9 @@ def bitmap_of(run: str) -> str:
     return f"migrena-{run}"
 
 
-def new_beside(path: str, run: str) -> str:
-    """The file that a run writes the copy to, beside the destination's disk; its name tells whose it is."""
-    return f"{path}.migrena-{run}"
-
-
-def kept_beside(path: str, run: str) -> str:
-    """Where a run keeps the disk that Nova made, after the copy took its place and until the run has succeeded."""
-    return f"{new_beside(path, run)}-fresh"
+def beside(path: str, run: str) -> tuple[str, str]:
+    """A run's files beside the destination's disk: the copy, and the disk that Nova made, which is kept until the run has succeeded."""
+    return f"{path}.migrena-{run}", f"{path}.migrena-{run}-fresh"
 
 
 @dataclass(frozen=True)
@@ -912,13 +906,13 @@ class DiskJob:
 
     @property
     def new(self) -> str:
-        """The file the copy is written to, beside the fresh disk; its name tells whose it is."""
-        return new_beside(self.fresh.path, self.run)
+        """The file the copy is written to, beside the fresh disk."""
+        return beside(self.fresh.path, self.run)[0]
 
     @property
     def kept(self) -> str:
         """Where the fresh disk is kept until the run has succeeded."""
-        return kept_beside(self.fresh.path, self.run)
+        return beside(self.fresh.path, self.run)[1]
 
     @property
     def length(self) -> int:
@@ -960,7 +954,7 @@ class DiskJob:
 
 @dataclass(frozen=True)
 class Moved:
-    """A disk that has arrived: bytes held, bytes that came in the last attempt, the digest of both ends (empty without proof), seconds."""
+    """A disk that has arrived: bytes held, those that came in the last attempt, the digest of both ends (empty without proof)."""
 
     held: int
     sent: int
@@ -1011,7 +1005,7 @@ def pick_transport(wanted: str, lacking: Sequence[str], top: DiskImage, whole_fi
 
 @dataclass(frozen=True)
 class ComputeHost:
-    """A compute host: whether Nova gives it instances, and by Placement's classes what is free there and what each instance has taken there."""
+    """A compute host, with what is free there and what each instance has taken there, by Placement's classes."""
 
     name: str
     is_enabled: bool
@@ -1035,7 +1029,7 @@ class Move:
 
 
 def lacking(move: Move, free: Mapping[str, int]) -> list[str]:
-    """What a host with so much free has too little of for an instance, by Placement's classes; what is not told is taken to suffice."""
+    """What a host with so much free has too little of for an instance; what is not told is taken to suffice."""
     return [name for name, need in move.needs.items() if free.get(name, need) < need]
 
 
@@ -1055,11 +1049,8 @@ def in_order(moves: Sequence[Move], hosts: Iterable[ComputeHost]) -> list[Move]:
 
 def human(count: float) -> str:
     """Bytes for people: `1.8 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+    power = min(max(int(count), 1).bit_length() - 1, 49) // 10
+    return f"{count / 1024**power:.1f} {' KMGT'[power]}iB" if power else f"{count:.0f} B"
 
 
 def span(seconds: float) -> str:
@@ -1098,11 +1089,11 @@ class Screen:
         self.seconds: dict[str, float] = {}  # of each step, for the report
         self.commands: dict[str, int] = {}  # how many each host was given, for the report
         self._lock = threading.Lock()
-        self._has_status = False
+        self._wipe = ""  # what takes a status off the terminal
 
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[None]:
-        """A scope for one step of the run: says its title, and afterwards keeps the seconds it took."""
+        """A scope for one step of the run: says its title, and keeps its seconds."""
         self.say(title, is_title=True)
         with self.timed(title.rstrip(".")):
             yield
@@ -1121,7 +1112,7 @@ class Screen:
         self.say(f"  {line}")
 
     def warn(self, line: str) -> None:
-        """What the operator should know afterwards too; shown even when quiet, and kept for the report."""
+        """What is shown even when quiet, and kept for the report."""
         self.warnings.append(line)
         self.say(f"  warning: {line}", always=True)
 
@@ -1131,7 +1122,7 @@ class Screen:
             self.say(f"    {shorten(line, 400)}")
 
     def say(self, line: str, *, always: bool = False, is_title: bool = False) -> None:
-        """One line; only the important ones when quiet. What a terminal would obey, in a name from a cloud, is written out."""
+        """One line, printable; when quiet only what is said `always`."""
         line = printable(line)
         self.record(line)
         if self.quiet and not always:
@@ -1139,8 +1130,8 @@ class Screen:
         with self._lock:
             shown = f"\033[1m{line}\033[0m" if is_title and self.is_terminal else line
             with contextlib.suppress(OSError):  # a terminal that is gone must not keep us from undoing
-                self._wipe()
-                print(f"{'' if self.is_terminal else stamp()}{shown}", file=self.stream, flush=True)
+                print(f"{self._wipe}{'' if self.is_terminal else stamp()}{shown}", file=self.stream, flush=True)
+                self._wipe = ""
 
     def record(self, line: str) -> None:
         """One line for the log file alone. A log that can no longer be written ends no run."""
@@ -1156,14 +1147,8 @@ class Screen:
         """What is being waited for: overwrites itself on a terminal, is left out elsewhere."""
         if self.is_terminal and not self.quiet:
             with self._lock, contextlib.suppress(OSError):
-                self._wipe()
-                print(f"  {printable(line)}", end="", file=self.stream, flush=True)
-                self._has_status = True
-
-    def _wipe(self) -> None:
-        if self._has_status:
-            print("\r\033[K", end="", file=self.stream)
-            self._has_status = False
+                print(f"{self._wipe}  {printable(line)}", end="", file=self.stream, flush=True)
+                self._wipe = "\r\033[K"
 
     @contextlib.contextmanager
     def progress(self, total: int) -> Iterator[Callable[[int], None]]:
@@ -4604,15 +4589,13 @@ def wanted_images(settings: Settings, here: Sequence[Image]) -> tuple[list[Image
     if settings.tag:
         found = [one for one in here if settings.tag in one.told.get("tags", ()) and not one.is_hidden]
         return found, [] if found else [Reason(f"source cloud: no image has the tag {settings.tag!r}", "see: openstack image list --tag TAG")]
-    chosen, reasons = list[Image](), list[Reason]()
+    chosen, reasons = dict[Image, None](), list[Reason]()
     for name in settings.images:
-        found = images_named(name, here)
-        chosen += [one for one in found[:1] if one not in chosen]
-        if not found:
-            reasons += none_such("source", f"image {name!r}", "-i", name, here).reasons
-        if len(found) > 1:
-            reasons.append(Reason(f"source cloud: {len(found)} images are named {name!r}: {', '.join(one.id for one in found)}", "give the id"))
-    return chosen, reasons
+        try:
+            chosen[pick(name, here, "image", "source cloud: ", " with -i")] = None
+        except Refused as refusal:
+            reasons += refusal.reasons
+    return list(chosen), reasons
 
 
 def plan_image(settings: Settings, wanted: Image, there: Sequence[Image]) -> ImagePlan:
@@ -4641,7 +4624,7 @@ def carrying(half: Image, wanted: Image) -> str:
 
 
 def refuse_image(settings: Settings, plan: ImagePlan, there: Sequence[Image]) -> Iterator[Reason]:
-    """What forbids to carry an image, by all that is told of it and of those that are there."""
+    """What forbids to carry an image."""
     wanted, name = plan.source, plan.source.name
     if wanted.status != "active":
         yield Reason(f"image {name!r} is {wanted.status}, not active", "wait until it is, or name another one")
@@ -4664,20 +4647,19 @@ def refuse_image(settings: Settings, plan: ImagePlan, there: Sequence[Image]) ->
 def refuse_conversion(settings: Settings, plan: ImagePlan) -> Iterator[Reason]:
     """What forbids to convert an image on this machine, whose folder has to have room for both forms."""
     name, told, folder = plan.source.name, plan.source.told, work_folder(settings)
-    if (container := told.get("container_format")) != "bare":
-        yield Reason(f"image {name!r} cannot be converted: it is in a container ({container})", "leave out --disk-format")
-    if (given := told.get("disk_format")) not in QEMUS:
-        yield Reason(f"image {name!r} cannot be converted: qemu-img does not read {given}", "leave out --disk-format")
-    if not shutil.which("qemu-img"):
-        yield Reason(f"image {name!r} cannot be converted: this machine has no qemu-img", f"install {' or '.join(PACKAGES['qemu-img'])}")
+    container, given = told.get("container_format"), told.get("disk_format")
+    rules = ((container != "bare", f"it is in a container ({container})", "leave out --disk-format"),
+             (given not in QEMUS, f"qemu-img does not read {given}", "leave out --disk-format"),
+             (not shutil.which("qemu-img"), "this machine has no qemu-img", f"install {' or '.join(PACKAGES['qemu-img'])}"))
+    yield from (Reason(f"image {name!r} cannot be converted: {why}", way_out) for holds, why, way_out in rules if holds)
     need = plan.size + max(plan.size, int(told.get("virtual_size") or 0))
     try:
         free = shutil.disk_usage(folder).free
+        problem = f"{human(free)} are free in {folder}, {human(need)} are needed" if free < need else ""
     except OSError as error:
-        yield Reason(f"{folder} cannot be used: {error.strerror}", "name another one with --work-folder")
-    else:
-        if free < need:
-            yield Reason(f"{human(free)} are free in {folder}, {human(need)} are needed", "name another one with --work-folder")
+        problem = f"{folder} cannot be used: {error.strerror}"
+    if problem:
+        yield Reason(problem, "name another one with --work-folder")
 
 
 def work_folder(settings: Settings) -> str:
@@ -4686,7 +4668,7 @@ def work_folder(settings: Settings) -> str:
 
 
 def locally(*words: str) -> str:
-    """What a command on this machine prints; raises MigrenaError with what it says where it fails."""
+    """What a command on this machine prints; raises MigrenaError where it fails."""
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         raise MigrenaError(f"{quoted(words)} ended with status {done.returncode}: {done.stderr.strip()}")
@@ -4695,7 +4677,7 @@ def locally(*words: str) -> str:
 
 @contextlib.contextmanager
 def converted(stream: Stream, plan: ImagePlan, folder: str) -> Iterator[Path]:
-    """The image in the other format, as a file that is gone with the scope. Raises FinalError for one that may name further files."""
+    """The image in the other format, as a file that is gone with the scope; raises FinalError for an unsafe one."""
     with tempfile.TemporaryDirectory(prefix="migrena-", dir=folder) as place:
         given, made, format = Path(place) / "given", Path(place) / "made", QEMUS[plan.source.told["disk_format"]]
         with given.open("wb") as file:
@@ -4723,55 +4705,43 @@ def refuse_unsafe(path: Path, format: str) -> None:
         raise FinalError(f"the image is not safe to convert, it may name files of this machine: {error}", "do not trust it") from error
 
 
-@dataclass(frozen=True)
-class Carriage:
-    """What it takes to carry an image: both clouds, where it is told, and how a failure is undone."""
-
-    settings: Settings
-    screen: Screen
-    journal: Journal
-    undo: Undo
-    source: Cloud
-    destination: Cloud
-    run: str
-
-
-def carry(by: Carriage, plan: ImagePlan) -> str:
+def carry(settings: Settings, journal: Journal, undo: Undo, clouds: tuple[Cloud, Cloud], plan: ImagePlan) -> str:
     """The id of a new image in the destination, active, and proven by both Glances' digests. Raises MigrenaError; a failure deletes it."""
-    store, wanted, told, began = by.destination.store, plan.source, plan.source.told, time.monotonic()
-    by.undo.on_failure(f"delete image {plan.name}", lambda: delete_carried(by.destination, by.run))
-    with by.journal.act("create image", name=plan.name) as result:
+    (source, destination), run, screen, wanted, told, began = clouds, journal.path.stem, undo.screen, plan.source, plan.source.told, time.monotonic()
+    store = destination.store
+    undo.on_failure(f"delete image {plan.name}", lambda: delete_carried(destination, run))
+    with journal.act("create image", name=plan.name) as result:
         result["image"] = id = store.make(
             name=plan.name, disk_format=plan.disk_format, container_format=told["container_format"], min_disk=told.get("min_disk") or 0,
             min_ram=told.get("min_ram") or 0, tags=list(told.get("tags") or ()), visibility="private",
-            **{CARRIED_BY: by.run, CAME_FROM[0]: wanted.id, CAME_FROM[1]: by.source.url})
-    if others := [run for other in store.all() if (run := carrying(other, wanted)) not in ("", by.run)]:
+            **{CARRIED_BY: run, CAME_FROM[0]: wanted.id, CAME_FROM[1]: source.url})
+    if others := [run for other in store.all() if (run := carrying(other, wanted)) not in ("", run)]:
         raise Refused(f"run {others[0]} has begun to carry image {wanted.name!r} at the same time", "wait for its end, then run it again")
     if plan.is_converted:
-        by.screen.note(f"It is read, converted to {plan.disk_format} in {work_folder(by.settings)}, and sent.")
+        screen.note(f"It is read, converted to {plan.disk_format} in {work_folder(settings)}, and sent.")
     refused = describe(store, id, {key: value for key, value in told.items() if key not in GLANCES_OWN and value is not None})
-    with by.journal.act("copy image", image=id, size=plan.size), by.screen.progress(plan.size) as show:
-        stream = Stream(by.source.store.pieces(wanted.id), wanted, by.settings.limit_rate, show)
+    with journal.act("copy image", image=id, size=plan.size), screen.progress(plan.size) as show:
+        stream = Stream(source.store.pieces(wanted.id), wanted, settings.limit_rate, show)
         if plan.is_converted:
-            with converted(stream, plan, work_folder(by.settings)) as made, made.open("rb") as file:
+            with converted(stream, plan, work_folder(settings)) as made, made.open("rb") as file:
                 sent = Stream(iter(lambda: file.read(MiB), b""), wanted, 0, lambda done: None)
                 store.send(id, sent, made.stat().st_size)
         else:
             sent = stream
             store.send(id, stream, plan.size)
         stream.prove(wanted, "source")
-    there = store.one(id) or Image(id, "", "", "", "")
+    there = store.one(id) or Image.of({"id": id})
     digest = sent.prove(there, "destination")
     refused += describe(store, id, {"visibility": told.get("visibility"), "protected": told.get("protected")}, CARRIED_BY)
     arrived = f", as {plan.disk_format} {human(sent.done)}" if plan.is_converted else ""
-    by.screen.note(f"Done. {human(stream.done)} in {span(time.monotonic() - began)}{arrived}; both Glances agree, digest {digest[:16]}…")
+    screen.note(f"Done. {human(stream.done)} in {span(time.monotonic() - began)}{arrived}; both Glances agree, digest {digest[:16]}…")
     if refused:
-        by.screen.warn(f"the destination's Glance does not accept {', '.join(refused)}")
+        screen.warn(f"the destination's Glance does not accept {', '.join(refused)}")
     return id
 
 
 def describe(store: ImageStore, id: str, facts: Mapping[str, Any], *left_out: str) -> list[str]:
-    """Sets all of these facts that Glance accepts, takes properties out, and gives the names of the facts that it refused."""
+    """Sets these facts, takes properties out, and gives the names of the facts that Glance refused."""
     try:
         store.describe(id, *left_out, **facts)
         return []
@@ -4818,7 +4788,7 @@ def image(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
             if not (settings.json or settings.quiet):
                 print(row["destination"])
     finally:
-        told = [(str(row["result"]), human(int(str(row["bytes"]))), str(row["name"]), str(row["destination"])) for row in report.images]
+        told = [(str(row["result"]), human(plan.size), plan.name, str(row["destination"])) for plan, row in zip(plans, report.images, strict=True)]
         for line in aligned([("RESULT", "SIZE", "NAME", "IMAGE"), *told]):
             screen.say(line, always=settings.dry_run)
     report.result = "planned" if settings.dry_run else "done"
@@ -4834,7 +4804,7 @@ def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Clou
             journal.write("run", job="image", pid=os.getpid(), source=wanted.id, source_name=wanted.name, name=plan.name,
                           clouds=[cloud.url for cloud in clouds], settings={key: getattr(settings, key) for key in ("src_cloud", "dst_cloud")})
         with journal.ending(undo), undo, undo.screen.step(f"Carry image {wanted.name} ({human(plan.size)})."):
-            return carry(Carriage(settings, undo.screen, journal, undo, *clouds, run), plan)
+            return carry(settings, journal, undo, clouds, plan)
 
 
 # ---- 11. Copy --------------------------------------------------------------------------------------------------------
@@ -4944,37 +4914,31 @@ def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> Destinat
 def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -> Flavor:
     """The flavor that was named, else the source's by its name, else the only one of its sizes; raises Refused with the nearest."""
     if wanted:
-        name, what = wanted, f"flavor {wanted!r}"
-        found = named(wanted, flavors)
-    elif source:
-        name, what = source.flavor.name, f"flavor like the source's {source.flavor.name!r}"
-        found = [flavor for flavor in flavors if flavor.name == name]
-        found = found or [flavor for flavor in flavors if source.flavor.vcpus and flavor.sizes == source.flavor.sizes]
-    else:
+        return pick(wanted, flavors, "flavor", "destination cloud: ", " with -f")
+    if not source:
         raise Refused("no flavor can be matched while the source is unknown", "name one with -f")
+    name, what = source.flavor.name, f"flavor like the source's {source.flavor.name!r}"
+    found = [flavor for flavor in flavors if flavor.name == name]
+    found = found or [flavor for flavor in flavors if source.flavor.vcpus and flavor.sizes == source.flavor.sizes]
     if len(found) > 1:
         raise Refused(f"destination cloud: more than one {what}: {', '.join(f'{f.name} ({f.id})' for f in found)}", "give its id with -f")
     if not found:
-        raise none_such("destination", what, "-f", name, flavors)
+        raise none_such(f"destination cloud: there is no {what}", name, flavors, " with -f")
     return found[0]
 
 
 def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Image:
     """The image that was named, else one whose digest proves it the source's; raises Refused with the candidates or the nearest."""
     if wanted:
-        name, what = wanted, f"image {wanted!r}"
-        found = images_named(wanted, images)
-        if len(found) > 1:
-            raise Refused(f"destination cloud: {len(found)} images are named {wanted!r}: {', '.join(image.id for image in found)}",
-                          "give the id with -i")
+        found = [pick(wanted, images, "image", "destination cloud: ", " with -i")]
     elif source:
-        name, what = source.name, f"image with the content of the source's {source.name!r}"
+        name = source.name
         found = [image for image in images if image.status == "active" and image.equals(source)]
         found.sort(key=lambda image: (image.is_hidden, image.name != name))  # whichever of several: their content is the same
+        if not found:
+            raise none_such(f"destination cloud: there is no image with the content of the source's {name!r}", name, images, " with -i")
     else:
         raise Refused("the source's image is gone, so that none can be matched", "name one with -i")
-    if not found:
-        raise none_such("destination", what, "-i", name, images)
     if found[0].status != "active":
         raise Refused(f"destination cloud: image {found[0].name!r} is {found[0].status}, not active", "name another one with -i")
     return found[0]
@@ -5279,7 +5243,7 @@ def execute(run: Run, stack: contextlib.ExitStack) -> str:
         run.destination.unmark(new.id, run.plan.run, MADE)
     run.undo.attempt(f"unlock destination {new.id}", lambda: release_destination(run, new.id))
     run.undo.attempt(f"give source {run.plan.server.id} back", lambda: release_source(run, one))
-    host.run("rm", "-f", "--", kept_beside(run.settings.disk_path % new.id, run.plan.run))
+    host.run("rm", "-f", "--", beside(run.settings.disk_path % new.id, run.plan.run)[1])
     return new.id
 
 
@@ -5494,7 +5458,7 @@ def carry_first(run: Run) -> Run:
     if not plan.carried:
         return run
     with run.screen.step("Carry the source's image, which the destination lacks."):
-        id = carry(Carriage(run.settings, run.screen, run.journal, run.undo, run.source, run.destination, plan.run), plan.carried)
+        id = carry(run.settings, run.journal, run.undo, (run.source, run.destination), plan.carried)
     return dataclasses.replace(run, plan=dataclasses.replace(plan, image=dataclasses.replace(plan.image, id=id, status="active")))
 
 
@@ -5947,7 +5911,7 @@ def tell_what_stays(screen: Screen, plan: Plan) -> None:
 
 
 def status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
-    """The job `status`: what the journals on this machine tell of all runs, or of one. Needs no cloud and no host."""
+    """The job `status`: what the journals on this machine tell of all runs, or of one."""
     folder = state_folder(settings, call.environment, to_write=False)
     runs = [find_run(folder, settings.run)] if settings.run else known_runs(folder)
     records = []
@@ -5962,7 +5926,7 @@ def status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         told = [as_json(record) for record in records]
         print(json.dumps(told[0] if settings.run else told, indent=2))
         return 0
-    for line in detail_lines(records[0]) if settings.run else table_lines(records):
+    for line in detail_lines(records[0]) if settings.run else table_lines(records) if records else ():
         print(printable(line))
     if not records:
         undo.screen.say(f"No runs in {folder}.")
@@ -5983,8 +5947,7 @@ def table_lines(records: Sequence[RunRecord]) -> Iterator[str]:
          span(record.seconds_left) if record.seconds_left else "-",
          f"{record.facts.get('source_name') or record.source or '?'} -> {record.facts.get('name') or '?'}") for record in records)]
     head, *lines = aligned(rows)
-    if records:
-        yield head
+    yield head
     for line, record in zip(lines, records, strict=True):
         yield line
         yield from (f"    {told}" for told in what_to_do(record))
@@ -6047,7 +6010,7 @@ def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord,
         if seen.server and seen.server.host:
             with contextlib.closing(connect(host_name(seen.server, settings), settings, screen)) as host:
                 path = settings.disk_path % id
-                new, kept = new_beside(path, record.run), kept_beside(path, record.run)
+                new, kept = beside(path, record.run)
                 was_swapped = host.succeeds("test", "-e", kept) and not host.succeeds("test", "-e", new)
                 found["is_in_place"] = was_swapped or record.has_done("swap in")
                 inode = host.script('[ ! -e "$1" ] || stat -c %i -- "$1"', path).strip()  # Nova may be about to make it
@@ -6356,8 +6319,7 @@ def clean_beside(undone: Undone, made: Server) -> None:
     """Removes what a run has left on the destination's host; raises Kept where that may be the only copy."""
     if undone.settings.keep_destination:
         undone.allow(Act.CLEAN)
-    path = undone.settings.disk_path % made.id
-    clean_host(undone, made, new_beside(path, undone.now.run), kept_beside(path, undone.now.run))
+    clean_host(undone, made, *beside(undone.settings.disk_path % made.id, undone.now.run))
 
 
 def clean_host(undone: Undone, server: Server, *paths: str, source: str = "") -> None:
@@ -6390,8 +6352,6 @@ def read_map(path: str) -> dict[str, list[str]]:
     """Which instances shall be on which host; raises UsageError where the file tells no such thing."""
     try:
         found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"), object_pairs_hook=one_each)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in found.values()):
@@ -6403,13 +6363,11 @@ def find_moves(wanted: Mapping[str, Sequence[str]], servers: Sequence[Server], h
     """The instances of the map, each with its host there; and the reasons why some cannot be told."""
     moves, reasons, taken = list[Move](), list[Reason](), {id: what for host in hosts for id, what in host.taken.items()}
     for host, name in ((host, name) for host, names in wanted.items() for name in names):
-        found = named(name, servers)
-        moves += [Move(server, host, taken.get(server.id, {})) for server in found[:1]]
-        if not found:
-            near = did_you_mean(name, {server.name for server in servers})
-            reasons.append(Reason(f"there is no instance {name!r}{near}", "see: openstack server list --all-projects"))
-        if len(found) > 1:
-            reasons.append(Reason(f"{len(found)} instances are named {name!r}: {', '.join(server.id for server in found)}", "give the id"))
+        try:
+            server = pick(name, servers, "instance", "", " in the map")
+            moves.append(Move(server, host, taken.get(server.id, {})))
+        except Refused as refusal:
+            reasons += refusal.reasons
     return moves, reasons
 
 
@@ -6460,14 +6418,15 @@ def spread(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     if not settings.yes and not sys.stdin.isatty():
         raise Refused("there is no terminal to ask at, and nothing is moved unasked", "give -y")
     for move, row in zip(due, report.moves, strict=True):
-        if settings.yes or agreed(screen, move):
-            if any(done["result"] == "moved" and done["from"] == move.to for done in report.moves):
-                await_room(cloud, move)
-            move_one(cloud, move, settings, undo, row)
-        else:
-            row["result"] = "declined"
-    failed = [move.server.name for move, row in zip(due, report.moves, strict=True) if row["result"] == "failed"]
-    if failed:
+        if not settings.yes:
+            screen.say(f"Move {move.server.name} from {move.server.host} to {move.to}? [y/N]", always=True)
+            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+                row["result"] = "declined"
+                continue
+        if any(done["result"] == "moved" and done["from"] == move.to for done in report.moves):
+            await_room(cloud, move)
+        move_one(cloud, move, settings, undo, row)
+    if failed := [str(row["name"]) for row in report.moves if row["result"] == "failed"]:
         raise CloudError(f"{len(failed)} of {len(due)} instances were not moved: {', '.join(failed)}")
     report.result = "done"
     return 0
@@ -6480,12 +6439,6 @@ def await_room(cloud: Cloud, move: Move) -> None:
         free = {host.name: host.free for host in cloud.insist("see what is free", cloud.fleet.hosts)}
         if not lacking(move, free.get(move.to, {})) or time.monotonic() > limit:
             return
-
-
-def agreed(screen: Screen, move: Move) -> bool:
-    """Whether the operator wants an instance to be moved."""
-    screen.say(f"Move {move.server.name} from {move.server.host} to {move.to}? [y/N]", always=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def move_one(cloud: Cloud, move: Move, settings: Settings, undo: Undo, row: dict[str, object]) -> None:
@@ -6568,49 +6521,47 @@ EXIT_CODES: Final = """exit codes:
 
 
 
+
 @dataclass(frozen=True)
 class Job:
-    """A word in first place: what it does, how it is called, and what its --help says."""
+    """A subcommand: what does it, the words that it takes, and what its --help says, of which copy's shows the first line."""
 
     do: Callable[[Call, Settings, Undo, Report], int]
-    usage: str
-    description: str
+    words: str
+    told: str
 
 
 JOBS: Final = {
-    "copy": Job(copy, "migrena.py -s SRC_UUID -d DST_NAME [-f FLAVOR] [-i IMAGE] [options]\n"
-                "       migrena.py status|resume|rollback|image|live-migrate --help",
+    "copy": Job(copy, "-s SRC_UUID -d DST_NAME [-f FLAVOR] [-i IMAGE]",
                 "Moves an instance, with its disk, from one OpenStack cloud to another: from hypervisor to hypervisor,\n"
-                "the source read-only, the copy proven. The source is never deleted.\n\n"
-                "  status [RUN]     shows the runs of this machine, or one of them\n"
-                "  resume RUN       goes on with a run that was cut off\n"
-                "  rollback RUN     undoes a run that was cut off, or was successful but is not wanted\n"
-                "  image -i IMAGE   carries an image from one Glance to the other\n"
-                "  live-migrate     spreads instances over the hosts of one cloud as a map says"),
-    "status": Job(status, "migrena.py status [RUN] [options]",
-                  "Shows the runs of this machine, the newest first, or one of them with its steps. Asks no cloud and no host."),
-    "resume": Job(resume, "migrena.py resume RUN [options]",
-                  "Goes on with a run that was killed or has left something behind. What it had sent is proven by digests of both\n"
-                  "ends, and only the rest is sent. Refuses when the source has run or was changed since."),
-    "rollback": Job(rollback, "migrena.py rollback RUN | --run-of SRC_UUID [options]",
-                    "Undoes a run: the new instance is deleted, the source is unlocked, and started if it ran when the run found it.\n"
-                    "Asks nothing; goes on past what fails, and lists that."),
-    "image": Job(image, "migrena.py image -i IMAGE [-i IMAGE] | --tag TAG [options]",
-                 "Carries images (snapshots too) from the source's Glance to the destination's, with all that is told of them, proven\n"
+                "the source read-only, the copy proven. The source is never deleted."),
+    "status": Job(status, "[RUN]", "Shows the runs of this machine, the newest first, or one of them with its steps.\nAsks no cloud and no host."),
+    "resume": Job(resume, "RUN", "Goes on with a run that was killed or has left something behind.\nWhat it had sent is proven by digests of "
+                  "both ends, and only the rest is sent. Refuses when the source has run or was changed since."),
+    "rollback": Job(rollback, "RUN | --run-of SRC_UUID",
+                    "Undoes a run that was cut off, or was successful but is not wanted.\nThe new instance is deleted, the source is "
+                    "unlocked, and started if it ran when the run found it.\nAsks nothing; goes on past what fails, and lists that."),
+    "image": Job(image, "-i IMAGE [-i IMAGE] | --tag TAG",
+                 "Carries images (snapshots too) from the source's Glance to the destination's.\nAll that is told of them goes too, proven "
                  "by the digests of both. An image whose content is there already is success."),
-    "live-migrate": Job(spread, "migrena.py live-migrate --host-map FILE [options]",
-                        "Live-migrates instances within one cloud, one after the other, until each is on the host that the map says."),
+    "live-migrate": Job(spread, "--host-map FILE", "Live-migrates instances within one cloud, one after the other, until each is where a map says."),
 }
 
 
 def parser(job: str = "copy") -> argparse.ArgumentParser:
     """The command line of a job, made from the rows of Settings."""
-    made = argparse.ArgumentParser(prog="migrena.py", usage=JOBS[job].usage, description=JOBS[job].description, epilog=EXIT_CODES,
+    words, told = JOBS[job].words, JOBS[job].told
+    usage = f"migrena.py {'' if job == 'copy' else f'{job} '}{words} [options]"
+    if job == "copy":
+        others = {name: other for name, other in JOBS.items() if name != job}
+        usage += f"\n       migrena.py {'|'.join(others)} --help"
+        told = "\n".join([f"{told}\n", *aligned([(f"  {name} {it.words}", it.told.partition("\n")[0]) for name, it in others.items()])])
+    made = argparse.ArgumentParser(prog="migrena.py", usage=usage, description=told, epilog=EXIT_CODES,
                                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("--version", action="version", version=f"migrena {VERSION}")
     made.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help="settings (default: config.py beside migrena.py)")
-    if job in ("status", "resume", "rollback"):
-        made.add_argument("run", metavar="RUN", nargs=None if job == "resume" else "?", default=argparse.SUPPRESS,
+    if "RUN" in words:
+        made.add_argument("run", metavar="RUN", nargs=None if words == "RUN" else "?", default=argparse.SUPPRESS,
                           help="the run's id, or its beginning")
     for row in dataclasses.fields(Settings):
         if row.metadata["flags"] and job in row.metadata["jobs"]:
@@ -6619,7 +6570,7 @@ def parser(job: str = "copy") -> argparse.ArgumentParser:
 
 
 def read_call(arguments: Sequence[str], environment: Mapping[str, str], screen: Screen) -> Call:
-    """What was asked for; raises UsageError for what cannot be. Warns of a config.py that tells passwords to others."""
+    """What was asked for; raises UsageError for what cannot be."""
     job, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in JOBS.keys() - {"copy"} else ("copy", arguments)
     flags = vars(parser(job).parse_args(rest))
     named = flags.pop("config", environment.get("MIGRENA_CONFIG"))
@@ -6633,12 +6584,12 @@ def read_call(arguments: Sequence[str], environment: Mapping[str, str], screen: 
         screen.warn(f"{path} holds a password and others can read it: chmod 600 {shlex.quote(str(path))}")
     for flag, value in (("-s", settings.src_uid), ("-d", settings.dst_name)) if job == "copy" else ():
         if not value.strip():
-            raise UsageError(f"{flag} is missing", "./migrena.py -s SRC_UUID -d DST_NAME [-f FLAVOR] [-i IMAGE]; --help tells all")
+            raise UsageError(f"{flag} is missing", f"./migrena.py {JOBS['copy'].words}; --help tells all")
     return call
 
 
 def require_packages() -> None:
-    """Raises UsageError where a Python package is missing: many are imported when they are needed, and a run must not end there."""
+    """Raises UsageError where a package is missing: many are imported only when they are needed, and a run must not end there."""
     if missing := [name for name in RUNTIME if importlib.util.find_spec(name) is None]:
         raise UsageError(f"{sys.executable} lacks the Python packages {', '.join(missing)}",
                          "pip install -r requirements.txt, and run migrena with the Python of that environment")
@@ -6651,7 +6602,7 @@ def without_bodies(record: logging.LogRecord) -> bool:
 
 
 def open_log(path: str) -> TextIO | None:
-    """The log file, for this user's eyes, to be appended to; None where none is asked for. Raises UsageError where it cannot be."""
+    """The log file, which only this user may read, or None; raises UsageError where it cannot be written."""
     if not path:
         return None
     try:
@@ -6715,20 +6666,19 @@ def show_failure(reasons: Sequence[Reason], code: int, screen: Screen, report: R
 
 @contextlib.contextmanager
 def signals(undo: Undo) -> Iterator[None]:
-    """Within, SIGINT, SIGTERM and SIGHUP raise Interrupted; a further one is only answered: what is being undone must be undone."""
+    """Within, the first of SIGNALS raises Interrupted; a further one is only answered: what is being undone must be undone."""
+    has_come = False
+
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if undo.has_begun:
-            on_further_signal(number, frame)
+        nonlocal has_come
+        if has_come or undo.has_begun:
+            with contextlib.suppress(OSError):
+                os.write(2, f"\nstill undoing{': ' + printable(undo.doing) if undo.doing else ' what was begun'}; please wait\n".encode())
             return
-        for each in before:
-            signal.signal(each, on_further_signal)
+        has_come = True
         if not HELD_BACK.depth:
             raise Interrupted(number)
         HELD_BACK.number = number
-
-    def on_further_signal(number: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(OSError):
-            os.write(2, f"\nstill undoing{': ' + printable(undo.doing) if undo.doing else ' what was begun'}; please wait\n".encode())
 
     heeded = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]  # nohup(1) has it ignored
     before = {each: signal.signal(each, on_signal) for each in heeded}

@@ -102,7 +102,7 @@ def test_without_a_terminal_nothing_is_moved_unasked(operator: Operator, src: Ap
 
 @pytest.mark.parametrize(("wanted", "code", "words"), [
     ({"cmp9": ["web-0"], "src-cmp2": ["nobody"]}, 3, ("no compute host 'cmp9'", "no instance 'nobody'")),
-    ('{"src-cmp2": [}', 2, ("line 1, column 15",)), ([], 2, ("no map of hosts",))])
+    ('{"src-cmp2": [}', 2, ("line 1 column 15",)), ([], 2, ("no map of hosts",))])
 def test_a_map_that_cannot_be_is_refused(operator: Operator, three: dict[str, str], wanted: object, code: int, words: tuple[str, ...]) -> None:
     refused = operator.run(*spread(operator, wanted, "-y"))
     assert refused.returncode == code

@@ -169,8 +169,8 @@ def test_an_image_of_one_file_is_converted_whatever_its_format(tmp_path: Path, w
 
 
 @needs_qemu
-@pytest.mark.parametrize("words", [("qcow2", "-b", "base", "-F", "raw"), ("qcow2", "-o", "data_file=data"), ("vmdk", "-o", "subformat=monolithicFlat"),
-                                   ("vmdk", "-b", "base.vmdk", "-F", "vmdk")])
+@pytest.mark.parametrize("words", [("qcow2", "-b", "base", "-F", "raw"), ("qcow2", "-o", "data_file=data"),
+                                   ("vmdk", "-o", "subformat=monolithicFlat"), ("vmdk", "-b", "base.vmdk", "-F", "vmdk")])
 def test_an_image_that_names_a_further_file_is_not_converted(tmp_path: Path, words: tuple[str, ...]) -> None:
     (tmp_path / "base").write_bytes(bytes(1 << 20))
     subprocess.run(["qemu-img", "create", "-q", "-f", "vmdk", tmp_path / "base.vmdk", "1M"], check=True)
