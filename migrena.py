@@ -1080,11 +1080,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 class Screen:
     """What the operator sees, on standard error; bold and bars on a terminal, stamped lines elsewhere."""
 
-    def __init__(self, *, quiet: bool = False, verbose: bool = False, stream: TextIO | None = None) -> None:
+    quiet = verbose = False
+    log: TextIO | None = None  # gets every line, whatever the screen shows
+
+    def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
         self.is_terminal = self.stream.isatty()
-        self.quiet, self.verbose = quiet, verbose
-        self.log: TextIO | None = None  # gets every line, whatever the screen shows
         self.warnings: list[str] = []
         self.seconds: dict[str, float] = {}  # of each step, for the report
         self.commands: dict[str, int] = {}  # how many each host was given, for the report
@@ -1099,13 +1100,13 @@ class Screen:
             yield
 
     @contextlib.contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """A scope whose seconds are kept for the report."""
+    def timed(self, what: str, told: dict[str, Any] | None = None) -> Iterator[None]:
+        """A scope whose seconds are kept for the report, or in what is `told`."""
         began = time.monotonic()
         try:
             yield
         finally:
-            self.seconds[what] = round(time.monotonic() - began, 2)
+            (self.seconds if told is None else told)[what] = round(time.monotonic() - began, 2)
 
     def note(self, line: str) -> None:
         """A fact below the step."""
@@ -4604,8 +4605,8 @@ def plan_image(settings: Settings, wanted: Image, there: Sequence[Image]) -> Ima
     same = [other for other in there if other.status == "active" and not other.told.get(CARRIED_BY) and
             (other.told.get(CAME_FROM[0]) == wanted.id and other.told.get("disk_format") == plan.disk_format if plan.is_converted else
              other.equals(wanted))]
-    same.sort(key=lambda other: (other.is_hidden, other.name != plan.name))
-    return dataclasses.replace(plan, there=same[0].id) if same else plan
+    best = min(same, key=lambda other: (other.is_hidden, other.name != plan.name), default=None)
+    return dataclasses.replace(plan, there=best.id) if best else plan
 
 
 def refuse_reading(plan: ImagePlan, source: Cloud) -> Iterator[Reason]:
@@ -4647,10 +4648,11 @@ def refuse_image(settings: Settings, plan: ImagePlan, there: Sequence[Image]) ->
 def refuse_conversion(settings: Settings, plan: ImagePlan) -> Iterator[Reason]:
     """What forbids to convert an image on this machine, whose folder has to have room for both forms."""
     name, told, folder = plan.source.name, plan.source.told, work_folder(settings)
-    container, given = told.get("container_format"), told.get("disk_format")
+    container, given, inspecting = told.get("container_format"), told.get("disk_format"), importlib.util.find_spec("oslo_utils.imageutils")
     rules = ((container != "bare", f"it is in a container ({container})", "leave out --disk-format"),
              (given not in QEMUS, f"qemu-img does not read {given}", "leave out --disk-format"),
-             (not shutil.which("qemu-img"), "this machine has no qemu-img", f"install {' or '.join(PACKAGES['qemu-img'])}"))
+             (not shutil.which("qemu-img"), "this machine has no qemu-img", f"install {' or '.join(PACKAGES['qemu-img'])}"),
+             (not (inspecting and inspecting.submodule_search_locations), "oslo.utils is older than 7.3", "pip install -r requirements.txt"))
     yield from (Reason(f"image {name!r} cannot be converted: {why}", way_out) for holds, why, way_out in rules if holds)
     need = plan.size + max(plan.size, int(told.get("virtual_size") or 0))
     try:
@@ -4782,9 +4784,10 @@ def image(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     try:
         for plan, row in zip(plans, () if settings.dry_run else report.images, strict=False):
             if not plan.there:
-                begun, row["result"] = time.monotonic(), "not carried"
-                row["destination"] = carry_alone(settings, folder, undo, (source, destination), plan)
-                row["result"], row["seconds"] = "carried", round(time.monotonic() - begun, 2)
+                row["result"] = "not carried"
+                with screen.timed("seconds", row):
+                    row["destination"] = carry_alone(settings, folder, undo, (source, destination), plan)
+                row["result"] = "carried"
             if not (settings.json or settings.quiet):
                 print(row["destination"])
     finally:
@@ -5935,8 +5938,8 @@ def status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
 
 def as_json(record: RunRecord) -> dict[str, Any]:
     """All that is known of a run."""
-    return {**dataclasses.asdict(record), "source": record.source, "destination": record.destination, "was_running": record.was_running,
-            "step": record.step, "seconds_left": round(record.seconds_left, 1)}
+    derived = {name: getattr(record, name) for name in ("source", "destination", "was_running", "step")}
+    return {**dataclasses.asdict(record), **derived, "seconds_left": round(record.seconds_left, 1)}
 
 
 def table_lines(records: Sequence[RunRecord]) -> Iterator[str]:
@@ -6441,24 +6444,21 @@ def await_room(cloud: Cloud, move: Move) -> None:
             return
 
 
-def move_one(cloud: Cloud, move: Move, settings: Settings, undo: Undo, row: dict[str, object]) -> None:
+def move_one(cloud: Cloud, move: Move, settings: Settings, undo: Undo, row: dict[str, Any]) -> None:
     """Live-migrates one instance, and keeps what became of it. Raises CloudError with Nova's reason; with --keep-going that is only told."""
-    screen, began = undo.screen, time.monotonic()
+    screen, row["result"] = undo.screen, "failed"
     try:
-        with screen.step(f"Live-migrate {move.server.name} from {move.server.host} to {move.to}."):
-            row["result"] = "failed"
+        with screen.step(f"Live-migrate {move.server.name} from {move.server.host} to {move.to}."), screen.timed("seconds", row):
             before, _ = cloud.fleet.last_migration(move.server.id)
             cloud.fleet.move(move.server.id, move.to)
             see_it_arrive(cloud, move, before, settings, undo)
-            row["result"] = "moved"
-            screen.note(f"Done, in {span(time.monotonic() - began)}.")
+        row["result"] = "moved"
+        screen.note(f"Done, in {span(row['seconds'])}.")
     except CloudError as error:
         row["error"] = str(error)
         if not settings.keep_going:
             raise
         screen.say(f"error: {error}", always=True)
-    finally:
-        row["seconds"] = round(time.monotonic() - began, 2)
 
 
 def see_it_arrive(cloud: Cloud, move: Move, before: int, settings: Settings, undo: Undo) -> None:
@@ -6623,9 +6623,9 @@ def main(arguments: Sequence[str]) -> int:
             settings = call.settings()
             screen.quiet, screen.verbose, screen.log = settings.quiet, settings.verbose, open_log(settings.log_file)
             if settings.debug:
-                logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(name)s %(message)s")
-                for handler in logging.getLogger().handlers:
-                    handler.addFilter(without_bodies)
+                handler = logging.StreamHandler()
+                handler.addFilter(without_bodies)
+                logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(name)s %(message)s", handlers=[handler])
             if call.job == "status":
                 return status(call, settings, undo, report)
             require_packages()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TextIO
 
-from migrena import Disk, DiskImage, Flavor, Image, Server, Settings
+from migrena import Disk, DiskImage, Flavor, Image, Screen, Server, Settings
 
 GiB = 1024**3
 UUID = "11111111-2222-3333-4444-555555555555"
@@ -44,6 +44,13 @@ def a_base(**different: Any) -> DiskImage:
 def a_disk(*chain: DiskImage, **different: Any) -> Disk:
     """An overlay on its base, with nothing beside it."""
     return replace(Disk(chain or (an_overlay(), a_base()), guest_bytes=3 * GiB), **different)
+
+
+def a_screen(stream: TextIO, **how: bool) -> Screen:
+    """A screen that is quiet, or verbose."""
+    screen = Screen(stream)
+    vars(screen).update(how)
+    return screen
 
 
 def some_settings(**different: Any) -> Settings:

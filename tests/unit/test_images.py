@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.machinery
+import importlib.util
 import shutil
 import struct
 import subprocess
@@ -129,6 +131,13 @@ def test_an_image_in_a_container_is_not_converted() -> None:
     assert "in a container (ova)" in reason.problem
     (reason,) = refuse_image(some_settings(), ImagePlan(told(disk_format="aki"), "debian", "raw"), [])
     assert "does not read aki" in reason.problem
+
+
+def test_without_the_library_that_judges_images_none_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for oslo.utils before 7.3, whose imageutils is a module."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
+    (reason,) = refuse_image(some_settings(work_folder=str(tmp_path)), ImagePlan(told(), "debian", "raw"), [])
+    assert "oslo.utils is older" in reason.problem and "requirements.txt" in reason.way_out
 
 
 def convert(content: bytes, folder: Path, disk_format: str = "vmdk") -> bytes:

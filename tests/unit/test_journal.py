@@ -16,7 +16,7 @@ import pytest
 
 from conftest import REPOSITORY
 from migrena import Interrupted, Journal, Kept, Reason, Refused, Screen, Settings, Undo, UsageError, last_rate, only_run_of, state_folder
-from unit.makers import UUID
+from unit.makers import UUID, a_screen
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def test_what_a_step_registers_while_undoing_does_not_stop_the_others() -> None:
 
 def test_a_run_that_ends_because_both_copies_are_to_be_kept_undoes_nothing_and_tells_each_way_on_once() -> None:
     done: list[str] = []
-    undo = Undo(Screen(quiet=True, stream=io.StringIO()))
+    undo = Undo(a_screen(io.StringIO(), quiet=True))
     with pytest.raises(Kept), undo:
         undo.always("see what is left", lambda: done.append("seen"))
         undo.on_failure("delete destination", lambda: done.append("deleted"))

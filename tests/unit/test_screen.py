@@ -15,6 +15,7 @@ from collections.abc import Callable
 import pytest
 
 from migrena import Milestones, Screen
+from unit.makers import a_screen
 
 STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 
@@ -35,7 +36,7 @@ def on_a_terminal(use: Callable[[Screen], None], **how: bool) -> str:
     reader = threading.Thread(target=read)
     with open(slave, "w", encoding="utf-8") as stream:
         reader.start()
-        use(Screen(stream=stream, **how))
+        use(a_screen(stream, **how))
     reader.join(30)
     os.close(master)
     return received.decode()
@@ -44,7 +45,7 @@ def on_a_terminal(use: Callable[[Screen], None], **how: bool) -> str:
 def off_terminal(use: Callable[[Screen], None], **how: bool) -> str:
     """What a log file receives."""
     stream = io.StringIO()
-    use(Screen(stream=stream, **how))
+    use(a_screen(stream, **how))
     return stream.getvalue()
 
 
@@ -105,7 +106,7 @@ def test_quiet_shows_warnings_alone(where: Callable[..., str]) -> None:
 
 
 def test_warnings_and_the_seconds_of_each_step_are_kept_for_the_report() -> None:
-    screen = Screen(stream=io.StringIO(), quiet=True)
+    screen = a_screen(io.StringIO(), quiet=True)
     a_step(screen)
     assert screen.warnings == ["mind the gap"]
     assert set(screen.seconds) == {"Stop source instance"}

@@ -15,7 +15,7 @@ import pytest
 import migrena
 from conftest import REPOSITORY
 from migrena import Screen, Settings, UsageError, config_names, parser, read_call, read_config, settle
-from unit.makers import UUID
+from unit.makers import UUID, a_screen
 
 # For each setting: what may be written for it, and what that means. No two may mean the same, nor the default.
 SAMPLES: dict[str, tuple[tuple[object, Any], ...]] = {
@@ -159,7 +159,7 @@ def test_the_source_has_no_import_of_config() -> None:
 def test_a_config_with_a_password_that_others_can_read_gets_a_warning(tmp_path: Path, mode: int, warns: bool) -> None:
     path = written(tmp_path, "SRC_CREDS = {'auth_url': 'http://192.0.2.1:5000/v3', 'username': 'u', 'password': 'hunter2'}\n")
     path.chmod(mode)
-    screen = Screen(quiet=True, stream=io.StringIO())
+    screen = a_screen(io.StringIO(), quiet=True)
     read_call(["-c", str(path), "-s", UUID, "-d", "new"], {}, screen)
     assert [str(path) in line and "chmod 600" in line for line in screen.warnings] == [True] * warns
     assert stat.S_IMODE(path.stat().st_mode) == mode
@@ -170,7 +170,7 @@ def test_a_config_with_a_password_that_others_can_read_gets_a_warning(tmp_path: 
 def test_the_warning_comes_for_either_cloud_and_any_kind_of_secret(tmp_path: Path, creds: str) -> None:
     path = written(tmp_path, creds)
     path.chmod(0o644)
-    screen = Screen(quiet=True, stream=io.StringIO())
+    screen = a_screen(io.StringIO(), quiet=True)
     read_call(["-c", str(path), "-s", UUID, "-d", "new"], {}, screen)
     assert len(screen.warnings) == 1
 
