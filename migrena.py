@@ -6117,6 +6117,7 @@ class Undone:
     clouds: tuple[Cloud, Cloud]
     now: Situation
     record: RunRecord | None
+    since: str | None  # the request since which the source was not to run, where one is known
 
     @property
     def taking(self) -> Act:
@@ -6125,9 +6126,9 @@ class Undone:
 
     def allow(self, act: Act) -> Situation:
         """Lets an act be done: both sides as they are by now; raises Kept where it must not be."""
-        since, since_made = baselines(self.record)
-        source = dataclasses.replace(see(self.clouds[0], self.now.source.id, since), disk=self.now.source.disk)
-        now = dataclasses.replace(self.now, source=source, destination=see(self.clouds[1], self.now.destination.id, since_made))
+        source = dataclasses.replace(see(self.clouds[0], self.now.source.id, self.since), disk=self.now.source.disk)
+        destination = see(self.clouds[1], self.now.destination.id, self.record.request("stop destination") if self.record else "")
+        now = dataclasses.replace(self.now, source=source, destination=destination)
         allow(act, now, Asked(self.settings.yes))
         return now
 
@@ -6142,18 +6143,16 @@ class Undone:
         return contextlib.closing(connect(host_name(server, self.settings), self.settings, self.screen))
 
 
-def baselines(record: RunRecord | None) -> tuple[str | None, str]:
-    """The requests since which the source, where one is known, and the destination were not to run."""
-    return (record.request("stop source") or None, record.request("stop destination")) if record else (None, "")
-
-
 def find_undone(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud], source_id: str, record: RunRecord | None, folder: Path) -> Undone:
     """What a run has made, by its journal or by marks and locks, and what the clouds tell of it; raises Refused where nothing tells of a run."""
     one, other = clouds
     if record:
         require_same_clouds(record, clouds)
-    since, since_made = baselines(record)
+    since = (record.request("stop source") if record else "") or None
     source = see(one, source_id, since)
+    if source.server and not record:  # a run locks its source before it stops it
+        since = next((action.request for action in one.actions(source_id) if action.name == "lock"), None)
+        source = see(one, source_id, since)
     if source.unseen:
         raise Refused(f"the source could not be looked at: {source.unseen}", "see to that first: nothing was touched")
     run = record.run if record else (source.server.metadata.get(MARK) or lock_of(source.server)) if source.server else ""
@@ -6176,8 +6175,8 @@ def find_undone(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
     stopped = record.was_running and any(act.name == "stop source" for act in record.acts) if record else marks.get(WAS) == "ACTIVE"
     stage = Stage.DONE if any(DONE in made[id].metadata for id in marked) else stage_of(record) if record else Stage.SWAPPED
     others = tuple(server for server in made.values() if server.id not in (id, *marked))
-    now = Situation(run, stage, source, see(other, id, since_made), was_running=stopped, others=others)
-    return with_hosts(Undone(settings, screen, clouds, now, record))
+    now = Situation(run, stage, source, see(other, id, record.request("stop destination") if record else ""), was_running=stopped, others=others)
+    return with_hosts(Undone(settings, screen, clouds, now, record, since))
 
 
 def with_hosts(undone: Undone) -> Undone:
