@@ -6175,7 +6175,10 @@ def find_undone(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
     stopped = record.was_running and any(act.name == "stop source" for act in record.acts) if record else marks.get(WAS) == "ACTIVE"
     stage = Stage.DONE if any(DONE in made[id].metadata for id in marked) else stage_of(record) if record else Stage.SWAPPED
     others = tuple(server for server in made.values() if server.id not in (id, *marked))
-    now = Situation(run, stage, source, see(other, id, record.request("stop destination") if record else ""), was_running=stopped, others=others)
+    seen = see(other, id, record.request("stop destination") if record else "")
+    if seen.is_gone and source.server and MARK not in source.server.metadata and not source.is_locked_by(run):
+        stopped = False  # the run has been undone, or others have put all of it right: what the source is now is not for us to change
+    now = Situation(run, stage, source, seen, was_running=stopped, others=others)
     return with_hosts(Undone(settings, screen, clouds, now, record, since))
 
 
