@@ -3156,7 +3156,7 @@ virsh() { LC_ALL=C command virsh -q --connect qemu:///system "$@"; }
 
 # All that libvirt says of the instance $1 whose disk is $2 by Nova, with a zero byte between its parts: the domain's XML,
 # of the running qemu while there is one; its state; names of checkpoints and snapshots; each disk's target, whether it is
-# that very file, and its block job; then the file's disk.info, and whether the file is there.
+# that very file, and its block job (told on standard error); then the file's disk.info, and whether the file is there.
 DOMAIN: Final = VIRSH + """
 part() { printf "\\000"; "$@" 2>/dev/null </dev/null; }
 virsh dumpxml "$1" || exit
@@ -3166,7 +3166,7 @@ part virsh snapshot-list --name "$1"
 part
 virsh domblklist "$1" | while read -r target file; do
   printf "%s %s " "$target" "$([ "$file" -ef "$2" ] && echo same || echo other)"
-  virsh blockjob "$1" "$target" --info 2>/dev/null </dev/null | tr "\\n" " "
+  virsh blockjob "$1" "$target" --info 2>&1 </dev/null | tr "\\r\\n" "  "
   echo
 done
 part cat -- "$2.info"

@@ -109,17 +109,17 @@ def test_a_source_of_which_a_copy_is_being_made(operator: Operator, host: Host, 
         virsh(host, "backup-begin", ran, "/tmp/their-backup.xml")
         name, end = "Backup", f"virsh domjobabort {ran}"
     done = look(operator, ran)
-    refused(done, f"a job is under way on the disk: {name}", end)
     host.run(*end.split())
+    refused(done, f"a job is under way on the disk: {name}", end)
     allowed(operator, ran)
 
 
 def test_a_source_with_a_checkpoint_which_nova_could_not_start_again(operator: Operator, host: Host, ran: str) -> None:
-    virsh(host, "checkpoint-create-as", ran, "weekly 1", "--diskspec", "vda,checkpoint=bitmap")
+    virsh(host, "checkpoint-create-as", ran, "weekly-1", "--diskspec", "vda,checkpoint=bitmap")
     done = look(operator, ran)
-    refused(done, "libvirt has a checkpoint of the instance, weekly 1: once it is stopped, Nova cannot start it",
-            f"virsh checkpoint-delete {ran} 'weekly 1' --metadata")
-    virsh(host, "checkpoint-delete", ran, "weekly 1", "--metadata")
+    refused(done, "libvirt has a checkpoint of the instance, weekly-1: once it is stopped, Nova cannot start it",
+            f"virsh checkpoint-delete {ran} weekly-1 --metadata")
+    virsh(host, "checkpoint-delete", ran, "weekly-1", "--metadata")
     allowed(operator, ran)
 
 
@@ -170,7 +170,7 @@ def test_a_qemu_that_is_killed_in_a_warm_pass_is_told_as_that(operator: Operator
 def test_a_bitmap_that_a_killed_qemu_had_in_use_is_not_in_the_new_disk_and_a_hard_stop_is_told(
         operator: Operator, src: Api, dst: Api, clouds: Clouds, host: Host, stopped: str) -> None:
     write_random(host, stopped, (0, MiB))  # so that it does not boot, and hears of no power button
-    host.run("qemu-img", "bitmap", "--add", "-f", "qcow2", disk(stopped), "-their bitmap")
+    host.run("qemu-img", "bitmap", "--add", "-f", "qcow2", "--", disk(stopped), "-their bitmap")
     src.act(stopped, "os-start", until="ACTIVE")
     kill(host, stopped)
     src.act(stopped, "os-reboot", {"type": "HARD"}, until="ACTIVE")

@@ -49,6 +49,7 @@ def test_a_plain_instance_is_not_refused() -> None:
     ("vda other Backup: [  0 %] ", "Backup", "virsh domjobabort x"),
     ("vdb other Backup: [  0 %] ", "", ""),
     ("vda other ", "", ""),
+    ("vda other error: Requested operation is not valid: domain is not running ", "", ""),
 ])
 def test_a_job_on_the_root_disk_is_told_with_its_end(lines: str, job: str, end: str) -> None:
     found = reasons(told(disk(f"file='{PATH}'"), lines=lines))
