@@ -2257,7 +2257,7 @@ LOCKED_BY: Final = "migrena run "  # how the reason of our lock on an instance b
 UNCHANGED_LIMIT: Final = 1800.0  # seconds that Nova may show no change before we stop waiting; a big image loads slowly
 MUTE_AFTER: Final = 30.0  # seconds after which a Keystone that takes the connection and says nothing is given up
 OUTAGE_LIMIT: Final = 120.0  # seconds of errors from the API that a wait lives through
-OUTAGE_TOLD: Final = 10.0  # seconds of errors after which they are told
+OUTAGE_TOLD: Final = 7.0  # seconds of errors after which they are told
 OWN_ARGUMENTS: Final = frozenset({"self", "name", "image", "flavor", "reservation_id", "min_count", "max_count",
                                   "block_device_mapping", "block_device_mapping_v2"})  # not for -e: ours, or not one instance
 
@@ -4380,7 +4380,7 @@ def rule_one_machine(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
             yield "the lock of this run on the source was taken off, so that somebody may be about to start it"
     if act is Act.GIVE_BACK and now.has_copy and other.server and not (asked.yes or asked.both or other.is_idle):
         yield "the destination has the same data, and runs or has run"
-    if act is Act.GIVE_BACK and not asked.yes:
+    if act is Act.GIVE_BACK and not asked.yes and (now.was_running or now.source.is_locked_by(now.run)):
         yield from (f"{one.name} {one.id} was made of it, and is {one.status}" for one in now.others if not one.is_stopped)
 
 

@@ -365,6 +365,7 @@ def test_a_lock_that_an_admin_sets_during_a_run_that_fails_stays_and_the_source_
         operator: Operator, clouds: Clouds, src: Api, victim: str) -> None:
     src.act(victim, "os-start", until="ACTIVE")
     process = operator.halted("chunk", *words(operator, victim))
+    src.act(victim, "unlock")  # Nova takes no notice of a second lock by the owner's own project
     src.act(victim, "lock", {"locked_reason": "an audit"})
     done = operator.go_on(process, INT)
     server = src.server(victim)
@@ -382,6 +383,8 @@ def test_a_source_that_was_moved_is_not_moved_again_under_another_name(
     server = src.server(victim)
     assert (server["status"], server["locked"]) == ("SHUTOFF", True) and id in server["locked_reason"], server
     assert done.returncode == 3 and id in done.stderr and "--yes" in done.stderr, (done.returncode, done.stderr)
+    src.act(victim, "unlock")
+    assert operator.run(*words(operator, victim, name="once-more"), "-n").returncode == 3
     assert operator.run(*words(operator, victim, name="once-more"), "--yes", "-n").returncode == 0
     assert operator.run("rollback", operator.last_run, "--yes").returncode == 0
     assert has_been_put_back(src, victim, "SHUTOFF") and not is_there(dst, id)
