@@ -4485,7 +4485,13 @@ def disk_now(host: Host | None, path: str, stand: str) -> str:
         now = stand_of(host, path) if host else ""
     except HostError as error:
         return f"cannot be looked at: {shorten(str(error))}"
-    return "is gone" if not now else "was changed" if stand and now != stand else ""
+    return "is gone" if not now else "was changed" if stand and not same_file(now, stand) else ""
+
+
+def same_file(now: str, stand: str) -> bool:
+    """Whether a file is the one that stood so and was not written to: a start that failed changes the time of its owner (%Z) alone."""
+    size, written, _, inode = zip(now.split(), stand.split(), strict=True)
+    return all(one == other for one, other in (size, written, inode))
 
 
 def see(cloud: Cloud, id: str, since: str | None, *, is_patient: bool = True) -> Seen:
@@ -5236,6 +5242,8 @@ def execute(run: Run, stack: contextlib.ExitStack) -> str:
     with DiskLocks(run.plan.run) as locks:
         if not run.earlier or not run.earlier.is_in_place:
             began = bring_disk(run, host, new, locks)
+        elif (source := look(run).source).is_idle and not source.is_locked_by(run.plan.run) and run.settings.start_after in ("all", "dst"):
+            stop_source(run, new)  # somebody took its lock off: it is held again while the destination is started
         one = start_named(run, "dst", run.destination, new.id)
         if run.plan.was_running:
             stopped = run.earlier.record.stopped_at if run.earlier else None
@@ -6031,7 +6039,7 @@ def situation_of(record: RunRecord, source: SourceFacts, made: MadeFacts, stand:
     seen, was, cloud = Seen(record.source, source.server), str(record.job.get("stand", "")), source.cloud
     if cloud and source.server and was and not made.is_in_place:  # what was begun before there was a copy is simply done again
         seen = see(cloud, record.source, record.request("stop source") or None)
-        is_other = stand != was or not (seen.server and seen.server.is_stopped)
+        is_other = not (stand and same_file(stand, was) and seen.server and seen.server.is_stopped)
         seen = dataclasses.replace(seen, disk="was changed, or is in use" if is_other else "")
     return Situation(record.run, stage_of(record), seen, made.seen, made.is_in_place, record.was_running)
 

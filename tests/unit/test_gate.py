@@ -29,6 +29,7 @@ from migrena import (
     lock_of,
     newer,
     require_same_clouds,
+    same_file,
     stage_of,
 )
 from unit.makers import UUID, a_server
@@ -203,6 +204,12 @@ def test_a_reason_of_a_lock_counts_only_where_the_lock_is_on() -> None:
     assert lock_of(stopped(UUID, lock_reason=f"{LOCKED_BY}{RUN}: web-1 new takes its place")) == RUN
     assert not replace(SOURCE, relocks=(replace(START, name="lock"),)).is_locked_by(RUN)
     assert Seen(UUID, stopped(UUID, lock_reason="")).is_locked_by(RUN)  # Nova before 2.73 tells none: the mark decides
+
+
+def test_a_start_that_failed_has_changed_no_byte_of_the_disk() -> None:
+    """libvirt gives the file to qemu and takes it back: only the time of that is another."""
+    assert same_file("100 1.5 9.9 7", "100 1.5 2.5 7")
+    assert not any(same_file(now, "100 1.5 2.5 7") for now in ("101 1.5 2.5 7", "100 1.6 2.5 7", "100 1.5 2.5 8"))
 
 
 def test_what_came_after_a_request_is_what_is_above_it() -> None:
