@@ -622,7 +622,7 @@ class Disks:
 
     def stand_of(self, host: HostStandIn, path: str) -> str:
         file = self.world.files.get((host.name, path))
-        return f"{file.inode} {file.stamp}" if file else ""
+        return f"1 {file.stamp} {file.stamp} {file.inode}" if file else ""
 
     def require_free(self, host: HostStandIn, path: str) -> File:
         """The file at a path that no guest and no other run has open; raises CommandError as qemu-img does."""
