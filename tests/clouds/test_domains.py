@@ -173,7 +173,7 @@ def test_a_bitmap_that_a_killed_qemu_had_in_use_is_not_in_the_new_disk_and_a_har
     host.run("qemu-img", "bitmap", "--add", "-f", "qcow2", "--", disk(stopped), "-their bitmap")
     src.act(stopped, "os-start", until="ACTIVE")
     kill(host, stopped)
-    src.act(stopped, "os-reboot", {"type": "HARD"}, until="ACTIVE")
+    src.act(stopped, "reboot", {"type": "HARD"}, until="ACTIVE")
     done = operator.run("-s", stopped, *operator.to("dst-cmp1", flavor="small"), "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
