@@ -5218,7 +5218,9 @@ def see_through(run: Run) -> int:
         with run.journal.ending(run.undo), contextlib.ExitStack() as stack, run.undo, proven_is_kept(run):
             stack.enter_context(run.source_host.private_folder(run.plan.run))  # tells other machines that this run is at work
             id = execute(run, stack)
-    except UsageError as error:  # such an error is no refusal any more: something was touched
+    except (UsageError, Refused) as error:  # of a run that has touched something this is no refusal any more
+        if isinstance(error, Refused) and not run.earlier:
+            raise
         raise MigrenaError.of(error.reasons) from error
     finally:
         run.report.api_calls = {cloud.label: cloud.calls for cloud in (run.source, run.destination)}

@@ -115,5 +115,5 @@ def test_a_name_that_the_locale_cannot_show_is_written_out(fault: Fault, monkeyp
 def test_a_new_name_is_not_found_in_another_one_that_it_matches_as_a_pattern(fault: Fault) -> None:
     fault.call(0, "-s", UUID, "-d", ".*")
     fault.operator.clouds[1].put(fault.operator.made()[0]["id"], name="web-1")
-    fault.call(0, "-s", UUID, "-d", "web.1")
+    fault.call(0, "-s", UUID, "-d", "web.1", "--yes")
     assert sorted(row["name"] for row in fault.operator.made()) == ["web-1", "web.1"]

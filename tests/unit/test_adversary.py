@@ -40,7 +40,7 @@ FAULTS = {  # rows of the table in issue 23: the invariant that was broken, and 
     "7 a source that was rebuilt during a run was refused for ever":
         (4, Schedule((("copy", {"copy#1": "admin rebuilds source"}), ("copy --name other", {})))),
     "11 rollback of an old run started the source that a later run had moved":
-        (1, Schedule((("copy", {"copy#1": "outage of 1000 s"}), ("admin deletes destination", {}), ("admin unlocks source", {}),
+        (1, Schedule((("copy", {"copy#1": "outage of 1000 s"}), ("admin wipes destination", {}), ("admin unlocks source", {}),
                       ("admin wipes source", {}), ("copy --name other -a dst", {}), ("rollback first", {})))),
     "12 a lock that an admin had set during the run was taken off":
         (3, Schedule((("copy", {"copy#1": "admin locks source", "copy#2": "Ctrl-C"}),))),
