@@ -4461,14 +4461,14 @@ def ways_on(act: Act, now: Situation) -> str:
     run, source, made = now.run, now.source, now.destination
     if now.alive:
         return f"wait for its end; ./migrena.py status {run} on that machine shows how far it is"
-    ways = []
+    ways, least = [], Stage.PROVEN if act in (Act.START_DESTINATION, Act.SWAP) else Stage.SWAPPED
+    if act is not Act.GO_ON and now.stage >= least and made.server and source.server and source.is_idle and source.server.metadata.get(MARK) == run:
+        ways.append(f"./migrena.py resume {run} completes the move")
     if act in (*TAKING, Act.GO_ON) and made.server and not (source.is_gone or source.unseen or made.unseen):
         word = "rollback" if act in TAKING else "resume"
         ways.append(f"./migrena.py {word} {run} --yes, if what {made.id} has written may go")
     if made.server and made.server.locked and not made.is_locked_by(run):
         ways.append(f"openstack server unlock {made.id}, if who has locked it agrees")
-    if act in (Act.START_DESTINATION, Act.SWAP) and now.stage >= Stage.PROVEN and source.is_idle:
-        ways.append(f"./migrena.py resume {run} completes the move")
     if act is Act.GIVE_BACK and source.server:
         ways.append(f"if the source shall run: openstack server unlock {source.id}; openstack server start {source.id}")
     if act not in TAKING:
@@ -6153,7 +6153,7 @@ class Undone:
 
 
 def find_undone(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud], source_id: str, record: RunRecord | None, folder: Path) -> Undone:
-    """What a run has made, by its journal or by marks and locks, and what the clouds tell of it; raises Refused where nothing tells of a run."""
+    """What a run has made, by its journal or by marks and locks; raises Refused where nothing tells of a run."""
     one, other = clouds
     if record:
         require_same_clouds(record, clouds)
@@ -6186,13 +6186,13 @@ def find_undone(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
     others = tuple(server for server in made.values() if server.id not in (id, *marked))
     seen = see(other, id, record.request("stop destination") if record else "")
     if seen.is_gone and source.server and MARK not in source.server.metadata and not source.is_locked_by(run):
-        stopped = False  # the run has been undone, or others have put all of it right: what the source is now is not for us to change
+        stopped = False  # it has been undone: what the source is now is not for us to change
     now = Situation(run, stage, source, seen, was_running=stopped, others=others)
     return with_hosts(Undone(settings, screen, clouds, now, record, since))
 
 
 def with_hosts(undone: Undone) -> Undone:
-    """The same with what only hypervisors tell: is the source's disk there, and, without a journal, is the run at work elsewhere."""
+    """The same with what hypervisors tell: is the source's disk there, is the run at work elsewhere."""
     now, record, alive = undone.now, undone.record, ""
     source, made = now.source.server, now.destination.server
     if source and source.host and (now.stage >= Stage.PROVEN or not record):
@@ -6337,7 +6337,7 @@ def clean_beside(undone: Undone, made: Server) -> None:
 
 
 def clean_host(undone: Undone, server: Server, *paths: str, source: str = "") -> None:
-    """Sees to it that a host has neither private folders of a run, nor these files, nor a bitmap in a source; processes end with their leases."""
+    """Takes private folders of a run, these files and a bitmap in a source away from a host; processes end with their leases."""
     with undone.host(server) as host:
         run, limit = undone.now.run, time.monotonic() + LEASE_LIMIT
         while (left := host.script(LEFT_FOLDERS, run).splitlines()) and time.monotonic() < limit:
