@@ -3535,7 +3535,7 @@ class DiskLocks(contextlib.ExitStack):
     def __init__(self, run: str) -> None:
         super().__init__()
         self._run = run
-        self._held: dict[tuple[str, str], tuple[contextlib.ExitStack, Lease]] = {}
+        self._held: dict[tuple[str, str], tuple[contextlib.ExitStack, Lease, Callable[[], object]]] = {}
 
     def hold(self, host: Host, path: str) -> Lease:
         """Holds a disk, again where a connection has lost it. Raises FinalError where somebody has it open."""
@@ -3549,16 +3549,18 @@ class DiskLocks(contextlib.ExitStack):
                 lease, _ = stack.enter_context(held(host, path, folder))
             except CommandError as error:
                 raise FinalError(f"{host.name}: {path} is in use: {error.said}", "find out who has it open (virsh list, lsof)") from error
-            self._held[place] = self.enter_context(stack.pop_all()), lease
+            alive = 'readlink "/proc/$(cat "$1")/exe"'  # kill -0 would also find one that has ended and was not waited for yet
+            self._held[place] = self.enter_context(stack.pop_all()), lease, functools.partial(host.script, alive, f"{folder}/hold.pid")
         return lease
 
     def _holds(self, place: tuple[str, str]) -> bool:
-        return can_be(functools.partial(self._held[place][1].check, is_running=True), HostError)
+        _, lease, see_it = self._held[place]
+        return can_be(functools.partial(lease.check, is_running=True), HostError) and can_be(see_it, HostError)
 
     def check(self) -> None:
         """Raises HostError where one of them was lost."""
         for host, path in itertools.filterfalse(self._holds, self._held):
-            raise HostError(f"{host}: the lock on {path} was lost", "run it again")
+            raise HostError(f"{host}: the qemu-nbd that held the lock on {path} ended by itself", "run it again")
 
     def release(self, host: str, path: str) -> None:
         """Lets go of a disk; nothing happens where it is not held."""
