@@ -6042,7 +6042,7 @@ def situation_of(record: RunRecord, source: SourceFacts, made: MadeFacts, stand:
     seen, was, cloud = Seen(record.source, source.server), str(record.job.get("stand", "")), source.cloud
     if cloud and source.server and was and not made.is_in_place:  # what was begun before there was a copy is simply done again
         seen = see(cloud, record.source, record.request("stop source") or None)
-        is_other = not (stand and same_file(stand, was) and seen.server and seen.server.is_stopped)
+        is_other = stand != was or not (seen.server and seen.server.is_stopped)
         seen = dataclasses.replace(seen, disk="was changed, or is in use" if is_other else "")
     return Situation(record.run, stage_of(record), seen, made.seen, made.is_in_place, record.was_running)
 
