@@ -4874,7 +4874,10 @@ def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, 
     found: dict[str, Any] = {"cloud": None}
     try:
         cloud = found["cloud"] = Cloud("source", creds)
-        server = found["server"] = cloud.server(settings.src_uid)
+        server = cloud.server(settings.src_uid)
+        if settings.run and server.task == "powering-off":  # the stop of the run that is gone on with
+            server = cloud.wait(server.id, lambda now: not now.task, lambda now: None)
+        found["server"] = server
         if server.image and not settings.image:
             found["image"] = cloud.store.one(server.image)
         if server.host:
@@ -5534,7 +5537,8 @@ def delete_on_failure(run: Run) -> None:
     def delete() -> None:
         id = look(run, is_patient=True).destination.id
         for found in [id] if id else [server.id for server in run.destination.made_by(run.plan.run, run.plan.server.id)]:
-            now = look(run, with_disk=True)
+            proven = stage_of(recorded(run.plan.run, run.journal.entries)) >= Stage.PROVEN
+            now = look(run, with_disk=proven)  # before that the source's host, which may be away, is not needed
             now = now if id else dataclasses.replace(now, destination=see(run.destination, found, ""))
             if not now.destination.is_gone:
                 allow(Act.DELETE, now, Asked(run.settings.yes))
@@ -5675,7 +5679,7 @@ def give(cloud: Cloud, now: Situation, journal: Journal, changed: Callable[[Serv
 
 def require_still_so(run: Run) -> None:
     """Raises HostError where a stop of the running source could lose something, by what libvirt says now."""
-    if run.plan.server.status != "ACTIVE":
+    if not run.source.steady_server(run.plan.server.id).is_running:  # a run that is gone on with may find its own stop under way
         return
     domain = domain_of(run.source_host, run.plan.server.id, run.plan.disk.top.path)
     if reasons := refuse_domain(run.source_host, domain):
