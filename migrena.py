@@ -5578,7 +5578,7 @@ def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
     """The whole plan of the transfer, rehearsed, with the destination stopped; all of it while the source still runs."""
     with run.screen.step(f"{STOP_DESTINATION}."), run.journal.act("stop destination", server=new.id) as result:
         path = run.settings.disk_path % new.id
-        fresh = survey_disk(ends.destination, new.id, path, shared=True)
+        fresh = survey_disk(ends.destination, new.id, path, shared=not new.is_stopped)
         gate(run, Act.STOP_DESTINATION)
         locked = run.destination.lock(new.id, f"{LOCKED_BY}{run.plan.run}")
         result["request"] = run.destination.stop(new.id, run.changed) or locked
