@@ -4724,7 +4724,7 @@ def carry(settings: Settings, journal: Journal, undo: Undo, clouds: tuple[Cloud,
             name=plan.name, disk_format=plan.disk_format, container_format=told["container_format"], min_disk=told.get("min_disk") or 0,
             min_ram=told.get("min_ram") or 0, tags=list(told.get("tags") or ()), visibility="private",
             **{CARRIED_BY: run, CAME_FROM[0]: wanted.id, CAME_FROM[1]: source.url})
-    if others := [run for other in store.all() if (run := carrying(other, wanted)) not in ("", run)]:
+    if others := [mark for other in store.all() if (mark := carrying(other, wanted)) not in ("", run)]:
         raise Refused(f"run {others[0]} has begun to carry image {wanted.name!r} at the same time", "wait for its end, then run it again")
     if plan.is_converted:
         screen.note(f"It is read, converted to {plan.disk_format} in {work_folder(settings)}, and sent.")
