@@ -5181,15 +5181,19 @@ class Run:
         self.screen.status(f"Current status: {server.status} {server.task}")
 
 
+def made_id(run: Run, record: RunRecord) -> str:
+    """The new instance's id, empty while Nova had not told it."""
+    return record.destination or (run.earlier.destination if run.earlier else "")
+
+
 def look(run: Run, *, with_disk: bool = False, is_patient: bool = True) -> Situation:
-    """Both sides of a run as they are now; the source's disk too where that is asked for."""
+    """Both sides of a run as they are now; the source's disk too where it is asked for."""
     began, record = time.monotonic(), recorded(run.plan.run, run.journal.entries)
-    one, made = run.source, record.destination or (run.earlier.destination if run.earlier else "")
-    source = see(one, run.plan.server.id, record.request("stop source") or None, is_patient=is_patient)
+    source = see(run.source, run.plan.server.id, record.request("stop source") or None, is_patient=is_patient)
     if with_disk and source.server:
         path = run.plan.disk.top.path
         source = dataclasses.replace(source, disk=disk_now(run.source_host, path, str(record.job.get("stand", ""))))
-    destination = see(run.destination, made, record.request("stop destination"), is_patient=is_patient)
+    destination = see(run.destination, made_id(run, record), record.request("stop destination"), is_patient=is_patient)
     if time.monotonic() - began > LOOK_LIMIT and not (source.unseen or destination.unseen):
         return look(run, with_disk=with_disk, is_patient=is_patient)  # it is old by now
     return Situation(run.plan.run, stage_of(record), source, destination, bool(run.earlier and run.earlier.is_in_place),
@@ -5197,7 +5201,7 @@ def look(run: Run, *, with_disk: bool = False, is_patient: bool = True) -> Situa
 
 
 def gate(run: Run, act: Act, *, is_live: bool = False, is_held: bool = False) -> Situation:
-    """Looks at both sides, and lets an act be done: what was seen. Raises FinalError where it must not be, Kept where a copy is proven."""
+    """Lets an act be done: both sides as seen. Raises FinalError where it must not be, Kept where a copy is proven."""
     settings, now = run.settings, look(run, with_disk=act in (Act.SWAP, Act.START_DESTINATION), is_patient=not is_held)
     asked = Asked(settings.yes, settings.start_after == "all", settings.start_after in ("all", "src"), is_live, is_held)
     allow(act, now, asked, Kept if now.stage >= Stage.PROVEN else FinalError)
@@ -5533,12 +5537,12 @@ def adopt_destination(run: Run, id: str) -> Server:
 
 
 def delete_on_failure(run: Run) -> None:
-    """If the run fails, what it made in the destination is deleted, by the id that Nova told, or by its marks where that answer was lost."""
+    """If the run fails, what it made is deleted, by the id that Nova told, or by its marks where that answer was lost."""
     def delete() -> None:
-        id = look(run, is_patient=True).destination.id
+        record = recorded(run.plan.run, run.journal.entries)
+        id, proven = made_id(run, record), stage_of(record) >= Stage.PROVEN
         for found in [id] if id else [server.id for server in run.destination.made_by(run.plan.run, run.plan.server.id)]:
-            proven = stage_of(recorded(run.plan.run, run.journal.entries)) >= Stage.PROVEN
-            now = look(run, with_disk=proven)  # before that the source's host, which may be away, is not needed
+            now = look(run, with_disk=proven)  # until then its host may be away
             now = now if id else dataclasses.replace(now, destination=see(run.destination, found, ""))
             if not now.destination.is_gone:
                 allow(Act.DELETE, now, Asked(run.settings.yes))
