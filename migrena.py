@@ -805,77 +805,61 @@ class Disk:
 
 
 SPAN: Final = 64 * MiB  # what a chunk holds at least, unless that is all
-Piece = tuple[int, int]  # offset and length
+Piece = tuple[int, int]  # offset and length, in bytes
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of the disk: in bytes its place, its length and what it holds; in how many pieces, where that is known."""
+    """A range of the disk that is copied at once: its place and length in bytes, how many of those hold data, and where."""
 
     offset: int
     length: int
     held: int
-    pieces: int = 1
+    pieces: tuple[Piece, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def is_scattered(self) -> bool:
         """Whether it is held in so small pieces that a question about each of them costs more than what it holds."""
-        return self.held <= self.pieces * MiB // 16 and self.pieces > 64
+        return self.held <= len(self.pieces) * MiB // 16 and len(self.pieces) > 64
 
 
-def chunks(length: int, stretches: Iterable[Sequence[int]], limit: int, least: int = SPAN, hole: int = 0) -> tuple[Chunk, ...]:
-    """`length` bytes tiled with chunks that hold `limit` bytes at most; a stretch is its offset, its length, what it holds and in how many pieces.
+def chunks(length: int, pieces: Iterable[Piece], limit: int, least: int = SPAN, hole: int = 0) -> list[Chunk]:
+    """`length` bytes as chunks that hold `limit` bytes at most and end at whole MiB; the pieces are what the disk holds, in order.
 
     Each holds at most a quarter of what is still to come, or `least`, so that little is left to be proven when the last one has arrived. The first
     holds half as much: two that flow together then end in turn, and there is always one whose digests can be taken. A hole belongs to the chunk that
     follows, the last one to the last; where `hole` is given, those of so many bytes or more are chunks of their own.
     """
-    stretches, tiles = list(stretches), list[Chunk]()
-    at = begin = gathered = pieces = 0
-    rest = total = sum(held for _, _, held, _ in stretches)
+    made, inside, pieces = list[Chunk](), list[Piece](), list(pieces)
+    begin = at = gathered = 0
+    rest = total = sum(count for _, count in pieces)
 
-    def cut() -> None:
-        nonlocal begin, gathered, pieces, rest
-        if at > begin:
-            tiles.append(Chunk(begin, at - begin, gathered, pieces))
-        begin, gathered, pieces, rest = at, 0, 0, rest - gathered
+    def cut(end: int) -> None:
+        nonlocal begin, at, gathered, rest
+        if end > begin:
+            made.append(Chunk(begin, end - begin, gathered, tuple(inside)))
+        begin, at, gathered, rest = end, end, 0, rest - gathered
+        inside.clear()
 
-    def skip(start: int) -> None:
-        nonlocal at
-        is_chunk = hole and start - at >= hole
-        if is_chunk:
-            cut()
-        at = start
-        if is_chunk:
-            cut()
-
-    for offset, reach, held, count in stretches:
-        skip(max(at, offset // MiB * MiB))
-        end = min(length, -(-(offset + reach) // MiB) * MiB)
-        span = end - at
-        inside = min(held, span)  # the first MiB may be the last one before
-        while at < end:
+    for start, count in pieces:
+        if hole and start // MiB * MiB - at >= hole:
+            cut(at)
+            cut(start // MiB * MiB)
+        place, end = start, start + count
+        while place < end:
             most = min(limit, max(least, rest // 4 // MiB * MiB))
             most = max(most // 2 // MiB * MiB, MiB) if rest == total else most
-            taken = min(end - at, max((most - gathered) * span // inside // MiB * MiB, MiB))
-            at, gathered, pieces = at + taken, gathered + -(-inside * taken // span), pieces + -(-count * taken // span)
-            if most - gathered < MiB:
-                cut()
-    skip(length)
-    if tiles and not gathered and not hole:
-        tiles[-1] = dataclasses.replace(tiles[-1], length=length - tiles[-1].offset)
-    else:
-        cut()
-    return tuple(tiles)
-
-
-def is_covered(tile: Chunk, stretches: Iterable[Piece]) -> bool:
-    """Whether every byte of a chunk lies in one of these stretches (offset, length), whatever chunks they once were."""
-    at = tile.offset
-    for offset, length in sorted(stretches):
-        if offset <= at < offset + length:
-            at = offset + length
-    return at >= tile.offset + tile.length
+            if most - gathered < MiB and place >= at:
+                cut(at)
+                continue
+            stop = min(end, max((place + most - gathered) // MiB * MiB, (place // MiB + 1) * MiB))
+            inside.append((place, stop - place))
+            place, gathered = stop, gathered + stop - place
+            at = min(length, -(-stop // MiB) * MiB)
+    if hole and length - at >= hole:
+        cut(at)
+    cut(length)
+    return made
 
 
 def bitmap_of(run: str) -> str:
@@ -911,7 +895,6 @@ class DiskJob:
 
     @property
     def kept(self) -> str:
-        """Where the fresh disk is kept until the run has succeeded."""
         return beside(self.fresh.path, self.run)[1]
 
     @property
@@ -921,7 +904,6 @@ class DiskJob:
 
     @property
     def export_format(self) -> str:
-        """What qemu-nbd is told the source is; raw hands out the file as it lies there."""
         return "raw" if self.whole_file else self.source.format
 
     @property
@@ -948,7 +930,6 @@ class DiskJob:
 
     @property
     def new_image(self) -> DiskImage:
-        """The new file while it is being written."""
         return dataclasses.replace(self.fresh, path=self.new, format=self.new_format)
 
 
@@ -960,6 +941,8 @@ class Moved:
     sent: int
     digest: str
     seconds: float
+    looking: float = 0.0  # seconds of finding what was to be sent
+    sending: float = 0.0
     is_rest: bool = False  # `held` is what had changed since a warm copy's last pass
     unread: int = 0  # bytes that a dirty bitmap calls unchanged since both ends' digests were taken
 
@@ -990,10 +973,12 @@ def view(source: Disk, fresh: Disk, bases_equal: bool) -> tuple[bool, str]:
     return next((whole_file, why) for holds, whole_file, why in rules if holds)
 
 
-def pick_transport(wanted: str, lacking: Sequence[str], top: DiskImage, whole_file: bool) -> tuple[str, str]:
+def pick_transport(settings: Settings, lacking: Sequence[str], top: DiskImage, whole_file: bool) -> tuple[str, str]:
     """nbd or qemu, and why; `lacking` names what nbd would need and a host does not have."""
     rules = (  # the first that holds
-        (wanted != "auto", wanted, "as asked for"),
+        (settings.transport != "auto", settings.transport, "as asked for"),
+        (settings.warm, "qemu", "--warm reads the disk of a running source through qemu-nbd"),
+        (settings.compress == "on", "qemu", "--compress on goes with qemu-nbd alone"),
         (lacking, "qemu", f"missing for nbd: {', '.join(lacking)}"),
         (not whole_file, "qemu", "the guest's view is read through qemu-nbd"),
         (top.length % 512, "qemu", f"the file's {top.length:,} bytes are no multiple of 512"),
@@ -1109,7 +1094,6 @@ class Screen:
             (self.seconds if told is None else told)[what] = round(time.monotonic() - began, 2)
 
     def note(self, line: str) -> None:
-        """A fact below the step."""
         self.say(f"  {line}")
 
     def warn(self, line: str) -> None:
@@ -2263,7 +2247,6 @@ OWN_ARGUMENTS: Final = frozenset({"self", "name", "image", "flavor", "reservatio
 
 
 def is_text(value: object) -> bool:
-    """Whether it is a text that Nova takes for a name."""
     return isinstance(value, str) and 0 < len(value) < 256
 
 
@@ -2782,18 +2765,16 @@ def document_in(printed: str) -> Any:
 
 DOCUMENT_IN: Final = f"Any = None\n{inspect.getsource(document_in)}"  # for programs on hypervisors
 
-# Runs on a hypervisor: VERB WHERE OFFSET LENGTH RATE LIST FILE FOLDER. WHERE is a file, or an NBD export as qemu's node
-# in JSON. `map` prints the stretches that hold data, with how many bytes and in how many pieces; `pieces` each piece.
-# `digest` prints the number of each block of 1 MiB that is not all zeros, and a sha256: of its runs of cells of 64 KiB
-# that are not all zeros, each after its place and length, so that holes need not be read. LIST, where given, names
-# the pieces whose blocks are wanted. `bring` makes FILE equal to WHERE at the pieces in LIST, and leaves them on the
-# disk; FOLDER has the certificates for TLS. `unchanged` prints those blocks of the qcow2 file FILE that are full of a
-# guest's data, none of it written since the dirty bitmap of WHERE began, in which dirty stretches show as no data.
-# RATE is the most bytes per second that are read, or 0.
+# Runs on a hypervisor: VERB WHERE OFFSET LENGTH RATE LIST FILE FOLDER. WHERE and FILE are files, or NBD exports as qemu's nodes in JSON, for which
+# FOLDER has the certificates; LIST names a file with pieces; RATE is in bytes per second, or 0. `pieces` prints each piece that holds data.
+# `digest` prints the number of each block of 1 MiB (with LIST, of those that its pieces touch) that is not all zeros, and a sha256: of its runs of
+# cells of 64 KiB that are not all zeros, each after its place and length, so that holes need not be read. `bring` makes FILE equal to WHERE at the
+# pieces in LIST, and leaves them on the disk. `unchanged` prints the blocks of the qcow2 file FILE, with clusters of FOLDER bytes, that are full of
+# a guest's data, none of it written since the dirty bitmap of WHERE began, in which dirty pieces show as no data.
 # Files are read past the page cache where they can be: what is proven comes from the disk, and others keep their cache.
 BLOCKS: Final = DOCUMENT_IN + TLS_OF + r"""
-import hashlib, json, mmap, os, socket, struct, subprocess, sys, threading, time
-CELL, BLOCK, SPAN = 1 << 16, 1 << 20, 64 << 20  # a stretch goes on over holes as long as it is no longer than SPAN
+import errno, hashlib, json, mmap, os, socket, stat, struct, subprocess, sys, threading, time
+CELL, BLOCK = 1 << 16, 1 << 20
 verb, where, offset, length, rate, listed, target, folder = (sys.argv[1:] + [""] * 4)[:8]
 offset, length, rate = int(offset), int(length), int(rate or 0)
 end, zeros = offset + length, bytes(CELL)
@@ -2812,26 +2793,35 @@ def joined(spans):  # those side by side made one
             made.append([start, stop])
     return made
 
-class File:
+class File:  # one descriptor a thread: os.preadv came with Python 3.7
     def __init__(self, path):
+        self.path, self.local, self.flags = path, threading.local(), os.O_RDONLY | os.O_DIRECT
         try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-            os.preadv(self.fd, [mmap.mmap(-1, CELL)], offset)
+            os.readv(self.fd(), [mmap.mmap(-1, CELL)])
         except OSError:  # not on this file system
-            self.fd = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
+            self.local, self.flags = threading.local(), os.O_RDONLY
+            os.posix_fadvise(self.fd(), offset, length, os.POSIX_FADV_DONTNEED)
+    def fd(self):
+        if not hasattr(self.local, "fd"):
+            self.local.fd = os.open(self.path, self.flags)
+        return self.local.fd
     def extents(self):
+        if not stat.S_ISREG(os.fstat(self.fd()).st_mode):  # of a device SEEK_DATA tells nothing
+            raise OSError("it is not a file")
         at = offset
         while at < end:
             try:
-                start = os.lseek(self.fd, at, os.SEEK_DATA)
-            except OSError:
-                return
-            at = os.lseek(self.fd, start, os.SEEK_HOLE)
+                start = os.lseek(self.fd(), at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # the only one that means: no more data
+                    return
+                raise
+            at = os.lseek(self.fd(), start, os.SEEK_HOLE)
             if start < end:
                 yield start, min(at, end)
     def read(self, at, into, count):
-        found = os.preadv(self.fd, [into], at)
+        os.lseek(self.fd(), at, os.SEEK_SET)
+        found = os.readv(self.fd(), [into])
         if found <= count - 512:
             sys.exit("%s ends at byte %d" % (where, at + found))
         into[found:count] = bytes(max(0, count - found))  # a raw disk that ends within a sector: qemu adds zeros
@@ -2973,8 +2963,10 @@ def bring(new):
             print("(%.2f/100%%)" % (100 * passed / total), flush=True)
     new.sync()
 
-def unchanged():  # spans of the file
-    clean, at = list(disk.extents()), 0
+def unchanged():  # spans of the file; of a cluster that was written to in part, the rest was moved with it
+    cluster, at = int(folder), 0
+    clean = [(-(-start // cluster) * cluster, stop // cluster * cluster) for start, stop in disk.extents()]
+    clean = [span for span in clean if span[0] < span[1]]
     for part in map_of({"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": target}}):
         if part["data"] and "offset" in part:  # compressed data has no place of its own
             start, stop, shift = part["start"], part["start"] + part["length"], part["offset"] - part["start"]
@@ -2993,15 +2985,6 @@ if listed:
 if verb == "pieces":
     for start, stop in disk.extents():
         print(start, stop - start)
-elif verb == "map":
-    held = []
-    for start, stop in disk.extents():
-        if held and stop - held[-1][0] < SPAN:
-            held[-1][1:] = stop, held[-1][2] + stop - start, held[-1][3] + 1
-        else:
-            held.append([start, stop, stop - start, 1])
-    for start, stop, count, pieces in held:
-        print(start, stop - start, count, pieces)
 elif verb == "bring":
     bring(Export(json.loads(target)) if target.startswith("{") else NewFile(target))
 elif verb == "unchanged":
@@ -3229,7 +3212,6 @@ SLOW_WIRE: Final = 16 * MiB  # bytes per second; up to here zlib, with 30 to 50 
 
 
 def tools_lacking(host: Host, tools: Sequence[str]) -> list[str]:
-    """Which of these tools a host does not have."""
     return host.script(LACKING, *tools).split()
 
 
@@ -3279,12 +3261,10 @@ class Domain:
 
     @property
     def target(self) -> str:
-        """The disk's name in the domain."""
         return target_of(self.disk)
 
     @property
     def is_off(self) -> bool:
-        """Whether there is no qemu."""
         return self.state.startswith(("shut off", "crashed"))
 
     @property
@@ -3294,7 +3274,6 @@ class Domain:
 
 
 def target_of(disk: ElementTree.Element) -> str:
-    """A disk's name in its domain."""
     found = disk.find("target")
     return "" if found is None else found.get("dev", "")
 
@@ -3465,26 +3444,23 @@ def checked(host: Host, image: DiskImage) -> DiskImage:
 
 
 def free_space(host: Host, path: str) -> int:
-    """Bytes that are free for root on the file system of a path."""
     blocks, block = host.run("stat", "-f", "-c", "%a %S", "--", path).read(lambda said: numbers_in(said, 2)[0])
     return blocks * block
 
 
 def same_content(one: tuple[Host, DiskImage], other: tuple[Host, DiskImage], stall: float) -> bool:
     """Whether two files hold the same bytes, by the digests of all their blocks."""
-    if (one[1].length, one[1].format) != (other[1].length, other[1].format):
-        return False
-    return same_digests(((one[0], one[1].path), (other[0], other[1].path)), Chunk(0, one[1].length, one[1].length), stall)
+    (here, image), (there, known) = one, other
+    return (image.length, image.format) == (known.length, known.format) and same_digests(
+        (here, image.path), (there, known.path), image.length, stall)
 
 
-def same_digests(sides: tuple[tuple[Host, str], tuple[Host, str]], tile: Chunk, stall: float) -> bool:
-    """Whether the digests of a chunk are equal on both sides (a host, and what it reads), taken at the same time."""
-    one, other = at_once(*(functools.partial(digests, host, where, tile.offset, tile.length, stall) for host, where in sides))
-    return one == other
+def same_digests(one: tuple[Host, str], other: tuple[Host, str], length: int, stall: float) -> bool:
+    here, there = at_once(*(functools.partial(digests, host, path, 0, length, stall) for host, path in (one, other)))
+    return here == there
 
 
 def blocks(verb: str, where: str, offset: int, length: int, *more: int | str) -> tuple[str, ...]:
-    """The words that run BLOCKS."""
     return (*PYTHON, BLOCKS, verb, where, str(offset), str(length), *map(str, more))
 
 
@@ -3511,7 +3487,6 @@ def _digests_in(printed: str) -> dict[int, str]:
 
 
 def lines_of(found: Mapping[int, str]) -> bytes:
-    """Digests as lines, of which the digest of a whole disk is made."""
     return "".join(f"{block} {digest}\n" for block, digest in sorted(found.items())).encode()
 
 
@@ -3558,12 +3533,10 @@ class DiskLocks(contextlib.ExitStack):
         return can_be(functools.partial(lease.check, is_running=True), HostError) and can_be(see_it, HostError)
 
     def check(self) -> None:
-        """Raises HostError where one of them was lost."""
         for host, path in itertools.filterfalse(self._holds, self._held):
             raise HostError(f"{host}: the qemu-nbd that held the lock on {path} ended by itself", "run it again")
 
     def release(self, host: str, path: str) -> None:
-        """Lets go of a disk; nothing happens where it is not held."""
         if place := self._held.pop((host, path), None):
             place[0].close()
 
@@ -3589,7 +3562,6 @@ class Ends:
     locks: DiskLocks
 
     def folder(self, host: Host) -> str:
-        """The private folder on that one of them."""
         return self.source_folder if host is self.source else self.destination_folder
 
 
@@ -3755,7 +3727,7 @@ def rehearse(ends: Ends, job: DiskJob) -> float:
                         "see that the port is open between the hosts (NBD_SERVER_PORT), and set nbd_address in HOSTS if the "
                         "traffic takes another network") from error
     sides = (ends.source, sample), (ends.destination, arrived)
-    if not same_digests(sides, Chunk(0, SAMPLE, SAMPLE), 90):
+    if not same_digests(*sides, SAMPLE, 90):
         raise HostError(f"what {ends.source.name} sends is not what arrives at {ends.destination.name}: the rehearsal's digests differ")
     for host, path in sides:
         host.run("rm", "-f", "--", path)
@@ -3763,7 +3735,6 @@ def rehearse(ends: Ends, job: DiskJob) -> float:
 
 
 def _cut(node: Node, offset: int, length: int) -> str:
-    """A stretch of a node as an image of its own, for --image-opts."""
     return image_opts({"driver": "raw", "offset": str(offset), "size": str(length), **{f"file.{key}": value for key, value in node.items()}})
 
 
@@ -3777,10 +3748,10 @@ Progress = Callable[[int], contextlib.AbstractContextManager[Callable[[int], Non
 
 @dataclass(frozen=True)
 class Witness:
-    """Who shows the bytes while a disk moves, who is told of each chunk that has arrived, and who may stop it all."""
+    """Who is told how far a disk has moved."""
 
     progress: Progress
-    arrived: Callable[[Chunk, int], None] = lambda tile, done: None  # and of the bytes done so far
+    arrived: Callable[[Chunk, int], None] = lambda tile, done: None  # of each chunk, and of the bytes done so far
     check: Callable[[], object] = lambda: None  # called between chunks; may raise
 
 
@@ -3809,7 +3780,6 @@ class Reading:
     leases: tuple[Lease, ...]
 
     def check(self) -> None:
-        """Raises CommandError where the export or the lock has ended."""
         for lease in self.leases:
             lease.check(is_running=True)
 
@@ -3834,51 +3804,50 @@ def reading(ends: Ends, job: DiskJob) -> Iterator[Reading]:
         serving.release()
 
 
-def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Sequence[Piece] = ()) -> Moved:
-    """Brings the source's disk into the new file, but for what an earlier attempt has sent (`known`), and proves it.
+@dataclass(frozen=True)
+class Known:
+    """What a pass of a warm copy tells: the digests of both ends, and the new file as it stood when they had been taken."""
 
-    Raises HostError when a host, a command or the proof fails.
+    here: Mapping[int, str]
+    there: Mapping[int, str]
+    stand: str = ""
+    unchanged: frozenset[int] = frozenset()  # blocks that no guest has written to since, by a dirty bitmap
+
+
+NOTHING_KNOWN: Final = Known({}, {})
+
+
+def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Known = NOTHING_KNOWN) -> tuple[Moved, Known]:
+    """Makes the new file equal to the source's disk, and proves it; of a source that runs, only tells what is known of both ends then.
+
+    A new file that is there already is gone on with: what differs, by the digests of both ends, is sent. What is `known` counts only where
+    that file is still as it was. Raises HostError when a host, a command or the proof fails.
     """
-    began, before = time.monotonic(), received(ends)
-    with reading(ends, job) as disk, contextlib.ExitStack() as stack:
-        printed = ends.source.work(*blocks("map", disk.readable, 0, job.length), stall=600)
-        found = printed.read(lambda said: numbers_in(said, 4))
-        least = max(SPAN, job.settings.limit_rate * 5 // MiB * MiB)  # between two that are held back nothing flows
-        hole = SPAN if job.transport == "nbd" else 0  # a block device has none, and its reader would be sent zeros
-        tiles = chunks(job.length, found, job.chunk, least, hole)
-        proven = prove_what_is_there(ends, job, disk.readable, [tile for tile in tiles if tile.held and is_covered(tile, known)], tiles)
-        flow = Flow(ends, job, disk, witness, stack)
-        with witness.progress(sum(tile.held for tile in tiles)) as flow.show:
-            for tile in tiles:
-                is_sent = tile.held > 0 and tile not in proven
-                if is_sent and len(flow) == job.lanes:
-                    flow.wait_for_one()
-                flow.begin(tile, is_sent=is_sent)
-            while flow:
-                flow.wait_for_one()
-        copy_tail(ends, job)
-        digest = flow.finish()
-    return Moved(sum(held for _, _, held, _ in found), received(ends) - before, digest, time.monotonic() - began)
+    began, before, destination = time.monotonic(), received(ends), ends.destination
+    known = known if known.stand and stand_of(destination, job.new) == known.stand else NOTHING_KNOWN
+    is_there = is_begun(destination, job)
+    is_rest = is_there and job.settings.warm
+    with reading(ends, job) as disk:
+        here, there = compared(ends, job, disk, known) if is_there else ({}, {})
+        changed = as_pieces(differing(here, there), _whole_sectors(job.length))
+        held = changed if is_rest else pieces_held(ends.source, disk.readable, job)
+        looked = time.monotonic()
+        digest = Flow(ends, job, disk, witness, there, is_new=not is_there).send(changed if is_there else held)
+        if is_there and digest:
+            require_equal(Chunk(0, job.length, 0), here, there)
+            digest = hashlib.sha256(lines_of(here)).hexdigest()
+    moved = Moved(sum(count for _, count in held), received(ends) - before, digest, time.monotonic() - began, looked - began,
+                  time.monotonic() - looked, is_rest, len(known.unchanged) * MiB)
+    return moved, Known(here, there, stand_of(destination, job.new)) if job.is_live else NOTHING_KNOWN
 
 
-def prove_what_is_there(ends: Ends, job: DiskJob, readable: str, claimed: Sequence[Chunk], tiles: Sequence[Chunk]) -> frozenset[Chunk]:
-    """Those of the claimed chunks that the digests of both ends prove. All else in the new file is zeros then."""
-    destination = ends.destination
-    if claimed and is_begun(destination, job):
-        with seen_by_guest(ends, destination, job.new_image, job) as place:
-            sides, stall = ((ends.source, readable), (destination, place)), job.settings.stall_timeout
-            proven = frozenset(tile for tile in claimed if same_digests(sides, tile, stall))
-        # The rest is made holes again: convert writes no zeros where the source has none.
-        pieces = [(at, _whole_sectors(min(GiB, tile.offset + tile.length - at)))
-                  for tile in tiles if tile not in proven and (tile.held or job.new_format == "raw")
-                  for at in range(tile.offset, tile.offset + tile.length, GiB)]
-        with contextlib.suppress(CommandError):
-            for first in range(0, len(pieces), 100):
-                orders = (f"-cwrite -q -z -u {at} {count}" for at, count in pieces[first : first + 100])
-                destination.run("qemu-io", "-f", job.new_format, *orders, job.new, seconds=600)
-            return proven
-    make_new(destination, job)
-    return frozenset()
+def compared(ends: Ends, job: DiskJob, disk: Reading, known: Known) -> tuple[dict[int, str], dict[int, str]]:
+    """The digests of the source's disk and of the new file; those of unchanged blocks stand, and the file's of the pass before."""
+    asked = as_pieces(set(range(-(-job.length // MiB))) - known.unchanged, job.length)
+    with threads_for(ends.destination, 1) as pool:
+        again = [] if job.is_live and known.stand else asked
+        proving = pool.submit(digests_again, ends, ends.destination, job, known.there, again)
+        return digests_again(ends, ends.source, job, known.here, asked, disk.readable), outcome(proving)
 
 
 def is_begun(destination: Host, job: DiskJob) -> bool:
@@ -3909,18 +3878,14 @@ def seen_by_guest(ends: Ends, host: Host, image: DiskImage, job: DiskJob, *, is_
 
 
 def make_new(destination: Host, job: DiskJob) -> None:
-    """Makes the empty file that the copy is written to, readable for root alone."""
     create: tuple[str, ...] = ("qemu-img", "create", "-q", "-f", job.new_format, job.new, str(job.source.size))
     if job.new_format == "raw":
         create = ("truncate", "-s", str(_whole_sectors(job.length)), job.new)
     destination.script('umask 077; rm -f -- "$1"; shift; "$@"', job.new, *create)
 
 
-def copy_chunk(ends: Ends, job: DiskJob, disk: Reading, tile: Chunk, show: Callable[[int], None]) -> None:
-    """One chunk from the export into the same place of the new file; raises HostError when nothing moves for the job's stall time."""
-    if tile.is_scattered and job.new_format == "raw":
-        bring(ends, job, disk.node, pieces_held(ends.source, disk.readable, tile.offset, tile.length, job), show)
-        return
+def copy_chunk(ends: Ends, job: DiskJob, node: Node, tile: Chunk, show: Callable[[int], None]) -> None:
+    """One chunk from the export into the same place of a new file; raises HostError when nothing moves for the job's stall time."""
     available = job.length // 512 * 512 if job.transport == "nbd" and job.whole_file else _whole_sectors(job.length)
     length = min(_whole_sectors(tile.length), available - tile.offset)
     if length <= 0:
@@ -3933,12 +3898,11 @@ def copy_chunk(ends: Ends, job: DiskJob, disk: Reading, tile: Chunk, show: Calla
     cache = ("-T", "none", "-t", "none") if job.fresh_direct else ()
     ends.destination.work("qemu-img", "convert", "-p", "-n", "-m", "16", "-W", *cache, *rate, *options,
                           "--image-opts", "--target-image-opts",
-                          _cut(disk.node, tile.offset, length), _cut(node_of_new, tile.offset, length),
+                          _cut(node, tile.offset, length), _cut(node_of_new, tile.offset, length),
                           stall=job.settings.stall_timeout, heard=share_of(tile.held, show), given=("flock", "-s", job.new))
 
 
 def share_of(total: int, show: Callable[[int], None]) -> Callable[[str], None]:
-    """What hears of a share that is done, as in (12.34/100%), and shows it in bytes."""
     def heard(said: str) -> None:
         if shares := re.findall(r"\((\d+\.\d+)/100%\)", said):
             show(int(total * float(shares[-1]) / 100))
@@ -3946,27 +3910,21 @@ def share_of(total: int, show: Callable[[int], None]) -> Callable[[str], None]:
     return heard
 
 
-def pieces_held(source: Host, readable: str, offset: int, length: int, job: DiskJob) -> list[Piece]:
-    """What the source holds of a stretch, piece by piece."""
-    printed = source.work(*gentle(job), *blocks("pieces", readable, offset, length), stall=job.settings.stall_timeout)
+def pieces_held(source: Host, readable: str, job: DiskJob) -> list[Piece]:
+    printed = source.work(*gentle(job), *blocks("pieces", readable, 0, job.length), stall=600)
     return [(start, count) for start, count in printed.read(lambda said: numbers_in(said, 2))]
 
 
-def bring(ends: Ends, job: DiskJob, node: Node, pieces: Sequence[Piece], show: Callable[[int], None]) -> None:
-    """Makes these pieces of the new file equal to the export, and shows the bytes done."""
-    total = sum(count for _, count in pieces)
-    if pieces:
-        where, folder = node["filename"] if "filename" in node else json.dumps(node), ends.destination_folder
-        with seen_by_guest(ends, ends.destination, job.new_image, job, is_written=True) as target:
-            listed = put_list(ends.destination, folder, pieces)
-            words = blocks("bring", where, 0, job.length, job.settings.limit_rate, listed, target, folder)
-            heard = share_of(total, show)
-            ends.destination.work(*words, stall=job.settings.stall_timeout, heard=heard, given=("flock", "-s", job.new))
-    show(total)
+def bring_chunk(ends: Ends, job: DiskJob, node: Node, tile: Chunk, show: Callable[[int], None]) -> None:
+    """Makes the new file equal to the export where the chunk has its pieces, whatever is there; raises HostError as `copy_chunk` does."""
+    where, folder = node["filename"] if "filename" in node else json.dumps(node), ends.destination_folder
+    with seen_by_guest(ends, ends.destination, job.new_image, job, is_written=True) as target:
+        listed = put_list(ends.destination, folder, tile.pieces)
+        words = blocks("bring", where, 0, job.length, job.settings.limit_rate, listed, target, folder)
+        ends.destination.work(*words, stall=job.settings.stall_timeout, heard=share_of(tile.held, show), given=("flock", "-s", job.new))
 
 
 def put_list(host: Host, folder: str, pieces: Sequence[Piece]) -> str:
-    """The path of a file in a host's private folder with a line for each piece."""
     listed = f"{folder}/{secrets.token_hex(8)}.pieces"
     host.script(PRIVATE_FILE, listed, stdin="".join(f"{start} {count}\n" for start, count in pieces).encode())
     return listed
@@ -4006,84 +3964,84 @@ def threads_for(host: Host, count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 class Flow:
-    """Chunks on their way, the next while one ends: the source digests it meanwhile, the destination afterwards."""
+    """Chunks on their way, the next while one ends: the source digests those of a new file meanwhile, the destination each afterwards."""
 
-    def __init__(self, ends: Ends, job: DiskJob, disk: Reading, witness: Witness, stack: contextlib.ExitStack) -> None:
-        self.ends, self.job, self.disk, self.witness, self._stack = ends, job, disk, witness, stack
-        self.show: Callable[[int], None] = lambda done: None
-        self._senders, *self._readers = (stack.enter_context(threads_for(host, count)) for host, count in (
-            (ends.destination, job.lanes), (ends.source, 1), (ends.destination, 1)))
-        self._flows: dict[Chunk, Future[None]] = {}
+    def __init__(self, ends: Ends, job: DiskJob, disk: Reading, witness: Witness, there: dict[int, str], *, is_new: bool) -> None:
+        self._ends, self._job, self._disk, self._witness, self._there, self._is_new = ends, job, disk, witness, there, is_new
+        self._is_proven = job.settings.verify or job.is_live
         self._done: dict[Chunk, int] = {}  # how many bytes of each have arrived
-        self._found = dict[Chunk, Digests](), dict[Chunk, Digests]()  # of source and new file, those not yet compared
+        self._open = deque[tuple[Chunk, Digests | None, Digests | None]]()  # those to be compared: of the source, and of the new file
         self._whole = hashlib.sha256()
 
-    def __len__(self) -> int:
-        return len(self._flows)
+    def send(self, pieces: Sequence[Piece]) -> str:
+        """The digest of both ends of a new file, when these pieces have arrived and are compared; empty where no proof was asked for."""
+        job, (source, destination) = self._job, (self._ends.source, self._ends.destination)
+        for block in blocks_of(pieces):
+            self._there.pop(block, None)
+        least = max(SPAN, job.settings.limit_rate * 5 // MiB * MiB)  # between two that are held back nothing flows
+        hole = SPAN if job.transport == "nbd" else 0  # a block device has none, and its reader would be sent zeros
+        tiles = [tile for tile in chunks(job.length, pieces, job.chunk, least, hole) if tile.held or self._is_new]
+        on_way = deque[tuple[Chunk, Digests | None, Future[None]]]()
+        with threads_for(source, 1) as reader, threads_for(destination, 1) as prover, threads_for(destination, job.lanes) as senders, \
+                self._witness.progress(sum(tile.held for tile in tiles)) as show:
+            for tile in tiles:
+                if len(on_way) == job.lanes:
+                    self._arrive(*on_way.popleft(), prover, show)
+                with unbroken():
+                    here = reader.submit(self._take, source, self._disk.readable, tile) if self._is_new and not job.is_live else None
+                    on_way.append((tile, here, senders.submit(self._bring, tile)))
+            while on_way:
+                self._arrive(*on_way.popleft(), prover, show)
+            copy_tail(self._ends, job)
+            with seen_by_guest(self._ends, destination, job.new_image, job) as place:
+                for tile, known, found in self._open:
+                    self._compare(tile, known, found or prover.submit(self._take, destination, place, tile))
+        return self._whole.hexdigest() if self._is_proven else ""
 
-    @property
-    def done(self) -> int:
-        """Bytes that have arrived so far."""
-        return sum(self._done.values())
-
-    @unbroken()
-    def begin(self, tile: Chunk, *, is_sent: bool) -> None:
-        """Has the source's digests taken of a chunk, and sends it off where it is not in the new file already."""
-        self._digest(0, self.disk.readable, tile)
-        if is_sent:
-            self._done[tile] = 0
-            show = functools.partial(self._done.__setitem__, tile)
-            self._flows[tile] = self._senders.submit(copy_chunk, self.ends, self.job, self.disk, tile, show)
-        else:
-            self._done[tile] = tile.held
-            self.show(self.done)
-            self._digest_there(tile)
-
-    def wait_for_one(self) -> None:
-        """Returns when the chunk that was sent first has arrived. Raises HostError where it has not, or one differs."""
-        tile = next(iter(self._flows))
-        outcome(self._flows.pop(tile), lambda: self.show(self.done))
+    def _bring(self, tile: Chunk) -> None:
+        """Copies what a chunk holds."""
+        self._done[tile] = 0
+        copy_it = bring_chunk if not self._is_new or (tile.is_scattered and self._job.new_format == "raw") else copy_chunk
+        if tile.held:
+            copy_it(self._ends, self._job, self._disk.node, tile, functools.partial(self._done.__setitem__, tile))
         self._done[tile] = tile.held
-        self.show(self.done)
-        self.witness.arrived(tile, self.done)
-        self.witness.check()
-        self._digest_there(tile)
-        for first in list(self._found[0]):
-            if not all(first in found and found[first].done() for found in self._found):
-                break
-            self._compare(first)
-        require_stand(self.ends.source, self.job)
-        self.disk.check()
 
-    def finish(self) -> str:
-        """The digest of both ends; empty where no proof was asked for. Raises HostError where they differ."""
-        if not self.job.settings.verify:
-            return ""
-        place = self._stack.enter_context(seen_by_guest(self.ends, self.ends.destination, self.job.new_image, self.job))
-        for tile in self._found[0]:
-            if tile not in self._found[1]:
-                self._digest(1, place, tile)
-        for tile in list(self._found[0]):
-            self._compare(tile)
-        return self._whole.hexdigest()
-
-    def _digest_there(self, tile: Chunk) -> None:
+    def _arrive(self, tile: Chunk, here: Digests | None, flow: Future[None], prover: ThreadPoolExecutor, show: Callable[[int], None]) -> None:
+        """Returns when a chunk has arrived, and those before it are compared where their digests are there. Raises HostError."""
+        outcome(flow, lambda: show(sum(self._done.values())))
+        show(done := sum(self._done.values()))
+        if tile.held:
+            self._witness.arrived(tile, done)
+            self._witness.check()
         # A file that ends within a sector gets its length later; an image cannot be read while it is written.
-        is_whole = tile.offset + tile.length < self.job.length or self.job.length % 512 == 0
-        if self.job.new_format == "raw" and is_whole:
-            self._digest(1, self.job.new, tile)
+        is_whole = tile.offset + tile.length < self._job.length or self._job.length % 512 == 0
+        with unbroken():
+            can_be_read = self._job.new_format == "raw" and is_whole
+            there = prover.submit(self._take, self._ends.destination, self._job.new, tile) if can_be_read else None
+            self._open.append((tile, here, there))
+        while self._open and (found := self._open[0][2]) and found.done() and (not self._open[0][1] or self._open[0][1].done()):
+            first, known, _ = self._open.popleft()
+            self._compare(first, known, found)
+        if not self._job.is_live:
+            require_stand(self._ends.source, self._job)
+        self._disk.check()
 
-    def _compare(self, tile: Chunk) -> None:
-        """Compares the next chunk, and keeps no more of it than its share in the digest of the whole."""
-        here, there = (outcome(found.pop(tile)) for found in self._found)
-        require_equal(tile, here, there)
-        self._whole.update(lines_of(here))
+    def _compare(self, tile: Chunk, here: Digests | None, there: Digests) -> None:
+        """Compares a chunk of a new file, of which no more is kept than its share in the digest of the whole."""
+        found = outcome(there)
+        if here:
+            known = outcome(here)
+            require_equal(tile, known, found)
+            self._whole.update(lines_of(known))
+        else:
+            self._there.update(found)
 
-    @unbroken()
-    def _digest(self, end: int, place: str, tile: Chunk) -> None:
-        if self.job.settings.verify:
-            host, stall = (self.ends.source, self.ends.destination)[end], self.job.settings.stall_timeout
-            self._found[end][tile] = self._readers[end].submit(digests, host, place, tile.offset, tile.length, stall)
+    def _take(self, host: Host, place: str, tile: Chunk) -> dict[int, str]:
+        if not self._is_proven:
+            return {}
+        if self._is_new:
+            return digests(host, place, tile.offset, tile.length, self._job.settings.stall_timeout)
+        return digests_again(self._ends, host, self._job, {}, tile.pieces, place)
 
 
 def require_equal(tile: Chunk, one: Mapping[int, str], other: Mapping[int, str]) -> None:
@@ -4096,7 +4054,6 @@ def require_equal(tile: Chunk, one: Mapping[int, str], other: Mapping[int, str])
 
 
 def differing(one: Mapping[int, str], other: Mapping[int, str]) -> list[int]:
-    """The blocks whose digests are not the same, in order."""
     return sorted({block for block, _ in one.items() ^ other.items()})
 
 
@@ -4110,40 +4067,6 @@ class Pass:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Known:
-    """What a warm copy's last pass tells: the digests of both ends; empty where it took none."""
-
-    here: Mapping[int, str]
-    there: Mapping[int, str]
-    unchanged: frozenset[int] = frozenset()  # blocks that no guest has written to since, by a dirty bitmap
-
-
-NOTHING_KNOWN: Final = Known({}, {})
-
-
-def warm_pass(ends: Ends, job: DiskJob, known: Known, progress: Progress) -> tuple[Pass, Known]:
-    """Makes the new file what the source's file is, or was a moment ago: the guest goes on writing.
-
-    Gives the digests of the source before, and those of the new file afterwards, read from the destination's disk.
-    """
-    began, is_there = time.monotonic(), is_begun(ends.destination, job)
-    with reading(ends, job) as disk:
-        if is_there:
-            whole = [(0, job.length)]
-            here = digests_again(ends, ends.source, job, {}, whole, disk.readable)
-            known = Known(here, known.there or digests_again(ends, ends.destination, job, {}, whole))
-            pieces = as_pieces(differing(here, known.there), job.length)
-        else:
-            known, pieces = NOTHING_KNOWN, pieces_held(ends.source, disk.readable, 0, job.length, job)
-        looked, changed = time.monotonic(), sum(count for _, count in pieces)
-        with progress(changed) as show:
-            bring(ends, job, disk.node, pieces, show)
-        sent = time.monotonic()
-    known = dataclasses.replace(known, there=digests_again(ends, ends.destination, job, known.there, pieces))
-    return Pass(changed, looked - began, sent - looked, time.monotonic() - began), known
-
-
 def unchanged_since(source: Host, folder: str, job: DiskJob, known: Known) -> frozenset[int]:
     """The blocks of the stopped source's file that are in the new one, by digests that were taken since its dirty bitmap began.
 
@@ -4152,15 +4075,17 @@ def unchanged_since(source: Host, folder: str, job: DiskJob, known: Known) -> fr
     bitmap = bitmap_of(job.run)
     with served_here(source, folder, "bitmap", "-r", "-B", bitmap, "-f", "qcow2", job.source.path) as (_, node):
         dirty = json.dumps({**node, "x-dirty-bitmap": f"qemu:dirty-bitmap:{bitmap}"})
-        printed = source.work(*blocks("unchanged", dirty, 0, job.source.size, 0, "", job.source.path), stall=600)
+        info = source.run("qemu-img", "info", "--output=json", "-f", "qcow2", job.source.path)
+        cluster = info.read(lambda said: int(document_in(said)["cluster-size"]))
+        printed = source.work(*blocks("unchanged", dirty, 0, job.source.size, 0, "", job.source.path, cluster), stall=600)
     found = printed.read(lambda said: [int(word) for word in said.split()])
-    return frozenset(block for block in found if known.here.get(block) == known.there.get(block))
+    return frozenset(block for block in found if block in known.here and known.here[block] == known.there.get(block))
 
 
 def digests_again(ends: Ends, host: Host, job: DiskJob, before: Mapping[int, str], pieces: Sequence[Piece],
                   where: str = "") -> dict[int, str]:
     """The digests of the new file, or of `where`: taken of the blocks that these pieces touch, the others as before."""
-    touched = {block for start, count in pieces for block in range(start // MiB, -(-(start + count) // MiB))}
+    touched = blocks_of(pieces)
     found = {block: digest for block, digest in before.items() if block not in touched and block * MiB < job.length}
     if not pieces:
         return found
@@ -4170,8 +4095,11 @@ def digests_again(ends: Ends, host: Host, job: DiskJob, before: Mapping[int, str
         return found | digests(host, place, 0, job.length, stall, rate, listed, before=gently)
 
 
+def blocks_of(pieces: Iterable[Piece]) -> set[int]:
+    return {block for start, count in pieces for block in range(start // MiB, -(-(start + count) // MiB))}
+
+
 def as_pieces(changed: Iterable[int], length: int) -> list[Piece]:
-    """Blocks of 1 MiB as offsets and lengths, those side by side together."""
     pieces: list[Piece] = []
     for block in sorted(changed):
         start, count = block * MiB, min(MiB, length - block * MiB)
@@ -4179,32 +4107,6 @@ def as_pieces(changed: Iterable[int], length: int) -> list[Piece]:
             start, count = pieces[-1][0], pieces.pop()[1] + count
         pieces.append((start, count))
     return [(start, count) for start, count in pieces if count > 0]
-
-
-def move_changes(ends: Ends, job: DiskJob, witness: Witness, known: Known) -> Moved:
-    """Sends what the source, now stopped, has other than the new file, and proves every byte of both, as move_disk does.
-
-    Of blocks that are `unchanged` the digests stand that both ends had while the source ran.
-    """
-    began, before, destination = time.monotonic(), received(ends), ends.destination
-    if not is_begun(destination, job):
-        known = NOTHING_KNOWN
-    asked = as_pieces(set(range(-(-job.length // MiB))) - known.unchanged, job.length)
-    with reading(ends, job) as disk, threads_for(destination, 1) as pool:
-        proving = pool.submit(digests_again, ends, destination, job, known.there, asked)
-        here = digests_again(ends, ends.source, job, known.here, asked, disk.readable)
-        there = outcome(proving)
-        pieces = as_pieces(differing(here, there), _whole_sectors(job.length))
-        sent = sum(count for _, count in pieces)
-        with witness.progress(sent) as show:
-            bring(ends, job, disk.node, pieces, show)
-        witness.check()
-        disk.check()
-        copy_tail(ends, job)
-        require_equal(Chunk(0, job.length, 0), here, digests_again(ends, destination, job, there, pieces))
-    digest = hashlib.sha256(lines_of(here)).hexdigest()
-    unread = job.length - sum(count for _, count in asked)
-    return Moved(sent, received(ends) - before, digest, time.monotonic() - began, True, unread)
 
 
 def settle_disk(host: Host, job: DiskJob) -> tuple[str, ...]:
@@ -5342,8 +5244,9 @@ def copy_while_it_runs(run: Run, host: Host, job: DiskJob, locks: DiskLocks) -> 
 def begin_bitmap(run: Run, job: DiskJob) -> bool:
     """Whether the source's file notes what its guest changes from now on; a warning where it cannot."""
     host, path, bitmap = run.source_host, job.source.path, bitmap_of(job.run)
-    if job.export_format != "raw" or job.source.format != "qcow2":
-        run.screen.warn(f"no dirty bitmap: {'a raw disk has none' if job.source.format == 'raw' else 'what the guest sees is copied, not the file'}")
+    why = "" if job.whole_file else "what the guest sees is copied, not the file"
+    if job.source.format == "raw" or why:
+        run.screen.warn(f"no dirty bitmap: {why or 'a raw disk has none'}")
         return False
     drop_bitmap_on_failure(run)
     try:
@@ -5391,7 +5294,8 @@ def one_pass(run: Run, job: DiskJob, known: Known, ends: Ends) -> tuple[Pass, Kn
     length, state = ends.source.script(f'stat -c %s -- "$2"; {DOMAIN_STATE}', run.plan.server.id, job.source.path).split("\n", 1)
     require_running(ends.source, state.strip())
     job = dataclasses.replace(job, source=dataclasses.replace(job.source, length=int(length)))
-    return warm_pass(ends, job, known, functools.partial(told_progress, run))
+    moved, known = move_disk(ends, job, Witness(functools.partial(told_progress, run)), known)
+    return Pass(moved.held, moved.looking, moved.sending, moved.seconds), known
 
 
 def require_it_runs(run: Run, server: Server | None) -> None:
@@ -5414,12 +5318,12 @@ def downtime(passes: Sequence[Pass], nova: float) -> float:
 
 
 def left_after(passes: Sequence[Pass]) -> float:
-    """Bytes that will have changed again, as fast as they did in the passes before."""
+    """Bytes that will have changed again, as fast as they did before."""
     return passes[-1].changed / passes[-2].seconds * passes[-1].seconds
 
 
 def rate_of(passes: Sequence[Pass]) -> float:
-    """Bytes per second that the wire carries: as in the pass that sent the most."""
+    """Bytes per second, as in the pass that sent the most."""
     most = max(passes, key=lambda one: one.changed)
     return max(most.changed, 1) / max(most.sending, 0.01)
 
@@ -5612,7 +5516,7 @@ def plan_job(run: Run, ends: Ends, fresh: Disk) -> DiskJob:
                  and same_content((ends.source, disk.base), (host, fresh.base), settings.stall_timeout))
     whole_file, why_view = view(disk, fresh, equal)
     compress = settings.compress == "on"
-    transport, why_transport = pick_transport("qemu" if compress or settings.warm else settings.transport, lacking, disk.top, whole_file)
+    transport, why_transport = pick_transport(settings, lacking, disk.top, whole_file)
     if transport == "nbd" and lacking:
         raise HostError(f"--transport nbd cannot work: missing is {', '.join(lacking)}", "use --transport qemu, or install what is missing")
     run.screen.note(f"Copy {'the file' if whole_file else 'what the guest sees'}: {why_view}.")
@@ -5721,49 +5625,39 @@ def look_again(run: Run, job: DiskJob) -> DiskJob:
     return dataclasses.replace(job, source=top, stand=stand_of(host, path))
 
 
-def transfer(run: Run, host: Host, job: DiskJob, known: Known, locks: DiskLocks) -> None:
-    """Copies and proves. A half-made file goes with the destination, whose whole folder Nova deletes."""
+def transfer(run: Run, host: Host, job: DiskJob, known: Known, locks: DiskLocks) -> Moved:
+    """Copies and proves; raises as `patiently` does. A half-made file goes with the destination, whose whole folder Nova deletes."""
     inode = host.run("stat", "-c", "%i", "--", job.fresh.path).strip()
     run.journal.write("job", new=job.new, kept=job.kept, host=host.name, stand=job.stand, inode=inode, whole_file=job.whole_file)
+    check = spaced(10.0, functools.partial(gate, run, Act.WRITE, is_held=True))
+    witness = Witness(functools.partial(told_progress, run), lambda tile, done: run.journal.write(
+        "chunk", offset=tile.offset, length=tile.length, done=done), check)
+
+    def attempt(ends: Ends) -> Moved:
+        gate(run, Act.WRITE)
+        locks.hold(ends.destination, job.fresh.path)
+        return move_disk(ends, job, witness, known)[0]
+
     with run.screen.step("Migrate disk to destination instance."), run.journal.act("copy", new=job.new, length=job.length) as result:
         run.screen.note(f"{run.source_host.name}:{job.source.path}")
         run.screen.note(f"-> {host.name}:{job.fresh.path}")
-        begin, check = functools.partial(gate, run, Act.WRITE), functools.partial(gate, run, Act.WRITE, is_held=True)
-        moved = move_patiently(run, host, job, locks, (begin, spaced(10.0, check)), known)
-        rate = moved.held / max(moved.seconds, 0.001)
-        proof = f"both ends have digest {moved.digest[:16]}…" if moved.digest else "not proven, as asked for with --no-verify"
-        proof += f", of {human(moved.unread)} since before the stop: by the dirty bitmap they have not changed" if moved.unread else ""
-        what = f"{human(moved.held)} that had changed, in" if moved.is_rest else f"{human(moved.held)} in"
-        run.screen.note(f"Done. {what} {span(moved.seconds)}{'' if moved.is_rest else f', {human(rate)}/s'}; {proof}")
+        moved = patiently(run, host, locks, attempt, "stays stopped")
+        tell_moved(run, job, moved)
         result |= {"held": moved.held, "digest": moved.digest}
+    return moved
+
+
+def tell_moved(run: Run, job: DiskJob, moved: Moved) -> None:
+    """Says what has arrived, and how it was proven."""
+    rate = moved.held / max(moved.seconds, 0.001)
+    proof = f"both ends have digest {moved.digest[:16]}…" if moved.digest else "not proven, as asked for with --no-verify"
+    proof += f", of {human(moved.unread)} since before the stop: by the dirty bitmap they have not changed" if moved.unread else ""
+    what = f"{human(moved.held)} that had changed, in" if moved.is_rest else f"{human(moved.held)} in"
+    run.screen.note(f"Done. {what} {span(moved.seconds)}{'' if moved.is_rest else f', {human(rate)}/s'}; {proof}")
     run.report.copy |= {"verified": bool(moved.digest), "digest": moved.digest, "proven_by_bitmap": moved.unread, "bytes": moved.held,
                         "length": job.length, "sent": moved.sent, "sent_per_held": round(moved.sent / max(moved.held, 1), 4),
                         "seconds": round(moved.seconds, 2), "rate": round(rate)}
     run.journal.write("finished", clouds=[run.source.url, run.destination.url], rate=round(rate) if moved.held > MiB and not moved.is_rest else 0)
-
-
-def move_patiently(run: Run, host: Host, job: DiskJob, locks: DiskLocks, checks: tuple[Callable[[], object], Callable[[], object]],
-                   known: Known = NOTHING_KNOWN) -> Moved:
-    """Moves the disk, again and again where something fails; what has arrived is proven and kept. Raises as `patiently` does.
-
-    Of the two checks, which may raise, one is made before each attempt, the other between chunks.
-    """
-    there = list(run.earlier.record.arrived) if run.earlier else []
-
-    def arrived(tile: Chunk, done: int) -> None:
-        there.append((tile.offset, tile.length))
-        run.journal.write("chunk", offset=tile.offset, length=tile.length, done=done)
-
-    witness = Witness(functools.partial(told_progress, run), arrived, checks[1])
-
-    def attempt(ends: Ends) -> Moved:
-        checks[0]()
-        locks.hold(ends.destination, job.fresh.path)
-        if job.settings.warm and ends.destination.succeeds("test", "-f", job.new):
-            return move_changes(ends, job, witness, known)
-        return move_disk(ends, job, witness, there)
-
-    return patiently(run, host, locks, attempt, "stays stopped")
 
 
 def spaced(seconds: float, act: Callable[[], object]) -> Callable[[], None]:
@@ -5842,7 +5736,7 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, destination:
     yield f"destination  {settings.dst_name}, flavor {plan.flavor.name}, image {plan.image.name} ({image_id}), on the host that Nova chooses"
     for what, _ in plan.flavor.differs(plan.server.flavor):
         yield f"  flavor     has {what} of the source's"
-    transport, why = pick_transport(settings.transport, [tool for tool in ("nbd-server",) if tool in source.lacking], top, True)
+    transport, why = pick_transport(settings, [tool for tool in ("nbd-server",) if tool in source.lacking], top, True)
     yield f"transport    {transport}{' with TLS' if settings.tls else ' in clear'}: {why} (the destination's host may lack something)"
     if plan.carried:
         yield f"to move      {human(plan.carried.size)}: the image, before anything is stopped"

@@ -26,7 +26,7 @@ from migrena import (
     digests,
     disk_chain,
     drop_bitmap,
-    move_changes,
+    move_disk,
     settle_disk,
     stand_of,
     unchanged_since,
@@ -34,6 +34,7 @@ from migrena import (
 
 CELL = 65536
 LARGE = 48 * MiB
+SILENT = Witness(lambda total: contextlib.nullcontext(lambda done: None))
 
 
 def digests_of(host: Host, path: str) -> dict[int, str]:
@@ -63,12 +64,12 @@ def pair(lab: Lab) -> tuple[Instance, Instance]:
 def prepared(pair: tuple[Instance, Instance], make_copy: MakeCopy) -> Iterator[tuple[Ends, DiskJob, Known]]:
     """Both ends, the job, and what is known of both files: the new one is the source's as it was when its bitmap began, but for one byte."""
     source, fresh = pair
-    with make_copy().prepared(source, fresh) as (ends, job):
+    with make_copy(warm=True).prepared(source, fresh) as (ends, job):
         with_bitmap(source, bitmap_of(job.run))
         here = digests_of(ends.source, source.path)
         shutil.copy(f"{source.host.root}{source.path}", f"{fresh.host.root}{job.new}")
         ends.destination.script('printf "?" | dd of="$1" bs=1 seek=$((9 << 20)) conv=notrunc status=none', job.new)
-        yield ends, job, Known(here, digests_of(ends.destination, job.new))
+        yield ends, job, Known(here, digests_of(ends.destination, job.new), stand_of(ends.destination, job.new))
 
 
 def looked_at_again(ends: Ends, job: DiskJob) -> DiskJob:
@@ -101,10 +102,41 @@ def test_what_a_bitmap_calls_unchanged_is_and_the_rest_arrives(
     assert all(now.get(block) == known.here.get(block) for block in unchanged), orders
     assert 9 not in unchanged  # the byte that is wrong at the destination
     known, job = dataclasses.replace(known, unchanged=unchanged), looked_at_again(ends, job)
-    moved = move_changes(ends, job, Witness(lambda total: contextlib.nullcontext(lambda done: None)), known)
+    moved, _ = move_disk(ends, job, SILENT, known)
     assert moved.unread == len(unchanged) * MiB and moved.is_rest
     assert lab["dst"].run("sha256sum", job.new).stdout.split()[0] == source.sha256()
     assert bitmaps_in(source) == []
+
+
+@pytest.mark.parametrize("cluster", ["64k", "1M", "2M"])
+def test_what_was_moved_to_a_new_place_with_a_small_write_is_not_called_unchanged(
+        lab: Lab, make_copy: MakeCopy, cluster: str) -> None:
+    """qemu copies the rest of a base's cluster to where the first write to it goes."""
+    source, fresh = (Instance.make(lab[name]).overlay(base(lab[name], "debian", LARGE), LARGE) for name in ("src", "dst"))
+    below = source.node()["backing-filename"]
+    source.host.run("sh", "-c", 'rm "$1"; qemu-img create -q -f qcow2 -o cluster_size="$2" -F raw -b "$3" "$1"', "sh", source.path, cluster, below)
+    source.write("guest", (32 * MiB, 6 * MiB))
+    with make_copy(warm=True).prepared(source, fresh) as (ends, job):
+        with_bitmap(source, bitmap_of(job.run))
+        shutil.copy(f"{source.host.root}{source.path}", f"{fresh.host.root}{job.new}")
+        known = Known(digests_of(ends.source, source.path), digests_of(ends.destination, job.new), stand_of(ends.destination, job.new))
+        source.host.run("qemu-io", "-f", "qcow2", "-c", "write -q -P 7 64k 4k", "-c", "write -q -P 8 26M 512", source.path)
+        unchanged = unchanged_since(ends.source, ends.source_folder, job, known)
+        now = digests_of(ends.source, source.path)
+        assert unchanged and all(now.get(block) == known.here.get(block) for block in unchanged)
+        drop_bitmap(ends.source, "nobody", source.path, job.run)
+        moved, _ = move_disk(ends, looked_at_again(ends, job), SILENT, dataclasses.replace(known, unchanged=unchanged))
+        assert moved.digest and lab["dst"].run("sha256sum", job.new).stdout.split()[0] == source.sha256()
+
+
+def test_what_is_known_of_a_file_does_not_hold_for_another_one_in_its_place(
+        prepared: tuple[Ends, DiskJob, Known], pair: tuple[Instance, Instance], lab: Lab) -> None:
+    ends, job, known = prepared
+    unchanged = unchanged_since(ends.source, ends.source_folder, job, known)
+    drop_bitmap(ends.source, "nobody", pair[0].path, job.run)
+    lab["dst"].run("sh", "-c", 'rm "$1"; truncate -s "$2" "$1"', "sh", job.new, str(job.length))  # as an attempt that failed leaves it
+    moved, _ = move_disk(ends, looked_at_again(ends, job), SILENT, dataclasses.replace(known, unchanged=unchanged))
+    assert moved.unread == 0 and lab["dst"].run("sha256sum", job.new).stdout.split()[0] == pair[0].sha256()
 
 
 def test_most_of_a_disk_is_not_read_again_where_little_was_written(

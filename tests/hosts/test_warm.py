@@ -201,13 +201,13 @@ def test_a_source_that_is_stopped_by_somebody_meanwhile_ends_it(operator: Operat
     assert operator.made() == [] and operator.clouds[0].rows()[operator.id]["status"] == "SHUTOFF"
 
 
-@pytest.mark.parametrize(("side", "word"), [("src", "qemu-nbd"), ("dst", "python3")])
+@pytest.mark.parametrize(("side", "word"), [("src", "qemu-nbd"), ("dst", "qemu-img")])
 def test_a_program_that_dies_in_a_warm_pass_costs_an_attempt(operator: Operator, guest: Guest, side: str, word: str) -> None:
     guest()
     process = in_a_pass(operator)
     host = operator.lab[side]
     for pid, words in processes(host).items():
-        if words[0] == word and ("bring" in words if side == "dst" else "--pid-file" in " ".join(words)):
+        if words[0] == word and ("convert" in words if side == "dst" else "--pid-file" in " ".join(words)):
             host.run("kill", "-9", str(pid))
     goes_on(operator, process)
 

@@ -664,19 +664,19 @@ class Disks:
         self.world.point("rehearse", 1)
         return 1e9
 
-    def warm_pass(self, ends: migrena.Ends, job: migrena.DiskJob, known: migrena.Known, progress: object) -> tuple[migrena.Pass, migrena.Known]:
+    def warm_pass(self, ends: migrena.Ends, job: migrena.DiskJob) -> migrena.Moved:
         world = self.world
         world.point("pass", 50)
         file = world.files.get((ends.source.name, job.source.path))
         if world.process.wire_breaks or not file:
             self.lose_holds()
         world.files[ends.destination.name, job.new] = File(file.lineage, file.version, whole=False, inode=world.next())
-        return migrena.Pass(1, 1.0, 1.0, 2.0), known
+        return migrena.Moved(1, 1, "", 2.0, 1.0, 1.0)
 
-    def move_changes(self, ends: migrena.Ends, job: migrena.DiskJob, witness: migrena.Witness, known: object) -> migrena.Moved:
-        return self.move_disk(ends, job, witness)
-
-    def move_disk(self, ends: migrena.Ends, job: migrena.DiskJob, witness: migrena.Witness, known: object = ()) -> migrena.Moved:
+    def move_disk(self, ends: migrena.Ends, job: migrena.DiskJob, witness: migrena.Witness,
+                  known: migrena.Known) -> tuple[migrena.Moved, migrena.Known]:
+        if job.is_live:
+            return self.warm_pass(ends, job), known
         world, source, target = self.world, ends.source, (ends.destination.name, job.new)
         ends.locks.hold(source, job.source.path)
         migrena.require_stand(source, job)
@@ -695,7 +695,7 @@ class Disks:
         new.whole = new.version == file.version and world.files.get((source.name, job.source.path)) is file
         if target not in world.files:
             raise migrena.HostError(f"{ends.destination.name}: {job.new} is gone")
-        return migrena.Moved(2, 2, "digest", 2.0)
+        return migrena.Moved(2, 2, "digest", 2.0), known
 
     def settle_disk(self, host: HostStandIn, job: migrena.DiskJob) -> tuple[str, ...]:
         world = self.world

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -38,17 +39,10 @@ def disks(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]], int]:
     return length, extents, draw(st.integers(1, 20)) * MiB
 
 
-Stretches = list[tuple[int, int, int, int]]
-
-
-def stretches(extents: list[tuple[int, int]]) -> Stretches:
-    return [(offset, held, held, 1) for offset, held in extents]
-
-
 @given(disks(), st.sampled_from((0, MiB, 5 * MiB)))
 def test_chunks_tile_the_disk_exactly_and_in_order(disk: tuple[int, list[tuple[int, int]], int], hole: int) -> None:
     length, extents, limit = disk
-    tiles = chunks(length, stretches(extents), limit, MiB, hole)
+    tiles = chunks(length, extents, limit, MiB, hole)
     assert tiles[0].offset == 0
     assert tiles[-1].offset + tiles[-1].length == length
     assert all(one.offset + one.length == other.offset and other.offset % MiB == 0 for one, other in pairwise(tiles))
@@ -58,9 +52,12 @@ def test_chunks_tile_the_disk_exactly_and_in_order(disk: tuple[int, list[tuple[i
 @given(disks(), st.sampled_from((0, MiB, 5 * MiB)))
 def test_no_chunk_holds_more_than_the_limit(disk: tuple[int, list[tuple[int, int]], int], hole: int) -> None:
     length, extents, limit = disk
-    tiles = chunks(length, stretches(extents), limit, MiB, hole)
-    assert all(tile.held <= limit + len(extents) for tile in tiles)  # a byte for each that was cut in two
-    assert sum(tile.held for tile in tiles) <= sum(held for _, held in extents) + len(extents) + len(tiles)
+    tiles = chunks(length, extents, limit, MiB, hole)
+    assert all(tile.held <= limit for tile in tiles)
+    assert [piece for tile in tiles for piece in tile.pieces if tile.held != sum(held for _, held in tile.pieces)] == []
+    inside = [byte for tile in tiles for offset, held in tile.pieces for byte in (offset, offset + held)]
+    joined = [byte for at, byte in enumerate(inside) if byte not in inside[max(0, at - 1):at] + inside[at + 1:at + 2]]
+    assert joined == [byte for offset, held in extents for byte in (offset, offset + held)]
 
 
 def touches(tile: Chunk, offset: int, held: int) -> bool:
@@ -70,7 +67,7 @@ def touches(tile: Chunk, offset: int, held: int) -> bool:
 @given(disks(), st.sampled_from((0, MiB, 5 * MiB)))
 def test_every_byte_that_is_held_is_copied_and_a_hole_where_it_counts_is_not(disk: tuple[int, list[tuple[int, int]], int], hole: int) -> None:
     length, extents, limit = disk
-    tiles = chunks(length, stretches(extents), limit, MiB, hole)
+    tiles = chunks(length, extents, limit, MiB, hole)
     for offset, held in extents:
         assert all(tile.held for tile in tiles if touches(tile, offset, held))
     for tile in tiles if hole else ():
@@ -80,29 +77,29 @@ def test_every_byte_that_is_held_is_copied_and_a_hole_where_it_counts_is_not(dis
 
 
 def test_control_a_disk_without_extents_is_one_hole() -> None:
-    assert chunks(5 * MiB + 1, [], MiB) == (Chunk(0, 5 * MiB + 1, 0, 0),)
+    assert chunks(5 * MiB + 1, [], MiB) == [Chunk(0, 5 * MiB + 1, 0)]
 
 
 def test_a_disk_that_is_full_is_copied_from_end_to_end() -> None:
-    tiles = chunks(3 * MiB + 7, [(0, 3 * MiB + 7, 3 * MiB + 7, 1)], 2 * MiB)
-    assert tiles == (Chunk(0, MiB, MiB), Chunk(MiB, 2 * MiB, 2 * MiB), Chunk(3 * MiB, 7, 7))
+    tiles = chunks(3 * MiB + 7, [(0, 3 * MiB + 7)], 2 * MiB)
+    assert tiles == [Chunk(0, MiB, MiB), Chunk(MiB, 2 * MiB, 2 * MiB), Chunk(3 * MiB, 7, 7)]
 
 
 def test_chunks_get_smaller_towards_the_end() -> None:
-    sizes = [tile.length // MiB for tile in chunks(4096 * MiB, [(0, 4096 * MiB, 4096 * MiB, 1)], 512 * MiB)]
+    sizes = [tile.length // MiB for tile in chunks(4096 * MiB, [(0, 4096 * MiB)], 512 * MiB)]
     assert sizes == [256, *[512] * 4, 448, 336, 252, 189, 141, 106, 80, 64, 64, 64, 48]
 
 
 def test_chunks_go_by_what_they_hold_and_holes_cost_no_chunk_of_their_own() -> None:
-    far_apart = [(at * 1024 * MiB, 2 * MiB, 2 * MiB, 1) for at in range(20)]
+    far_apart = [(at * 1024 * MiB, 2 * MiB) for at in range(20)]
     assert [(tile.length // MiB, tile.held // MiB) for tile in chunks(20480 * MiB, far_apart, 512 * MiB)] == [(15362, 32), (5118, 8)]
     assert len(chunks(20480 * MiB, far_apart, 512 * MiB, hole=64 * MiB)) == 40
 
 
 def test_a_chunk_of_many_small_pieces_is_known_as_such() -> None:
-    crumbs = [(at * 64 * MiB, 64 * MiB, 4 * MiB, 1024) for at in range(64)]
+    crumbs = [(at * 64 * 1024, 4096) for at in range(65536)]
     assert all(tile.is_scattered for tile in chunks(4096 * MiB, crumbs, 512 * MiB))
-    assert not any(tile.is_scattered for tile in chunks(4096 * MiB, [(0, 4096 * MiB, 4096 * MiB, 3)], 512 * MiB))
+    assert not any(tile.is_scattered for tile in chunks(4096 * MiB, [(0, MiB), (2 * MiB, 4 * MiB), (7 * MiB, 4089 * MiB)], 512 * MiB))
 
 
 def passes(*changed: int, seconds: float = 10.0, looking: float = 2.0) -> list[Pass]:
@@ -168,14 +165,21 @@ def test_the_file_is_copied_only_where_it_means_the_same_at_the_other_end(
     ([], an_overlay(allocated=10 * MiB), True, "qemu", "sparse"),
 ])
 def test_auto_takes_nbd_where_it_serves_and_says_why(lacking: list[str], top: DiskImage, whole_file: bool, transport: str, why: str) -> None:
-    picked, reason = pick_transport("auto", lacking, top, whole_file)
+    picked, reason = pick_transport(some_settings(), lacking, top, whole_file)
     assert picked == transport
     assert why in reason
 
 
 @pytest.mark.parametrize("wanted", ["nbd", "qemu"])
 def test_a_transport_that_was_asked_for_is_taken(wanted: str) -> None:
-    assert pick_transport(wanted, ["nbd-client on cmp2"], an_overlay(length=7), False) == (wanted, "as asked for")
+    settings = some_settings(transport=wanted)
+    assert pick_transport(settings, ["nbd-client on cmp2"], an_overlay(length=7), False) == (wanted, "as asked for")
+
+
+@pytest.mark.parametrize(("different", "why"), [({"warm": True}, "--warm reads"), ({"compress": "on"}, "--compress on goes")])
+def test_what_needs_qemu_nbd_is_named_as_the_reason_and_not_a_wish_that_nobody_had(different: dict[str, Any], why: str) -> None:
+    transport, told = pick_transport(some_settings(**different), [], an_overlay(), True)
+    assert transport == "qemu" and told.startswith(why)
 
 
 LIMITS = {"maxTotalInstances": 10, "totalInstancesUsed": 9, "maxTotalCores": 8, "totalCoresUsed": 4, "maxTotalRAMSize": 4096, "totalRAMUsed": 0}

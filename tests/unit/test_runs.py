@@ -16,7 +16,6 @@ import pytest
 
 from conftest import REPOSITORY, Migrena
 from migrena import (
-    Chunk,
     Journal,
     Refused,
     RunRecord,
@@ -26,7 +25,6 @@ from migrena import (
     Undo,
     UsageError,
     find_run,
-    is_covered,
     only_run_of,
     read_run,
     refuse_state,
@@ -219,12 +217,6 @@ def test_a_run_that_is_over_is_not_gone_on_with(state: str) -> None:
     with pytest.raises(Refused, match="nothing to go on with"):
         refuse_state(replace(RECORD, state=state))
     refuse_state(RECORD)
-
-
-@pytest.mark.parametrize(("stretches", "covered"), [([(0, 4)], True), ([(0, 2), (2, 2)], True), ([(2, 2), (0, 3)], True), ([(0, 3)], False),
-                                                    ([(0, 1), (2, 2)], False), ([(1, 9)], False), ([], False)])
-def test_a_chunk_has_arrived_only_when_each_of_its_bytes_was_sent(stretches: list[tuple[int, int]], covered: bool) -> None:
-    assert is_covered(Chunk(0, 4, True), stretches) is covered
 
 
 SLOT = """
