@@ -218,6 +218,27 @@ def words_of(*allowed: str) -> Callable[[object], str]:
     return read
 
 
+def matching(form: str, complaint: str, made: Callable[[str], T]) -> Callable[[object], T]:
+    """A reader of what has this form, which is a regular expression."""
+
+    def read(value: object) -> T:
+        if not re.fullmatch(form, str(value)):
+            raise ValueError(complaint)
+        return made(str(value))
+
+    return read
+
+
+UUID_FORM: Final = r"[0-9a-fA-F]{8}-?([0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}"
+count: Final = matching(r"\d{1,9}", "is no whole number", int)
+positive: Final = matching(r"0*[1-9]\d{0,8}", "is no whole number from 1 on", int)
+nbd_device: Final = matching(r"(/dev/nbd\d+)?", "is no /dev/nbdN", str)
+instance_id: Final = matching(f"({UUID_FORM})?", "is no instance id; take it from: openstack server list --all-projects",
+                              lambda id: str(uuid.UUID(id)) if id else "")
+disk_path: Final = matching(r"/[^%\0-\x1f\x7f]*%s[^%\0-\x1f\x7f]*",
+                            "must be an absolute path with one %s in it, for the instance's id, as in /var/lib/nova/instances/%s/disk", str)
+
+
 def text(value: object) -> str:
     """Plain text without control characters."""
     if not isinstance(value, (str, Path)):
@@ -231,7 +252,7 @@ def name_of_new(value: object) -> str:
     """A name that Nova and Glance take."""
     if len(name := text(value)) > 255:
         raise ValueError(f"has {len(name)} characters, and 255 are the most")
-    if name != name.strip() and name.strip():
+    if name.strip() not in (name, ""):
         raise ValueError("begins or ends with a space")
     return name
 
@@ -242,30 +263,6 @@ def yes_no(value: object) -> bool:
     if word not in (*yes, "0", "false", "no", "off"):
         raise ValueError("is neither yes nor no")
     return word in yes
-
-
-def count(value: object) -> int:
-    """A whole number, 0 too."""
-    if not re.fullmatch(r"\d{1,9}", str(value)):
-        raise ValueError("is no whole number")
-    return int(str(value))
-
-
-def positive(value: object) -> int:
-    """A whole number, at least one."""
-    if not count(value):
-        raise ValueError("must be at least 1")
-    return int(str(value))
-
-
-UUID_FORM: Final = r"[0-9a-fA-F]{8}-?([0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}"
-
-
-def instance_id(value: object) -> str:
-    """The id of an instance as Nova writes it, or nothing."""
-    if value and not re.fullmatch(UUID_FORM, str(value)):
-        raise ValueError("is no instance id; take it from: openstack server list --all-projects")
-    return str(uuid.UUID(str(value))) if value else ""
 
 
 def seconds(value: object) -> int:
@@ -293,14 +290,6 @@ def ports(value: object) -> range:
 def port(value: object) -> int:
     """One TCP port; 0 stands for none given."""
     return 0 if str(value) in ("", "0") else ports(value)[0]
-
-
-def disk_path(value: object) -> str:
-    """Where Nova keeps an instance's root disk, `%s` standing for the instance's id."""
-    path = text(value)
-    if path.count("%s") != 1 or path.count("%") != 1 or not path.startswith("/"):
-        raise ValueError("must be an absolute path with one %s in it, as in /var/lib/nova/instances/%s/disk")
-    return path
 
 
 def literal(value: object) -> dict[str, Any]:
@@ -461,7 +450,7 @@ class Settings:
     dst_creds: dict[str, Any] = option({}, read=literal)
     dst_glance_endpoint: str = option("")
     disk_path: str = option("/var/lib/nova/instances/%s/disk", read=disk_path)
-    nbd_device: str = option("")
+    nbd_device: str = option("", read=nbd_device)
     nbd_server_port: range = option(range(2666, 2698), read=ports)
     hosts: dict[str, HostEntry] = option({}, read=hosts)
     ssh_user: str = option("")
@@ -485,9 +474,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def config_names() -> dict[str, dataclasses.Field[Any]]:
-    """The names that config.py may set, each with its row."""
-    return {row.name.upper(): row for row in dataclasses.fields(Settings) if row.metadata["config"]}
+def config_names() -> list[str]:
+    """The names that config.py may set."""
+    return [row.name.upper() for row in dataclasses.fields(Settings) if row.metadata["config"]]
 
 
 def read_config(path: Path) -> dict[str, object]:
@@ -500,18 +489,9 @@ def read_config(path: Path) -> dict[str, object]:
     except (Exception, SystemExit) as error:  # whatever an operator's file does wrong is told as its fault, not as ours
         raise UsageError(f"{path}: {type(error).__name__}: {error}") from error
     values = {name: value for name, value in found.items() if name.isupper() and not name.startswith("_")}
-    for name in values.keys() - known.keys():
+    for name in values.keys() - {*known}:
         raise UsageError(f"{path}: unknown setting {name}{did_you_mean(name, known)}", f"known: {', '.join(known)}")
-    return {known[name].name: value for name, value in values.items()}
-
-
-def read_value(row: dataclasses.Field[Any], value: object, origin: str) -> Any:
-    """The value of one setting; raises UsageError that names where it came from."""
-    try:
-        return row.metadata["read"](value)
-    except (ValueError, TypeError) as error:
-        shown = "" if "creds" in row.name else f" {shorten(repr(value), 80)}"
-        raise UsageError(f"{origin}:{shown} {error}") from error
+    return {name.lower(): value for name, value in values.items()}
 
 
 def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: Mapping[str, object]) -> Settings:
@@ -519,11 +499,14 @@ def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: 
     values = {}
     for row in dataclasses.fields(Settings):
         name, variable = row.name.upper(), f"MIGRENA_{row.name.upper()}"
-        for place, key, origin in ((flags, row.name, (name, *row.metadata["flags"])[-1]),
-                                   (environment, variable, variable),
+        for place, key, origin in ((flags, row.name, (name, *row.metadata["flags"])[-1]), (environment, variable, variable),
                                    (config, row.name, f"{name} in config.py")):
             if key in place:
-                values[row.name] = read_value(row, place[key], origin)
+                try:
+                    values[row.name] = row.metadata["read"](place[key])
+                except (ValueError, TypeError) as error:
+                    shown = "" if "creds" in row.name else f" {shorten(repr(place[key]), 80)}"
+                    raise UsageError(f"{origin}:{shown} {error}") from error
                 break
     settings = Settings(**values)
     if settings.chunk < MiB or settings.chunk % MiB:
@@ -531,8 +514,6 @@ def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: 
     for flag, is_given in (("--compress on", settings.compress == "on"), ("--warm", settings.warm)):
         if is_given and settings.transport == "nbd":
             raise UsageError(f"{flag} goes with the transport qemu alone", "leave out --transport nbd")
-    if settings.nbd_device and not re.fullmatch(r"/dev/nbd\d+", settings.nbd_device):
-        raise UsageError(f"NBD_DEVICE: {settings.nbd_device!r} is no /dev/nbdN")
     return settings
 
 
@@ -561,7 +542,9 @@ def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) 
     is_side = cloud in ("src", "dst")
     prefix = f"{cloud.upper()}_OS_" if is_side else "OS_"
     name = getattr(settings, f"{cloud}_cloud") if is_side else cloud or environment.get("OS_CLOUD", "")
-    found = cloud_from_yaml(name, environment) if name else from_variables(prefix, environment)
+    found = cloud_from_yaml(name, environment) if name else {
+        key.removeprefix(prefix).lower(): value for key, value in environment.items()
+        if key.startswith(prefix) and not re.search(r"OS_(CLOUD|CLIENT_CONFIG_FILE|.*_API_VERSION)$", key)}
     if is_side and not name and "auth_url" not in found:
         found = getattr(settings, f"{cloud}_creds")
     if found.get("auth_url"):
@@ -571,12 +554,6 @@ def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) 
                          f"fill in {cloud.upper()}_CREDS in config.py, or give --{cloud}-cloud or {prefix}AUTH_URL and the like")
     raise UsageError(f"cloud {name!r} has no auth_url" if name else "no cloud is named",
                      "give --cloud src, dst or a name in clouds.yaml, or OS_AUTH_URL and the like")
-
-
-def from_variables(prefix: str, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Credentials in variables of this prefix, without what is there for other clients."""
-    found = {key[len(prefix) :].lower(): value for key, value in environment.items() if key.startswith(prefix)}
-    return {key: value for key, value in found.items() if not re.fullmatch(r".*_api_version|cloud|client_config_file", key)}
 
 
 def modern(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -601,25 +578,19 @@ def cloud_from_yaml(name: str, environment: Mapping[str, str]) -> dict[str, Any]
     named = environment.get("OS_CLIENT_CONFIG_FILE")
     folders = Path.cwd(), Path.home() / ".config/openstack", Path("/etc/openstack")
     places = [Path(named)] if named else [folder / "clouds.yaml" for folder in folders]
-    for path in places:
-        if not path.is_file():
-            continue
-        try:
-            clouds = yaml.safe_load(path.read_text())["clouds"]
-            secure = path.with_name("secure.yaml")
-            hidden = yaml.safe_load(secure.read_text())["clouds"] if secure.is_file() else {}
-            entry, more = dict(clouds.get(name, {})), dict(hidden.get(name, {}))
-            auth = {**entry.pop("auth", {}), **more.pop("auth", {})}
-            entry |= more
-        except yaml.MarkedYAMLError as error:  # its own text quotes the line, which may hold a password
-            line = error.problem_mark.line + 1 if error.problem_mark else 0
-            raise UsageError(f"{path} or secure.yaml beside it is no YAML: {error.problem} at line {line}") from None
-        except (yaml.YAMLError, OSError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise UsageError(f"{path} cannot be read as clouds.yaml: {type(error).__name__}") from None
+    if not (path := next((place for place in places if place.is_file()), None)):
+        raise UsageError("no clouds.yaml was found", f"looked at: {', '.join(map(str, places))}")
+    secure = path.with_name("secure.yaml")
+    try:
+        clouds, hidden = (yaml.safe_load(place.read_text())["clouds"] if place.is_file() else {} for place in (path, secure))
         if name not in clouds:
             raise UsageError(f"{path} has no cloud {name!r}{did_you_mean(name, clouds)}", f"it has: {', '.join(clouds)}")
-        return {**{key: entry[key] for key in SESSION_KEYS if key in entry}, **auth}
-    raise UsageError("no clouds.yaml was found", f"looked at: {', '.join(map(str, places))}")
+        entry = {**clouds[name], **hidden.get(name, {})}
+        return {**{key: entry[key] for key in SESSION_KEYS if key in entry}, **clouds[name].get("auth", {}), **entry.get("auth", {})}
+    except (yaml.YAMLError, OSError, TypeError, ValueError, KeyError, AttributeError) as error:  # its text may hold a password
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}, with secure.yaml beside it, cannot be read: {type(error).__name__}{line}") from None
 
 
 # ---- 3. Plans --------------------------------------------------------------------------------------------------------

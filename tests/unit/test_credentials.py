@@ -186,7 +186,8 @@ def test_a_config_that_cannot_be_read_does_not_show_its_password(tmp_path: Path,
 
 
 @pytest.mark.parametrize("content", ["clouds: {here: {auth: {password: hunter2: x}}}", "clouds:\n  here:\n    auth:\n      password: \"hunter2\n",
-                                     "clouds: {here: hunter2}", "clouds:\n  here:\n    password: hunter2\n   bad: 1\n"])
+                                     "clouds: {here: hunter2}", "clouds: {here: {auth: {password: *hunter2}}}",
+                                     "clouds: {here: {auth: {password: !hunter2 x}}}", "clouds:\n  here:\n    password: hunter2\n   bad: 1\n"])
 @pytest.mark.parametrize("name", ["clouds.yaml", "secure.yaml"])
 def test_a_yaml_that_cannot_be_read_does_not_show_its_password(tmp_path: Path, content: str, name: str) -> None:
     (tmp_path / "clouds.yaml").write_text(CLOUDS)

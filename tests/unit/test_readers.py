@@ -57,7 +57,7 @@ def test_a_disk_path_has_one_place_for_the_id(written: str) -> None:
     "/var/lib/nova/disk", "var/%s/disk", "/%s/%s", "/%s/%d", "/%s/100%", "/%d/disk", "", "/a\n/%s", None, 3, "%s/disk", "/%%s/disk",
 ])
 def test_what_is_no_disk_path_is_refused(written: object) -> None:
-    with pytest.raises(ValueError, match=r"must be an absolute path|control characters|is no text"):
+    with pytest.raises(ValueError, match="must be an absolute path"):
         disk_path(written)
 
 
