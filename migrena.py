@@ -349,102 +349,100 @@ def names(value: object) -> tuple[str, ...]:
     return found
 
 
-COPY: Final = ("copy",)  # the jobs that know a flag
-MOVE: Final = ("copy", "resume")
-SEND: Final = (*MOVE, "image")
-ACT: Final = (*SEND, "rollback")
-LIVE: Final = ("live-migrate",)
-ALL: Final = (*ACT, "status", *LIVE)
+MOVE: Final = "copy resume"  # the subcommands that know a flag
+SEND: Final = f"{MOVE} image"
+ACT: Final = f"{SEND} rollback"
+LIVE: Final = "live-migrate"
+ALL: Final = f"{ACT} {LIVE} status"
 
 
-def option(default: T, *flags: str, read: Callable[[Any], T] | None = None, config: bool = True,
-           jobs: Collection[str] = COPY, **more: Any) -> T:
-    """One row of Settings, text or yes-or-no unless it has a reader; `jobs` know its flag, `more` is argparse's."""
-    is_switch = isinstance(default, bool)
-    if flags and is_switch:
+def option(default: T, usage: str = "", meaning: str = "", *, read: Callable[[Any], T] | None = None, config: bool = True,
+           jobs: str = "copy", **more: Any) -> T:
+    """One row of Settings, text or yes-or-no unless it has a reader; `usage` is its flags and what follows them, `more` is argparse's."""
+    is_switch, words = isinstance(default, bool), usage.split()
+    flags = [word for word in words if word.startswith("-")]
+    if is_switch:
         more["action"] = "store_false" if default else "store_true"
-    metadata = {"flags": flags, "read": read or (yes_no if is_switch else text), "config": config, "jobs": jobs,
-                "more": more}
+    elif words != flags:
+        more["metavar"] = words[-1]
+    metadata = {"flags": flags, "read": read or (yes_no if is_switch else text), "config": config, "jobs": jobs.split(),
+                "more": {"help": meaning, **more}}
     row: T = field(default_factory=lambda: default, metadata=metadata)
     return row
 
 
-def per_call(default: T, *flags: str, **more: Any) -> T:
+def per_call(default: T, usage: str = "", meaning: str = "", **more: Any) -> T:
     """The same, for one call alone: config.py may not set it."""
-    return option(default, *flags, config=False, **more)
+    return option(default, usage, meaning, config=False, **more)
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that was asked for. A row gives flag, MIGRENA_NAME, NAME in config.py, reader and help."""
 
-    run: str = per_call("")  # the run that status, resume or rollback is about
-    run_of: str = per_call("", "--run-of", read=instance_id, jobs=("rollback",), metavar="SRC_UUID",
-                           help="the run that is marked on this source instance, also where its journal is lost")
-    keep_destination: bool = per_call(False, "--keep-destination", jobs=("rollback",),
-                                      help="stop the new instance and leave it, in place of deleting it")
-    yes: bool = per_call(False, "--yes", "-y", "--y", jobs=(*MOVE, "rollback", *LIVE),
-                         help="ask nothing: also what may lose what an instance has written since; move each instance")
-    host_map: str = per_call("", "--host-map", "--host_map", jobs=LIVE, metavar="FILE",
-                             help='JSON: {"compute001": ["web-0"], "compute003": ["db-0", "db-1"]}, instances by name or id')
-    cloud: str = per_call("", "--cloud", jobs=LIVE, metavar="src|dst|NAME",
-                          help="the cloud: one of config.py, or a name in clouds.yaml (left out: by OS_* variables)")
-    timeout: int = per_call(600, "--timeout", read=seconds, jobs=LIVE, metavar="TIME",
-                            help="for one instance (default: 600)")
-    keep_waiting: bool = per_call(False, "--keep-waiting", jobs=LIVE, help="after the timeout, wait on")
-    abort: bool = per_call(False, "--abort", jobs=LIVE, help="after the timeout, end the migration")
-    keep_going: bool = per_call(False, "--keep-going", jobs=LIVE, help="go on with the next one after a failure")
-    src_uid: str = per_call("", "-s", "--src-uid", "--src-uuid", read=instance_id, metavar="UUID", help="the source instance's id")
-    dst_name: str = per_call("", "-d", "--dst-name", read=name_of_new, metavar="NAME",
-                             help="name of the new instance in the destination")
-    flavor: str = per_call("", "-f", "--flavor", help="its flavor, name or id (left out: matched from the source)")
-    image: str = per_call("", "-i", "--image-id", help="its image, name or id (left out: the one with the same content)")
-    extra_args: dict[str, Any] = per_call({}, "-e", "--extra-args", read=literal, metavar="EXTRA",
-                                          help="more arguments of Nova's create, a Python literal or JSON: "
-                                          "\"{'nics': [{'net-id': 'ID'}], 'security_groups': ['default']}\"")
-    images: tuple[str, ...] = per_call((), "-i", "--image-id", read=names, jobs=("image",), action="append", metavar="IMAGE",
-                                       help="an image of the source, name or id; may be given more than once")
-    tag: str = per_call("", "--tag", jobs=("image",), help="all images of the source with this tag")
-    new_name: str = per_call("", "--name", read=name_of_new, jobs=("image",), metavar="NAME",
-                             help="its name in the destination, if not the same")
-    disk_format: str = per_call("", "--disk-format", read=words_of("", "raw", "qcow2", "vmdk"), jobs=("image",),
-                                metavar="raw|qcow2|vmdk", help="convert it, on this machine")
-    work_folder: str = option("", "--work-folder", jobs=("image",), metavar="PATH", help="where it is converted (default: the system's folder "
-                              "for temporary files)")
-    copy_image: bool = option(False, "--copy-image", help="carry the source's image first, where the destination lacks it")
-    start_after: str = per_call("", "-a", "--start-after", read=start_words, nargs="?", const="all",
-                                metavar="all|src|dst", help="start these afterwards; -a alone means all, nothing without it")
-    root_only: bool = per_call(False, "--root-only", help="go on although volumes, ephemeral disks or a config drive would stay behind")
-    transport: str = option("auto", "--transport", read=words_of("auto", "nbd", "qemu"), metavar="auto|nbd|qemu",
-                            help="nbd: nbd-server and nbd-client; qemu: qemu-nbd and qemu-img; auto picks")
-    tls: bool = option(True, "--no-tls", help="send the disk in clear; only the destination's address is let in")
-    verify: bool = option(True, "--no-verify", help="leave out the comparison of both ends' digests")
-    compress: str = option("auto", "--compress", read=words_of("auto", "on", "off"), jobs=MOVE, metavar="auto|on|off",
-                           help="deflate what crosses the wire; auto: where the wire is measured to be slow")
-    limit_rate: int = option(0, "--limit-rate", read=size, jobs=SEND, metavar="RATE", help="bytes per second at most, as in 50M")
-    warm: bool = option(False, "--warm", help="copy while the source runs; it stops only for what has changed since")
-    warm_passes: int = option(0, "--warm-passes", read=count, jobs=MOVE, metavar="N",
-                              help="passes while it runs, the first one included (default: as long as each is clearly smaller)")
-    max_downtime: int = option(0, "--max-downtime", read=limit, jobs=MOVE, metavar="TIME",
-                               help="stop the source only when its downtime will be no longer than this, as in 30s")
-    warm_timeout: int = option(3600, "--warm-timeout", read=seconds, jobs=MOVE, metavar="TIME",
-                               help="give up where --max-downtime was not in reach for so long, the source untouched (default: 1h)")
-    bitmap: bool = option(False, "--bitmap", help="with --warm: libvirt notes in the source's qcow2 file what its guest changes, which then "
-                          "need not be read again; taken out when it has stopped")
-    retries: int = option(5, "--retries", read=count, jobs=MOVE, metavar="N", help="how often a copy cut off or stalled goes on (default: 5)")
-    stall_timeout: int = option(120, "--stall-timeout", read=seconds, jobs=MOVE, metavar="SECONDS",
-                                help="without a byte for so long a copy has stalled (default: 120)")
-    max_per_host: int = option(2, "--max-per-host", read=positive, jobs=MOVE, metavar="N",
-                               help="copies at a time from or to one hypervisor; later ones wait (default: 2)")
-    src_cloud: str = option("", "--src-cloud", jobs=ACT, metavar="NAME", help="the source's name in clouds.yaml")
-    dst_cloud: str = option("", "--dst-cloud", jobs=ACT, metavar="NAME", help="the destination's name in clouds.yaml")
-    dry_run: bool = per_call(False, "-n", "--dry-run", jobs=(*ACT, *LIVE),
-                              help="print the plan, or what is seen and may be done; change nothing")
-    log_file: str = option("", "--log-file", jobs=ALL, metavar="PATH", help="append every line to this file too, stamped, also with -q")
-    verbose: bool = option(False, "-v", "--verbose", jobs=ALL, help="show every remote command")
-    quiet: bool = option(False, "-q", "--quiet", jobs=ALL, help="say nothing at all, not even the new id, unless something is wrong")
-    json: bool = option(False, "--json", jobs=ALL, help="print a report as JSON on standard output")
-    debug: bool = option(False, "--debug", jobs=ALL, help="show tracebacks and the libraries' logs")
+    run: str = per_call("")
+    run_of: str = per_call("", "--run-of SRC_UUID",
+        "the run that is marked on this source instance, also where its journal is lost", read=instance_id, jobs="rollback")
+    keep_destination: bool = per_call(False, "--keep-destination",
+        "stop the new instance and leave it, in place of deleting it", jobs="rollback")
+    yes: bool = per_call(False, "--yes -y --y",
+        "ask nothing: also what may lose what an instance has written since; move each instance", jobs=f"{MOVE} rollback {LIVE}")
+    host_map: str = per_call("", "--host-map --host_map FILE",
+        'JSON: {"compute001": ["web-0"], "compute003": ["db-0", "db-1"]}, instances by name or id', jobs=LIVE)
+    cloud: str = per_call("", "--cloud src|dst|NAME",
+        "the cloud: one of config.py, or a name in clouds.yaml (left out: by OS_* variables)", jobs=LIVE)
+    timeout: int = per_call(600, "--timeout TIME", "for one instance (default: 600)", read=seconds, jobs=LIVE)
+    keep_waiting: bool = per_call(False, "--keep-waiting", "after the timeout, wait on", jobs=LIVE)
+    abort: bool = per_call(False, "--abort", "after the timeout, end the migration", jobs=LIVE)
+    keep_going: bool = per_call(False, "--keep-going", "go on with the next one after a failure", jobs=LIVE)
+    src_uid: str = per_call("", "-s --src-uid --src-uuid UUID", "the source instance's id", read=instance_id)
+    dst_name: str = per_call("", "-d --dst-name NAME", "name of the new instance in the destination", read=name_of_new)
+    flavor: str = per_call("", "-f --flavor", "its flavor, name or id (left out: matched from the source)")
+    image: str = per_call("", "-i --image-id", "its image, name or id (left out: the one with the same content)")
+    extra_args: dict[str, Any] = per_call({}, "-e --extra-args EXTRA",
+        "more arguments of Nova's create, a Python literal or JSON: \"{'nics': [{'net-id': 'ID'}], 'security_groups': ['default']}\"",
+        read=literal)
+    images: tuple[str, ...] = per_call((), "-i --image-id IMAGE",
+        "an image of the source, name or id; may be given more than once", read=names, jobs="image", action="append")
+    tag: str = per_call("", "--tag", "all images of the source with this tag", jobs="image")
+    new_name: str = per_call("", "--name NAME", "its name in the destination, if not the same", read=name_of_new, jobs="image")
+    disk_format: str = per_call("", "--disk-format raw|qcow2|vmdk",
+        "convert it, on this machine", read=words_of("", "raw", "qcow2", "vmdk"), jobs="image")
+    work_folder: str = option("", "--work-folder PATH",
+        "where it is converted (default: the system's folder for temporary files)", jobs="image")
+    copy_image: bool = option(False, "--copy-image", "carry the source's image first, where the destination lacks it")
+    start_after: str = per_call("", "-a --start-after all|src|dst",
+        "start these afterwards; -a alone means all, nothing without it", read=start_words, nargs="?", const="all")
+    root_only: bool = per_call(False, "--root-only", "go on although volumes, ephemeral disks or a config drive would stay behind")
+    transport: str = option("auto", "--transport auto|nbd|qemu",
+        "nbd: nbd-server and nbd-client; qemu: qemu-nbd and qemu-img; auto picks", read=words_of("auto", "nbd", "qemu"))
+    tls: bool = option(True, "--no-tls", "send the disk in clear; only the destination's address is let in")
+    verify: bool = option(True, "--no-verify", "leave out the comparison of both ends' digests")
+    compress: str = option("auto", "--compress auto|on|off",
+        "deflate what crosses the wire; auto: where the wire is measured to be slow", read=words_of("auto", "on", "off"), jobs=MOVE)
+    limit_rate: int = option(0, "--limit-rate RATE", "bytes per second at most, as in 50M", read=size, jobs=SEND)
+    warm: bool = option(False, "--warm", "copy while the source runs; it stops only for what has changed since")
+    warm_passes: int = option(0, "--warm-passes N",
+        "passes while it runs, the first one included (default: as long as each is clearly smaller)", read=count, jobs=MOVE)
+    max_downtime: int = option(0, "--max-downtime TIME",
+        "stop the source only when its downtime will be no longer than this, as in 30s", read=limit, jobs=MOVE)
+    warm_timeout: int = option(3600, "--warm-timeout TIME",
+        "give up where --max-downtime was not in reach for so long, the source untouched (default: 1h)", read=seconds, jobs=MOVE)
+    bitmap: bool = option(False, "--bitmap",
+        "with --warm: libvirt notes in the source's qcow2 file, until it has stopped, what changes, so that the rest need not be read again")
+    retries: int = option(5, "--retries N", "how often a copy cut off or stalled goes on (default: 5)", read=count, jobs=MOVE)
+    stall_timeout: int = option(120, "--stall-timeout SECONDS",
+        "without a byte for so long a copy has stalled (default: 120)", read=seconds, jobs=MOVE)
+    max_per_host: int = option(2, "--max-per-host N",
+        "copies at a time from or to one hypervisor; later ones wait (default: 2)", read=positive, jobs=MOVE)
+    src_cloud: str = option("", "--src-cloud NAME", "the source's name in clouds.yaml", jobs=ACT)
+    dst_cloud: str = option("", "--dst-cloud NAME", "the destination's name in clouds.yaml", jobs=ACT)
+    dry_run: bool = per_call(False, "-n --dry-run", "print the plan, or what is seen and may be done; change nothing", jobs=f"{ACT} {LIVE}")
+    log_file: str = option("", "--log-file PATH", "append every line to this file too, stamped, also with -q", jobs=ALL)
+    verbose: bool = option(False, "-v --verbose", "show every remote command", jobs=ALL)
+    quiet: bool = option(False, "-q --quiet", "say nothing at all, not even the new id, unless something is wrong", jobs=ALL)
+    json: bool = option(False, "--json", "print a report as JSON on standard output", jobs=ALL)
+    debug: bool = option(False, "--debug", "show tracebacks and the libraries' logs", jobs=ALL)
     # What follows has no flag; config.py tells what it means.
     src_creds: dict[str, Any] = option({}, read=literal)
     dst_creds: dict[str, Any] = option({}, read=literal)
