@@ -1107,17 +1107,15 @@ class Screen:
     @contextlib.contextmanager
     def progress(self, total: int) -> Iterator[Callable[[int], None]]:
         """A bar in bytes with rate and time left, or a line now and then; yields what takes the bytes done so far."""
-        if self.quiet or not self.is_terminal:
-            yield Milestones(self.note, total)
-            return
-        recorded = Milestones(self.record, total)
         from tqdm import tqdm
 
-        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, file=self.stream, dynamic_ncols=True,
+        has_bar = self.is_terminal and not self.quiet
+        tell = Milestones(self.record if has_bar else self.note, total)
+        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, file=self.stream, dynamic_ncols=True, disable=not has_bar,
                   bar_format="  {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} left]") as bar:
             def show(done: int) -> None:
                 bar.update(done - bar.n)
-                recorded(done)
+                tell(done)
 
             yield show
 
@@ -1156,7 +1154,7 @@ def state_folder(settings: Settings, environment: Mapping[str, str], *, to_write
         if to_write and not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError("it cannot be written to")
     except OSError as error:
-        raise UsageError(f"the state folder {folder} cannot be used: {error}", "name another one in STATE_FOLDER") from error
+        raise UsageError(f"the state folder {folder} cannot be used: {error}", ELSEWHERE) from error
     return folder
 
 
@@ -1317,11 +1315,11 @@ def slots(folder: Path, hosts: Iterable[str], most: int, screen: Screen) -> Iter
     with contextlib.ExitStack() as stack:
         for host in sorted(set(hosts)):  # in one order everywhere, so that no two runs wait for each other
             paths = [folder / f"slot-{urllib.parse.quote(host, safe='')}-{number}.lock" for number in range(most)]
-            for turn in itertools.count():
-                if any(_is_taken(path, stack) for path in paths):
-                    break
-                if not turn:
+            has_told = False
+            while not any(_is_taken(path, stack) for path in paths):
+                if not has_told:
                     screen.note(f"Waiting: {host} takes part in {most} copies already (--max-per-host).")
+                has_told = True
                 screen.status(f"Waiting for a place on {host}")
                 time.sleep(0.5)
         yield
@@ -1408,23 +1406,22 @@ class RunRecord:
 
 def read_run(folder: Path, run: str, *, is_ours: bool = False) -> RunRecord:
     """What is known of a run on this machine, `is_ours` to those who hold its lock. Raises UsageError."""
-    entries, _ = parse_journal(folder / f"{run}.jsonl")
-    source = next((str(entry.get("source", "")) for entry in entries if entry["event"] == "run"), "")
-    return recorded(run, entries, "" if is_ours else who_has(folder, source)[1])
+    record = recorded(run, parse_journal(folder / f"{run}.jsonl")[0])
+    is_running = not is_ours and who_has(folder, record.source)[1] == run
+    return dataclasses.replace(record, state="running") if is_running else record
 
 
-def recorded(run: str, entries: Sequence[dict[str, Any]], holder: str = "") -> RunRecord:
-    """The same, of these lines; `holder` is the run that has the lock on its source."""
+def recorded(run: str, entries: Sequence[dict[str, Any]]) -> RunRecord:
+    """The same, of these lines, where no process is at work on it."""
     facts = next((entry for entry in entries if entry["event"] == "run"), {})
     last: dict[str, dict[str, Any]] = {entry["event"]: entry for entry in entries}
     end = next((entry for entry in _lines_since(entries, "run", "resume", "rollback") if entry["event"] == "ended"), {})
-    arrived = tuple((entry["offset"], entry["length"]) for entry in entries if entry["event"] == "chunk")
     return RunRecord(
-        run, "running" if holder == run else str(end["result"]) if end else "killed", str(facts.get("at", "")), facts, _acts(entries),
-        last.get("job", {}), arrived,
-        next((entry["done"] for entry in reversed(entries) if "done" in entry), 0), last.get("progress", {}).get("total", 0), _rate(entries),
-        sum(entry["event"] == "retry" for entry in entries),
-        str(end.get("error", "")), tuple(end.get("left", ())), "rollback" in last)
+        run, str(end.get("result", "killed")), str(facts.get("at", "")), facts, _acts(entries), job=last.get("job", {}),
+        arrived=tuple((entry["offset"], entry["length"]) for entry in entries if entry["event"] == "chunk"),
+        done=next((entry["done"] for entry in reversed(entries) if "done" in entry), 0), total=last.get("progress", {}).get("total", 0),
+        rate=_rate(entries), retries=sum(entry["event"] == "retry" for entry in entries),
+        error=str(end.get("error", "")), left=tuple(end.get("left", ())), is_undoing="rollback" in last)
 
 
 def _lines_since(entries: Sequence[dict[str, Any]], *events: str) -> Sequence[dict[str, Any]]:
@@ -1437,13 +1434,14 @@ def _acts(entries: Iterable[Mapping[str, Any]]) -> tuple[Step, ...]:
     acts: list[Step] = []
     latest: dict[str, int] = {}
     for entry in entries:
+        event, name = entry["event"], entry.get("act", "")
         facts = {key: value for key, value in entry.items() if key not in ("at", "event", "act")}
-        if entry["event"] == "intent":
-            latest[entry["act"]] = len(acts)
-            acts.append(Step(entry["act"], entry["at"], facts=facts))
-        elif entry["event"] in ("done", "failed") and entry["act"] in latest:
-            act = acts[latest[entry["act"]]]
-            acts[latest[act.name]] = Step(act.name, act.began, entry["at"], entry["event"], {**act.facts, **facts})
+        if event == "intent":
+            latest[name] = len(acts)
+            acts.append(Step(name, entry["at"], facts=facts))
+        elif event in ("done", "failed") and name in latest:
+            act = acts[latest[name]]
+            acts[latest[name]] = Step(name, act.began, entry["at"], event, {**act.facts, **facts})
     return tuple(acts)
 
 
@@ -1463,12 +1461,10 @@ def known_runs(folder: Path) -> list[str]:
 def find_run(folder: Path, beginning: str) -> str:
     """The one run whose id begins so; raises Refused."""
     found = [run for run in known_runs(folder) if run.startswith(beginning)]
-    if beginning in found:
-        return beginning
-    if len(found) != 1:
+    if beginning not in found and len(found) != 1:
         raise Refused(f"{len(found) or 'no'} runs in {folder} begin with {beginning!r}",
                       f"name one of {', '.join(found)}" if found else "./migrena.py status shows those there are")
-    return found[0]
+    return beginning if beginning in found else found[0]
 
 
 def last_rate(folder: Path, clouds: Sequence[str]) -> float:
@@ -6463,11 +6459,11 @@ def read_call(arguments: Sequence[str], environment: Mapping[str, str], screen: 
         raise UsageError(f"there is no file {path}", "name the settings with -c FILE")
     call = Call(job, flags, environment, read_config(path) if path.is_file() else {})
     settings = call.settings()
-    secret = any("password" in key or "secret" in key or key == "api_key" for creds in (settings.src_creds, settings.dst_creds) for key in creds)
-    if secret and {"src_creds", "dst_creds"} & call.config.keys() and path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+    has_secret = re.search("password|secret|api_key", " ".join((*settings.src_creds, *settings.dst_creds)))
+    if has_secret and {"src_creds", "dst_creds"} & call.config.keys() and path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         screen.warn(f"{path} holds a password and others can read it: chmod 600 {shlex.quote(str(path))}")
-    for flag, value in (("-s", settings.src_uid), ("-d", settings.dst_name)) if job == "copy" else ():
-        if not value.strip():
+    for flag, value in (("-s", settings.src_uid), ("-d", settings.dst_name)):
+        if job == "copy" and not value.strip():
             raise UsageError(f"{flag} is missing", f"./migrena.py {JOBS['copy'].words}; --help tells all")
     return call
 
@@ -6499,11 +6495,11 @@ def main(arguments: Sequence[str]) -> int:
     """The exit code of one call of migrena."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error is: a name that the locale cannot show is no failure
-    environment, screen, report = os.environ, Screen(), Report()
-    settings, undo = Settings(), Undo(screen)
+    screen, report, settings = Screen(), Report(), Settings()
+    undo = Undo(screen)
     try:
         with signals(undo):
-            call = read_call(arguments, environment, screen)
+            call = read_call(arguments, os.environ, screen)
             settings = call.settings()
             screen.quiet, screen.verbose, screen.log = settings.quiet, settings.verbose, open_log(settings.log_file)
             if settings.debug:
@@ -6517,7 +6513,7 @@ def main(arguments: Sequence[str]) -> int:
     except MigrenaError as error:
         if isinstance(error, Kept):
             undo.keep(error)
-        code = show_failure(error.reasons if not isinstance(error, Kept) else (), error.exit_code, screen, report)
+        code = show_failure(() if isinstance(error, Kept) else error.reasons, error.exit_code, screen, report)
         if settings.debug:
             traceback.print_exc()
     except Interrupted as error:
@@ -6526,11 +6522,9 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(each, signal.SIG_IGN)
     if undo.left:
         code, report.not_undone = 4, undo.left
-        for line in undo.left:
-            screen.say(f"left behind: {line}", always=True)
-    ways = undo.ways or ([f"./migrena.py rollback {report.run}; ./migrena.py status {report.run} shows what was done"] if report.run else [])
-    for way in ways if undo.left else ():
-        screen.say(f"  try: {way}", always=True)
+        told = [f"./migrena.py rollback {report.run}; ./migrena.py status {report.run} shows what was done"] if report.run else []
+        for line in (*(f"left behind: {line}" for line in undo.left), *(f"  try: {way}" for way in undo.ways or told)):
+            screen.say(line, always=True)
     if settings.json:
         report.warnings, report.seconds, report.ssh_commands = screen.warnings, screen.seconds, screen.commands
         print(json.dumps(dataclasses.asdict(report), indent=2))
