@@ -293,7 +293,7 @@ def port(value: object) -> int:
 
 
 def literal(value: object) -> dict[str, Any]:
-    """A dictionary, from itself or from its text as a Python literal or JSON; nothing is evaluated."""
+    """A dictionary, or its text as a Python literal or JSON; nothing is evaluated."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value.strip() or "{}")
@@ -307,7 +307,7 @@ def literal(value: object) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class HostEntry:
-    """How one hypervisor is reached: a row of HOSTS; what is empty comes from Settings or ~/.ssh/config."""
+    """A row of HOSTS: how a hypervisor is reached; what is empty comes from Settings or ~/.ssh/config."""
 
     address: str = ""
     port: int = 0
@@ -322,7 +322,7 @@ def ip_address(value: object) -> str:
 
 
 def hosts(value: object) -> dict[str, HostEntry]:
-    """The map from Nova's host names to addresses; a row is an address or a dictionary."""
+    """HOSTS: for each of Nova's host names an address or a dictionary."""
     readers: dict[str, Callable[[object], Any]] = {"address": text, "port": port, "user": text, "key": text, "nbd_address": ip_address}
     entries = {}
     for name, given in literal(value).items():
@@ -378,7 +378,7 @@ def per_call(default: T, usage: str = "", meaning: str = "", **more: Any) -> T:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that was asked for. A row gives flag, MIGRENA_NAME, NAME in config.py, reader and help."""
+    """Everything that was asked for; a row gives flags, MIGRENA_NAME, NAME in config.py, reader and help."""
 
     run: str = per_call("")
     run_of: str = per_call("", "--run-of SRC_UUID",
@@ -525,7 +525,7 @@ class Call:
     config: Mapping[str, object]
 
     def settings(self, kept: Mapping[str, object] | None = None) -> Settings:
-        """The settings; what a run's journal has `kept` wins over all but flags. Raises UsageError."""
+        """The settings; what a journal has `kept` wins over all but flags. Raises UsageError."""
         return settle({**(kept or {}), **self.flags}, self.environment, self.config)
 
 
@@ -535,8 +535,8 @@ SESSION_KEYS: Final = ("region_name", "interface", "endpoint_type", "verify", "i
 
 
 def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) -> dict[str, Any]:
-    """The credentials of src or dst (clouds.yaml by --SIDE-cloud, else SIDE_OS_* variables, else config.py), of a cloud
-    in clouds.yaml, or of OS_* variables where no cloud is named. Raises UsageError where there are none."""
+    """Those of src or dst (clouds.yaml by --SIDE-cloud, else SIDE_OS_* variables, else config.py), of a cloud in clouds.yaml, or, where
+    none is named, of OS_* variables. Raises UsageError."""
     is_side = cloud in ("src", "dst")
     prefix = f"{cloud.upper()}_OS_" if is_side else "OS_"
     name = getattr(settings, f"{cloud}_cloud") if is_side else cloud or environment.get("OS_CLOUD", "")
@@ -609,11 +609,11 @@ class Flavor:
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
-        """What must be equal for two flavors to be the same machine."""
+        """What is equal where two flavors are the same machine."""
         return (self.vcpus, self.ram, self.disk, self.ephemeral, self.swap)
 
     def differs(self, source: Flavor) -> Iterator[tuple[str, bool]]:
-        """What it has other than the source's flavor, in words, and whether that is less; disks are looked at elsewhere."""
+        """How it differs from the source's flavor but for disks, and whether it has less."""
         for unit, name in (("vCPUs", "vcpus"), ("MiB of RAM", "ram"), ("MiB of swap", "swap")) if source.vcpus else ():
             here, there = getattr(source, name), getattr(self, name)
             if here != there:
@@ -653,7 +653,7 @@ class Image:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether it is retired: Glance lists it only to those who ask for such."""
+        """Whether Glance lists it only to those who ask for such."""
         return bool(self.told.get("os_hidden"))
 
     def equals(self, other: Image) -> bool:
@@ -664,7 +664,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Server:
-    """What Nova tells of an instance; `host` is empty for those who are no admins."""
+    """What Nova tells of an instance; `host` only to admins."""
 
     id: str
     name: str
@@ -710,7 +710,7 @@ HARMLESS: Final = frozenset({"create", "stop", "lock", "unlock", "createImage", 
 
 
 def newer(actions: Sequence[Action], than: str) -> list[Action]:
-    """The actions, newest first, that came after this request; all where it is empty or unknown."""
+    """The actions, newest first, after this request; all where it is empty or unknown."""
     return list(itertools.takewhile(lambda action: not than or action.request != than, actions))
 
 
@@ -718,7 +718,7 @@ Named = TypeVar("Named", Flavor, Image, Server)
 
 
 def pick(name: str, among: Sequence[Named], kind: str, place: str, way: str) -> Named:
-    """The one with this id, else the only one with this name, a hidden one giving its name up; raises Refused with the candidates."""
+    """The one with this id, else with this name, one that is not hidden first; raises Refused with the candidates where that is not one."""
     found = [one for one in among if one.id == name] or [one for one in among if one.name == name]
     found = [one for one in found if not getattr(one, "is_hidden", False)] or found
     if len(found) > 1:
@@ -729,7 +729,7 @@ def pick(name: str, among: Sequence[Named], kind: str, place: str, way: str) -> 
 
 
 def none_such(problem: str, name: str, known: Sequence[Named], way: str) -> Refused:
-    """The refusal for what is not there, with the known names that look like it, else some of them."""
+    """The refusal for what is not there, with known names, those that look like it if there are any."""
     names = [one.name for one in known if one.name]
     near = ", ".join(difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]) or "none"
     return Refused(problem, f"name one{way}; nearest: {near}")
@@ -832,12 +832,12 @@ def chunks(length: int, pieces: Iterable[Piece], limit: int, least: int = SPAN, 
 
 
 def bitmap_of(run: str) -> str:
-    """The name of the dirty bitmap that a run has in the source's file while the source runs."""
+    """A run's dirty bitmap in the source's file while the source runs."""
     return f"migrena-{run}"
 
 
 def beside(path: str, run: str) -> tuple[str, str]:
-    """A run's files beside the destination's disk: the copy, and the disk that Nova made, which is kept until the run has succeeded."""
+    """A run's files beside the destination's disk: the copy, and the disk that Nova made, kept until the run has succeeded."""
     return f"{path}.migrena-{run}", f"{path}.migrena-{run}-fresh"
 
 
@@ -917,7 +917,7 @@ class Moved:
 
 
 def over_quota(limits: Mapping[str, int], flavor: Flavor) -> list[str]:
-    """What of a project's quota one more instance of this flavor would exceed; limits as Nova names them, -1 for none."""
+    """What of a project's quota one more instance would exceed; limits as Nova names them, -1 for none."""
     exceeded = []
     for most_key, used_key, what, need in (("Instances", "Instances", "instances", 1), ("Cores", "Cores", "cores", flavor.vcpus),
                                            ("RAMSize", "RAM", "MiB of RAM", flavor.ram)):
@@ -928,7 +928,7 @@ def over_quota(limits: Mapping[str, int], flavor: Flavor) -> list[str]:
 
 
 def view(source: Disk, fresh: Disk, bases_equal: bool) -> tuple[bool, str]:
-    """Whether the file itself is copied (else the guest's view), and why, in words for the operator."""
+    """Whether the file itself is copied (else the guest's view), and why."""
     source_format, fresh_format = source.top.format, fresh.top.format
     rules = (  # the first that holds
         (source_format == fresh_format == "raw", True, "both disks are raw"),
@@ -959,7 +959,7 @@ def pick_transport(settings: Settings, lacking: Sequence[str], top: DiskImage, w
 
 @dataclass(frozen=True)
 class ComputeHost:
-    """A compute host, with what is free there and what each instance has taken there, by Placement's classes."""
+    """A compute host, with what is free and what each instance has taken there, by Placement's classes."""
 
     name: str
     is_enabled: bool
@@ -970,7 +970,7 @@ class ComputeHost:
 
 @dataclass(frozen=True)
 class Move:
-    """An instance, the host where it shall be, and what it takes of a host by Placement's classes."""
+    """An instance, the host where it shall be, and what it takes there by Placement's classes."""
 
     server: Server
     to: str
@@ -983,12 +983,12 @@ class Move:
 
 
 def lacking(move: Move, free: Mapping[str, int]) -> list[str]:
-    """What a host with so much free has too little of for an instance; what is not told is taken to suffice."""
+    """What a host has too little free of for an instance; what is not told is taken to suffice."""
     return [name for name, need in move.needs.items() if free.get(name, need) < need]
 
 
 def in_order(moves: Sequence[Move], hosts: Iterable[ComputeHost]) -> list[Move]:
-    """The moves in their order, but those that have no room until another one has left after it; raises Refused for a ring of full hosts."""
+    """The moves in their order, but so that room is freed before it is needed; raises Refused for a ring of full hosts."""
     free, waiting, ordered = {host.name: dict(host.free) for host in hosts}, list(moves), list[Move]()
     while waiting:
         if not (move := next((move for move in waiting if not lacking(move, free[move.to])), None)):
@@ -1021,18 +1021,18 @@ def stamp() -> str:
 
 
 def printable(line: str) -> str:
-    """One line without what a terminal would obey: control characters are written out."""
+    """One line for a terminal: control characters are written out."""
     return "".join(sign if sign.isprintable() else " " if sign == "\n" else sign.encode("unicode_escape").decode() for sign in line)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table; each column is as wide as the widest that is in it."""
+    """The lines of a table, its columns aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 class Screen:
-    """What the operator sees, on standard error; bold and bars on a terminal, stamped lines elsewhere."""
+    """What the operator sees on standard error: bold and bars on a terminal, stamped lines elsewhere."""
 
     quiet = verbose = False
     log: TextIO | None = None  # gets every line, whatever the screen shows
@@ -1048,14 +1048,14 @@ class Screen:
 
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[None]:
-        """A scope for one step of the run: says its title, and keeps its seconds."""
+        """A scope for one step: says its title, and keeps its seconds."""
         self.say(title, is_title=True)
         with self.timed(title.rstrip(".")):
             yield
 
     @contextlib.contextmanager
     def timed(self, what: str, told: dict[str, Any] | None = None) -> Iterator[None]:
-        """A scope whose seconds are kept for the report, or in what is `told`."""
+        """A scope whose seconds are kept for the report, or in `told`."""
         began = time.monotonic()
         try:
             yield
@@ -1088,7 +1088,7 @@ class Screen:
                 self._wipe = ""
 
     def record(self, line: str) -> None:
-        """One line for the log file alone. A log that can no longer be written ends no run."""
+        """One line for the log file alone; if it can no longer be written, the run goes on."""
         with self._lock:
             try:
                 if self.log:
@@ -1098,7 +1098,7 @@ class Screen:
                 print(f"warning: the log file can no longer be written: {error}", file=self.stream, flush=True)
 
     def status(self, line: str) -> None:
-        """What is being waited for: overwrites itself on a terminal, is left out elsewhere."""
+        """What is being waited for: overwritten on a terminal, left out elsewhere."""
         if self.is_terminal and not self.quiet:
             with self._lock, contextlib.suppress(OSError):
                 print(f"{self._wipe}  {printable(line)}", end="", file=self.stream, flush=True)
@@ -1106,7 +1106,7 @@ class Screen:
 
     @contextlib.contextmanager
     def progress(self, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar in bytes with rate and time left, or a line now and then; yields what takes the bytes done so far."""
+        """A bar, or a line now and then; yields what takes the bytes done so far."""
         from tqdm import tqdm
 
         has_bar = self.is_terminal and not self.quiet
@@ -1121,7 +1121,7 @@ class Screen:
 
 
 class Milestones:
-    """Progress for a log: a line at each tenth, but not twice in two seconds, and at least one a minute."""
+    """Progress for a log: a line at each tenth, two seconds to a minute apart."""
 
     def __init__(self, say: Callable[[str], None], total: int) -> None:
         self.say, self.total = say, max(total, 1)
@@ -1146,7 +1146,7 @@ ELSEWHERE: Final = "name another folder in STATE_FOLDER"
 
 
 def state_folder(settings: Settings, environment: Mapping[str, str], *, to_write: bool = True) -> Path:
-    """The folder of journals and locks, made where it is missing, for this user's eyes only. Raises UsageError."""
+    """The folder of journals and locks, made for this user alone where it is missing. Raises UsageError."""
     base = Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local/state")
     folder = Path(settings.state_folder).expanduser() if settings.state_folder else base / "migrena"
     try:
@@ -1164,7 +1164,7 @@ def new_run() -> str:
 
 
 def parse_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a journal without a last one that was cut, and their length in bytes. Raises UsageError."""
+    """The lines of a journal, but for a last one that was cut, and their length in bytes. Raises UsageError."""
     content, entries, whole = path.read_bytes(), [], 0
     lines = content.splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
@@ -1196,7 +1196,7 @@ class Journal:
         self._is_broken = False
 
     def write(self, event: str, **facts: object) -> None:
-        """One line, on the disk when this returns. Raises StateError once: the undoing then goes by what is in memory."""
+        """One line, on the disk when this returns. Raises StateError, but once: the undoing then goes by memory."""
         entry = {"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": event, **facts}
         self.entries.append(entry)
         if self._is_broken:
@@ -1212,7 +1212,7 @@ class Journal:
 
     @contextlib.contextmanager
     def act(self, act: str, **facts: object) -> Iterator[dict[str, object]]:
-        """A scope around an act: writes its intent and its result, done with what was put into the dictionary, or failed."""
+        """A scope around an act: writes its intent, and its result: done with what is in the dictionary, or failed."""
         self.write("intent", act=act, **facts)
         result: dict[str, object] = {}
         try:
@@ -1225,7 +1225,7 @@ class Journal:
 
     @contextlib.contextmanager
     def beginning(self) -> Iterator[None]:
-        """A scope for the first lines of a process; raises UsageError where there is no room for them."""
+        """A scope for a process's first lines; raises UsageError where there is no room for them."""
         is_new = not self.path.stat().st_size
         try:
             yield
@@ -1237,7 +1237,7 @@ class Journal:
 
     @contextlib.contextmanager
     def ending(self, undo: Undo, done: str = "done", failed: str = "failed") -> Iterator[None]:
-        """A scope around the undoing: writes how the run ended and what was left; closes the file."""
+        """A scope around the undoing: writes how the run ended and what is left."""
         result, error = done, ""
         try:
             yield
@@ -1257,8 +1257,7 @@ class Journal:
 
 @contextlib.contextmanager
 def flocked(path: Path, owner: str = "") -> Iterator[bool]:
-    """Whether the file, with `owner` in it, is locked until the scope or the process ends, and then removed; False
-    while somebody else has it locked."""
+    """Whether the file could be locked, with `owner` in it, until the scope or the process ends; it is removed then."""
     def free() -> None:
         with contextlib.suppress(OSError):  # where it cannot be removed any more, it is free all the same
             path.unlink()
@@ -1283,7 +1282,7 @@ def flocked(path: Path, owner: str = "") -> Iterator[bool]:
 
 @contextlib.contextmanager
 def only_run_of(folder: Path, source: str, run: str) -> Iterator[None]:
-    """Holds the lock on one source instance; raises Refused while another run on this machine holds it."""
+    """Holds the lock on a source; raises Refused while another run on this machine does."""
     if not source:  # the first line was cut before anything was done, or the file was emptied since
         raise Refused(f"the journal of run {run} does not tell what it moved: nothing was begun, or somebody emptied it",
                       "./migrena.py rollback --run-of SRC_UUID goes by the marks; where there are none, delete the journal")
@@ -1299,7 +1298,7 @@ def only_run_of(folder: Path, source: str, run: str) -> Iterator[None]:
 
 
 def who_has(folder: Path, source: str) -> tuple[int, str]:
-    """The process and the run that hold the lock on a source; (0, "") where none does."""
+    """The process and the run that hold the lock on a source, else (0, "")."""
     with contextlib.suppress(OSError, ValueError), open(folder / f"source-{source}.lock", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -1370,7 +1369,7 @@ class RunRecord:
     @property
     def destination(self) -> str:
         """The new instance's id, empty where Nova has not told it."""
-        return next((str(act.facts["server"]) for act in self.acts if act.name == "create destination" and "server" in act.facts), "")
+        return self._told("create destination", "server")
 
     @property
     def was_running(self) -> bool:
@@ -1401,11 +1400,14 @@ class RunRecord:
 
     def request(self, act: str) -> str:
         """The last request to Nova for this act, or nothing."""
-        return next((str(known.facts["request"]) for known in reversed(self.acts) if known.name == act and "request" in known.facts), "")
+        return self._told(act, "request")
+
+    def _told(self, act: str, fact: str) -> str:
+        return next((str(known.facts[fact]) for known in reversed(self.acts) if known.name == act and fact in known.facts), "")
 
 
 def read_run(folder: Path, run: str, *, is_ours: bool = False) -> RunRecord:
-    """What is known of a run on this machine, `is_ours` to those who hold its lock. Raises UsageError."""
+    """What is known of a run, `is_ours` to those who hold its lock. Raises UsageError."""
     record = recorded(run, parse_journal(folder / f"{run}.jsonl")[0])
     is_running = not is_ours and who_has(folder, record.source)[1] == run
     return dataclasses.replace(record, state="running") if is_running else record
@@ -1430,7 +1432,7 @@ def _lines_since(entries: Sequence[dict[str, Any]], *events: str) -> Sequence[di
 
 
 def _acts(entries: Iterable[Mapping[str, Any]]) -> tuple[Step, ...]:
-    """The acts in the order in which they began, each with its end where it has one."""
+    """The acts in the order in which they began, each with its end if it has one."""
     acts: list[Step] = []
     latest: dict[str, int] = {}
     for entry in entries:
@@ -1446,7 +1448,7 @@ def _acts(entries: Iterable[Mapping[str, Any]]) -> tuple[Step, ...]:
 
 
 def _rate(entries: Sequence[dict[str, Any]]) -> float:
-    """Bytes per second of the latest attempt, by the first and the last time that it said how far it was."""
+    """Bytes per second of the latest attempt, by its first and last line of progress."""
     told = [(datetime.fromisoformat(entry["at"]), entry["done"])
             for entry in _lines_since(entries, "job", "retry", "resume", "pass") if entry["event"] == "progress"]
     seconds = (told[-1][0] - told[0][0]).total_seconds() if told else 0.0
@@ -1454,7 +1456,7 @@ def _rate(entries: Sequence[dict[str, Any]]) -> float:
 
 
 def known_runs(folder: Path) -> list[str]:
-    """The ids of the runs whose journals are on this machine, the newest first."""
+    """The runs on this machine, the newest first."""
     return sorted((path.stem for path in folder.glob("*.jsonl")), reverse=True)
 
 
@@ -1478,7 +1480,7 @@ def last_rate(folder: Path, clouds: Sequence[str]) -> float:
 
 
 class Undo:
-    """How to unmake what was made, newest first: a failing step is kept in `left`, and the others go on."""
+    """How to unmake what was made, newest first; a step that fails is kept in `left`, and the others go on."""
 
     def __init__(self, screen: Screen) -> None:
         self.screen = screen
@@ -1489,11 +1491,11 @@ class Undo:
         self._steps: list[tuple[str, Callable[[], None], bool]] = []
 
     def always(self, what: str, action: Callable[[], None]) -> None:
-        """To be done at the end of the run, however it ends."""
+        """To be done however the run ends."""
         self._steps.append((what, action, True))
 
     def on_failure(self, what: str, action: Callable[[], None]) -> None:
-        """To be done only if the run fails, and not where both copies are to be kept."""
+        """To be done if the run fails, but not where both copies are kept."""
         self._steps.append((what, action, False))
 
     def __enter__(self) -> Undo:
@@ -1514,7 +1516,7 @@ class Undo:
             self.attempt(what, action)
 
     def keep(self, kept: Kept) -> None:
-        """Keeps what is left on purpose, each reason and each way on once."""
+        """Keeps what is left on purpose, each reason and way once."""
         for reason in kept.reasons:
             self.left += [reason.problem] if reason.problem not in self.left else []
             self.ways += [reason.way_out] if reason.way_out and reason.way_out not in self.ways else []
@@ -1535,7 +1537,7 @@ class Undo:
 
 
 class HeldBack(threading.local):
-    """A signal that waits for the end of what it must not cut in two; Python hears signals in the main thread."""
+    """A signal that waits for the end of what it must not cut in two, in the main thread."""
 
     depth = 0
     number = 0
@@ -1546,7 +1548,7 @@ HELD_BACK: Final = HeldBack()
 
 @contextlib.contextmanager
 def unbroken() -> Iterator[None]:
-    """A signal that comes within raises Interrupted at the end: else a lock of paramiko's or a pool's could stay locked."""
+    """A signal within raises Interrupted at the end: else a lock of paramiko's or a pool's could stay locked."""
     HELD_BACK.depth += 1
     try:
         yield
@@ -1567,7 +1569,7 @@ def outcome(flow: Future[T], meanwhile: Callable[[], None] = lambda: None) -> T:
 
 
 def at_once(one: Callable[[], T], other: Callable[[], S]) -> tuple[T, S]:
-    """What two acts at the same time give; raises what the first raises, else what the other does."""
+    """What two acts at the same time give; raises what the first one raises, else the other."""
     with ThreadPoolExecutor(2) as pool:
         flow, side = pool.submit(one), pool.submit(other)
         return outcome(flow), outcome(side)
@@ -5792,7 +5794,7 @@ def tell_what_stays(screen: Screen, plan: Plan) -> None:
 
 
 def status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
-    """The job `status`: what the journals on this machine tell of all runs, or of one."""
+    """The job `status`: what the journals tell of all runs, or of one."""
     folder = state_folder(settings, call.environment, to_write=False)
     runs = [find_run(folder, settings.run)] if settings.run else known_runs(folder)
     records = []
@@ -6232,7 +6234,7 @@ def one_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_map(path: str) -> dict[str, list[str]]:
-    """Which instances shall be on which host; raises UsageError where the file tells no such thing."""
+    """Which instances shall be on which host. Raises UsageError."""
     try:
         found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"), object_pairs_hook=one_each)
     except (OSError, ValueError) as error:
@@ -6243,7 +6245,7 @@ def read_map(path: str) -> dict[str, list[str]]:
 
 
 def find_moves(wanted: Mapping[str, Sequence[str]], servers: Sequence[Server], hosts: Sequence[ComputeHost]) -> tuple[list[Move], list[Reason]]:
-    """The instances of the map, each with its host there; and the reasons why some cannot be told."""
+    """The instances of the map, each with its host there, and why some cannot be found."""
     moves, reasons, taken = list[Move](), list[Reason](), {id: what for host in hosts for id, what in host.taken.items()}
     for host, name in ((host, name) for host, names in wanted.items() for name in names):
         try:
@@ -6255,19 +6257,21 @@ def find_moves(wanted: Mapping[str, Sequence[str]], servers: Sequence[Server], h
 
 
 def refuse_moves(wanted: Mapping[str, Sequence[str]], moves: Sequence[Move], hosts: Sequence[ComputeHost]) -> Iterator[Reason]:
-    """What forbids to bring the instances of the map to their hosts."""
+    """What forbids the moves of the map."""
     known = {host.name: host for host in hosts}
-    for name in sorted(wanted.keys() - known.keys()):
-        yield Reason(f"there is no compute host {name!r}{did_you_mean(name, known)}", f"known: {', '.join(sorted(known)) or 'none'}")
-    for name in sorted({move.to for move in moves if move.is_due} & known.keys()):
-        if not (known[name].is_up and known[name].is_enabled):
-            yield Reason(f"compute host {name} is {'disabled' if known[name].is_up else 'down'}", "see: openstack compute service list")
-    for id, name in {move.server.id: move.server.name for move in moves}.items():
-        if len(places := [move.to for move in moves if move.server.id == id]) > 1:
-            yield Reason(f"instance {name} is in the map {len(places)} times: on {', '.join(places)}", "leave it at one place")
-    for server in (move.server for move in moves if move.is_due):
+    for name in wanted:
+        if not (host := known.get(name)):
+            yield Reason(f"there is no compute host {name!r}{did_you_mean(name, known)}", f"known: {', '.join(sorted(known)) or 'none'}")
+        elif not (host.is_up and host.is_enabled) and any(move.is_due and move.to == name for move in moves):
+            yield Reason(f"compute host {name} is {'disabled' if host.is_up else 'down'}", "see: openstack compute service list")
+    for server in {move.server.id: move.server for move in moves}.values():
+        places = [move.to for move in moves if move.server.id == server.id]
+        if places == [server.host]:
+            continue
+        if len(places) > 1:
+            yield Reason(f"instance {server.name} is in the map {len(places)} times: on {', '.join(places)}", "leave it at one place")
         if server.status not in ("ACTIVE", "PAUSED") or server.task:
-            yield Reason(f"instance {server.name} is {server.status} {server.task}".rstrip() + ", and cannot be live-migrated",
+            yield Reason(f"instance {server.name} is {f'{server.status} {server.task}'.rstrip()}, and cannot be live-migrated",
                          "start it, or wait for its task")
         if not server.host:
             yield Reason(f"these credentials are not told on which host {server.name} is", "use an admin's credentials")
@@ -6316,7 +6320,7 @@ def spread(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
 
 
 def await_room(cloud: Cloud, move: Move) -> None:
-    """Returns when Placement tells of room for an instance, or after ROOM_LIMIT: then it is Nova that refuses it."""
+    """Waits until Placement tells of room for an instance, or for ROOM_LIMIT: then Nova refuses it."""
     limit = time.monotonic() + ROOM_LIMIT
     for _ in cloud.polls():
         free = {host.name: host.free for host in cloud.insist("see what is free", cloud.fleet.hosts)}
@@ -6325,7 +6329,7 @@ def await_room(cloud: Cloud, move: Move) -> None:
 
 
 def move_one(cloud: Cloud, move: Move, settings: Settings, undo: Undo, row: dict[str, Any]) -> None:
-    """Live-migrates one instance, and keeps what became of it. Raises CloudError with Nova's reason; with --keep-going that is only told."""
+    """Live-migrates one instance, and keeps what became of it. Raises CloudError, which with --keep-going is only told."""
     screen, row["result"] = undo.screen, "failed"
     try:
         with screen.step(f"Live-migrate {move.server.name} from {move.server.host} to {move.to}."), screen.timed("seconds", row):
@@ -6342,7 +6346,7 @@ def move_one(cloud: Cloud, move: Move, settings: Settings, undo: Undo, row: dict
 
 
 def see_it_arrive(cloud: Cloud, move: Move, before: int, settings: Settings, undo: Undo) -> None:
-    """Watches a live migration, which has a higher number than `before`; raises CloudError where the instance does not arrive."""
+    """Watches a live migration, whose number is above `before`; raises CloudError where the instance does not arrive."""
     server, screen, limit = move.server, undo.screen, time.monotonic() + settings.timeout
     number, state, total, show = 0, "", 0, None
     with contextlib.ExitStack() as stack:
@@ -6376,7 +6380,7 @@ def see_it_arrive(cloud: Cloud, move: Move, before: int, settings: Settings, und
 
 
 def overdue(cloud: Cloud, move: Move, number: int, state: str, settings: Settings, screen: Screen) -> None:
-    """A migration has taken longer than --timeout: it is ended, waited for, or, which raises CloudError, left to Nova."""
+    """After --timeout, ends a migration, or waits on, or leaves it to Nova and raises CloudError."""
     told = f"{move.server.name} has not arrived within {span(settings.timeout)}; Nova "
     told += f"calls its migration {number} {state}" if number else "has not begun its migration"
     if any(host.name == move.to and not host.is_up for host in cloud.insist("list compute services", cloud.fleet.hosts)):
@@ -6404,7 +6408,7 @@ EXIT_CODES: Final = """exit codes:
 
 @dataclass(frozen=True)
 class Job:
-    """A subcommand: what does it, the words that it takes, and what its --help says, of which copy's shows the first line."""
+    """A subcommand: its function, the words that it takes, and its --help, whose first line copy's shows too."""
 
     do: Callable[[Call, Settings, Undo, Report], int]
     words: str
@@ -6429,7 +6433,7 @@ JOBS: Final = {
 
 
 def parser(job: str = "copy") -> argparse.ArgumentParser:
-    """The command line of a job, made from the rows of Settings."""
+    """A job's command line, from the rows of Settings."""
     words, told = JOBS[job].words, JOBS[job].told
     usage = f"migrena.py {'' if job == 'copy' else f'{job} '}{words} [options]"
     if job == "copy":
@@ -6469,20 +6473,20 @@ def read_call(arguments: Sequence[str], environment: Mapping[str, str], screen: 
 
 
 def require_packages() -> None:
-    """Raises UsageError where a package is missing: many are imported only when they are needed, and a run must not end there."""
+    """Raises UsageError where a package is missing: most are imported only when needed, and no run may end there."""
     if missing := [name for name in RUNTIME if importlib.util.find_spec(name) is None]:
         raise UsageError(f"{sys.executable} lacks the Python packages {', '.join(missing)}",
                          "pip install -r requirements.txt, and run migrena with the Python of that environment")
 
 
 def without_bodies(record: logging.LogRecord) -> bool:
-    """Takes what was sent to a cloud out of a library's line, and what it answered away: user_data and adminPass are secrets."""
+    """Takes what was sent to a cloud and what it answered out of a library's log: user_data and adminPass are secrets."""
     record.msg, record.args = re.sub(r" -d '.*", " -d (not shown)", record.getMessage(), flags=re.DOTALL), ()
     return not record.msg.startswith("RESP BODY")
 
 
 def open_log(path: str) -> TextIO | None:
-    """The log file, which only this user may read, or None; raises UsageError where it cannot be written."""
+    """The log file, for this user alone, or None. Raises UsageError."""
     if not path:
         return None
     try:
@@ -6544,7 +6548,7 @@ def show_failure(reasons: Sequence[Reason], code: int, screen: Screen, report: R
 
 @contextlib.contextmanager
 def signals(undo: Undo) -> Iterator[None]:
-    """Within, the first of SIGNALS raises Interrupted; a further one is only answered: what is being undone must be undone."""
+    """Within, the first of SIGNALS raises Interrupted; a further one is only answered: the undoing goes on."""
     has_come = False
 
     def on_signal(number: int, frame: FrameType | None) -> None:
