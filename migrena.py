@@ -354,6 +354,7 @@ SEND: Final = f"{MOVE} image"
 ACT: Final = f"{SEND} rollback"
 LIVE: Final = "live-migrate"
 ALL: Final = f"{ACT} {LIVE} status"
+MAP_FORM: Final = '{"compute001": ["web-0"], "compute003": ["db-0", "db-1"]}'
 
 
 def option(default: T, usage: str = "", meaning: str = "", *, read: Callable[[Any], T] | None = None, config: bool = True,
@@ -383,12 +384,11 @@ class Settings:
     run: str = per_call("")
     run_of: str = per_call("", "--run-of SRC_UUID",
         "the run that is marked on this source instance, also where its journal is lost", read=instance_id, jobs="rollback")
-    keep_destination: bool = per_call(False, "--keep-destination",
-        "stop the new instance and leave it, in place of deleting it", jobs="rollback")
+    keep_destination: bool = per_call(False, "--keep-destination", "stop the new instance in place of deleting it", jobs="rollback")
     yes: bool = per_call(False, "--yes -y --y",
         "ask nothing: also what may lose what an instance has written since; move each instance", jobs=f"{MOVE} rollback {LIVE}")
     host_map: str = per_call("", "--host-map --host_map FILE",
-        'JSON: {"compute001": ["web-0"], "compute003": ["db-0", "db-1"]}, instances by name or id', jobs=LIVE)
+        f"JSON: {MAP_FORM}, instances by name or id", jobs=LIVE)
     cloud: str = per_call("", "--cloud src|dst|NAME",
         "the cloud: one of config.py, or a name in clouds.yaml (left out: by OS_* variables)", jobs=LIVE)
     timeout: int = per_call(600, "--timeout TIME", "for one instance (default: 600)", read=seconds, jobs=LIVE)
@@ -408,8 +408,7 @@ class Settings:
     new_name: str = per_call("", "--name NAME", "its name in the destination, if not the same", read=name_of_new, jobs="image")
     disk_format: str = per_call("", "--disk-format raw|qcow2|vmdk",
         "convert it, on this machine", read=words_of("", "raw", "qcow2", "vmdk"), jobs="image")
-    work_folder: str = option("", "--work-folder PATH",
-        "where it is converted (default: the system's folder for temporary files)", jobs="image")
+    work_folder: str = option("", "--work-folder PATH", "where it is converted (default: the folder for temporary files)", jobs="image")
     copy_image: bool = option(False, "--copy-image", "carry the source's image first, where the destination lacks it")
     start_after: str = per_call("", "-a --start-after all|src|dst",
         "start these afterwards; -a alone means all, nothing without it", read=start_words, nargs="?", const="all")
@@ -918,13 +917,9 @@ class Moved:
 
 def over_quota(limits: Mapping[str, int], flavor: Flavor) -> list[str]:
     """What of a project's quota one more instance would exceed; limits as Nova names them, -1 for none."""
-    exceeded = []
-    for most_key, used_key, what, need in (("Instances", "Instances", "instances", 1), ("Cores", "Cores", "cores", flavor.vcpus),
-                                           ("RAMSize", "RAM", "MiB of RAM", flavor.ram)):
-        most, used = limits.get(f"maxTotal{most_key}", -1), limits.get(f"total{used_key}Used", 0)
-        if 0 <= most < used + need:
-            exceeded.append(f"{used} of {most} {what} are used, {need} more are needed")
-    return exceeded
+    rows = (("Instances", "Instances", "instances", 1), ("Cores", "Cores", "cores", flavor.vcpus), ("RAMSize", "RAM", "MiB of RAM", flavor.ram))
+    told = [(limits.get(f"maxTotal{most}", -1), limits.get(f"total{used}Used", 0), what, need) for most, used, what, need in rows]
+    return [f"{used} of {most} {what} are used, {need} more are needed" for most, used, what, need in told if 0 <= most < used + need]
 
 
 def view(source: Disk, fresh: Disk, bases_equal: bool) -> tuple[bool, str]:
@@ -1294,7 +1289,7 @@ def only_run_of(folder: Path, source: str, run: str) -> Iterator[None]:
         time.sleep(0.1)
     pid, other = who_has(folder, source)
     raise Refused(f"another run is moving {source} just now (process {pid or 'unknown'}, run {other or 'unknown'})",
-                  f"wait for its end; ./migrena.py status {other} shows how far it is".replace("  ", " "))
+                  "wait for its end; ./migrena.py status shows how far it is")
 
 
 def who_has(folder: Path, source: str) -> tuple[int, str]:
@@ -1509,11 +1504,10 @@ class Undo:
         if is_undone and self._steps:
             self.screen.say(f"Undo: {error}" if isinstance(error, Interrupted) else "The run failed; undo.", always=True)
         for what, action, is_cleanup in reversed(self._steps):
-            if not is_undone and not is_cleanup:
-                continue
-            if kind:
-                self.screen.note(what)
-            self.attempt(what, action)
+            if is_undone or is_cleanup:
+                if kind:
+                    self.screen.note(what)
+                self.attempt(what, action)
 
     def keep(self, kept: Kept) -> None:
         """Keeps what is left on purpose, each reason and way once."""
@@ -5796,9 +5790,8 @@ def tell_what_stays(screen: Screen, plan: Plan) -> None:
 def status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     """The job `status`: what the journals tell of all runs, or of one."""
     folder = state_folder(settings, call.environment, to_write=False)
-    runs = [find_run(folder, settings.run)] if settings.run else known_runs(folder)
     records = []
-    for run in runs:
+    for run in [find_run(folder, settings.run)] if settings.run else known_runs(folder):
         try:
             records.append(read_run(folder, run))
         except UsageError as error:
@@ -5808,10 +5801,10 @@ def status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     if settings.json:
         told = [as_json(record) for record in records]
         print(json.dumps(told[0] if settings.run else told, indent=2))
-        return 0
-    for line in detail_lines(records[0]) if settings.run else table_lines(records) if records else ():
-        print(printable(line))
-    if not records:
+    elif records:
+        for line in detail_lines(records[0]) if settings.run else table_lines(records):
+            print(printable(line))
+    else:
         undo.screen.say(f"No runs in {folder}.")
     return 0
 
@@ -6240,7 +6233,7 @@ def read_map(path: str) -> dict[str, list[str]]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in found.values()):
-        raise UsageError(f"{path} is no map of hosts", 'write it as {"compute001": ["web-0"], "compute003": ["db-0", "db-1"]}')
+        raise UsageError(f"{path} is no map of hosts", f"write it as {MAP_FORM}")
     return found
 
 
