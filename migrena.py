@@ -529,8 +529,7 @@ class Call:
 
 
 # Which keys of a credentials dictionary are not for the auth plugin, and what they mean to the session or the clients.
-SESSION_KEYS: Final = ("region_name", "interface", "endpoint_type", "verify", "insecure", "cacert", "cert", "key", "timeout",
-                       "compute_api_version", "identity_api_version", "image_api_version", "auth_type")
+SESSION_KEYS: Final = ("region_name", "interface", "endpoint_type", "verify", "insecure", "cacert", "cert", "key", "timeout", "auth_type")
 
 
 def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -540,8 +539,7 @@ def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) 
     prefix = f"{cloud.upper()}_OS_" if is_side else "OS_"
     name = getattr(settings, f"{cloud}_cloud") if is_side else cloud or environment.get("OS_CLOUD", "")
     found = cloud_from_yaml(name, environment) if name else {
-        key.removeprefix(prefix).lower(): value for key, value in environment.items()
-        if key.startswith(prefix) and not re.search(r"OS_(CLOUD|CLIENT_CONFIG_FILE|.*_API_VERSION)$", key)}
+        key.removeprefix(prefix).lower(): value for key, value in environment.items() if key.startswith(prefix)}
     if is_side and not name and "auth_url" not in found:
         found = getattr(settings, f"{cloud}_creds")
     if found.get("auth_url"):
@@ -554,9 +552,10 @@ def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) 
 
 
 def modern(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Credentials as Keystone v3 wants them."""
+    """Credentials as Keystone v3 wants them, without what is there for other clients."""
     renamed = {"tenant_name": "project_name", "tenant_id": "project_id", "api_key": "password"}
-    creds = {renamed.get(key, key): value for key, value in found.items() if value not in (None, "")}
+    creds = {renamed.get(key, key): value for key, value in found.items()
+             if value not in (None, "") and not re.fullmatch(r"\w+_api_version|cloud|client_config_file", str(key))}
     creds["auth_url"] = re.sub(r"/v2\.0/?$", "", str(creds["auth_url"]))
     kind = str(creds.get("auth_type", "password")).replace("v2", "v3")
     if kind in ("password", "v3password"):
@@ -1087,7 +1086,7 @@ class Screen:
         with self._lock:
             try:
                 if self.log:
-                    print(f"{stamp()}{printable(line)}", file=self.log, flush=True)
+                    print(f"{stamp()}{line}", file=self.log, flush=True)
             except OSError as error:
                 self.log = None
                 print(f"warning: the log file can no longer be written: {error}", file=self.stream, flush=True)
