@@ -372,9 +372,7 @@ def option(default: T, usage: str = "", meaning: str = "", *, read: Callable[[An
     return row
 
 
-def per_call(default: T, usage: str = "", meaning: str = "", **more: Any) -> T:
-    """The same, for one call alone: config.py may not set it."""
-    return option(default, usage, meaning, config=False, **more)
+per_call: Final = functools.partial(option, config=False)  # a row for one call alone: config.py may not set it
 
 
 @dataclass(frozen=True)
@@ -6412,14 +6410,14 @@ JOBS: Final = {
                 "Moves an instance, with its disk, from one OpenStack cloud to another: from hypervisor to hypervisor,\n"
                 "the source read-only, the copy proven. The source is never deleted."),
     "status": Job(status, "[RUN]", "Shows the runs of this machine, the newest first, or one of them with its steps.\nAsks no cloud and no host."),
-    "resume": Job(resume, "RUN", "Goes on with a run that was killed or has left something behind.\nWhat it had sent is proven by digests of "
-                  "both ends, and only the rest is sent. Refuses when the source has run or was changed since."),
+    "resume": Job(resume, "RUN", "Goes on with a run that was killed or has left something behind.\nOnly what digests of both ends do not prove "
+                  "is sent again. Refuses when the source has run or was changed since."),
     "rollback": Job(rollback, "RUN | --run-of SRC_UUID",
                     "Undoes a run that was cut off, or was successful but is not wanted.\nThe new instance is deleted, the source is "
                     "unlocked, and started if it ran when the run found it.\nAsks nothing; goes on past what fails, and lists that."),
     "image": Job(image, "-i IMAGE [-i IMAGE] | --tag TAG",
-                 "Carries images (snapshots too) from the source's Glance to the destination's.\nAll that is told of them goes too, proven "
-                 "by the digests of both. An image whose content is there already is success."),
+                 "Carries images (snapshots too) from the source's Glance to the destination's.\nAll that is told of them goes too. "
+                 "Digests of both prove the content; what is there already is success."),
     "live-migrate": Job(spread, "--host-map FILE", "Live-migrates instances within one cloud, one after the other, until each is where a map says."),
 }
 
