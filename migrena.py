@@ -1009,7 +1009,7 @@ def span(seconds: float) -> str:
 
 def stamp() -> str:
     """The time of day, before a line of a log."""
-    return datetime.now().strftime("%Y-%m-%d %H:%M:%S ")
+    return time.strftime("%Y-%m-%d %H:%M:%S ")
 
 
 def printable(line: str) -> str:
@@ -1139,8 +1139,7 @@ ELSEWHERE: Final = "name another folder in STATE_FOLDER"
 
 def state_folder(settings: Settings, environment: Mapping[str, str], *, to_write: bool = True) -> Path:
     """The folder of journals and locks, made for this user alone where it is missing. Raises UsageError."""
-    base = Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local/state")
-    folder = Path(settings.state_folder).expanduser() if settings.state_folder else base / "migrena"
+    folder = Path(settings.state_folder or Path(environment.get("XDG_STATE_HOME") or "~/.local/state", "migrena")).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if to_write and not os.access(folder, os.W_OK | os.X_OK):
@@ -1376,7 +1375,7 @@ class RunRecord:
     @property
     def seconds_left(self) -> float:
         """Of the copy, at its present rate."""
-        return (self.total - self.done) / self.rate if self.rate and self.state == "running" else 0.0
+        return round((self.total - self.done) / self.rate, 1) if self.rate and self.state == "running" else 0.0
 
     @property
     def carries_image(self) -> bool:
@@ -5808,8 +5807,8 @@ def status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
 
 def as_json(record: RunRecord) -> dict[str, Any]:
     """All that is known of a run."""
-    derived = {name: getattr(record, name) for name in ("source", "destination", "was_running", "step")}
-    return {**dataclasses.asdict(record), **derived, "seconds_left": round(record.seconds_left, 1)}
+    derived = ("source", "destination", "was_running", "step", "seconds_left")
+    return {**dataclasses.asdict(record), **{name: getattr(record, name) for name in derived}}
 
 
 def table_lines(records: Sequence[RunRecord]) -> Iterator[str]:
