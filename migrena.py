@@ -6393,8 +6393,6 @@ EXIT_CODES: Final = """exit codes:
   2  usage or config.py is wrong     128+n  ended by signal n, and rolled back (else 4)"""
 
 
-
-
 @dataclass(frozen=True)
 class Job:
     """A subcommand: its function, the words that it takes, and its --help, whose first line copy's shows too."""
