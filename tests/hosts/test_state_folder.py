@@ -39,7 +39,7 @@ def test_a_state_folder_that_cannot_be_written_to_still_tells_its_runs(fault: Fa
     with small_folder(fault.state, "64k"):
         run = fault.operator.killed()
         command("mount", "-o", "remount,ro", fault.state)
-        fault.end(fault.start(), 2, "cannot be used", "name another one in STATE_FOLDER")
+        fault.end(fault.start(), 2, "cannot be used", "name another folder in STATE_FOLDER")
         fault.call(2, "rollback", run, said=("cannot be used",))
         assert fault.operator.state() == [(run, "killed")]
         command("mount", "-o", "remount,rw", fault.state)
