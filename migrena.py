@@ -4134,6 +4134,7 @@ class Seen:
     starts: tuple[Action, ...] = ()  # what may have started its guest since the run stopped it
     relocks: tuple[Action, ...] = ()  # what was done to its lock since then
     disk: str = ""  # what is wrong with it; empty where nothing is, or where nobody asked
+    since: str | None = None  # the request since which it was not to run, where one is known
 
     @property
     def is_gone(self) -> bool:
@@ -4362,9 +4363,15 @@ def see(cloud: Cloud, id: str, since: str | None, *, is_patient: bool = True) ->
         server = cloud.look(id, is_patient=is_patient)
         done = newer(cloud.actions(id), since) if server and since is not None else []
     except CloudError as error:
-        return Seen(id, unseen=str(error))
-    starts = [action for action in done if action.name not in HARMLESS and not (action.has_failed and server and server.is_stopped)]
-    return Seen(id, server, "", tuple(starts), tuple(action for action in done if since and action.name in ("lock", "unlock")))
+        return Seen(id, unseen=str(error), since=since)
+    starts = tuple(action for action in done if action.name not in HARMLESS and not (action.has_failed and server and server.is_stopped))
+    return Seen(id, server, "", starts, tuple(action for action in done if since and action.name in ("lock", "unlock")), since=since)
+
+
+def situation(record: RunRecord, source: Seen, destination: Seen, is_in_place: bool = False) -> Situation:
+    """What decides about a run: what its journal tells, and what is seen."""
+    was_running = bool(record.was_running and record.stopped_at)
+    return Situation(record.run, stage_of(record), source, destination, is_in_place, was_running)
 
 
 def stage_of(record: RunRecord) -> Stage:
@@ -4690,6 +4697,7 @@ STATE_WAYS: Final = {
     "SHELVED_OFFLOADED": "openstack server unshelve", "RESCUE": "openstack server unrescue",
     "VERIFY_RESIZE": "openstack server resize confirm", "ERROR": "openstack server set --state active",
 }
+NO_HOSTS: Final = "these credentials are not told on which host"
 NO_ROOM: Final = ("No space left on device", "Read-only file system", "Disk quota exceeded")  # no further attempt finds any
 FLAW_WAYS: Final = {
     "internal snapshots": "they would be lost: delete them with qemu-img snapshot -d, or copy a snapshot of the instance",
@@ -4700,62 +4708,81 @@ FLAW_WAYS: Final = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class SourceFacts:
-    """The source as it was found; what could not be found out is None, and told in `problems`."""
+    """The source as far as it was found; why something is missing is told in `problems`."""
 
-    cloud: Cloud | None
+    cloud: Cloud | None = None
     server: Server | None = None
     host: Host | None = None
     disk: Disk | None = None
     image: Image | None = None
-    lacking: tuple[str, ...] = ()
-    problems: tuple[Reason, ...] = ()
+    lacking: Sequence[str] = ()
+    problems: list[Reason] = field(default_factory=list)
+
+    @property
+    def whole(self) -> tuple[Cloud, Server, Host, Disk]:
+        """What a copy needs; raises Refused where something of it is missing."""
+        if not (self.cloud and self.server and self.host and self.disk):
+            raise Refused("the source's disk cannot be read as it is", "see the state of the source instance")
+        return self.cloud, self.server, self.host, self.disk
 
 
-@dataclass(frozen=True)
+@dataclass
 class DestinationFacts:
-    """The destination as it was found; what could not be found out is empty, and told in `problems`."""
+    """The destination as far as it was found; why it has no cloud is told in `problems`."""
 
     cloud: Cloud | None
-    same_name: tuple[Server, ...] = ()
-    flavors: tuple[Flavor, ...] = ()
-    images: tuple[Image, ...] = ()
+    same_name: Sequence[Server] = ()
+    flavors: Sequence[Flavor] = ()
+    images: Sequence[Image] = ()
     sees_hosts: bool = True
     limits: Mapping[str, int] = field(default_factory=dict)
     refused: str = ""  # why it does not take what -e says
-    problems: tuple[Reason, ...] = ()
-    made: tuple[Server, ...] = ()  # of the source, by runs before this one
+    made: Sequence[Server] = ()  # of the source, by runs before this one
+    problems: Sequence[Reason] = ()
+
+
+@contextlib.contextmanager
+def gathering(problems: list[Reason]) -> Iterator[None]:
+    """A scope that an error ends, whose reasons are gathered with others; a wrong command line or config.py is told alone."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except MigrenaError as error:
+        problems += error.reasons
 
 
 def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, stack: contextlib.ExitStack) -> SourceFacts:
     """Looks at the source instance, its host and its disk; connections are closed by the stack."""
-    found: dict[str, Any] = {"cloud": None}
-    try:
-        cloud = found["cloud"] = Cloud("source", creds)
-        server = cloud.server(settings.src_uid)
+    found, server = SourceFacts(), None
+    with gathering(found.problems):
+        found.cloud = cloud = Cloud("source", creds)
+        with ignoring(404):
+            server = cloud.server(settings.src_uid)
+        if not server:
+            raise Refused(f"source cloud: there is no server {settings.src_uid}", "see: openstack server list --all-projects")
         if settings.run and server.task == "powering-off":  # the stop of the run that is gone on with
             server = cloud.wait(server.id, lambda now: not now.task, lambda now: None)
-        found["server"] = server
+        found.server = server
         if server.image and not settings.image:
-            found["image"] = cloud.store.one(server.image)
+            found.image = cloud.store.one(server.image)
         if server.host:
-            host = found["host"] = connect(host_name(server, settings), settings, screen)
-            stack.callback(host.close)
-            lacking = found["lacking"] = tuple(tools_lacking(host, list(PACKAGES)))
-            found["disk"] = look_at_disk(host, server, settings, lacking)
-    except UsageError:
-        raise
-    except MigrenaError as error:
-        found["problems"] = error.reasons
-        if isinstance(error, CloudError) and error.code == 404 and found["cloud"] and "server" not in found:
-            found["problems"] = (Reason(f"source cloud: there is no server {settings.src_uid}", "see: openstack server list --all-projects"),)
-    return SourceFacts(**found)
+            found.host = host = stack.enter_context(host_of(server, settings, screen))
+            found.lacking = tools_lacking(host, list(PACKAGES))
+            found.disk = look_at_disk(host, server, settings, found.lacking)
+    return found
 
 
 def host_name(server: Server, settings: Settings) -> str:
     """Nova's name for an instance's host: the one that HOSTS knows."""
     return server.host if server.host in settings.hosts else server.hypervisor
+
+
+def host_of(server: Server, settings: Settings, screen: Screen) -> contextlib.closing[Host]:
+    """An instance's host, for a scope."""
+    return contextlib.closing(connect(host_name(server, settings), settings, screen))
 
 
 def look_at_disk(host: Host, server: Server, settings: Settings, lacking: Sequence[str]) -> Disk | None:
@@ -4776,9 +4803,8 @@ def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> Destinat
     """Looks at what the destination cloud has: the name, flavors, images, and whether it tells hosts."""
     try:
         cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
-        return DestinationFacts(cloud, tuple(cloud.servers_named(settings.dst_name)), tuple(cloud.flavors()),
-                                tuple(cloud.store.all(settings.image)), cloud.sees_hosts(), cloud.limits(),
-                                cloud.refuses(settings.extra_args), made=tuple(cloud.made_by("", settings.src_uid)))
+        return DestinationFacts(cloud, cloud.servers_named(settings.dst_name), cloud.flavors(), cloud.store.all(settings.image),
+                                cloud.sees_hosts(), cloud.limits(), cloud.refuses(settings.extra_args), cloud.made_by("", settings.src_uid))
     except CloudError as error:
         return DestinationFacts(None, problems=error.reasons)
 
@@ -4789,9 +4815,9 @@ def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -
         return pick(wanted, flavors, "flavor", "destination cloud: ", " with -f")
     if not source:
         raise Refused("no flavor can be matched while the source is unknown", "name one with -f")
-    name, what = source.flavor.name, f"flavor like the source's {source.flavor.name!r}"
-    found = [flavor for flavor in flavors if flavor.name == name]
-    found = found or [flavor for flavor in flavors if source.flavor.vcpus and flavor.sizes == source.flavor.sizes]
+    name, sizes = source.flavor.name, source.flavor.vcpus and source.flavor.sizes
+    found = [flavor for flavor in flavors if flavor.name == name] or [flavor for flavor in flavors if flavor.sizes == sizes]
+    what = f"flavor like the source's {name!r}"
     if len(found) > 1:
         raise Refused(f"destination cloud: more than one {what}: {', '.join(f'{f.name} ({f.id})' for f in found)}", "give its id with -f")
     if not found:
@@ -4802,18 +4828,17 @@ def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -
 def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Image:
     """The image that was named, else one whose digest proves it the source's; raises Refused with the candidates or the nearest."""
     if wanted:
-        found = [pick(wanted, images, "image", "destination cloud: ", " with -i")]
-    elif source:
-        name = source.name
-        found = [image for image in images if image.status == "active" and image.equals(source)]
-        found.sort(key=lambda image: (image.is_hidden, image.name != name))  # whichever of several: their content is the same
-        if not found:
-            raise none_such(f"destination cloud: there is no image with the content of the source's {name!r}", name, images, " with -i")
-    else:
+        image = pick(wanted, images, "image", "destination cloud: ", " with -i")
+        if image.status != "active":
+            raise Refused(f"destination cloud: image {image.name!r} is {image.status}, not active", "name another one with -i")
+        return image
+    if not source:
         raise Refused("the source's image is gone, so that none can be matched", "name one with -i")
-    if found[0].status != "active":
-        raise Refused(f"destination cloud: image {found[0].name!r} is {found[0].status}, not active", "name another one with -i")
-    return found[0]
+    name = source.name
+    same = [image for image in images if image.status == "active" and image.equals(source)]
+    if not same:
+        raise none_such(f"destination cloud: there is no image with the content of the source's {name!r}", name, images, " with -i")
+    return min(same, key=lambda image: (image.is_hidden, image.name != name))
 
 
 def refuse(settings: Settings, source: SourceFacts, destination: DestinationFacts, known: Collection[str] = ()) -> list[Reason]:
@@ -4823,13 +4848,18 @@ def refuse(settings: Settings, source: SourceFacts, destination: DestinationFact
         reasons.append(Reason(f"destination cloud: -e: {destination.refused}", "leave it out"))
     if source.server:
         reasons += refuse_server(source.server, settings, known)
-        if source.host:
-            reasons += refuse_tools(source.host.name, source.lacking, settings, "nbd-server")
+    if source.host:
+        reasons += refuse_tools(source.host.name, source.lacking, settings, "nbd-server")
     if source.disk:
         reasons += refuse_disk(source.disk, settings)
-    if destination.cloud and not destination.problems:
+    if destination.cloud:
         reasons += refuse_destination(settings, source, destination, known)
     return reasons
+
+
+def those_that_hold(*rules: tuple[object, str, str]) -> list[Reason]:
+    """The reasons of the rules of which the condition holds."""
+    return [Reason(problem, way_out) for holds, problem, way_out in rules if holds]
 
 
 def ways_on_with(run: str, source: str, known: Collection[str]) -> str:
@@ -4839,99 +4869,88 @@ def ways_on_with(run: str, source: str, known: Collection[str]) -> str:
     return f"its journal is not on this machine; if it is over: ./migrena.py rollback --run-of {source}"
 
 
-def refuse_server(server: Server, settings: Settings, known: Collection[str] = ()) -> Iterator[Reason]:
+def refuse_server(server: Server, settings: Settings, known: Collection[str] = ()) -> list[Reason]:
     """What about the source instance itself stands in the way."""
-    if server.status not in ("ACTIVE", "SHUTOFF"):
-        way = f"{STATE_WAYS[server.status]} {server.id}" if server.status in STATE_WAYS else "bring it to one of them"
-        yield Reason(f"the source is {server.status}; only ACTIVE or SHUTOFF can be copied", way)
-    if server.task:
-        yield Reason(f"the source has a task under way: {server.task}", "wait for its end")
+    id, status, reason, ephemeral, whole = server.id, server.status, server.lock_reason, server.flavor.ephemeral, not settings.root_only
     run = server.metadata.get(MARK) or lock_of(server)
-    if server.locked and lock_of(server) != (run or None):
-        yield Reason(f"the source is locked{f': {server.lock_reason}' if server.lock_reason else ''}", f"openstack server unlock {server.id}")
-    if run and MARK not in server.metadata and " takes its place" in server.lock_reason:
-        yield Reason(f"the source was moved already, or is being moved: {server.lock_reason}",
-                     f"{ways_on_with(run, server.id, known)}; openstack server unlock {server.id} frees it to be moved once more")
-    elif run:
-        yield Reason(f"run {run} is moving the source, or was cut off while it did", ways_on_with(run, server.id, known))
-    if not server.host:
-        yield Reason("source cloud: these credentials are not told on which host the instance is", "use an admin's credentials")
-    if not server.image:
-        yield Reason("the source boots from a volume, which no hypervisor's disk holds", "move the volume with Cinder, as a backup or an image")
-    left = "--root-only goes on and leaves it behind"
-    if server.image and server.volumes and not settings.root_only:
-        yield Reason(f"volumes are attached: {', '.join(server.volumes)}", f"detach them, or {left}")
-    if server.flavor.ephemeral and not settings.root_only:
-        yield Reason(f"the source has an ephemeral disk of {server.flavor.ephemeral} GiB, and only the root disk is copied", left)
-    if server.config_drive and not settings.root_only:
-        yield Reason("the source has a config drive, and only the root disk is copied", f"give 'config_drive': True in -e for a new one; {left}")
+    ways, left = ways_on_with(run, id, known), "--root-only goes on and leaves it behind"
+    was_moved = run and MARK not in server.metadata and " takes its place" in reason
+    return those_that_hold(
+        (status not in ("ACTIVE", "SHUTOFF"), f"the source is {status}; only ACTIVE or SHUTOFF can be copied",
+         f"{STATE_WAYS[status]} {id}" if status in STATE_WAYS else "bring it to one of them"),
+        (server.task, f"the source has a task under way: {server.task}", "wait for its end"),
+        (server.locked and lock_of(server) != (run or None), f"the source is locked{reason and f': {reason}'}",
+         f"openstack server unlock {id}"),
+        (was_moved, f"the source was moved already, or is being moved: {reason}",
+         f"{ways}; openstack server unlock {id} frees it to be moved once more"),
+        (run and not was_moved, f"run {run} is moving the source, or was cut off while it did", ways),
+        (not server.host, f"source cloud: {NO_HOSTS} the instance is", "use an admin's credentials"),
+        (not server.image, "the source boots from a volume, which no hypervisor's disk holds",
+         "move the volume with Cinder, as a backup or an image"),
+        (whole and server.image and server.volumes, f"volumes are attached: {', '.join(server.volumes)}", f"detach them, or {left}"),
+        (whole and ephemeral, f"the source has an ephemeral disk of {ephemeral} GiB, and only the root disk is copied", left),
+        (whole and server.config_drive, "the source has a config drive, and only the root disk is copied",
+         f"give 'config_drive': True in -e for a new one; {left}"))
 
 
-def refuse_tools(host: str, lacking: Sequence[str], settings: Settings, nbd_tool: str) -> Iterator[Reason]:
+def refuse_tools(host: str, lacking: Sequence[str], settings: Settings, nbd_tool: str) -> list[Reason]:
     """Which tools a host would have to have."""
-    needed = [*NEEDED, *([nbd_tool] if settings.transport == "nbd" else ())]
-    for tool in needed:
-        if tool in lacking:
-            debian, rpm = PACKAGES[tool]
-            yield Reason(f"{host}: {tool} is missing", f"install {tool} (Debian: {debian}, RPM: {rpm})")
+    needed = (*NEEDED, nbd_tool) if settings.transport == "nbd" else NEEDED
+    return [Reason(f"{host}: {tool} is missing", "install {} (Debian: {}, RPM: {})".format(tool, *PACKAGES[tool]))
+            for tool in needed if tool in lacking]
 
 
-def refuse_disk(disk: Disk, settings: Settings) -> Iterator[Reason]:
+def refuse_disk(disk: Disk, settings: Settings) -> list[Reason]:
     """What about the source's disk stands in the way."""
-    for image in disk.chain:
-        for flaw in image.flaws:
-            yield Reason(f"{image.path} has {flaw}", FLAW_WAYS[flaw])
-    if disk.has_tpm:
-        yield Reason("the source has a TPM, whose secrets stay behind", "move what they protect first, then remove hw:tpm_version")
-    if disk.top.format not in ("qcow2", "raw"):
-        yield Reason(f"{disk.top.path} is {disk.top.format}; only qcow2 and raw can be copied")
-    stays = [name for name in disk.beside if not name.endswith("swap") and not name.endswith("config")]
-    if stays and not settings.root_only:
-        yield Reason(f"further disks lie beside the root disk: {', '.join(stays)}", "--root-only goes on and leaves them behind")
+    top, stays = disk.top, [name for name in disk.beside if not name.endswith(("swap", "config"))]
+    return [Reason(f"{image.path} has {flaw}", FLAW_WAYS[flaw]) for image in disk.chain for flaw in image.flaws] + those_that_hold(
+        (disk.has_tpm, "the source has a TPM, whose secrets stay behind", "move what they protect first, then remove hw:tpm_version"),
+        (top.format not in ("qcow2", "raw"), f"{top.path} is {top.format}; only qcow2 and raw can be copied", ""),
+        (stays and not settings.root_only, f"further disks lie beside the root disk: {', '.join(stays)}",
+         "--root-only goes on and leaves them behind"))
 
 
 def refuse_destination(settings: Settings, source: SourceFacts, destination: DestinationFacts, known: Collection[str] = ()) -> list[Reason]:
     """What about the destination cloud stands in the way."""
-    reasons = []
+    reasons, image = list[Reason](), None
     for server in destination.same_name:
         problem, way_out = f"destination cloud: the name {settings.dst_name!r} is taken by {server.id}", "choose another one with -d"
         if run := server.metadata.get(MADE):
             problem, way_out = f"{problem}, which run {run} was making", ways_on_with(run, server.metadata.get(ORIGIN, settings.src_uid), known)
         reasons.append(Reason(problem, way_out))
-    for server in () if settings.yes else destination.made:
-        if server not in destination.same_name:
-            reasons.append(Reason(f"destination cloud: {server.name} {server.id} ({server.status}) was made of this source by run "
-                                  f"{server.metadata.get(DONE) or server.metadata.get(MADE)}",
-                                  "undo that run, or delete the instance; --yes makes another one all the same"))
+    reasons += [Reason(f"destination cloud: {server.name} {server.id} ({server.status}) was made of this source by run "
+                       f"{server.metadata.get(DONE) or server.metadata.get(MADE)}",
+                       "undo that run, or delete the instance; --yes makes another one all the same")
+                for server in destination.made if not settings.yes and server not in destination.same_name]
     if not destination.sees_hosts:
-        reasons.append(Reason("destination cloud: these credentials are not told on which host an instance is", "use an admin's credentials"))
-    flavor = image = None
-    try:
+        reasons.append(Reason(f"destination cloud: {NO_HOSTS} an instance is", "use an admin's credentials"))
+    flavor = None
+    with gathering(reasons):
         flavor = pick_flavor(settings.flavor, destination.flavors, source.server)
-        if source.server and not settings.flavor:
-            reasons += [Reason(f"flavor {flavor.name} of the destination is smaller than the source's: {what}",
-                               "name one with -f") for what, is_less in flavor.differs(source.server.flavor) if is_less]
-        if source.disk and 0 < flavor.disk * GiB < source.disk.top.size:
-            reasons.append(Reason(f"flavor {flavor.name} has a disk of {flavor.disk} GiB, the source's has {human(source.disk.top.size)}",
-                                  "name a larger one with -f"))
-        reasons += [Reason(f"destination cloud: the quota is exceeded: {exceeded}", "delete what is not needed, or have the quota raised")
-                    for exceeded in over_quota(destination.limits, flavor)]
-    except Refused as refusal:
-        reasons += refusal.reasons
-    try:
+        reasons += refuse_flavor(settings, flavor, source, destination.limits)
+    with gathering(reasons):
         if source.cloud and (carried := image_to_carry(settings, source, destination)):
             image = carried.source
             reasons += (*refuse_image(settings, carried, destination.images), *refuse_reading(carried, source.cloud))
         elif settings.image or (source.server and source.server.image):
             image = pick_image(settings.image, destination.images, source.image)
-    except Refused as refusal:
-        reasons += refusal.reasons
     if flavor and not flavor.disk and image and source.server and source.disk and (
             image.disk_size < source.disk.top.size and (image.disk_size or source.server.flavor.disk)):
-        reasons.append(Reason(f"flavor {flavor.name} names no disk size, and image {image.name!r} has "
-                              f"{human(image.disk_size)}, or does not tell; the source's disk has "
-                              f"{human(source.disk.top.size)}", "name a larger flavor with -f"))
+        reasons.append(Reason(f"flavor {flavor.name} names no disk size, and image {image.name!r} has {human(image.disk_size)}, or does "
+                              f"not tell; the source's disk has {human(source.disk.top.size)}", "name a larger flavor with -f"))
     return reasons
+
+
+def refuse_flavor(settings: Settings, flavor: Flavor, source: SourceFacts, limits: Mapping[str, int]) -> Iterator[Reason]:
+    """What about a flavor of the destination stands in the way."""
+    for what, is_less in flavor.differs(source.server.flavor) if source.server and not settings.flavor else ():
+        if is_less:
+            yield Reason(f"flavor {flavor.name} of the destination is smaller than the source's: {what}", "name one with -f")
+    if source.disk and 0 < flavor.disk * GiB < source.disk.top.size:
+        yield Reason(f"flavor {flavor.name} has a disk of {flavor.disk} GiB, the source's has {human(source.disk.top.size)}",
+                     "name a larger one with -f")
+    for exceeded in over_quota(limits, flavor):
+        yield Reason(f"destination cloud: the quota is exceeded: {exceeded}", "delete what is not needed, or have the quota raised")
 
 
 def image_to_carry(settings: Settings, source: SourceFacts, destination: DestinationFacts) -> ImagePlan | None:
@@ -4973,15 +4992,12 @@ class Plan:
 
 def make_plan(settings: Settings, source: SourceFacts, destination: DestinationFacts, run: str) -> Plan:
     """The plan for facts that nothing was refused for."""
-    if not source.server or not source.disk:
-        raise AssertionError("nothing was refused, yet the source is not known")
-    server, disk = source.server, source.disk
-    left = [f"volume {id}" for id in server.volumes]
-    left += [f"ephemeral disk {name}" for name in disk.beside if re.search(r"local|eph", name)]
-    left += ["the config drive"] if server.config_drive else []
-    carried = image_to_carry(settings, source, destination)
+    _, server, _, disk = source.whole
+    left = (*(f"volume {id}" for id in server.volumes), *(f"ephemeral disk {name}" for name in disk.beside if re.search("local|eph", name)),
+            *(["the config drive"] if server.config_drive else ()))
+    carried, flavor = image_to_carry(settings, source, destination), pick_flavor(settings.flavor, destination.flavors, server)
     image = Image("", carried.name, "queued", "", "") if carried else pick_image(settings.image, destination.images, source.image)
-    return Plan(run, server, disk, pick_flavor(settings.flavor, destination.flavors, server), image, tuple(left), server.status == "ACTIVE", carried)
+    return Plan(run, server, disk, flavor, image, left, server.status == "ACTIVE", carried)
 
 
 @dataclass
@@ -4998,8 +5014,8 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     api_calls: dict[str, int] = field(default_factory=dict)  # of each cloud
     ssh_commands: dict[str, int] = field(default_factory=dict)  # of each host
-    images: list[dict[str, object]] = field(default_factory=list)  # of the job `image`: what became of each
-    moves: list[dict[str, object]] = field(default_factory=list)  # of the job `live-migrate`: the same
+    images: list[dict[str, object]] = field(default_factory=list)  # of `image`: what became of each
+    moves: list[dict[str, object]] = field(default_factory=list)  # of `live-migrate`: the same
     warnings: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)  # of the instance, in the source cloud: volumes and the like
     not_undone: list[str] = field(default_factory=list)
@@ -5011,13 +5027,15 @@ def reported(cloud: Cloud, server: Server) -> dict[str, object]:
     return {"cloud": cloud.url, "id": server.id, "name": server.name, "host": server.hypervisor}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Earlier:
-    """What a run that was cut off had brought about when it is resumed."""
+    """A run that was cut off: its journal, and what was found of the instance that it was making."""
 
     record: RunRecord
-    destination: str  # the new instance's id
-    is_in_place: bool  # whether the copy had taken its place
+    seen: Seen = field(default_factory=Seen)
+    is_in_place: bool = False  # whether the copy has taken its place
+    cloud: Cloud | None = None
+    problems: list[Reason] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -5035,34 +5053,42 @@ class Run:
     source_host: Host
     earlier: Earlier | None = None
 
+    @property
+    def record(self) -> RunRecord:
+        """What its journal tells by now."""
+        return recorded(self.plan.run, self.journal.entries)
+
+    @property
+    def made(self) -> str:
+        """The new instance's id, empty while Nova has not told it."""
+        return self.record.destination or (self.earlier.seen.id if self.earlier else "")
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether an earlier process has put the copy in its place."""
+        return bool(self.earlier and self.earlier.is_in_place)
+
     def changed(self, server: Server) -> None:
         """Shows what Nova is doing."""
         self.screen.status(f"Current status: {server.status} {server.task}")
 
 
-def made_id(run: Run, record: RunRecord) -> str:
-    """The new instance's id, empty while Nova had not told it."""
-    return record.destination or (run.earlier.destination if run.earlier else "")
-
-
-def look(run: Run, *, with_disk: bool = False, is_patient: bool = True) -> Situation:
+def look(run: Run, made: str = "", *, with_disk: bool = False, is_patient: bool = True) -> Situation:
     """Both sides of a run as they are now; the source's disk too where it is asked for."""
-    began, record = time.monotonic(), recorded(run.plan.run, run.journal.entries)
+    began, record, disk = time.monotonic(), run.record, run.plan.disk.top.path
     source = see(run.source, run.plan.server.id, record.request("stop source") or None, is_patient=is_patient)
     if with_disk and source.server:
-        path = run.plan.disk.top.path
-        source = dataclasses.replace(source, disk=disk_now(run.source_host, path, str(record.job.get("stand", ""))))
-    destination = see(run.destination, made_id(run, record), record.request("stop destination"), is_patient=is_patient)
+        source = dataclasses.replace(source, disk=disk_now(run.source_host, disk, str(record.job.get("stand", ""))))
+    destination = see(run.destination, made or run.made, record.request("stop destination"), is_patient=is_patient)
     if time.monotonic() - began > LOOK_LIMIT and not (source.unseen or destination.unseen):
-        return look(run, with_disk=with_disk, is_patient=is_patient)  # it is old by now
-    return Situation(run.plan.run, stage_of(record), source, destination, bool(run.earlier and run.earlier.is_in_place),
-                     run.plan.was_running and any(act.name == "stop source" for act in record.acts))
+        return look(run, made, with_disk=with_disk, is_patient=is_patient)  # it is old by now
+    return situation(record, source, destination, run.is_in_place)
 
 
 def gate(run: Run, act: Act, *, is_live: bool = False, is_held: bool = False) -> Situation:
     """Lets an act be done: both sides as seen. Raises FinalError where it must not be, Kept where a copy is proven."""
-    settings, now = run.settings, look(run, with_disk=act in (Act.SWAP, Act.START_DESTINATION), is_patient=not is_held)
-    asked = Asked(settings.yes, settings.start_after == "all", settings.start_after in ("all", "src"), is_live, is_held)
+    after, now = run.settings.start_after, look(run, with_disk=act in (Act.SWAP, Act.START_DESTINATION), is_patient=not is_held)
+    asked = Asked(run.settings.yes, after == "all", after in ("all", "src"), is_live, is_held)
     allow(act, now, asked, Kept if now.stage >= Stage.PROVEN else FinalError)
     return now
 
@@ -5073,7 +5099,7 @@ def proven_is_kept(run: Run) -> Iterator[None]:
     try:
         yield
     except CloudError as error:
-        if not error.may_pass or stage_of(recorded(run.plan.run, run.journal.entries)) < Stage.PROVEN:
+        if not error.may_pass or stage_of(run.record) < Stage.PROVEN:
             raise
         raise Kept(f"{error}; the copy is whole and proven, and both instances are kept as they are",
                    f"./migrena.py resume {run.plan.run} completes the move, ./migrena.py rollback {run.plan.run} undoes it") from error
@@ -5106,14 +5132,14 @@ def execute(run: Run, stack: contextlib.ExitStack) -> str:
     began = time.monotonic()
     claim_source(run)
     run = carry_first(run)
-    new = adopt_destination(run, run.earlier.destination) if run.earlier else create_destination(run)
+    new = bring_destination(run)
     host = connect_destination(run, new, stack)
     with DiskLocks(run.plan.run) as locks:
-        if not run.earlier or not run.earlier.is_in_place:
+        if not run.is_in_place:
             began = bring_disk(run, host, new, locks)
         elif (source := look(run).source).is_idle and not source.is_locked_by(run.plan.run) and run.settings.start_after in ("all", "dst"):
             stop_source(run, new)  # somebody took its lock off: it is held again while the destination is started
-        one = start_named(run, "dst", run.destination, new.id)
+        arrived = start_named(run, "dst", run.destination, new.id)
         if run.plan.was_running:
             stopped = run.earlier.record.stopped_at if run.earlier else None
             downtime = (datetime.now(timezone.utc) - stopped).total_seconds() if stopped else time.monotonic() - began
@@ -5122,7 +5148,7 @@ def execute(run: Run, stack: contextlib.ExitStack) -> str:
         run.destination.mark(new.id, {DONE: run.plan.run, ORIGIN: run.plan.server.id})  # somebody may have wiped them
         run.destination.unmark(new.id, run.plan.run, MADE)
     run.undo.attempt(f"unlock destination {new.id}", lambda: release_destination(run, new.id))
-    run.undo.attempt(f"give source {run.plan.server.id} back", lambda: release_source(run, one))
+    run.undo.attempt(f"give source {run.plan.server.id} back", lambda: release_source(run, arrived))
     host.run("rm", "-f", "--", beside(run.settings.disk_path % new.id, run.plan.run)[1])
     return new.id
 
@@ -5352,26 +5378,31 @@ def require_mark(run: Run, mark: str | None) -> None:
                       "wait for its end, and see what it made")
 
 
-def create_destination(run: Run) -> Server:
-    """The new instance, ACTIVE. From here on a failure deletes it, even one in the middle of the request that makes it."""
-    plan, settings = run.plan, run.settings
-    with run.screen.step("Create new instance in the target environment."):
-        for line in (f"Name: {settings.dst_name}", f"Flavor: {plan.flavor.name}, ID: {plan.flavor.id}",
-                     f"Image: {plan.image.name}, ID: {plan.image.id}",
-                     *(f"{key}: {value if key in SHOWN else '(not shown)'}" for key, value in settings.extra_args.items())):
-            run.screen.note(line)
-        delete_on_failure(run)
-        with run.journal.act("create destination", name=settings.dst_name) as result:
-            result["server"] = id = ask_for_destination(run)
-        new = run.destination.wait(id, lambda server: server.is_running, run.changed)
-        return tell_new(run, new)
-
-
-def tell_new(run: Run, new: Server) -> Server:
-    """The new instance, told on the screen and in the report."""
-    run.screen.note(f"Done. Current status: {new.status}, ID: {new.id}")
+def bring_destination(run: Run) -> Server:
+    """The new instance: made and ACTIVE, or, where this run had made it before it was cut off, with nothing under way."""
+    made = run.earlier and run.earlier.seen.id
+    with run.screen.step(f"{'Go on with the' if made else 'Create new'} instance in the target environment."):
+        if made:
+            with run.journal.act("adopt destination", server=made):
+                new = run.destination.wait(made, lambda server: server.is_running or server.is_stopped, run.changed)
+        else:
+            new = create_destination(run)
+        run.screen.note(f"Done. Current status: {new.status}, ID: {new.id}")
     run.report.destination |= reported(run.destination, new)
     return new
+
+
+def create_destination(run: Run) -> Server:
+    """A new instance, ACTIVE. From here on a failure deletes it, even one in the middle of the request that makes it."""
+    plan, settings = run.plan, run.settings
+    for line in (f"Name: {settings.dst_name}", f"Flavor: {plan.flavor.name}, ID: {plan.flavor.id}",
+                 f"Image: {plan.image.name}, ID: {plan.image.id}",
+                 *(f"{key}: {value if key in SHOWN else '(not shown)'}" for key, value in settings.extra_args.items())):
+        run.screen.note(line)
+    delete_on_failure(run)
+    with run.journal.act("create destination", name=settings.dst_name) as result:
+        result["server"] = id = ask_for_destination(run)
+    return run.destination.wait(id, lambda server: server.is_running, run.changed)
 
 
 def ask_for_destination(run: Run) -> str:
@@ -5390,25 +5421,16 @@ def ask_for_destination(run: Run) -> str:
         return made[0].id
 
 
-def adopt_destination(run: Run, id: str) -> Server:
-    """The instance that this run had made before it was cut off, when nothing is under way with it."""
-    with run.screen.step("Go on with the instance in the target environment."), run.journal.act("adopt destination", server=id):
-        new = run.destination.wait(id, lambda server: server.is_running or server.is_stopped, run.changed)
-        return tell_new(run, new)
-
-
 def delete_on_failure(run: Run) -> None:
     """If the run fails, what it made is deleted, by the id that Nova told, or by its marks where that answer was lost."""
     def delete() -> None:
-        record = recorded(run.plan.run, run.journal.entries)
-        id, proven = made_id(run, record), stage_of(record) >= Stage.PROVEN
-        for found in [id] if id else [server.id for server in run.destination.made_by(run.plan.run, run.plan.server.id)]:
-            now = look(run, with_disk=proven)  # until then its host may be away
-            now = now if id else dataclasses.replace(now, destination=see(run.destination, found, ""))
+        is_proven = stage_of(run.record) >= Stage.PROVEN  # until then the source's host may be away
+        for id in [run.made] if run.made else [server.id for server in run.destination.made_by(run.plan.run, run.plan.server.id)]:
+            now = look(run, id, with_disk=is_proven)
             if not now.destination.is_gone:
                 allow(Act.DELETE, now, Asked(run.settings.yes))
-                with run.journal.act("delete destination", server=found):
-                    run.destination.delete(found)
+                with run.journal.act("delete destination", server=id):
+                    run.destination.delete(id)
 
     run.undo.on_failure(f"delete destination {run.settings.dst_name}", delete)
 
@@ -5416,12 +5438,11 @@ def delete_on_failure(run: Run) -> None:
 def connect_destination(run: Run, new: Server, stack: contextlib.ExitStack) -> Host:
     """The hypervisor that Nova chose, with all the tools a copy needs."""
     if not new.host:
-        raise CloudError("destination cloud: these credentials are not told on which host the instance is", "use an admin's credentials")
-    host = connect(host_name(new, run.settings), run.settings, run.screen)
-    stack.callback(host.close)
+        raise CloudError(f"destination cloud: {NO_HOSTS} the instance is", "use an admin's credentials")
+    host = stack.enter_context(host_of(new, run.settings, run.screen))
     stack.enter_context(host.private_folder(run.plan.run))
     run.undo.always(f"check that nothing of ours is left on {host.name}", host.confirm_all_ended)
-    if reasons := list(refuse_tools(host.name, tools_lacking(host, list(PACKAGES)), run.settings, "nbd-client")):
+    if reasons := refuse_tools(host.name, tools_lacking(host, list(PACKAGES)), run.settings, "nbd-client"):
         raise HostError.of(reasons)
     return host
 
@@ -5486,16 +5507,17 @@ def plan_job(run: Run, ends: Ends, fresh: Disk) -> DiskJob:
 
 def refuse_job(ends: Ends, job: DiskJob, disk: Disk) -> None:
     """Raises HostError where the destination's host or disk cannot take the copy."""
-    if job.fresh.format not in ("qcow2", "raw"):
-        raise HostError(f"{ends.destination.name}: {job.fresh.path} is {job.fresh.format}; only qcow2 and raw can be copied to")
-    if job.fresh.size < job.source.size:
-        raise HostError(f"the new instance's disk of {human(job.fresh.size)} is smaller than the source's {human(job.source.size)}",
+    host, fresh = ends.destination, job.fresh
+    if fresh.format not in ("qcow2", "raw"):
+        raise HostError(f"{host.name}: {fresh.path} is {fresh.format}; only qcow2 and raw can be copied to")
+    if fresh.size < job.source.size:
+        raise HostError(f"the new instance's disk of {human(fresh.size)} is smaller than the source's {human(job.source.size)}",
                         "name a larger flavor with -f")
     need = space_needed(job.source, disk, job.whole_file)
-    there = ends.destination.script('[ ! -f "$1" ] || stat -c %b -- "$1"', job.new)  # a run that goes on has its place already
-    free = free_space(ends.destination, job.fresh.path) + there.read(lambda said: int(said or 0)) * 512
+    there = host.script('[ ! -f "$1" ] || stat -c %b -- "$1"', job.new)  # a run that goes on has its place already
+    free = free_space(host, fresh.path) + there.read(lambda said: int(said or 0)) * 512
     if free < need:
-        raise HostError(f"{ends.destination.name}: {human(free)} are free beside {job.fresh.path}, {human(need)} are needed",
+        raise HostError(f"{host.name}: {human(free)} are free beside {fresh.path}, {human(need)} are needed",
                         "free space there, or have Nova choose another host with availability_zone in -e")
 
 
@@ -5682,33 +5704,29 @@ def start_named(run: Run, side: str, cloud: Cloud, id: str) -> Server | None:
     return started
 
 
-def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, destination: DestinationFacts, known_rate: float) -> Iterator[str]:
+def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known_rate: float) -> Iterator[str]:
     """The plan in words, for the dry run."""
-    top = plan.disk.top
-    yield f"source       {plan.server.name} {plan.server.id}, {plan.server.status}, on {plan.server.hypervisor}"
+    server, disk, top = plan.server, plan.disk, plan.disk.top
+    yield f"source       {server.name} {server.id}, {server.status}, on {server.hypervisor}"
     yield f"  disk       {top.path}: {top.format}, {human(top.size)} to the guest, {human(top.allocated)} in the file"
-    for base in plan.disk.chain[1:]:
-        yield f"  base       {base.path}: {base.format}, {human(base.length)}"
-    image_id = plan.image.id or "carried first"
-    yield f"destination  {settings.dst_name}, flavor {plan.flavor.name}, image {plan.image.name} ({image_id}), on the host that Nova chooses"
-    for what, _ in plan.flavor.differs(plan.server.flavor):
-        yield f"  flavor     has {what} of the source's"
-    transport, why = pick_transport(settings, [tool for tool in ("nbd-server",) if tool in source.lacking], top, True)
+    yield from (f"  base       {base.path}: {base.format}, {human(base.length)}" for base in disk.chain[1:])
+    yield (f"destination  {settings.dst_name}, flavor {plan.flavor.name}, image {plan.image.name} ({plan.image.id or 'carried first'}), "
+           "on the host that Nova chooses")
+    yield from (f"  flavor     has {what} of the source's" for what, _ in plan.flavor.differs(server.flavor))
+    transport, why = pick_transport(settings, ["nbd-server"] if "nbd-server" in source.lacking else [], top, True)
     yield f"transport    {transport}{' with TLS' if settings.tls else ' in clear'}: {why} (the destination's host may lack something)"
     if plan.carried:
         yield f"to move      {human(plan.carried.size)}: the image, before anything is stopped"
-    amounts = {"the file": top.allocated} if top.format == "raw" or not plan.disk.base else {
-        "the file, if the bases are equal": top.allocated, "what the guest sees, if they are not": plan.disk.guest_bytes}
+    amounts = {"the file": top.allocated} if top.format == "raw" or not disk.base else {
+        "the file, if the bases are equal": top.allocated, "what the guest sees, if they are not": disk.guest_bytes}
+    rates = {f"{human(settings.limit_rate)}/s, the limit": float(settings.limit_rate)} if settings.limit_rate else {
+        f"{human(known_rate)}/s, as in the last run": known_rate} if known_rate else {"1 Gbit/s": 1.25e8, "10 Gbit/s": 1.25e9}
     is_warm = settings.warm and plan.was_running
-    rates = {f"{human(known_rate)}/s, as in the last run": known_rate} if known_rate else {"1 Gbit/s": 1.25e8, "10 Gbit/s": 1.25e9}
-    if settings.limit_rate:
-        rates = {f"{human(settings.limit_rate)}/s, the limit": float(settings.limit_rate)}
+    kind, also = ("downtime", ", and the time to stop and start") if plan.was_running and not is_warm else ("duration", "")
     for what, amount in amounts.items():
         yield f"to move      {human(amount)}: {what}"
-        yield f"  space      {human(space_needed(top, plan.disk, amount == top.allocated))} at the destination"
-        for name, rate in rates.items():
-            kind, also = ("downtime", ", and the time to stop and start") if plan.was_running and not is_warm else ("duration", "")
-            yield f"  {kind}   about {span(amount / rate)} at {name}{also}"
+        yield f"  space      {human(space_needed(top, disk, amount == top.allocated))} at the destination"
+        yield from (f"  {kind}   about {span(amount / rate)} at {name}{also}" for name, rate in rates.items())
     if is_warm:
         yield "downtime     for finding and sending what changes meanwhile, and the time to stop and start: the source runs until then"
         if settings.bitmap:
@@ -5731,22 +5749,19 @@ def copy(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
                                           lambda: survey_destination(settings, creds["dst"]))
         if there := already_there(settings, destination):
             return tell_already(settings, there, screen, report)
-        if reasons := refuse(settings, source, destination, known_runs(folder)):
+        reasons = refuse(settings, source, destination, known_runs(folder))
+        if reasons or not destination.cloud:
             raise Refused.of(reasons)
-        plan = make_plan(settings, source, destination, run)
-        if not source.cloud or not destination.cloud or not source.host:
-            raise AssertionError("nothing was refused, yet something is not known")
-        report.run, report.left_behind = run, list(plan.left_behind)
-        report.source = reported(source.cloud, plan.server)
+        plan, (cloud, _, host, _) = make_plan(settings, source, destination, run), source.whole
+        clouds = cloud, destination.cloud
+        report.run, report.left_behind, report.source = run, list(plan.left_behind), reported(cloud, plan.server)
         tell_what_stays(screen, plan)
         if settings.dry_run:
             report.result = "planned"
-            known_rate = last_rate(folder, [source.cloud.url, destination.cloud.url])
-            for line in plan_lines(settings, plan, source, destination, known_rate):
+            for line in plan_lines(settings, plan, source, last_rate(folder, [cloud.url for cloud in clouds])):
                 screen.say(line, always=True)
             return 0
-        journal = begin_journal(folder, settings, plan, (source.cloud, destination.cloud))
-        return see_through(Run(settings, screen, journal, undo, report, plan, source.cloud, destination.cloud, source.host))
+        return see_through(Run(settings, screen, begin_journal(folder, settings, plan, clouds), undo, report, plan, *clouds, host))
 
 
 def begin_journal(folder: Path, settings: Settings, plan: Plan, clouds: Sequence[Cloud]) -> Journal:
@@ -5860,49 +5875,36 @@ def detail_lines(record: RunRecord) -> Iterator[str]:
 # ---- 13. Resume ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class MadeFacts:
-    """What there is of the instance that a run was making; what could not be found out is None, and told in `problems`."""
-
-    cloud: Cloud | None
-    seen: Seen = field(default_factory=Seen)
-    is_in_place: bool = False  # whether the copy has taken its place
-    problems: tuple[Reason, ...] = ()
-
-
-def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord, screen: Screen) -> MadeFacts:
+def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord, screen: Screen) -> Earlier:
     """Looks at what the run had made: the instance by its id, or by the run's mark where Nova's answer was lost, and the files beside its disk."""
-    found: dict[str, Any] = {"cloud": None}
-    try:
-        cloud = found["cloud"] = Cloud("destination", creds, settings.dst_glance_endpoint)
+    found = Earlier(record)
+    with gathering(found.problems):
+        found.cloud = cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
         id = record.destination or next((server.id for server in cloud.made_by(record.run, record.source)), "")
-        seen = found["seen"] = see(cloud, id, record.request("stop destination"))
-        if seen.unseen:
-            raise CloudError(seen.unseen)
-        if seen.server and seen.server.host:
-            with contextlib.closing(connect(host_name(seen.server, settings), settings, screen)) as host:
+        found.seen = see(cloud, id, record.request("stop destination"))
+        if found.seen.unseen:
+            raise CloudError(found.seen.unseen)
+        if found.seen.server and found.seen.server.host:
+            with host_of(found.seen.server, settings, screen) as host:
                 path = settings.disk_path % id
                 new, kept = beside(path, record.run)
                 was_swapped = host.succeeds("test", "-e", kept) and not host.succeeds("test", "-e", new)
-                found["is_in_place"] = was_swapped or record.has_done("swap in")
+                found.is_in_place = was_swapped or record.has_done("swap in")
                 inode = host.script('[ ! -e "$1" ] || stat -c %i -- "$1"', path).strip()  # Nova may be about to make it
                 if record.job.get("inode", inode) != inode:
-                    found["seen"] = dataclasses.replace(seen, disk="is not the one that Nova made: somebody has put another one there")
-    except UsageError:
-        raise
-    except MigrenaError as error:
-        found["problems"] = error.reasons
-    return MadeFacts(**found)
+                    found.seen = dataclasses.replace(found.seen, disk="is not the one that Nova made: somebody has put another one there")
+    return found
 
 
-def situation_of(record: RunRecord, source: SourceFacts, made: MadeFacts, stand: str) -> Situation:
-    """What is seen of a run that was cut off; `stand` is the source's file as it stands now."""
-    seen, was, cloud = Seen(record.source, source.server), str(record.job.get("stand", "")), source.cloud
-    if cloud and source.server and was and not made.is_in_place:  # what was begun before there was a copy is simply done again
-        seen = see(cloud, record.source, record.request("stop source") or None)
-        is_other = stand != was or not (seen.server and seen.server.is_stopped)
-        seen = dataclasses.replace(seen, disk="was changed, or is in use" if is_other else "")
-    return Situation(record.run, stage_of(record), seen, made.seen, made.is_in_place, record.was_running)
+def situation_of(source: SourceFacts, earlier: Earlier) -> Situation:
+    """What is seen of a run that was cut off."""
+    record, seen = earlier.record, Seen(earlier.record.source, source.server)
+    if source.cloud and source.server and (was := record.job.get("stand")) and not earlier.is_in_place:  # without a copy all is done again
+        seen = see(source.cloud, record.source, record.request("stop source") or None)
+        stand = stand_of(source.host, source.disk.top.path) if source.host and source.disk else ""
+        if stand != was or not (seen.server and seen.server.is_stopped):
+            seen = dataclasses.replace(seen, disk="was changed, or is in use")
+    return situation(record, seen, earlier.seen, earlier.is_in_place)
 
 
 def refuse_state(record: RunRecord) -> None:
@@ -5917,13 +5919,13 @@ def refuse_state(record: RunRecord) -> None:
 
 def tell_judged(screen: Screen, report: Report, now: Situation, judged: Mapping[Act, Sequence[Reason]]) -> int:
     """Shows what is seen, and of each act whether it may be done, or why not; gives the exit code."""
-    screen.say(f"seen  {now}", always=True)
+    lines = [f"seen  {now}"]
     for act, reasons in judged.items():
-        screen.say(f"{act.value}: {'may be done' if not reasons else 'must not be done'}", always=True)
-        for reason in reasons:
-            screen.say(f"  {reason.problem}", always=True)
-            screen.say(f"    try: {reason.way_out}", always=True)
-    report.run, report.result = now.run, "planned" if not any(judged.values()) else "refused"
+        lines += [f"{act.value}: {'must not be done' if reasons else 'may be done'}",
+                  *(line for reason in reasons for line in (f"  {reason.problem}", f"    try: {reason.way_out}"))]
+    for line in lines:
+        screen.say(line, always=True)
+    report.run, report.result = now.run, "refused" if any(judged.values()) else "planned"
     return 3 if any(judged.values()) else 0
 
 
@@ -5942,28 +5944,26 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         settings = call.settings(record.facts.get("settings"))
         creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
         with screen.timed("Survey"):
-            source, made = at_once(lambda: survey_source(settings, creds["src"], screen, stack),
-                                   lambda: survey_made(settings, creds["dst"], record, screen))
-        if source.cloud and made.cloud:
-            require_same_clouds(record, (source.cloud, made.cloud))
-        stand = stand_of(source.host, source.disk.top.path) if source.host and source.disk else ""
-        now, reasons = situation_of(record, source, made, stand), [*source.problems, *made.problems]
-        if source.server and made.cloud and not made.problems:
+            source, earlier = at_once(lambda: survey_source(settings, creds["src"], screen, stack),
+                                      lambda: survey_made(settings, creds["dst"], record, screen))
+        if source.cloud and earlier.cloud:
+            require_same_clouds(record, (source.cloud, earlier.cloud))
+        now, reasons = situation_of(source, earlier), [*source.problems, *earlier.problems]
+        if source.server and not earlier.problems:
             reasons += judge(Act.GO_ON, now, Asked(settings.yes))
         if settings.dry_run:
             return tell_judged(screen, report, now, {Act.GO_ON: reasons})
-        if reasons:
+        made = earlier.seen.server
+        if reasons or not (earlier.cloud and made):
             raise Refused.of(reasons)
-        if not (source.cloud and source.server and source.host and source.disk and made.cloud and (server := made.seen.server)):
-            raise Refused("the source's disk cannot be read as it is", "see the state of the source instance")
-        plan = Plan(run, source.server, source.disk, server.flavor, Image(server.image, "", "active", "", ""), (), record.was_running)
-        report.run, earlier = run, Earlier(record, server.id, made.is_in_place)
-        report.source = reported(source.cloud, plan.server)
+        cloud, server, host, disk = source.whole
+        plan = Plan(run, server, disk, made.flavor, Image(made.image, "", "active", "", ""), (), record.was_running)
+        report.run, report.source = run, reported(cloud, server)
         journal = Journal(folder, run)
         with journal.beginning():
             journal.write("asked to resume", pid=os.getpid())  # it is resumed when a failure would undo what there is: see inherit()
         screen.say(f"Go on with run {run}, {human(sum(length for _, length in record.arrived))} of which were sent.")
-        return see_through(Run(settings, screen, journal, undo, report, plan, source.cloud, made.cloud, source.host, earlier))
+        return see_through(Run(settings, screen, journal, undo, report, plan, cloud, earlier.cloud, host, earlier))
 
 
 # ---- 14. Rollback ----------------------------------------------------------------------------------------------------
@@ -5979,14 +5979,13 @@ LEASE_LIMIT: Final = 75.0  # seconds after which the leases of a run that was cu
 
 @dataclass(frozen=True)
 class Undone:
-    """A run that is to be undone: what is seen of it, and its journal, where there is one."""
+    """A run that is to be undone: what is seen of it, and its journal, which is empty where there is none."""
 
     settings: Settings
     screen: Screen
     clouds: tuple[Cloud, Cloud]
     now: Situation
-    record: RunRecord | None
-    since: str | None  # the request since which the source was not to run, where one is known
+    record: RunRecord
 
     @property
     def taking(self) -> Act:
@@ -5995,9 +5994,9 @@ class Undone:
 
     def allow(self, act: Act) -> Situation:
         """Lets an act be done: both sides as they are by now; raises Kept where it must not be."""
-        source = dataclasses.replace(see(self.clouds[0], self.now.source.id, self.since), disk=self.now.source.disk)
-        destination = see(self.clouds[1], self.now.destination.id, self.record.request("stop destination") if self.record else "")
-        now = dataclasses.replace(self.now, source=source, destination=destination)
+        one, other = self.now.source, self.now.destination
+        source = dataclasses.replace(see(self.clouds[0], one.id, one.since), disk=one.disk)
+        now = dataclasses.replace(self.now, source=source, destination=see(self.clouds[1], other.id, other.since))
         allow(act, now, Asked(self.settings.yes))
         return now
 
@@ -6009,62 +6008,58 @@ class Undone:
 
     def host(self, server: Server) -> contextlib.closing[Host]:
         """The host of an instance, for a scope."""
-        return contextlib.closing(connect(host_name(server, self.settings), self.settings, self.screen))
+        return host_of(server, self.settings, self.screen)
 
 
-def find_undone(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud], source_id: str, record: RunRecord | None, folder: Path) -> Undone:
+def find_undone(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud], record: RunRecord, folder: Path) -> Undone:
     """What a run has made, by its journal or by marks and locks; raises Refused where nothing tells of a run."""
     one, other = clouds
-    if record:
-        require_same_clouds(record, clouds)
-    since = (record.request("stop source") if record else "") or None
-    source = see(one, source_id, since)
-    if source.server and not record:  # a run locks its source before it stops it
-        since = next((action.request for action in one.actions(source_id) if action.name == "lock"), None)
-        source = see(one, source_id, since)
+    require_same_clouds(record, clouds)
+    source = see(one, record.source, record.request("stop source") or None)
+    if source.server and not record.run:  # a run locks its source before it stops it
+        source = see(one, source.id, next((action.request for action in one.actions(source.id) if action.name == "lock"), None))
     if source.unseen:
         raise Refused(f"the source could not be looked at: {source.unseen}", "see to that first: nothing was touched")
-    run = record.run if record else (source.server.metadata.get(MARK) or lock_of(source.server)) if source.server else ""
-    made = {server.id: server for server in other.made_by("", source_id)}
+    run = record.run or ((source.server.metadata.get(MARK) or lock_of(source.server)) if source.server else "")
+    made = {server.id: server for server in other.made_by("", source.id)}
     runs = {server.metadata.get(MADE) or server.metadata[DONE] for server in made.values()}
     if not run and len(runs) != 1:
-        raise Refused(f"{'no run has' if not runs else f'{len(runs)} runs have'} a mark on {source_id} or on an instance made of it",
+        raise Refused(f"{len(runs) or 'no'} runs have a mark on {source.id} or on an instance made of it",
                       f"delete what is not wanted by hand: {', '.join(made)}" if runs else "there is nothing to undo")
     run = run or runs.pop()
     if not re.fullmatch(r"[0-9A-Za-z-]+", run):
         raise Refused(f"the mark {run!r} is none of migrena's", "see who wrote it")
-    if not record and (folder / f"{run}.jsonl").exists():
-        return find_undone(settings, screen, clouds, source_id, read_run(folder, run, is_ours=True), folder)
+    if not record.run and (folder / f"{run}.jsonl").exists():
+        return find_undone(settings, screen, clouds, read_run(folder, run, is_ours=True), folder)
     marked = [id for id, server in made.items() if run in (server.metadata.get(MADE), server.metadata.get(DONE))]
-    id = record.destination if record and record.destination else next(iter(marked), "")
+    id = record.destination or next(iter(marked), "")
     told = re.search(r"([0-9a-f-]{36}) takes its place", source.server.lock_reason if source.server else "")
     if told and told[1] not in made and (server := other.look(told[1])):  # whose marks somebody has wiped
         made[server.id] = server
+    now = situation(record, source, see(other, id, record.request("stop destination")))
     marks = next((server.metadata for server in (source.server, made.get(id)) if server and WAS in server.metadata), {})
-    stopped = record.was_running and any(act.name == "stop source" for act in record.acts) if record else marks.get(WAS) == "ACTIVE"
-    stage = Stage.DONE if any(DONE in made[id].metadata for id in marked) else stage_of(record) if record else Stage.SWAPPED
+    was_running = now.was_running if record.run else marks.get(WAS) == "ACTIVE"
+    if now.destination.is_gone and source.server and MARK not in source.server.metadata and not source.is_locked_by(run):
+        was_running = False  # it has been undone: what the source is now is not for us to change
+    stage = Stage.DONE if any(DONE in made[id].metadata for id in marked) else now.stage if record.run else Stage.SWAPPED
     others = tuple(server for server in made.values() if server.id not in (id, *marked))
-    seen = see(other, id, record.request("stop destination") if record else "")
-    if seen.is_gone and source.server and MARK not in source.server.metadata and not source.is_locked_by(run):
-        stopped = False  # it has been undone: what the source is now is not for us to change
-    now = Situation(run, stage, source, seen, was_running=stopped, others=others)
-    return with_hosts(Undone(settings, screen, clouds, now, record, since))
+    now = dataclasses.replace(now, run=run, stage=stage, was_running=was_running, others=others)
+    return with_hosts(Undone(settings, screen, clouds, now, record))
 
 
 def with_hosts(undone: Undone) -> Undone:
-    """The same with what hypervisors tell: is the source's disk there, is the run at work elsewhere."""
+    """The same with what hypervisors tell: is the source's disk there, is a run without a journal at work elsewhere."""
     now, record, alive = undone.now, undone.record, ""
     source, made = now.source.server, now.destination.server
-    if source and source.host and (now.stage >= Stage.PROVEN or not record):
-        stand = str(record.job.get("stand", "")) if record else ""
+    if source and source.host and now.stage >= Stage.PROVEN:
         try:
             with undone.host(source) as host:
-                alive = "" if record else at_work(host, now.run)
-                disk = disk_now(host, undone.settings.disk_path % source.id, stand)
+                alive = "" if record.run else at_work(host, now.run)
+                disk = disk_now(host, undone.settings.disk_path % source.id, str(record.job.get("stand", "")))
         except HostError as error:
             disk = f"cannot be looked at: {shorten(str(error))}"
         now = dataclasses.replace(now, source=dataclasses.replace(now.source, disk=disk))
-    if made and made.host and not record and not alive:
+    if made and made.host and not record.run and not alive:
         with undone.host(made) as host:
             alive = at_work(host, now.run)
     return dataclasses.replace(undone, now=dataclasses.replace(now, alive=alive))
@@ -6085,24 +6080,23 @@ def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     folder, screen = state_folder(settings, call.environment), undo.screen
     if bool(settings.run) == bool(settings.run_of):
         raise UsageError("name either the RUN or its source", "./migrena.py rollback RUN, or ./migrena.py rollback --run-of SRC_UUID")
-    record = read_run(folder, find_run(folder, settings.run)) if settings.run else None
-    source_id = record.source if record else settings.run_of
-    with only_run_of(folder, source_id, record.run if record else "rollback"):
-        if record:
+    record = read_run(folder, find_run(folder, settings.run)) if settings.run else RunRecord("", "", "", {"source": settings.run_of})
+    with only_run_of(folder, record.source, record.run or "rollback"):
+        if record.run:
             record = read_run(folder, record.run, is_ours=True)
             settings = call.settings(record.facts.get("settings"))
-            if record.state in ("failed", "rolled back"):
-                screen.say(f"Run {record.run} was rolled back already; nothing is left of it.")
-                report.run, report.result = record.run, "rolled back"
-                return 0
+        if record.state in ("failed", "rolled back"):
+            screen.say(f"Run {record.run} was rolled back already; nothing is left of it.")
+            report.run, report.result = record.run, "rolled back"
+            return 0
         clouds = both_clouds(settings, call.environment)
         for cloud in clouds:
             cloud.tell = screen.note
-        if record and record.carries_image:
+        if record.carries_image:
             require_same_clouds(record, clouds)
             return take_back_image(record, clouds[1], Journal(folder, record.run), undo, report)
         with nothing_touched():
-            undone = find_undone(settings, screen, clouds, source_id, record, folder)
+            undone = find_undone(settings, screen, clouds, record, folder)
         judged = undone.judged()
         if settings.dry_run:
             return tell_judged(screen, report, undone.now, judged)
@@ -6162,17 +6156,16 @@ def undoing(undone: Undone, journal: Journal) -> Iterator[tuple[str, Callable[[]
     """The steps that undo a run, in their order, each with its name. The source's mark goes last: until then all can be done again."""
     run, settings, clouds = undone.now.run, undone.settings, undone.clouds
     source, made = undone.now.source.server, undone.now.destination.server
-    if undone.record and any(act.name == "create image" for act in undone.record.acts):
+    if any(act.name == "create image" for act in undone.record.acts):
         yield "see that no half image is left", functools.partial(delete_carried, clouds[1], run)
     if made:
         yield f"{'stop' if settings.keep_destination else 'delete'} destination {made.id}", functools.partial(take_away, undone)
-        if made.host:
-            yield f"see that nothing is left on {host_name(made, settings)}", functools.partial(clean_beside, undone, made)
-        if settings.keep_destination:
-            yield f"take the marks off destination {made.id}", functools.partial(clouds[1].unmark, made.id, run, MADE, DONE, WAS)
+    for server in (made, source):
+        if server and server.host:
+            yield f"see that nothing is left on {host_name(server, settings)}", functools.partial(clean_host, undone, server)
+    if made and settings.keep_destination:
+        yield f"take the marks off destination {made.id}", functools.partial(clouds[1].unmark, made.id, run, MADE, DONE, WAS)
     if source:
-        if source.host:
-            yield f"see that nothing is left on {host_name(source, settings)}", functools.partial(clean_host, undone, source, source=source.id)
         yield f"give source {source.id} back", lambda: give(clouds[0], undone.allow(Act.GIVE_BACK), journal, lambda server: None)
         yield f"take the mark off source {source.id}", lambda: take_mark_off(clouds[0], undone.allow(Act.UNMARK))
 
@@ -6189,24 +6182,22 @@ def take_away(undone: Undone) -> None:
             cloud.unlock(destination.id)
 
 
-def clean_beside(undone: Undone, made: Server) -> None:
-    """Removes what a run has left on the destination's host; raises Kept where that may be the only copy."""
-    if undone.settings.keep_destination:
+def clean_host(undone: Undone, server: Server) -> None:
+    """Takes away what a run has left on a host: folders, files beside the destination's disk, the bitmap in the source's. Raises Kept.
+
+    Its processes end with their leases.
+    """
+    run, path, limit = undone.now.run, undone.settings.disk_path % server.id, time.monotonic() + LEASE_LIMIT
+    is_source = server.id == undone.now.source.id
+    if undone.settings.keep_destination and not is_source:
         undone.allow(Act.CLEAN)
-    clean_host(undone, made, *beside(undone.settings.disk_path % made.id, undone.now.run))
-
-
-def clean_host(undone: Undone, server: Server, *paths: str, source: str = "") -> None:
-    """Takes private folders of a run, these files and a bitmap in a source away from a host; processes end with their leases."""
     with undone.host(server) as host:
-        run, limit = undone.now.run, time.monotonic() + LEASE_LIMIT
         while (left := host.script(LEFT_FOLDERS, run).splitlines()) and time.monotonic() < limit:
             time.sleep(1)
-        if left or paths:
-            host.run("rm", "-rf", "--", *left, *paths)
-        path = undone.settings.disk_path % source
-        if source and host.succeeds("grep", "-qsF", f'{path}": "qcow2"', f"{path}.info"):
-            drop_bitmap(host, source, path, run)
+        if left := [*left, *(() if is_source else beside(path, run))]:
+            host.run("rm", "-rf", "--", *left)
+        if is_source and host.succeeds("grep", "-qsF", f'{path}": "qcow2"', f"{path}.info"):
+            drop_bitmap(host, server.id, path, run)
 
 
 # ---- 15. Spread ------------------------------------------------------------------------------------------------------

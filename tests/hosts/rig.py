@@ -37,6 +37,7 @@ from migrena import (
     Report,
     Run,
     Screen,
+    Seen,
     Settings,
     Undo,
     Witness,
@@ -274,7 +275,7 @@ class Copy:
         server = a_server(id=self.settings.src_uid, status="SHUTOFF", power=4)
         plan = Plan(self.name, server, disk, a_flavor(), an_image(), ())
         has_begun = (self.state / f"{self.name}.jsonl").exists()
-        earlier = Earlier(read_run(self.state, self.name), "new", False) if has_begun else None
+        earlier = Earlier(read_run(self.state, self.name), Seen("new")) if has_begun else None
         journal, cloud = Journal(self.state, plan.run), NEVER_ASKED
         return Run(self.settings, self.undo.screen, journal, self.undo, self.report, plan, cloud, cloud, self.source, earlier)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,7 +41,8 @@ UNKNOWN = DestinationFacts(None)
 
 def a_source(**different: Any) -> SourceFacts:
     """A source that nothing speaks against."""
-    return SourceFacts(**{"cloud": NEVER_ASKED, "server": a_server(), "disk": a_disk(), "image": an_image(), **different})
+    host = SimpleNamespace(name="cmp1")
+    return SourceFacts(**{"cloud": NEVER_ASKED, "server": a_server(), "host": host, "disk": a_disk(), "image": an_image(), **different})
 
 
 def a_destination(**different: Any) -> DestinationFacts:
@@ -241,11 +243,11 @@ def test_a_flavor_that_is_another_is_told_in_the_plan() -> None:
     source = a_source(server=a_server(flavor=a_flavor(extra_specs={"hw:cpu_policy": "dedicated", "a": "1"})))
     facts = a_destination(flavors=(a_flavor(ram=1024, extra_specs={"a": "1", "b": "2"}),))
     assert refuse_destination(some_settings(), source, facts) == []
-    lines = "\n".join(plan_lines(some_settings(), make_plan(some_settings(), source, facts, "r"), source, facts, 0.0))
+    lines = "\n".join(plan_lines(some_settings(), make_plan(some_settings(), source, facts, "r"), source, 0.0))
     for what in ("1024 MiB of RAM for 512", "b 2 for unset", "hw:cpu_policy unset for dedicated"):
         assert f"flavor     has {what} of the source's" in lines
     same = a_destination(flavors=(a_flavor(extra_specs=None),))
-    assert "of the source's" not in "\n".join(plan_lines(some_settings(), make_plan(some_settings(), source, same, "r"), source, same, 0.0))
+    assert "of the source's" not in "\n".join(plan_lines(some_settings(), make_plan(some_settings(), source, same, "r"), source, 0.0))
 
 
 def test_what_the_destination_does_not_take_of_extra_arguments_is_told_with_all_else() -> None:
@@ -271,7 +273,7 @@ def test_all_reasons_come_at_once() -> None:
     server = a_server(status="PAUSED", task="migrating", locked=True, metadata={MARK: "r"}, host="", volumes=("v1",), config_drive=True,
                       flavor=a_flavor(ephemeral=1))
     disk = a_disk(an_overlay(flaws=("internal snapshots",)), a_base(flaws=("encryption",)), has_tpm=True, beside=("disk.eph0",))
-    source = a_source(server=server, disk=disk, problems=(Reason("source: trouble"),))
+    source = a_source(server=server, disk=disk, problems=[Reason("source: trouble")])
     destination = a_destination(same_name=(a_server(id="x"),), sees_hosts=False, limits={"maxTotalCores": 0})
     reasons = refuse(some_settings(flavor="none such", image="none such"), source, destination)
     assert [next(word for word in words if word in reason.problem) for reason, words in zip(reasons, (
@@ -281,13 +283,13 @@ def test_all_reasons_come_at_once() -> None:
 
 
 def test_what_could_not_be_found_out_is_told_and_the_rest_is_still_looked_at() -> None:
-    source = SourceFacts(NEVER_ASKED, problems=(Reason("source cloud: there is no server"),))
+    source = SourceFacts(NEVER_ASKED, problems=[Reason("source cloud: there is no server")])
     destination = a_destination(same_name=(a_server(id="x"),))
     reasons = refuse(some_settings(flavor="small", image="debian"), source, destination)
     assert ["no server" in reasons[0].problem, "taken" in reasons[1].problem] == [True, True]
 
 
 def test_an_unreachable_destination_does_not_hide_what_is_wrong_with_the_source() -> None:
-    destination = DestinationFacts(None, problems=(Reason("destination cloud: sign in: refused"),))
+    destination = DestinationFacts(None, problems=[Reason("destination cloud: sign in: refused")])
     reasons = refuse(some_settings(), a_source(server=a_server(locked=True)), destination)
     assert ["sign in" in reasons[0].problem, "locked" in reasons[1].problem] == [True, True]
