@@ -76,7 +76,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -4104,8 +4104,8 @@ class Stage(enum.IntEnum):
     MADE = 1  # the destination was asked for
     COPYING = 2
     PROVEN = 3
-    SWAPPED = 4  # or about to be
-    STARTED = 5  # or about to be
+    SWAPPED = 4  # or about to be, as the next
+    STARTED = 5
     DONE = 6
 
 
@@ -4143,8 +4143,13 @@ class Seen:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it is stopped and has not run since the run stopped it."""
+        """Whether it is stopped, and was since the run stopped it."""
         return bool(self.server and self.server.is_stopped and not self.starts)
+
+    @property
+    def other_disk(self) -> str:
+        """What may have given it another disk since then, if anything has."""
+        return next((action.name for action in self.starts if action.name in ("rebuild", "evacuate")), "")
 
     def is_locked_by(self, run: str) -> bool:
         """Whether the lock that is on it is the run's. Nova before 2.73 tells no reason: then its mark decides."""
@@ -4155,13 +4160,12 @@ class Seen:
 
     def told(self, run: str) -> str:
         """What is seen, in words."""
-        if not self.server:
+        if not (server := self.server):
             return f"not seen ({self.unseen})" if self.unseen else "gone" if self.id else "none"
-        lock = f"locked by run {run}" if self.is_locked_by(run) else f"locked ({self.server.lock_reason or 'no reason'})"
-        starts = f"{self.starts[-1].name} at {self.starts[-1].at}" if self.starts else ""
-        words = (f"{self.server.status} {self.server.task}".rstrip(), lock if self.server.locked else "not locked", starts,
-                 f"its disk {self.disk}" if self.disk else "")
-        return ", ".join(word for word in words if word)
+        lock = f"locked by run {run}" if self.is_locked_by(run) else f"locked ({server.lock_reason or 'no reason'})"
+        words = (f"{server.status} {server.task}".rstrip(), lock if server.locked else "not locked",
+                 *(f"{start.name} at {start.at}" for start in self.starts[-1:]), f"its disk {self.disk}" if self.disk else "")
+        return ", ".join(filter(None, words))
 
 
 @dataclass(frozen=True)
@@ -4189,10 +4193,10 @@ class Situation:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the operator wants: `yes`, also what may lose what an instance has written; `both` are to run."""
+    """What the operator wants."""
 
-    yes: bool = False
-    both: bool = False
+    yes: bool = False  # also what may lose what an instance has written
+    both: bool = False  # both instances are to run
     starts: bool = False  # the source is to be started
     is_live: bool = False  # the source runs while it is copied
     is_held: bool = False  # qemu's locks are on both disks, so that an API may be away
@@ -4204,7 +4208,6 @@ def lock_of(server: Server) -> str:
     return server.lock_reason[len(LOCKED_BY) :].partition(":")[0] if is_ours else ""
 
 
-LOSING: Final = frozenset({"rebuild", "evacuate"})  # actions that may give an instance another disk
 TAKING: Final = (Act.STOP_DESTINATION, Act.DELETE)
 WRITING: Final = (Act.WRITE, Act.SWAP)
 
@@ -4259,14 +4262,15 @@ def rule_own_data(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
 
 def rule_one_copy(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     """A destination that holds the proven copy is deleted only while the source is seen to exist, with its disk."""
-    if act in (Act.DELETE, Act.CLEAN) and now.destination.server and now.stage >= Stage.PROVEN:
-        if now.source.is_gone:
-            yield "the source is gone, and this is the only copy of it"
-        elif now.source.disk.startswith(DISK_UNSEEN):
-            yield f"the source's disk {now.source.disk}, and this may be the only copy of it"
-        elif not asked.yes and (lost := [action.name for action in now.source.starts if action.name in LOSING] or (
-                [now.source.disk] if now.source.disk and now.source.is_idle else [])):
-            yield f"the source may have lost what was copied from it ({lost[0]}), and this may be the only copy of that"
+    source = now.source
+    if act not in (Act.DELETE, Act.CLEAN) or not now.destination.server or now.stage < Stage.PROVEN:
+        return
+    if source.is_gone:
+        yield "the source is gone, and this is the only copy of it"
+    elif source.disk.startswith(DISK_UNSEEN):
+        yield f"the source's disk {source.disk}, and this may be the only copy of it"
+    elif not asked.yes and (lost := source.other_disk or (source.disk if source.is_idle else "")):
+        yield f"the source may have lost what was copied from it ({lost}), and this may be the only copy of that"
 
 
 def rule_nobody_inside(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
@@ -4274,8 +4278,8 @@ def rule_nobody_inside(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     source, other = now.source, now.destination
     if act in (*WRITING, Act.START_DESTINATION, Act.GO_ON) and other.is_gone:
         yield "the destination is gone" if other.id else f"the instance that run {now.run} was about to make never came to be"
-    if act in (Act.START_DESTINATION, Act.GO_ON) and (lost := [action.name for action in other.starts if action.name in LOSING]):
-        yield f"the destination was given another disk since ({lost[0]})"
+    if act in (Act.START_DESTINATION, Act.GO_ON) and other.other_disk:
+        yield f"the destination was given another disk since ({other.other_disk})"
     if act in WRITING and other.server and not (other.is_idle and other.is_locked_by(now.run)):
         yield "the destination is not stopped and locked by this run"
     if act in (*WRITING, Act.GO_ON) and other.disk and not now.is_in_place:
@@ -4290,12 +4294,13 @@ def rule_nobody_inside(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
 
 def rule_seen(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     """What could not be looked at is not taken to be as it should be."""
-    needed = {Act.STOP_SOURCE: (now.source,), Act.UNMARK: (now.source,), Act.STOP_DESTINATION: (now.destination,),
-              Act.GIVE_BACK: (now.source, *([now.destination] if now.has_copy else []))}.get(act, (now.source, now.destination))
-    if act in (Act.DELETE, Act.CLEAN) and now.stage < Stage.PROVEN:
-        needed = (now.destination,)
+    source, made = (now.source,), (now.destination,)
+    needed = {Act.STOP_SOURCE: source, Act.UNMARK: source, Act.STOP_DESTINATION: made,
+              Act.GIVE_BACK: source + made if now.has_copy else source}
+    if now.stage < Stage.PROVEN:
+        needed |= {Act.DELETE: made, Act.CLEAN: made}
     if not (act in WRITING and asked.is_held):
-        yield from (f"{seen.id} could not be looked at: {seen.unseen}" for seen in needed if seen.unseen)
+        yield from (f"{seen.id} could not be looked at: {seen.unseen}" for seen in needed.get(act, source + made) if seen.unseen)
 
 
 def rule_alive(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
@@ -4308,7 +4313,7 @@ RULES: Final = (rule_alive, rule_seen, rule_ours, rule_one_machine, rule_own_dat
 
 
 def judge(act: Act, now: Situation, asked: Asked) -> list[Reason]:
-    """Why an act must not be done in this situation, each reason with the ways on; none: it may be done."""
+    """Why an act must not be done now, each reason with the ways on; none: it may be done."""
     return [Reason(problem, ways_on(act, now)) for rule in RULES for problem in rule(act, now, asked)]
 
 
@@ -4319,16 +4324,15 @@ def allow(act: Act, now: Situation, asked: Asked, error: type[MigrenaError] = Ke
 
 
 def ways_on(act: Act, now: Situation) -> str:
-    """The commands for what an operator may want, after an act was not done."""
-    run, source, made = now.run, now.source, now.destination
+    """The commands that go on after an act was not done."""
+    run, source, made, ways = now.run, now.source, now.destination, list[str]()
     if now.alive:
         return f"wait for its end; ./migrena.py status {run} on that machine shows how far it is"
-    ways, least = [], Stage.PROVEN if act in (Act.START_DESTINATION, Act.SWAP) else Stage.SWAPPED
+    least = Stage.PROVEN if act in (Act.START_DESTINATION, Act.SWAP) else Stage.SWAPPED
     if act is not Act.GO_ON and now.stage >= least and made.server and source.server and source.is_idle and source.server.metadata.get(MARK) == run:
         ways.append(f"./migrena.py resume {run} completes the move")
-    if act in (*TAKING, Act.GO_ON) and made.server and not (source.is_gone or source.unseen or made.unseen):
-        word = "rollback" if act in TAKING else "resume"
-        ways.append(f"./migrena.py {word} {run} --yes, if what {made.id} has written may go")
+    if act in (*TAKING, Act.GO_ON) and made.server and not (source.is_gone or source.unseen):
+        ways.append(f"./migrena.py {'rollback' if act in TAKING else 'resume'} {run} --yes, if what {made.id} has written may go")
     if made.server and made.server.locked and not made.is_locked_by(run):
         ways.append(f"openstack server unlock {made.id}, if who has locked it agrees")
     if act is Act.GIVE_BACK and source.server:
@@ -4341,10 +4345,10 @@ def ways_on(act: Act, now: Situation) -> str:
 DISK_UNSEEN: Final = ("is gone", "cannot be looked at")
 
 
-def disk_now(host: Host | None, path: str, stand: str) -> str:
-    """What is wrong with the file of a disk that stood so, empty where nothing is."""
+def disk_now(host: Host, path: str, record: RunRecord) -> str:
+    """What is wrong with a source's file, by how it stood when it was copied; empty where nothing is."""
     try:
-        now = stand_of(host, path) if host else ""
+        now, stand = stand_of(host, path), str(record.job.get("stand", ""))
     except HostError as error:
         return f"cannot be looked at: {shorten(str(error))}"
     return "is gone" if not now else "was changed" if stand and not same_file(now, stand) else ""
@@ -4352,7 +4356,8 @@ def disk_now(host: Host | None, path: str, stand: str) -> str:
 
 def same_file(now: str, stand: str) -> bool:
     """Whether a file is the one that stood so and was not written to: a start that failed changes the time of its owner (%Z) alone."""
-    return [word for number, word in enumerate(now.split()) if number != 2] == [word for number, word in enumerate(stand.split()) if number != 2]
+    one, other = now.split(), stand.split()
+    return one[:2] + one[3:] == other[:2] + other[3:]
 
 
 def see(cloud: Cloud, id: str, since: str | None, *, is_patient: bool = True) -> Seen:
@@ -4369,7 +4374,7 @@ def see(cloud: Cloud, id: str, since: str | None, *, is_patient: bool = True) ->
 
 
 def situation(record: RunRecord, source: Seen, destination: Seen, is_in_place: bool = False) -> Situation:
-    """What decides about a run: what its journal tells, and what is seen."""
+    """What is so with a run, by its journal and by what is seen."""
     was_running = bool(record.was_running and record.stopped_at)
     return Situation(record.run, stage_of(record), source, destination, is_in_place, was_running)
 
@@ -4377,18 +4382,17 @@ def situation(record: RunRecord, source: Seen, destination: Seen, is_in_place: b
 def stage_of(record: RunRecord) -> Stage:
     """How far a run has come, by its journal; a step that was begun counts where it may have been done."""
     begun, done = {act.name for act in record.acts}, {act.name for act in record.acts if act.result == "done"}
-    ladder = ((Stage.DONE, "mark destination done" in done), (Stage.STARTED, "start destination" in begun), (Stage.SWAPPED, "swap in" in begun),
-              (Stage.PROVEN, "copy" in done), (Stage.COPYING, bool({"copy", "warm copy"} & begun)), (Stage.MADE, "create destination" in begun))
-    return next((stage for stage, holds in ladder if holds), Stage.NOTHING)
+    reached = {Stage.MADE: "create destination" in begun, Stage.COPYING: bool({"copy", "warm copy"} & begun), Stage.PROVEN: "copy" in done,
+               Stage.SWAPPED: "swap in" in begun, Stage.STARTED: "start destination" in begun, Stage.DONE: "mark destination done" in done}
+    return max((stage for stage, is_so in reached.items() if is_so), default=Stage.NOTHING)
 
 
 def require_same_clouds(record: RunRecord, clouds: Sequence[Cloud]) -> None:
-    """Raises Refused where a run was about other clouds, regions or projects than these."""
+    """Raises Refused where a run was about other clouds, regions or projects."""
     reasons = []
-    was = record.facts.get("where") or [{"url": url} for url in record.facts.get("clouds", ())]
-    for cloud, before in zip(clouds, was, strict=False):
+    for cloud, was in zip(clouds, record.facts.get("where") or [{"url": url} for url in record.facts.get("clouds", ())], strict=False):
         now = {"url": cloud.url, **cloud.identity}
-        if other := [f"{key} {now.get(key)}, not {value}" for key, value in before.items() if now.get(key) != value]:
+        if other := [f"{key} {now.get(key)}, not {value}" for key, value in was.items() if now.get(key) != value]:
             reasons.append(Reason(f"run {record.run} had another {cloud.label} cloud: these credentials are for {', '.join(other)}",
                                   "give those that the run had, in config.py, by --src-cloud and --dst-cloud or by variables"))
     if reasons:
@@ -4685,13 +4689,12 @@ def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Clou
 
 # ---- 11. Copy --------------------------------------------------------------------------------------------------------
 
-STOP_DESTINATION: Final = "Stop destination instance"  # the step whose time tells how long Nova takes for a stop
-SETTING_UP: Final = 2.0  # seconds that a stopped source waits for its export, its locks and the swap, whatever its size
+STOP_DESTINATION: Final = "Stop destination instance"  # a step that tells how long Nova takes for a stop
+SETTING_UP: Final = 2.0  # seconds that a stopped source waits for more than its bytes
 LOOK_LIMIT: Final = 20.0  # seconds after which a look at both sides is taken again
-LOST_ANSWER: Final = 10.0  # seconds in which an instance shows up whose request was answered with an error
-CLAIM_PAUSE: Final = 1.0  # seconds after which a run on another machine, that saw no mark before ours, has written its own
+LOST_ANSWER: Final = 10.0  # seconds in which an instance shows up although Nova answered with an error
+CLAIM_PAUSE: Final = 1.0  # seconds in which a run elsewhere that saw no mark of ours writes its own
 
-# What an operator does about a source in these states; only ACTIVE and SHUTOFF can be copied.
 STATE_WAYS: Final = {
     "PAUSED": "openstack server unpause", "SUSPENDED": "openstack server resume", "SHELVED": "openstack server unshelve",
     "SHELVED_OFFLOADED": "openstack server unshelve", "RESCUE": "openstack server unrescue",
@@ -4710,7 +4713,7 @@ FLAW_WAYS: Final = {
 
 @dataclass
 class SourceFacts:
-    """The source as far as it was found; why something is missing is told in `problems`."""
+    """The source as far as it was found; `problems` tell why something is missing."""
 
     cloud: Cloud | None = None
     server: Server | None = None
@@ -4730,7 +4733,7 @@ class SourceFacts:
 
 @dataclass
 class DestinationFacts:
-    """The destination as far as it was found; why it has no cloud is told in `problems`."""
+    """The destination as far as it was found; `problems` tell why there is no cloud."""
 
     cloud: Cloud | None
     same_name: Sequence[Server] = ()
@@ -4745,7 +4748,7 @@ class DestinationFacts:
 
 @contextlib.contextmanager
 def gathering(problems: list[Reason]) -> Iterator[None]:
-    """A scope that an error ends, whose reasons are gathered with others; a wrong command line or config.py is told alone."""
+    """A scope that an error ends, whose reasons are told with others; but a UsageError is told alone."""
     try:
         yield
     except UsageError:
@@ -4786,7 +4789,7 @@ def host_of(server: Server, settings: Settings, screen: Screen) -> contextlib.cl
 
 
 def look_at_disk(host: Host, server: Server, settings: Settings, lacking: Sequence[str]) -> Disk | None:
-    """The source's disk, or None where it cannot be read for a reason that is told otherwise; a stopped one must not be in use."""
+    """The source's disk, None where other reasons forbid to read it; a stopped one must not be in use."""
     if {"qemu-img", "virsh"} & set(lacking) or not server.image or server.status not in ("ACTIVE", "SHUTOFF"):
         return None
     path = settings.disk_path % server.id
@@ -4800,7 +4803,7 @@ def look_at_disk(host: Host, server: Server, settings: Settings, lacking: Sequen
 
 
 def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> DestinationFacts:
-    """Looks at what the destination cloud has: the name, flavors, images, and whether it tells hosts."""
+    """Looks at what the destination cloud has."""
     try:
         cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
         return DestinationFacts(cloud, cloud.servers_named(settings.dst_name), cloud.flavors(), cloud.store.all(settings.image),
@@ -4810,7 +4813,7 @@ def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> Destinat
 
 
 def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -> Flavor:
-    """The flavor that was named, else the source's by its name, else the only one of its sizes; raises Refused with the nearest."""
+    """The flavor that was named, else the only one of the source's name, else of its sizes; raises Refused."""
     if wanted:
         return pick(wanted, flavors, "flavor", "destination cloud: ", " with -f")
     if not source:
@@ -4826,7 +4829,7 @@ def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -
 
 
 def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Image:
-    """The image that was named, else one whose digest proves it the source's; raises Refused with the candidates or the nearest."""
+    """The image that was named, else one whose digest proves it the source's; raises Refused."""
     if wanted:
         image = pick(wanted, images, "image", "destination cloud: ", " with -i")
         if image.status != "active":
@@ -4842,7 +4845,7 @@ def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Im
 
 
 def refuse(settings: Settings, source: SourceFacts, destination: DestinationFacts, known: Collection[str] = ()) -> list[Reason]:
-    """Everything that stands in the way, as far as it can be known before anything is touched; `known` are the runs with a journal here."""
+    """Everything that is known to stand in the way; `known` are the runs with a journal here."""
     reasons = [*source.problems, *destination.problems]
     if destination.refused:
         reasons.append(Reason(f"destination cloud: -e: {destination.refused}", "leave it out"))
@@ -4870,7 +4873,7 @@ def ways_on_with(run: str, source: str, known: Collection[str]) -> str:
 
 
 def refuse_server(server: Server, settings: Settings, known: Collection[str] = ()) -> list[Reason]:
-    """What about the source instance itself stands in the way."""
+    """What of the source instance stands in the way."""
     id, status, reason, ephemeral, whole = server.id, server.status, server.lock_reason, server.flavor.ephemeral, not settings.root_only
     run = server.metadata.get(MARK) or lock_of(server)
     ways, left = ways_on_with(run, id, known), "--root-only goes on and leaves it behind"
@@ -4901,7 +4904,7 @@ def refuse_tools(host: str, lacking: Sequence[str], settings: Settings, nbd_tool
 
 
 def refuse_disk(disk: Disk, settings: Settings) -> list[Reason]:
-    """What about the source's disk stands in the way."""
+    """What of the source's disk stands in the way."""
     top, stays = disk.top, [name for name in disk.beside if not name.endswith(("swap", "config"))]
     return [Reason(f"{image.path} has {flaw}", FLAW_WAYS[flaw]) for image in disk.chain for flaw in image.flaws] + those_that_hold(
         (disk.has_tpm, "the source has a TPM, whose secrets stay behind", "move what they protect first, then remove hw:tpm_version"),
@@ -4911,7 +4914,7 @@ def refuse_disk(disk: Disk, settings: Settings) -> list[Reason]:
 
 
 def refuse_destination(settings: Settings, source: SourceFacts, destination: DestinationFacts, known: Collection[str] = ()) -> list[Reason]:
-    """What about the destination cloud stands in the way."""
+    """What of the destination cloud stands in the way."""
     reasons, image = list[Reason](), None
     for server in destination.same_name:
         problem, way_out = f"destination cloud: the name {settings.dst_name!r} is taken by {server.id}", "choose another one with -d"
@@ -4942,7 +4945,7 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
 
 
 def refuse_flavor(settings: Settings, flavor: Flavor, source: SourceFacts, limits: Mapping[str, int]) -> Iterator[Reason]:
-    """What about a flavor of the destination stands in the way."""
+    """What of a flavor of the destination stands in the way."""
     for what, is_less in flavor.differs(source.server.flavor) if source.server and not settings.flavor else ():
         if is_less:
             yield Reason(f"flavor {flavor.name} of the destination is smaller than the source's: {what}", "name one with -f")
@@ -4954,7 +4957,7 @@ def refuse_flavor(settings: Settings, flavor: Flavor, source: SourceFacts, limit
 
 
 def image_to_carry(settings: Settings, source: SourceFacts, destination: DestinationFacts) -> ImagePlan | None:
-    """With --copy-image, the source's image where the destination has none of its content."""
+    """With --copy-image, the source's image where the destination lacks it."""
     if not settings.copy_image or settings.image or not source.image:
         return None
     plan = plan_image(settings, source.image, destination.images)
@@ -4962,13 +4965,13 @@ def image_to_carry(settings: Settings, source: SourceFacts, destination: Destina
 
 
 def already_there(settings: Settings, destination: DestinationFacts) -> Server | None:
-    """The instance that an earlier run has made of this source, under this name, and completed."""
-    return next((server for server in destination.same_name if server.metadata.get(ORIGIN) == settings.src_uid and DONE in server.metadata), None)
+    """The complete instance of this name that an earlier run has made of this source."""
+    return next((one for one in destination.same_name if one.metadata.get(ORIGIN) == settings.src_uid and DONE in one.metadata), None)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done, and with what; only the choice of the destination's host is Nova's."""
+    """What will be done, and with what."""
 
     run: str
     server: Server
@@ -4976,17 +4979,17 @@ class Plan:
     flavor: Flavor
     image: Image
     left_behind: tuple[str, ...]
-    was_running: bool = False  # whether the source ran when the run found it
+    was_running: bool = False
     carried: ImagePlan | None = None  # the image, where it has to be carried first
 
     @property
     def marks(self) -> dict[str, str]:
-        """What the metadata of the source says while the run is under way."""
+        """The source's metadata while the run is under way."""
         return {MARK: self.run, WAS: "ACTIVE" if self.was_running else "SHUTOFF"}
 
     @property
     def marks_of_made(self) -> dict[str, str]:
-        """What the metadata of the destination says while the run is under way."""
+        """The destination's metadata while the run is under way."""
         return {MADE: self.run, ORIGIN: self.server.id, WAS: self.marks[WAS]}
 
 
@@ -5075,10 +5078,10 @@ class Run:
 
 def look(run: Run, made: str = "", *, with_disk: bool = False, is_patient: bool = True) -> Situation:
     """Both sides of a run as they are now; the source's disk too where it is asked for."""
-    began, record, disk = time.monotonic(), run.record, run.plan.disk.top.path
+    began, record = time.monotonic(), run.record
     source = see(run.source, run.plan.server.id, record.request("stop source") or None, is_patient=is_patient)
     if with_disk and source.server:
-        source = dataclasses.replace(source, disk=disk_now(run.source_host, disk, str(record.job.get("stand", ""))))
+        source = replace(source, disk=disk_now(run.source_host, run.plan.disk.top.path, record))
     destination = see(run.destination, made or run.made, record.request("stop destination"), is_patient=is_patient)
     if time.monotonic() - began > LOOK_LIMIT and not (source.unseen or destination.unseen):
         return look(run, made, with_disk=with_disk, is_patient=is_patient)  # it is old by now
@@ -5086,7 +5089,7 @@ def look(run: Run, made: str = "", *, with_disk: bool = False, is_patient: bool 
 
 
 def gate(run: Run, act: Act, *, is_live: bool = False, is_held: bool = False) -> Situation:
-    """Lets an act be done: both sides as seen. Raises FinalError where it must not be, Kept where a copy is proven."""
+    """Lets an act be done, by what is seen now. Raises FinalError where it must not be, Kept where a copy is proven."""
     after, now = run.settings.start_after, look(run, with_disk=act in (Act.SWAP, Act.START_DESTINATION), is_patient=not is_held)
     asked = Asked(run.settings.yes, after == "all", after in ("all", "src"), is_live, is_held)
     allow(act, now, asked, Kept if now.stage >= Stage.PROVEN else FinalError)
@@ -5095,7 +5098,7 @@ def gate(run: Run, act: Act, *, is_live: bool = False, is_held: bool = False) ->
 
 @contextlib.contextmanager
 def proven_is_kept(run: Run) -> Iterator[None]:
-    """A scope out of which an outage of an API comes as Kept once the copy is proven: it is not undone for that."""
+    """A scope out of which an outage of an API comes as Kept once the copy is proven."""
     try:
         yield
     except CloudError as error:
@@ -5106,7 +5109,7 @@ def proven_is_kept(run: Run) -> Iterator[None]:
 
 
 def see_through(run: Run) -> int:
-    """Executes the run, undoes it where it fails, and writes how it ended; gives the exit code."""
+    """Executes the run, undoes it where it fails; gives the exit code."""
     run.source.tell = run.destination.tell = run.screen.note
     try:
         with run.journal.ending(run.undo), contextlib.ExitStack() as stack, run.undo, proven_is_kept(run):
@@ -5127,11 +5130,10 @@ def see_through(run: Run) -> int:
 def execute(run: Run, stack: contextlib.ExitStack) -> str:
     """The id of the new instance, its disk copied, proven and in place. Raises MigrenaError; what was done is in `run.undo`.
 
-    Every step finds out what an earlier process of the same run has done already, and does only the rest.
+    Every step does only what an earlier process of the same run has not done already.
     """
     began = time.monotonic()
     claim_source(run)
-    run = carry_first(run)
     new = bring_destination(run)
     host = connect_destination(run, new, stack)
     with DiskLocks(run.plan.run) as locks:
@@ -5139,7 +5141,7 @@ def execute(run: Run, stack: contextlib.ExitStack) -> str:
             began = bring_disk(run, host, new, locks)
         elif (source := look(run).source).is_idle and not source.is_locked_by(run.plan.run) and run.settings.start_after in ("all", "dst"):
             stop_source(run, new)  # somebody took its lock off: it is held again while the destination is started
-        arrived = start_named(run, "dst", run.destination, new.id)
+        arrived = start_named(run, "dst", new.id)
         if run.plan.was_running:
             stopped = run.earlier.record.stopped_at if run.earlier else None
             downtime = (datetime.now(timezone.utc) - stopped).total_seconds() if stopped else time.monotonic() - began
@@ -5162,11 +5164,11 @@ def release_destination(run: Run, id: str) -> None:
 
 
 def release_source(run: Run, arrived: Server | None) -> None:
-    """After a success: the source without the run's mark; unlocked, and started where -a names it, unless the destination was started alone."""
+    """After a success: the source without the run's mark, and given back, unless the destination was started alone."""
     id = run.plan.server.id
     if run.settings.start_after != "dst":
-        give(run.source, dataclasses.replace(gate(run, Act.GIVE_BACK), was_running=False), run.journal, run.changed)
-        other = start_named(run, "src", run.source, id)
+        give(run.source, replace(gate(run, Act.GIVE_BACK), was_running=False), run.journal, run.changed)
+        other = start_named(run, "src", id)
         if arrived and other and (shared := arrived.fixed_addresses & other.fixed_addresses):
             run.screen.warn(f"source and destination both run with address {', '.join(sorted(shared))}")
     else:
@@ -5283,10 +5285,9 @@ def one_pass(run: Run, job: DiskJob, known: Known, ends: Ends) -> tuple[Pass, Kn
 
 def require_it_runs(run: Run, server: Server | None) -> None:
     """Raises CloudError when the source is no longer where it was, or does not run."""
-    if not server:
-        raise CloudError(f"the source {run.plan.server.id} is gone", code=404)
-    if (server.host, server.hypervisor) != (run.plan.server.host, run.plan.server.hypervisor):
-        raise CloudError(f"the source has moved to {server.hypervisor} while it was being copied", "run it again", 400)
+    was = run.plan.server
+    if not server or (server.host, server.hypervisor) != (was.host, was.hypervisor):
+        raise CloudError(f"the source has moved to {server.hypervisor if server else '?'} while it was being copied", "run it again", 400)
     if server.status != "ACTIVE" or server.power != 1:
         why = "somebody has stopped it"
         with contextlib.suppress(HostError):
@@ -5327,12 +5328,19 @@ def wants_another_pass(settings: Settings, passes: Sequence[Pass], nova: float, 
 
 
 def claim_source(run: Run) -> None:
-    """Marks the source in Nova, so that runs from other machines see that it is being moved. Raises Refused where one was quicker."""
+    """Marks the source in Nova, for runs on other machines to see. Raises Refused where one was quicker.
+
+    From the first moment on, a failure also undoes what an earlier process of this run has done, as far as that may be undone.
+    """
     id, plan = run.plan.server.id, run.plan
     run.undo.always(f"check that nothing of ours is left on {run.source_host.name}", run.source_host.confirm_all_ended)
     run.undo.on_failure(f"take the mark off source {id}", lambda: take_mark_off(run.source, look(run)))
     if run.earlier:
-        inherit(run)
+        delete_on_failure(run)
+        undo_stop(run)
+        if run.settings.bitmap:
+            drop_bitmap_on_failure(run)
+        run.journal.write("resume", pid=os.getpid())
     with run.journal.act("mark source", server=id):
         require_mark(run, None)
         run.source.mark(id, plan.marks)
@@ -5340,34 +5348,15 @@ def claim_source(run: Run) -> None:
         require_mark(run, plan.run)
 
 
-def inherit(run: Run) -> None:
-    """From the first moment on, a failure also undoes what an earlier process of the run has done, as far as that may be undone."""
-    delete_on_failure(run)
-    undo_stop(run)
-    if run.settings.bitmap:
-        drop_bitmap_on_failure(run)
-    run.journal.write("resume", pid=os.getpid())
-
-
 def take_mark_off(cloud: Cloud, now: Situation) -> None:
-    """Takes a run's mark off its source, once the source is as it was found: until then, which raises Kept, the mark tells whose it is."""
-    if now.source.unseen:
-        raise Kept(f"source {now.source.id} may keep the mark of run {now.run}: {now.source.unseen}", f"./migrena.py rollback {now.run}")
-    if not (server := now.source.server):
-        return
-    if now.was_running and not server.is_running:
-        raise Kept(f"source {server.id} is {server.status}, and keeps the mark of run {now.run}", f"./migrena.py rollback {now.run}, once it may run")
-    cloud.unmark(server.id, now.run, MARK, WAS)
-
-
-def carry_first(run: Run) -> Run:
-    """The run, with the source's image in the destination where it had to be carried. It stays there, whatever becomes of the rest."""
-    plan = run.plan
-    if not plan.carried:
-        return run
-    with run.screen.step("Carry the source's image, which the destination lacks."):
-        id = carry(run.settings, run.journal, run.undo, (run.source, run.destination), plan.carried)
-    return dataclasses.replace(run, plan=dataclasses.replace(plan, image=dataclasses.replace(plan.image, id=id, status="active")))
+    """Takes a run's mark off its source once that is as it was found; until then, which raises Kept, the mark tells whose it is."""
+    source, way = now.source, f"./migrena.py rollback {now.run}"
+    if source.unseen:
+        raise Kept(f"source {source.id} may keep the mark of run {now.run}: {source.unseen}", way)
+    if source.server and now.was_running and not source.server.is_running:
+        raise Kept(f"source {source.id} is {source.server.status}, and keeps the mark of run {now.run}", f"{way}, once it may run")
+    if source.server:
+        cloud.unmark(source.id, now.run, MARK, WAS)
 
 
 def require_mark(run: Run, mark: str | None) -> None:
@@ -5379,8 +5368,12 @@ def require_mark(run: Run, mark: str | None) -> None:
 
 
 def bring_destination(run: Run) -> Server:
-    """The new instance: made and ACTIVE, or, where this run had made it before it was cut off, with nothing under way."""
+    """The new instance, ACTIVE; one that an earlier process has made may be stopped too. A carried image stays in any case."""
     made = run.earlier and run.earlier.seen.id
+    if run.plan.carried:
+        with run.screen.step("Carry the source's image, which the destination lacks."):
+            id = carry(run.settings, run.journal, run.undo, (run.source, run.destination), run.plan.carried)
+        run = replace(run, plan=replace(run.plan, image=replace(run.plan.image, id=id)))
     with run.screen.step(f"{'Go on with the' if made else 'Create new'} instance in the target environment."):
         if made:
             with run.journal.act("adopt destination", server=made):
@@ -5393,7 +5386,7 @@ def bring_destination(run: Run) -> Server:
 
 
 def create_destination(run: Run) -> Server:
-    """A new instance, ACTIVE. From here on a failure deletes it, even one in the middle of the request that makes it."""
+    """A new instance, ACTIVE. A failure deletes it, even one in the middle of the request that makes it."""
     plan, settings = run.plan, run.settings
     for line in (f"Name: {settings.dst_name}", f"Flavor: {plan.flavor.name}, ID: {plan.flavor.id}",
                  f"Image: {plan.image.name}, ID: {plan.image.id}",
@@ -5406,7 +5399,7 @@ def create_destination(run: Run) -> Server:
 
 
 def ask_for_destination(run: Run) -> str:
-    """The id of the new instance; also when Nova makes it and the answer is lost. It is never asked for twice."""
+    """The id of the new instance, also where the answer is lost: it is never asked for twice."""
     plan, settings, limit = run.plan, run.settings, time.monotonic() + LOST_ANSWER
     try:
         with unbroken():  # an instance of which nobody knows the id would be hard to undo
@@ -5422,7 +5415,7 @@ def ask_for_destination(run: Run) -> str:
 
 
 def delete_on_failure(run: Run) -> None:
-    """If the run fails, what it made is deleted, by the id that Nova told, or by its marks where that answer was lost."""
+    """If the run fails, what it made is deleted: by its id, or by its marks where Nova's answer was lost."""
     def delete() -> None:
         is_proven = stage_of(run.record) >= Stage.PROVEN  # until then the source's host may be away
         for id in [run.made] if run.made else [server.id for server in run.destination.made_by(run.plan.run, run.plan.server.id)]:
@@ -5461,7 +5454,7 @@ def both_ends(run: Run, destination: Host, locks: DiskLocks) -> Iterator[Ends]:
 
 
 def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
-    """The whole plan of the transfer, rehearsed, with the destination stopped; all of it while the source still runs."""
+    """The plan of the transfer, rehearsed, with the destination stopped, while the source still runs."""
     with run.screen.step(f"{STOP_DESTINATION}."), run.journal.act("stop destination", server=new.id) as result:
         path = run.settings.disk_path % new.id
         fresh = survey_disk(ends.destination, new.id, path, shared=not new.is_stopped)
@@ -5522,12 +5515,12 @@ def refuse_job(ends: Ends, job: DiskJob, disk: Disk) -> None:
 
 
 def space_needed(top: DiskImage, disk: Disk, whole_file: bool) -> int:
-    """Bytes that the new file takes at the destination, with room for a running source to grow a little."""
+    """Bytes that the new file takes, with room for a running source to grow a little."""
     return (top.allocated if whole_file else disk.guest_bytes) * 102 // 100 + 64 * MiB
 
 
 def stop_source(run: Run, new: Server) -> float:
-    """Locks the source against its users and stops it; gives the moment, by the monotonic clock, at which it was asked to stop."""
+    """Locks the source against its users and stops it; gives the moment, by the monotonic clock, before it was asked to."""
     id, plan = run.plan.server.id, run.plan
     with run.screen.step("Stop source instance."), run.journal.act("stop source", server=id, was_running=plan.was_running) as result:
         gate(run, Act.STOP_SOURCE)
@@ -5554,7 +5547,7 @@ def undo_stop(run: Run) -> None:
 
 
 def give(cloud: Cloud, now: Situation, journal: Journal, changed: Callable[[Server], None]) -> None:
-    """Unlocks the source where the lock is the run's, and starts it where it ran; one that is gone is left alone."""
+    """Unlocks the source where the lock is the run's, and starts it where it ran."""
     source = now.source
     if source.server and source.is_locked_by(now.run):
         with journal.act("unlock source", server=source.id):
@@ -5565,7 +5558,7 @@ def give(cloud: Cloud, now: Situation, journal: Journal, changed: Callable[[Serv
 
 
 def require_still_so(run: Run) -> None:
-    """Raises HostError where a stop of the running source could lose something, by what libvirt says now."""
+    """Raises HostError where a stop of the running source could lose something, says libvirt."""
     if not run.source.steady_server(run.plan.server.id).is_running:  # a run that is gone on with may find its own stop under way
         return
     domain = domain_of(run.source_host, run.plan.server.id, run.plan.disk.top.path)
@@ -5689,11 +5682,11 @@ def told_progress(run: Run, total: int) -> Iterator[Callable[[int], None]]:
         yield both
 
 
-def start_named(run: Run, side: str, cloud: Cloud, id: str) -> Server | None:
+def start_named(run: Run, side: str, id: str) -> Server | None:
     """The instance of `src` or `dst`, started because -a names it, or None because it does not."""
     if run.settings.start_after not in ("all", side):
         return None
-    name = "destination" if side == "dst" else "source"
+    name, cloud = ("destination", run.destination) if side == "dst" else ("source", run.source)
     with run.screen.step(f"Start {name} instance."):
         if side == "dst":
             gate(run, Act.START_DESTINATION)
@@ -5735,7 +5728,7 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known_rate: 
 
 
 def copy(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
-    """The job without a word in first place: survey, refuse, and then the plan is printed or executed."""
+    """The job without a subcommand: survey, refuse, and then the plan is printed or executed."""
     check_extra(settings.extra_args)
     if not settings.warm and {"max_downtime", "warm_passes", "warm_timeout", "bitmap"} & set(call.flags):
         raise UsageError("--max-downtime, --warm-passes, --warm-timeout and --bitmap mean something with --warm alone", "give --warm too")
@@ -5765,7 +5758,7 @@ def copy(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
 
 
 def begin_journal(folder: Path, settings: Settings, plan: Plan, clouds: Sequence[Cloud]) -> Journal:
-    """The run's journal with its first line: all that resume and rollback need, and no secret. Raises UsageError where there is no room."""
+    """The run's journal with its first line: what resume and rollback need, and no secret. Raises UsageError."""
     journal = Journal(folder, plan.run)
     with journal.beginning():
         journal.write("run", pid=os.getpid(), source=plan.server.id, source_name=plan.server.name, source_host=plan.server.hypervisor,
@@ -5776,7 +5769,7 @@ def begin_journal(folder: Path, settings: Settings, plan: Plan, clouds: Sequence
 
 
 def tell_already(settings: Settings, there: Server, screen: Screen, report: Report) -> int:
-    """Success without any work: an earlier run has done it."""
+    """Success without any work."""
     screen.say(f"already migrated: {settings.src_uid} is {there.name} {there.id}, by run {there.metadata[DONE]}")
     report.run, report.result = there.metadata[DONE], "already"
     report.destination = {"id": there.id, "name": there.name, "host": there.hypervisor}
@@ -5876,7 +5869,7 @@ def detail_lines(record: RunRecord) -> Iterator[str]:
 
 
 def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord, screen: Screen) -> Earlier:
-    """Looks at what the run had made: the instance by its id, or by the run's mark where Nova's answer was lost, and the files beside its disk."""
+    """Looks at what the run had made, by its id or its mark, and at the files beside its disk."""
     found = Earlier(record)
     with gathering(found.problems):
         found.cloud = cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
@@ -5892,7 +5885,7 @@ def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord,
                 found.is_in_place = was_swapped or record.has_done("swap in")
                 inode = host.script('[ ! -e "$1" ] || stat -c %i -- "$1"', path).strip()  # Nova may be about to make it
                 if record.job.get("inode", inode) != inode:
-                    found.seen = dataclasses.replace(found.seen, disk="is not the one that Nova made: somebody has put another one there")
+                    found.seen = replace(found.seen, disk="is not the one that Nova made: somebody has put another one there")
     return found
 
 
@@ -5903,7 +5896,7 @@ def situation_of(source: SourceFacts, earlier: Earlier) -> Situation:
         seen = see(source.cloud, record.source, record.request("stop source") or None)
         stand = stand_of(source.host, source.disk.top.path) if source.host and source.disk else ""
         if stand != was or not (seen.server and seen.server.is_stopped):
-            seen = dataclasses.replace(seen, disk="was changed, or is in use")
+            seen = replace(seen, disk="was changed, or is in use")
     return situation(record, seen, earlier.seen, earlier.is_in_place)
 
 
@@ -5918,7 +5911,7 @@ def refuse_state(record: RunRecord) -> None:
 
 
 def tell_judged(screen: Screen, report: Report, now: Situation, judged: Mapping[Act, Sequence[Reason]]) -> int:
-    """Shows what is seen, and of each act whether it may be done, or why not; gives the exit code."""
+    """Shows what is seen, and why acts must not be done; gives the exit code."""
     lines = [f"seen  {now}"]
     for act, reasons in judged.items():
         lines += [f"{act.value}: {'must not be done' if reasons else 'may be done'}",
@@ -5930,7 +5923,7 @@ def tell_judged(screen: Screen, report: Report, now: Situation, judged: Mapping[
 
 
 def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
-    """The job `resume`: goes on with a run that was cut off, from the last chunk that is proven to be there."""
+    """The job `resume`: goes on with a run that was cut off."""
     folder, screen = state_folder(settings, call.environment), undo.screen
     run = find_run(folder, settings.run)
     record = read_run(folder, run)
@@ -5961,7 +5954,7 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         report.run, report.source = run, reported(cloud, server)
         journal = Journal(folder, run)
         with journal.beginning():
-            journal.write("asked to resume", pid=os.getpid())  # it is resumed when a failure would undo what there is: see inherit()
+            journal.write("asked to resume", pid=os.getpid())  # it is resumed when a failure would undo what there is: see claim_source()
         screen.say(f"Go on with run {run}, {human(sum(length for _, length in record.arrived))} of which were sent.")
         return see_through(Run(settings, screen, journal, undo, report, plan, cloud, earlier.cloud, host, earlier))
 
@@ -5979,7 +5972,7 @@ LEASE_LIMIT: Final = 75.0  # seconds after which the leases of a run that was cu
 
 @dataclass(frozen=True)
 class Undone:
-    """A run that is to be undone: what is seen of it, and its journal, which is empty where there is none."""
+    """A run that is to be undone: what is seen of it, and its journal, empty where it is lost."""
 
     settings: Settings
     screen: Screen
@@ -5993,16 +5986,16 @@ class Undone:
         return Act.STOP_DESTINATION if self.settings.keep_destination else Act.DELETE
 
     def allow(self, act: Act) -> Situation:
-        """Lets an act be done: both sides as they are by now; raises Kept where it must not be."""
+        """Lets an act be done, by what is seen now; raises Kept where it must not be."""
         one, other = self.now.source, self.now.destination
-        source = dataclasses.replace(see(self.clouds[0], one.id, one.since), disk=one.disk)
-        now = dataclasses.replace(self.now, source=source, destination=see(self.clouds[1], other.id, other.since))
+        source = replace(see(self.clouds[0], one.id, one.since), disk=one.disk)
+        now = replace(self.now, source=source, destination=see(self.clouds[1], other.id, other.since))
         allow(act, now, Asked(self.settings.yes))
         return now
 
     def judged(self) -> dict[Act, list[Reason]]:
-        """What forbids to undo the run, act by act; the source is given back when the destination is gone, or stopped."""
-        asked, gone = Asked(self.settings.yes), dataclasses.replace(self.now, destination=Seen())
+        """What forbids to undo the run; the source is given back when the destination is gone, or stopped."""
+        asked, gone = Asked(self.settings.yes), replace(self.now, destination=Seen())
         taking = [] if self.now.destination.is_gone else judge(self.taking, self.now, asked)
         return {self.taking: taking, Act.GIVE_BACK: judge(Act.GIVE_BACK, gone, asked)}
 
@@ -6020,9 +6013,10 @@ def find_undone(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
         source = see(one, source.id, next((action.request for action in one.actions(source.id) if action.name == "lock"), None))
     if source.unseen:
         raise Refused(f"the source could not be looked at: {source.unseen}", "see to that first: nothing was touched")
-    run = record.run or ((source.server.metadata.get(MARK) or lock_of(source.server)) if source.server else "")
+    marks, lock = (source.server.metadata, source.server.lock_reason) if source.server else ({}, "")
     made = {server.id: server for server in other.made_by("", source.id)}
     runs = {server.metadata.get(MADE) or server.metadata[DONE] for server in made.values()}
+    run = record.run or marks.get(MARK) or (lock_of(source.server) if source.server else "")
     if not run and len(runs) != 1:
         raise Refused(f"{len(runs) or 'no'} runs have a mark on {source.id} or on an instance made of it",
                       f"delete what is not wanted by hand: {', '.join(made)}" if runs else "there is nothing to undo")
@@ -6033,40 +6027,39 @@ def find_undone(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
         return find_undone(settings, screen, clouds, read_run(folder, run, is_ours=True), folder)
     marked = [id for id, server in made.items() if run in (server.metadata.get(MADE), server.metadata.get(DONE))]
     id = record.destination or next(iter(marked), "")
-    told = re.search(r"([0-9a-f-]{36}) takes its place", source.server.lock_reason if source.server else "")
+    told = re.search(r"([0-9a-f-]{36}) takes its place", lock)
     if told and told[1] not in made and (server := other.look(told[1])):  # whose marks somebody has wiped
         made[server.id] = server
     now = situation(record, source, see(other, id, record.request("stop destination")))
-    marks = next((server.metadata for server in (source.server, made.get(id)) if server and WAS in server.metadata), {})
-    was_running = now.was_running if record.run else marks.get(WAS) == "ACTIVE"
-    if now.destination.is_gone and source.server and MARK not in source.server.metadata and not source.is_locked_by(run):
+    was = marks.get(WAS) or (made[id].metadata.get(WAS) if id in made else "")
+    was_running = now.was_running if record.run else was == "ACTIVE"
+    if now.destination.is_gone and source.server and MARK not in marks and not source.is_locked_by(run):
         was_running = False  # it has been undone: what the source is now is not for us to change
     stage = Stage.DONE if any(DONE in made[id].metadata for id in marked) else now.stage if record.run else Stage.SWAPPED
     others = tuple(server for server in made.values() if server.id not in (id, *marked))
-    now = dataclasses.replace(now, run=run, stage=stage, was_running=was_running, others=others)
-    return with_hosts(Undone(settings, screen, clouds, now, record))
+    return with_hosts(Undone(settings, screen, clouds, replace(now, run=run, stage=stage, was_running=was_running, others=others), record))
 
 
 def with_hosts(undone: Undone) -> Undone:
-    """The same with what hypervisors tell: is the source's disk there, is a run without a journal at work elsewhere."""
+    """The same with what hypervisors tell: the source's disk, and whether a run without a journal is at work."""
     now, record, alive = undone.now, undone.record, ""
     source, made = now.source.server, now.destination.server
     if source and source.host and now.stage >= Stage.PROVEN:
         try:
             with undone.host(source) as host:
                 alive = "" if record.run else at_work(host, now.run)
-                disk = disk_now(host, undone.settings.disk_path % source.id, str(record.job.get("stand", "")))
+                disk = disk_now(host, undone.settings.disk_path % source.id, record)
         except HostError as error:
             disk = f"cannot be looked at: {shorten(str(error))}"
-        now = dataclasses.replace(now, source=dataclasses.replace(now.source, disk=disk))
+        now = replace(now, source=replace(now.source, disk=disk))
     if made and made.host and not record.run and not alive:
         with undone.host(made) as host:
             alive = at_work(host, now.run)
-    return dataclasses.replace(undone, now=dataclasses.replace(now, alive=alive))
+    return replace(undone, now=replace(now, alive=alive))
 
 
 def at_work(host: Host, run: str) -> str:
-    """Which folder of a run is held by a process on a host; a run that was cut off lets go of it within a minute."""
+    """Which folder of a run is held by a process on a host, more than a minute after it may have been cut off."""
     limit = time.monotonic() + LEASE_LIMIT
     while found := host.script(LEFT_FOLDERS, run, "alive").split():
         if time.monotonic() > limit:
@@ -6076,7 +6069,7 @@ def at_work(host: Host, run: str) -> str:
 
 
 def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
-    """The job `rollback`: undoes a run; goes on past what fails, which is left in `undo`."""
+    """The job `rollback`: undoes a run."""
     folder, screen = state_folder(settings, call.environment), undo.screen
     if bool(settings.run) == bool(settings.run_of):
         raise UsageError("name either the RUN or its source", "./migrena.py rollback RUN, or ./migrena.py rollback --run-of SRC_UUID")
@@ -6123,37 +6116,35 @@ def take_back_image(record: RunRecord, cloud: Cloud, journal: Journal, undo: Und
     """Deletes what a run of the job `image` had not brought to an end."""
     if record.state == "done":
         raise Refused(f"run {record.run} was successful: its image may be in use", "openstack image delete, if that is wanted")
-    report.run = record.run
-    step = f"delete image {record.facts.get('name')}", functools.partial(delete_carried, cloud, record.run)
-    return take_back([step], journal, undo, report)
+    report.run, what = record.run, f"delete image {record.facts.get('name')}"
+    return take_back([(what, lambda: delete_carried(cloud, record.run))], journal, undo, report)
 
 
 def take_back(steps: Iterable[tuple[str, Callable[[], None]]], journal: Journal, undo: Undo, report: Report, **facts: object) -> int:
-    """Does these steps, each with its name, as what undoes a run; goes on past what fails. That, or what a signal cut off, is left in `undo`."""
+    """Does these steps, each with its name; what fails or is cut off by a signal is left in `undo`, and the others go on."""
+    todo = deque(steps)
+
+    def next_step() -> None:
+        with journal.act(todo[0][0]):
+            todo[0][1]()
+
     with journal.ending(undo, "rolled back", "left"):
         journal.write("rollback", pid=os.getpid(), **facts)
-        todo = deque(steps)
         try:
             while todo:
-                what, action = todo[0]
+                what = todo[0][0]
                 with undo.screen.step(f"{what[0].upper()}{what[1:]}."):
-                    undo.attempt(what, functools.partial(journaled, journal, what, action))
+                    undo.attempt(what, next_step)
                 todo.popleft()
         except Interrupted:
-            undo.left += [f"{what}: not done" if number else f"{what}: interrupted" for number, (what, _) in enumerate(todo)]
+            undo.left += [f"{what}: {'not done' if number else 'interrupted'}" for number, (what, _) in enumerate(todo)]
             raise
-    report.result = "rolled back" if not undo.left else "left"
+    report.result = "left" if undo.left else "rolled back"
     return 0
 
 
-def journaled(journal: Journal, what: str, action: Callable[[], None]) -> None:
-    """Does a step, with its intent and its result in the journal."""
-    with journal.act(what):
-        action()
-
-
 def undoing(undone: Undone, journal: Journal) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The steps that undo a run, in their order, each with its name. The source's mark goes last: until then all can be done again."""
+    """The steps that undo a run, each with its name. The source's mark goes last: until then all can be done again."""
     run, settings, clouds = undone.now.run, undone.settings, undone.clouds
     source, made = undone.now.source.server, undone.now.destination.server
     if any(act.name == "create image" for act in undone.record.acts):
@@ -6171,7 +6162,7 @@ def undoing(undone: Undone, journal: Journal) -> Iterator[tuple[str, Callable[[]
 
 
 def take_away(undone: Undone) -> None:
-    """Deletes an instance that a run made, or stops it and leaves it; raises Kept where that must not be done now."""
+    """Deletes an instance that a run made, or stops and leaves it; raises Kept."""
     destination, cloud = undone.allow(undone.taking).destination, undone.clouds[1]
     if undone.taking is Act.DELETE:
         cloud.delete(destination.id)
@@ -6183,10 +6174,7 @@ def take_away(undone: Undone) -> None:
 
 
 def clean_host(undone: Undone, server: Server) -> None:
-    """Takes away what a run has left on a host: folders, files beside the destination's disk, the bitmap in the source's. Raises Kept.
-
-    Its processes end with their leases.
-    """
+    """Takes away what a run has left on a host: folders, files beside the destination's disk, the bitmap in the source's. Raises Kept."""
     run, path, limit = undone.now.run, undone.settings.disk_path % server.id, time.monotonic() + LEASE_LIMIT
     is_source = server.id == undone.now.source.id
     if undone.settings.keep_destination and not is_source:
