@@ -4695,10 +4695,9 @@ LOOK_LIMIT: Final = 20.0  # seconds after which a look at both sides is taken ag
 LOST_ANSWER: Final = 10.0  # seconds in which an instance shows up although Nova answered with an error
 CLAIM_PAUSE: Final = 1.0  # seconds in which a run elsewhere that saw no mark of ours writes its own
 
-STATE_WAYS: Final = {
-    "PAUSED": "openstack server unpause", "SUSPENDED": "openstack server resume", "SHELVED": "openstack server unshelve",
-    "SHELVED_OFFLOADED": "openstack server unshelve", "RESCUE": "openstack server unrescue",
-    "VERIFY_RESIZE": "openstack server resize confirm", "ERROR": "openstack server set --state active",
+STATE_WAYS: Final = {  # the words after `openstack server`
+    "PAUSED": "unpause", "SUSPENDED": "resume", "SHELVED": "unshelve", "SHELVED_OFFLOADED": "unshelve", "RESCUE": "unrescue",
+    "VERIFY_RESIZE": "resize confirm", "ERROR": "set --state active",
 }
 NO_HOSTS: Final = "these credentials are not told on which host"
 NO_ROOM: Final = ("No space left on device", "Read-only file system", "Disk quota exceeded")  # no further attempt finds any
@@ -4819,13 +4818,13 @@ def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -
     if not source:
         raise Refused("no flavor can be matched while the source is unknown", "name one with -f")
     name, sizes = source.flavor.name, source.flavor.vcpus and source.flavor.sizes
-    found = [flavor for flavor in flavors if flavor.name == name] or [flavor for flavor in flavors if flavor.sizes == sizes]
+    found = [one for one in flavors if one.name == name] or [one for one in flavors if one.sizes == sizes]
+    if len(found) == 1:
+        return found[0]
     what = f"flavor like the source's {name!r}"
-    if len(found) > 1:
-        raise Refused(f"destination cloud: more than one {what}: {', '.join(f'{f.name} ({f.id})' for f in found)}", "give its id with -f")
     if not found:
         raise none_such(f"destination cloud: there is no {what}", name, flavors, " with -f")
-    return found[0]
+    raise Refused(f"destination cloud: more than one {what}: {', '.join(f'{one.name} ({one.id})' for one in found)}", "give its id with -f")
 
 
 def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Image:
@@ -4880,7 +4879,7 @@ def refuse_server(server: Server, settings: Settings, known: Collection[str] = (
     was_moved = run and MARK not in server.metadata and " takes its place" in reason
     return those_that_hold(
         (status not in ("ACTIVE", "SHUTOFF"), f"the source is {status}; only ACTIVE or SHUTOFF can be copied",
-         f"{STATE_WAYS[status]} {id}" if status in STATE_WAYS else "bring it to one of them"),
+         f"openstack server {STATE_WAYS[status]} {id}" if status in STATE_WAYS else "bring it to one of them"),
         (server.task, f"the source has a task under way: {server.task}", "wait for its end"),
         (server.locked and lock_of(server) != (run or None), f"the source is locked{reason and f': {reason}'}",
          f"openstack server unlock {id}"),
@@ -4915,7 +4914,7 @@ def refuse_disk(disk: Disk, settings: Settings) -> list[Reason]:
 
 def refuse_destination(settings: Settings, source: SourceFacts, destination: DestinationFacts, known: Collection[str] = ()) -> list[Reason]:
     """What of the destination cloud stands in the way."""
-    reasons, image = list[Reason](), None
+    reasons = list[Reason]()
     for server in destination.same_name:
         problem, way_out = f"destination cloud: the name {settings.dst_name!r} is taken by {server.id}", "choose another one with -d"
         if run := server.metadata.get(MADE):
@@ -4927,33 +4926,33 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
                 for server in destination.made if not settings.yes and server not in destination.same_name]
     if not destination.sees_hosts:
         reasons.append(Reason(f"destination cloud: {NO_HOSTS} an instance is", "use an admin's credentials"))
-    flavor = None
+    flavor = image = None
     with gathering(reasons):
         flavor = pick_flavor(settings.flavor, destination.flavors, source.server)
-        reasons += refuse_flavor(settings, flavor, source, destination.limits)
     with gathering(reasons):
         if source.cloud and (carried := image_to_carry(settings, source, destination)):
             image = carried.source
             reasons += (*refuse_image(settings, carried, destination.images), *refuse_reading(carried, source.cloud))
         elif settings.image or (source.server and source.server.image):
             image = pick_image(settings.image, destination.images, source.image)
-    if flavor and not flavor.disk and image and source.server and source.disk and (
-            image.disk_size < source.disk.top.size and (image.disk_size or source.server.flavor.disk)):
-        reasons.append(Reason(f"flavor {flavor.name} names no disk size, and image {image.name!r} has {human(image.disk_size)}, or does "
-                              f"not tell; the source's disk has {human(source.disk.top.size)}", "name a larger flavor with -f"))
+    if flavor:
+        reasons += refuse_flavor(settings, flavor, image, source)
+        reasons += [Reason(f"destination cloud: the quota is exceeded: {exceeded}", "delete what is not needed, or have the quota raised")
+                    for exceeded in over_quota(destination.limits, flavor)]
     return reasons
 
 
-def refuse_flavor(settings: Settings, flavor: Flavor, source: SourceFacts, limits: Mapping[str, int]) -> Iterator[Reason]:
-    """What of a flavor of the destination stands in the way."""
-    for what, is_less in flavor.differs(source.server.flavor) if source.server and not settings.flavor else ():
+def refuse_flavor(settings: Settings, flavor: Flavor, image: Image | None, source: SourceFacts) -> Iterator[Reason]:
+    """What of a flavor of the destination stands in the way, with the image that the disk is made of."""
+    server, size = source.server, source.disk.top.size if source.disk else 0
+    for what, is_less in flavor.differs(server.flavor) if server and not settings.flavor else ():
         if is_less:
             yield Reason(f"flavor {flavor.name} of the destination is smaller than the source's: {what}", "name one with -f")
-    if source.disk and 0 < flavor.disk * GiB < source.disk.top.size:
-        yield Reason(f"flavor {flavor.name} has a disk of {flavor.disk} GiB, the source's has {human(source.disk.top.size)}",
-                     "name a larger one with -f")
-    for exceeded in over_quota(limits, flavor):
-        yield Reason(f"destination cloud: the quota is exceeded: {exceeded}", "delete what is not needed, or have the quota raised")
+    if 0 < flavor.disk * GiB < size:
+        yield Reason(f"flavor {flavor.name} has a disk of {flavor.disk} GiB, the source's has {human(size)}", "name a larger one with -f")
+    if not flavor.disk and server and image and image.disk_size < size and (image.disk_size or server.flavor.disk):
+        yield Reason(f"flavor {flavor.name} names no disk size, and image {image.name!r} has {human(image.disk_size)}, or does not tell; "
+                     f"the source's disk has {human(size)}", "name a larger flavor with -f")
 
 
 def image_to_carry(settings: Settings, source: SourceFacts, destination: DestinationFacts) -> ImagePlan | None:
@@ -4982,15 +4981,9 @@ class Plan:
     was_running: bool = False
     carried: ImagePlan | None = None  # the image, where it has to be carried first
 
-    @property
-    def marks(self) -> dict[str, str]:
-        """The source's metadata while the run is under way."""
-        return {MARK: self.run, WAS: "ACTIVE" if self.was_running else "SHUTOFF"}
-
-    @property
-    def marks_of_made(self) -> dict[str, str]:
-        """The destination's metadata while the run is under way."""
-        return {MADE: self.run, ORIGIN: self.server.id, WAS: self.marks[WAS]}
+    def marks(self, key: str) -> dict[str, str]:
+        """What an instance's metadata say while the run is under way, by the key of its role."""
+        return {key: self.run, WAS: "ACTIVE" if self.was_running else "SHUTOFF"}
 
 
 def make_plan(settings: Settings, source: SourceFacts, destination: DestinationFacts, run: str) -> Plan:
@@ -5132,26 +5125,26 @@ def execute(run: Run, stack: contextlib.ExitStack) -> str:
 
     Every step does only what an earlier process of the same run has not done already.
     """
-    began = time.monotonic()
+    began, plan, cloud = time.monotonic(), run.plan, run.destination
     claim_source(run)
     new = bring_destination(run)
     host = connect_destination(run, new, stack)
-    with DiskLocks(run.plan.run) as locks:
+    with DiskLocks(plan.run) as locks:
         if not run.is_in_place:
             began = bring_disk(run, host, new, locks)
-        elif (source := look(run).source).is_idle and not source.is_locked_by(run.plan.run) and run.settings.start_after in ("all", "dst"):
+        elif (source := look(run).source).is_idle and not source.is_locked_by(plan.run) and run.settings.start_after in ("all", "dst"):
             stop_source(run, new)  # somebody took its lock off: it is held again while the destination is started
         arrived = start_named(run, "dst", new.id)
-        if run.plan.was_running:
+        if plan.was_running:
             stopped = run.earlier.record.stopped_at if run.earlier else None
             downtime = (datetime.now(timezone.utc) - stopped).total_seconds() if stopped else time.monotonic() - began
             run.report.downtime_seconds = round(downtime, 2)
     with run.journal.act("mark destination done", server=new.id):
-        run.destination.mark(new.id, {DONE: run.plan.run, ORIGIN: run.plan.server.id})  # somebody may have wiped them
-        run.destination.unmark(new.id, run.plan.run, MADE)
+        cloud.mark(new.id, {DONE: plan.run, ORIGIN: plan.server.id})  # somebody may have wiped them
+        cloud.unmark(new.id, plan.run, MADE)
     run.undo.attempt(f"unlock destination {new.id}", lambda: release_destination(run, new.id))
-    run.undo.attempt(f"give source {run.plan.server.id} back", lambda: release_source(run, arrived))
-    host.run("rm", "-f", "--", beside(run.settings.disk_path % new.id, run.plan.run)[1])
+    run.undo.attempt(f"give source {plan.server.id} back", lambda: release_source(run, arrived))
+    host.run("rm", "-f", "--", beside(run.settings.disk_path % new.id, plan.run)[1])
     return new.id
 
 
@@ -5287,7 +5280,8 @@ def require_it_runs(run: Run, server: Server | None) -> None:
     """Raises CloudError when the source is no longer where it was, or does not run."""
     was = run.plan.server
     if not server or (server.host, server.hypervisor) != (was.host, was.hypervisor):
-        raise CloudError(f"the source has moved to {server.hypervisor if server else '?'} while it was being copied", "run it again", 400)
+        place = f" to {server.hypervisor}" if server else ""
+        raise CloudError(f"the source has moved{place} while it was being copied", "run it again", 400)
     if server.status != "ACTIVE" or server.power != 1:
         why = "somebody has stopped it"
         with contextlib.suppress(HostError):
@@ -5343,7 +5337,7 @@ def claim_source(run: Run) -> None:
         run.journal.write("resume", pid=os.getpid())
     with run.journal.act("mark source", server=id):
         require_mark(run, None)
-        run.source.mark(id, plan.marks)
+        run.source.mark(id, plan.marks(MARK))
         time.sleep(CLAIM_PAUSE)
         require_mark(run, plan.run)
 
@@ -5403,7 +5397,8 @@ def ask_for_destination(run: Run) -> str:
     plan, settings, limit = run.plan, run.settings, time.monotonic() + LOST_ANSWER
     try:
         with unbroken():  # an instance of which nobody knows the id would be hard to undo
-            return run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, settings.extra_args, plan.marks_of_made)
+            return run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, settings.extra_args,
+                                          plan.marks(MADE) | {ORIGIN: plan.server.id})
     except CloudError as error:
         if not error.may_pass:
             raise
@@ -5455,21 +5450,21 @@ def both_ends(run: Run, destination: Host, locks: DiskLocks) -> Iterator[Ends]:
 
 def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
     """The plan of the transfer, rehearsed, with the destination stopped, while the source still runs."""
-    with run.screen.step(f"{STOP_DESTINATION}."), run.journal.act("stop destination", server=new.id) as result:
-        path = run.settings.disk_path % new.id
-        fresh = survey_disk(ends.destination, new.id, path, shared=not new.is_stopped)
+    screen, cloud = run.screen, run.destination
+    with screen.step(f"{STOP_DESTINATION}."), run.journal.act("stop destination", server=new.id) as result:
+        fresh = survey_disk(ends.destination, new.id, run.settings.disk_path % new.id, shared=not new.is_stopped)
         gate(run, Act.STOP_DESTINATION)
-        locked = run.destination.lock(new.id, f"{LOCKED_BY}{run.plan.run}")
-        result["request"] = run.destination.stop(new.id, run.changed) or locked
-        run.screen.note("Done. Current status: SHUTOFF")
-    with run.screen.step("Compare bases, space and the way between the hypervisors."):
+        locked = cloud.lock(new.id, f"{LOCKED_BY}{run.plan.run}")
+        result["request"] = cloud.stop(new.id, run.changed) or locked
+        screen.note("Done. Current status: SHUTOFF")
+    with screen.step("Compare bases, space and the way between the hypervisors."):
         job = plan_job(run, ends, fresh)
         refuse_job(ends, job, run.plan.disk)
         rate = rehearse(ends, job)
-        run.screen.note(f"Done. {human(SAMPLE)} went from {ends.source.nbd_address} to {ends.client_address} and were proven.")
+        screen.note(f"Done. {human(SAMPLE)} went from {ends.source.nbd_address} to {ends.client_address} and were proven.")
         if rate < SLOW_WIRE and job.may_be_compressed:
-            job = dataclasses.replace(job, transport="qemu", compress=True)
-            run.screen.note(f"The wire carries {human(rate)}/s: what crosses it is compressed.")
+            job = replace(job, transport="qemu", compress=True)
+            screen.note(f"The wire carries {human(rate)}/s: what crosses it is compressed.")
             run.report.copy |= {"transport": job.transport, "compressed": True}
             rehearse(ends, job)
     return job
@@ -5521,15 +5516,15 @@ def space_needed(top: DiskImage, disk: Disk, whole_file: bool) -> int:
 
 def stop_source(run: Run, new: Server) -> float:
     """Locks the source against its users and stops it; gives the moment, by the monotonic clock, before it was asked to."""
-    id, plan = run.plan.server.id, run.plan
+    cloud, plan, id = run.source, run.plan, run.plan.server.id
     with run.screen.step("Stop source instance."), run.journal.act("stop source", server=id, was_running=plan.was_running) as result:
         gate(run, Act.STOP_SOURCE)
         if not run.earlier:
             undo_stop(run)
         place = f"{shorten(new.name, 60)} {new.id} takes its place; back with: migrena.py rollback {plan.run}"
-        locked = run.source.lock(id, f"{LOCKED_BY}{plan.run}: {place}")
+        locked = cloud.lock(id, f"{LOCKED_BY}{plan.run}: {place}")
         asked = time.monotonic()
-        result["request"] = run.source.stop(id, run.changed) or locked
+        result["request"] = cloud.stop(id, run.changed) or locked
         run.screen.note("Done. Current status: SHUTOFF")
     return asked
 
@@ -5548,24 +5543,26 @@ def undo_stop(run: Run) -> None:
 
 def give(cloud: Cloud, now: Situation, journal: Journal, changed: Callable[[Server], None]) -> None:
     """Unlocks the source where the lock is the run's, and starts it where it ran."""
-    source = now.source
-    if source.server and source.is_locked_by(now.run):
-        with journal.act("unlock source", server=source.id):
-            cloud.unlock(source.id)
-    if source.server and now.was_running and not source.server.is_running:
-        with journal.act("start source", server=source.id):
-            cloud.restart(source.id, changed)
+    if not (server := now.source.server):
+        return
+    if now.source.is_locked_by(now.run):
+        with journal.act("unlock source", server=server.id):
+            cloud.unlock(server.id)
+    if now.was_running and not server.is_running:
+        with journal.act("start source", server=server.id):
+            cloud.restart(server.id, changed)
 
 
 def require_still_so(run: Run) -> None:
     """Raises HostError where a stop of the running source could lose something, says libvirt."""
-    if not run.source.steady_server(run.plan.server.id).is_running:  # a run that is gone on with may find its own stop under way
+    plan, host = run.plan, run.source_host
+    if not run.source.steady_server(plan.server.id).is_running:  # a run that is gone on with may find its own stop under way
         return
-    domain = domain_of(run.source_host, run.plan.server.id, run.plan.disk.top.path)
-    if reasons := refuse_domain(run.source_host, domain):
+    domain = domain_of(host, plan.server.id, plan.disk.top.path)
+    if reasons := refuse_domain(host, domain):
         raise HostError.of(reasons)
-    require_running(run.source_host, domain.state)
-    require_chain(run.source_host, domain, run.plan.disk.chain)
+    require_running(host, domain.state)
+    require_chain(host, domain, plan.disk.chain)
 
 
 def require_running(host: Host, state: str) -> None:
@@ -5874,18 +5871,16 @@ def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord,
     with gathering(found.problems):
         found.cloud = cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
         id = record.destination or next((server.id for server in cloud.made_by(record.run, record.source)), "")
-        found.seen = see(cloud, id, record.request("stop destination"))
-        if found.seen.unseen:
-            raise CloudError(found.seen.unseen)
-        if found.seen.server and found.seen.server.host:
-            with host_of(found.seen.server, settings, screen) as host:
+        found.seen = seen = see(cloud, id, record.request("stop destination"))
+        if seen.server and seen.server.host:
+            with host_of(seen.server, settings, screen) as host:
                 path = settings.disk_path % id
                 new, kept = beside(path, record.run)
                 was_swapped = host.succeeds("test", "-e", kept) and not host.succeeds("test", "-e", new)
                 found.is_in_place = was_swapped or record.has_done("swap in")
                 inode = host.script('[ ! -e "$1" ] || stat -c %i -- "$1"', path).strip()  # Nova may be about to make it
                 if record.job.get("inode", inode) != inode:
-                    found.seen = replace(found.seen, disk="is not the one that Nova made: somebody has put another one there")
+                    found.seen = replace(seen, disk="is not the one that Nova made: somebody has put another one there")
     return found
 
 
@@ -5902,11 +5897,11 @@ def situation_of(source: SourceFacts, earlier: Earlier) -> Situation:
 
 def refuse_state(record: RunRecord) -> None:
     """Raises Refused for a run that has nothing to go on with."""
+    run, told = record.run, {"done": "was successful", "failed": "has failed and was rolled back", "rolled back": "was rolled back"}
     if record.is_undoing and record.state in ("killed", "left"):
-        raise Refused(f"run {record.run} was being rolled back when that was cut off", f"./migrena.py rollback {record.run}")
-    told = {"done": "was successful", "failed": "has failed and was rolled back", "rolled back": "was rolled back"}
+        raise Refused(f"run {run} was being rolled back when that was cut off", f"./migrena.py rollback {run}")
     if record.state in told:
-        raise Refused(f"run {record.run} {told[record.state]}: there is nothing to go on with",
+        raise Refused(f"run {run} {told[record.state]}: there is nothing to go on with",
                       "" if record.state == "done" else "give the command again")
 
 
@@ -5914,12 +5909,14 @@ def tell_judged(screen: Screen, report: Report, now: Situation, judged: Mapping[
     """Shows what is seen, and why acts must not be done; gives the exit code."""
     lines = [f"seen  {now}"]
     for act, reasons in judged.items():
-        lines += [f"{act.value}: {'must not be done' if reasons else 'may be done'}",
-                  *(line for reason in reasons for line in (f"  {reason.problem}", f"    try: {reason.way_out}"))]
+        lines.append(f"{act.value}: {'must not be done' if reasons else 'may be done'}")
+        for reason in reasons:
+            lines += f"  {reason.problem}", f"    try: {reason.way_out}"
     for line in lines:
         screen.say(line, always=True)
-    report.run, report.result = now.run, "refused" if any(judged.values()) else "planned"
-    return 3 if any(judged.values()) else 0
+    is_refused = any(judged.values())
+    report.run, report.result = now.run, "refused" if is_refused else "planned"
+    return 3 if is_refused else 0
 
 
 def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
@@ -5992,12 +5989,6 @@ class Undone:
         now = replace(self.now, source=source, destination=see(self.clouds[1], other.id, other.since))
         allow(act, now, Asked(self.settings.yes))
         return now
-
-    def judged(self) -> dict[Act, list[Reason]]:
-        """What forbids to undo the run; the source is given back when the destination is gone, or stopped."""
-        asked, gone = Asked(self.settings.yes), replace(self.now, destination=Seen())
-        taking = [] if self.now.destination.is_gone else judge(self.taking, self.now, asked)
-        return {self.taking: taking, Act.GIVE_BACK: judge(Act.GIVE_BACK, gone, asked)}
 
     def host(self, server: Server) -> contextlib.closing[Host]:
         """The host of an instance, for a scope."""
@@ -6090,10 +6081,12 @@ def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
             return take_back_image(record, clouds[1], Journal(folder, record.run), undo, report)
         with nothing_touched():
             undone = find_undone(settings, screen, clouds, record, folder)
-        judged = undone.judged()
+        now, asked = undone.now, Asked(settings.yes)
+        taking = [] if now.destination.is_gone else judge(undone.taking, now, asked)
+        giving = judge(Act.GIVE_BACK, replace(now, destination=Seen()), asked)  # by then it is gone, or stopped
         if settings.dry_run:
-            return tell_judged(screen, report, undone.now, judged)
-        if reasons := [*judged[undone.taking], *(judged[Act.GIVE_BACK] if undone.now.alive else [])]:
+            return tell_judged(screen, report, now, {undone.taking: taking, Act.GIVE_BACK: giving})
+        if reasons := [*taking, *(giving if now.alive else [])]:
             raise Refused.of(list(dict.fromkeys(reasons)))
         return undo_run(undone, folder, undo, report)
 
@@ -6163,14 +6156,14 @@ def undoing(undone: Undone, journal: Journal) -> Iterator[tuple[str, Callable[[]
 
 def take_away(undone: Undone) -> None:
     """Deletes an instance that a run made, or stops and leaves it; raises Kept."""
-    destination, cloud = undone.allow(undone.taking).destination, undone.clouds[1]
+    made, cloud = undone.allow(undone.taking).destination, undone.clouds[1]
     if undone.taking is Act.DELETE:
-        cloud.delete(destination.id)
-    elif destination.server:
-        cloud.wait(destination.id, lambda server: not server.task, lambda server: None)
-        cloud.stop(destination.id, lambda server: None)
-        if destination.is_locked_by(undone.now.run):
-            cloud.unlock(destination.id)
+        cloud.delete(made.id)
+    elif made.server:
+        cloud.wait(made.id, lambda server: not server.task, lambda server: None)
+        cloud.stop(made.id, lambda server: None)
+        if made.is_locked_by(undone.now.run):
+            cloud.unlock(made.id)
 
 
 def clean_host(undone: Undone, server: Server) -> None:
@@ -6329,8 +6322,8 @@ def see_it_arrive(cloud: Cloud, move: Move, before: int, settings: Settings, und
                 if state in GIVEN_UP and not now.task:
                     asked = "its end was asked for with --abort" if settings.abort and limit == float("inf") else ""
                     why = cloud.why_failed(server.id, "live-migration") or asked or f"see nova-compute's log on {server.host} or {move.to}"
-                    raise CloudError(f"{server.name} is {now.status} on {now.host}: Nova calls migration {number} {state}: {why}",
-                                     f"see where it runs; then {STATE_WAYS['ERROR']} {server.id}" if now.status == "ERROR" else "")
+                    way_out = f"see where it runs; then openstack server {STATE_WAYS['ERROR']} {server.id}" if now.status == "ERROR" else ""
+                    raise CloudError(f"{server.name} is {now.status} on {now.host}: Nova calls migration {number} {state}: {why}", way_out)
                 done, total = cloud.fleet.progress(server.id) or (total, total)
                 show = show or (stack.enter_context(screen.progress(total)) if total else None)
                 if show:
