@@ -5896,13 +5896,15 @@ def situation_of(source: SourceFacts, earlier: Earlier) -> Situation:
 
 
 def refuse_state(record: RunRecord) -> None:
-    """Raises Refused for a run that has nothing to go on with."""
+    """Raises Refused for a run that cannot be gone on with."""
     run, told = record.run, {"done": "was successful", "failed": "has failed and was rolled back", "rolled back": "was rolled back"}
     if record.is_undoing and record.state in ("killed", "left"):
         raise Refused(f"run {run} was being rolled back when that was cut off", f"./migrena.py rollback {run}")
     if record.state in told:
         raise Refused(f"run {run} {told[record.state]}: there is nothing to go on with",
                       "" if record.state == "done" else "give the command again")
+    if record.carries_image:
+        raise Refused(f"run {run} carried an image, which is not gone on with", f"./migrena.py rollback {run}, then the command again")
 
 
 def tell_judged(screen: Screen, report: Report, now: Situation, judged: Mapping[Act, Sequence[Reason]]) -> int:
@@ -5923,10 +5925,7 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     """The job `resume`: goes on with a run that was cut off."""
     folder, screen = state_folder(settings, call.environment), undo.screen
     run = find_run(folder, settings.run)
-    record = read_run(folder, run)
-    refuse_state(record)
-    if record.carries_image:
-        raise Refused(f"run {run} carried an image, which is not gone on with", f"./migrena.py rollback {run}, then the command again")
+    refuse_state(record := read_run(folder, run))
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_run_of(folder, record.source, run))
         record = read_run(folder, run, is_ours=True)  # it may have gone on until the lock was ours
@@ -6014,8 +6013,8 @@ def find_undone(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
     run = run or runs.pop()
     if not re.fullmatch(r"[0-9A-Za-z-]+", run):
         raise Refused(f"the mark {run!r} is none of migrena's", "see who wrote it")
-    if not record.run and (folder / f"{run}.jsonl").exists():
-        return find_undone(settings, screen, clouds, read_run(folder, run, is_ours=True), folder)
+    if not record.run and run in known_runs(folder) and (found := read_run(folder, run, is_ours=True)).source:  # else it was emptied
+        return find_undone(settings, screen, clouds, found, folder)
     marked = [id for id, server in made.items() if run in (server.metadata.get(MADE), server.metadata.get(DONE))]
     id = record.destination or next(iter(marked), "")
     told = re.search(r"([0-9a-f-]{36}) takes its place", lock)
@@ -6096,7 +6095,7 @@ def undo_run(undone: Undone, folder: Path, undo: Undo, report: Report) -> int:
     now, source, made = undone.now, undone.now.source.server, undone.now.destination.server
     journal, report.run = Journal(folder, now.run), now.run
     with journal.beginning():
-        if not journal.path.stat().st_size:  # it was lost: this is all that is known
+        if not undone.record.run:  # it was lost: this is all that is known
             journal.write("run", source=now.source.id, was_running=now.was_running, name=made.name if made else "",
                           where=[cloud.identity for cloud in undone.clouds])
         journal.write("asked to roll back", pid=os.getpid())

@@ -75,6 +75,9 @@ class People:
         if what == "the journals are lost":
             for path in (self.folder / "here").glob("*.jsonl"):
                 path.unlink()
+        elif what == "the journals are emptied":
+            for path in (self.folder / "here").glob("*.jsonl"):
+                path.write_bytes(b"")
         elif what in SETTINGS:
             if what == SETTINGS[0]:
                 world.sides.reverse()

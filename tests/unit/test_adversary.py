@@ -88,6 +88,8 @@ FOUND = {  # by the adversary
                       ("elsewhere rollback --run-of", {})))),
     "rollback deleted the only copy after the source was deleted":
         (2, Schedule((("copy", AFTER_SWAP), ("admin deletes source", {}), ("rollback --yes", {})))),
+    "rollback --run-of deleted the only copy after the source was deleted, since its journal was empty":
+        (2, Schedule((("copy", AFTER_SWAP), ("admin deletes source", {}), ("the journals are emptied", {}), ("rollback --run-of --yes", {})))),
     "a run that failed deleted the only copy while the source's cloud did not answer":
         (2, Schedule((("copy", {"check#1": "admin deletes source + outage of 1000 s at the source + the wire breaks"}),))),
 }
@@ -97,6 +99,11 @@ KNOWN = {**FAULTS, **FOUND}
 @pytest.mark.parametrize("name", KNOWN)
 def test_what_operators_have_seen_is_seen_no_more(tmp_path: Path, name: str) -> None:
     assert play(KNOWN[name][1], tmp_path / "state").broken == []
+
+
+def test_a_run_whose_journal_was_emptied_is_undone_by_its_marks_and_the_source_runs_again(tmp_path: Path) -> None:
+    world = play(Schedule((("copy", {"copy#1": "crash"}), ("the journals are emptied", {}), ("rollback --run-of", {}))), tmp_path / "state")
+    assert world.source.status == "ACTIVE" and [machine.id for machine in world.machines()] == [model.SOURCE]
 
 
 GROUPS, BATCHES, BATCH = 20, 10, 50  # ten thousand schedules
