@@ -4846,8 +4846,6 @@ def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Im
 def refuse(settings: Settings, source: SourceFacts, destination: DestinationFacts, known: Collection[str] = ()) -> list[Reason]:
     """Everything that is known to stand in the way; `known` are the runs with a journal here."""
     reasons = [*source.problems, *destination.problems]
-    if destination.refused:
-        reasons.append(Reason(f"destination cloud: -e: {destination.refused}", "leave it out"))
     if source.server:
         reasons += refuse_server(source.server, settings, known)
     if source.host:
@@ -4916,16 +4914,16 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
     """What of the destination cloud stands in the way."""
     reasons = list[Reason]()
     for server in destination.same_name:
-        problem, way_out = f"destination cloud: the name {settings.dst_name!r} is taken by {server.id}", "choose another one with -d"
-        if run := server.metadata.get(MADE):
-            problem, way_out = f"{problem}, which run {run} was making", ways_on_with(run, server.metadata.get(ORIGIN, settings.src_uid), known)
-        reasons.append(Reason(problem, way_out))
+        run, taken = server.metadata.get(MADE), f"destination cloud: the name {settings.dst_name!r} is taken by {server.id}"
+        reasons.append(Reason(f"{taken}, which run {run} was making",
+                              ways_on_with(run, server.metadata.get(ORIGIN, settings.src_uid), known))
+                       if run else Reason(taken, "choose another one with -d"))
     reasons += [Reason(f"destination cloud: {server.name} {server.id} ({server.status}) was made of this source by run "
                        f"{server.metadata.get(DONE) or server.metadata.get(MADE)}",
                        "undo that run, or delete the instance; --yes makes another one all the same")
                 for server in destination.made if not settings.yes and server not in destination.same_name]
-    if not destination.sees_hosts:
-        reasons.append(Reason(f"destination cloud: {NO_HOSTS} an instance is", "use an admin's credentials"))
+    reasons += those_that_hold((destination.refused, f"destination cloud: -e: {destination.refused}", "leave it out"),
+                               (not destination.sees_hosts, f"destination cloud: {NO_HOSTS} an instance is", "use an admin's credentials"))
     flavor = image = None
     with gathering(reasons):
         flavor = pick_flavor(settings.flavor, destination.flavors, source.server)
@@ -5989,10 +5987,6 @@ class Undone:
         allow(act, now, Asked(self.settings.yes))
         return now
 
-    def host(self, server: Server) -> contextlib.closing[Host]:
-        """The host of an instance, for a scope."""
-        return host_of(server, self.settings, self.screen)
-
 
 def find_undone(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud], record: RunRecord, folder: Path) -> Undone:
     """What a run has made, by its journal or by marks and locks; raises Refused where nothing tells of a run."""
@@ -6036,14 +6030,14 @@ def with_hosts(undone: Undone) -> Undone:
     source, made = now.source.server, now.destination.server
     if source and source.host and now.stage >= Stage.PROVEN:
         try:
-            with undone.host(source) as host:
+            with host_of(source, undone.settings, undone.screen) as host:
                 alive = "" if record.run else at_work(host, now.run)
                 disk = disk_now(host, undone.settings.disk_path % source.id, record)
         except HostError as error:
             disk = f"cannot be looked at: {shorten(str(error))}"
         now = replace(now, source=replace(now.source, disk=disk))
     if made and made.host and not record.run and not alive:
-        with undone.host(made) as host:
+        with host_of(made, undone.settings, undone.screen) as host:
             alive = at_work(host, now.run)
     return replace(undone, now=replace(now, alive=alive))
 
@@ -6171,7 +6165,7 @@ def clean_host(undone: Undone, server: Server) -> None:
     is_source = server.id == undone.now.source.id
     if undone.settings.keep_destination and not is_source:
         undone.allow(Act.CLEAN)
-    with undone.host(server) as host:
+    with host_of(server, undone.settings, undone.screen) as host:
         while (left := host.script(LEFT_FOLDERS, run).splitlines()) and time.monotonic() < limit:
             time.sleep(1)
         if left := [*left, *(() if is_source else beside(path, run))]:
