@@ -1568,11 +1568,11 @@ def at_once(one: Callable[[], T], other: Callable[[], S]) -> tuple[T, S]:
 # ---- 6. Host ---------------------------------------------------------------------------------------------------------
 
 # A lease ties a process to our SSH channel, its standard input: we send a dot every few seconds, and whatever ends the
-# dots (the scope, kill -9 of migrena, a cut network) ends the process by its pid. A lease that ends by itself says so by
-# a zero byte and waits until we say no more: where the end of a channel and a word of ours cross, sshd ends the whole
-# connection ("packet referred to nonexistent channel").
+# dots (the scope, kill -9 of migrena, a cut network) ends the process by its pid; so does a command of `hold` that fails.
+# A lease that ends by itself prints a zero byte and waits for the end of the dots: if one crossed the end of the channel,
+# sshd would end the whole connection ("packet referred to nonexistent channel").
 HOLD: Final = """
-hold() { while [ "$(timeout 60 head -c 1)" = . ]; do :; done; }
+hold() { while [ "$(timeout 60 head -c 1)" = . ]; do "$@" || return; done; }
 trap 'status=$?; printf "\\000"; hold; exit "$status"' EXIT
 """
 BEAT: Final = 5.0  # seconds between dots
@@ -1603,9 +1603,7 @@ done
 read -r pid < "$pidfile"
 trap '' PIPE  # what we say may reach nobody any more: we go on and tidy up
 echo ready
-while [ "$(timeout 60 head -c 1)" = . ]; do
-  kill -0 "$pid" 2>/dev/null || { echo "ended by itself" >&2; exit 1; }
-done
+hold kill -0 "$pid" 2>/dev/null || { echo "ended by itself" >&2; exit 1; }
 kill "$pid" 2>/dev/null
 n=0
 while kill -0 "$pid" 2>/dev/null && [ "$n" -lt 80 ]; do
@@ -1637,52 +1635,52 @@ MOST_LINKS: Final = 16  # connections to one host: more than a copy has commands
 
 DIAL_LIMIT: Final = 15.0  # seconds; a server that says nothing at all for the 30 s that we wait is not asked twice
 DROPPED: Final = ("SSH protocol banner", "kex_exchange_identification", "Connection reset by peer")  # ours, a jump host's, the kernel's
-Dial = Callable[[], tuple["paramiko.SSHClient", contextlib.ExitStack]]
 
 
 def connect(name: str, settings: Settings, screen: Screen) -> Host:
     """A hypervisor by Nova's name for it. Raises HostError."""
     logging.getLogger("paramiko").setLevel(logging.DEBUG if settings.debug else logging.CRITICAL)
-    entry = settings.hosts.get(name, HostEntry())
     with contextlib.ExitStack() as stack:
-        host = Host(name, lambda: dial(name, Target.of(entry.address or name, entry, settings)), entry.nbd_address, screen)
+        host = Host(name, settings, screen)
         stack.callback(host.close)
-        host.become(settings.sudo)
+        host.open()
         stack.pop_all()
     return host
 
 
-def dial(name: str, target: Target) -> tuple[paramiko.SSHClient, contextlib.ExitStack]:
+def dial(target: Target) -> tuple[paramiko.SSHClient, contextlib.ExitStack]:
     """An SSH connection, and what closes it. One that sshd drops unheard (MaxStartups) is tried again."""
     limit = time.monotonic() + DIAL_LIMIT
     while True:
         try:
-            return dial_once(name, target)
+            return dial_once(target)
         except HostError as error:
             if not any(words in str(error) for words in DROPPED) or time.monotonic() > limit:
                 raise
         time.sleep(0.5 + secrets.randbelow(2000) / 1000)
 
 
-def dial_once(name: str, target: Target) -> tuple[paramiko.SSHClient, contextlib.ExitStack]:
-    """An SSH connection, and what closes it; tried once."""
+def dial_once(target: Target) -> tuple[paramiko.SSHClient, contextlib.ExitStack]:
+    """The same, tried once."""
     import paramiko
 
-    with contextlib.ExitStack() as stack:
-        try:
-            return target.open(stack), stack.pop_all()
-        except socket.gaierror as error:
-            raise HostError(f"{name}: {target.host} does not resolve", f"add HOSTS = {{'{name}': 'ADDRESS'}} to config.py") from error
-        except paramiko.BadHostKeyException as error:
-            known = shlex.join(["-f", target.known_hosts[0], "-R", target.known_as])
-            raise HostError(f"{name}: the host key of {target} is another than the known one",
-                            f"find out why; if that is right: ssh-keygen {known}") from error
-        except (paramiko.SSHException, EOFError, OSError) as error:
-            if isinstance(error, paramiko.AuthenticationException) or "No authentication methods" in str(error):
-                raise HostError(f"{name}: {target} refuses the key of user {target.user}: {error}",
-                                "set user and key in HOSTS, SSH_USER and SSH_KEY, or load the key into the agent") from error
-            raise HostError(f"{name}: no SSH connection to {target}: {error}", "check address and port in HOSTS") from error
-    raise AssertionError("the stack hides no exception")
+    name = target.name
+    try:
+        with contextlib.ExitStack() as stack:
+            client = target.open(stack)
+            closing = stack.pop_all()
+        return client, closing
+    except socket.gaierror as error:
+        raise HostError(f"{name}: {target.host} does not resolve", f"add HOSTS = {{'{name}': 'ADDRESS'}} to config.py") from error
+    except paramiko.BadHostKeyException as error:
+        known_as = target.host if target.port == 22 else f"[{target.host}]:{target.port}"
+        raise HostError(f"{name}: the host key of {target} is another than the known one",
+                        f"find out why; if that is right: ssh-keygen {shlex.join(['-f', target.known_hosts[0], '-R', known_as])}") from error
+    except (paramiko.SSHException, EOFError, OSError, subprocess.TimeoutExpired) as error:
+        if isinstance(error, paramiko.AuthenticationException) or "No authentication methods" in str(error):
+            raise HostError(f"{name}: {target} refuses the key of user {target.user}: {error}",
+                            "set user and key in HOSTS, SSH_USER and SSH_KEY, or load the key into the agent") from error
+        raise HostError(f"{name}: no SSH connection to {target}: {error}", "check address and port in HOSTS") from error
 
 
 @contextlib.contextmanager
@@ -1707,42 +1705,25 @@ def proxied(command: str) -> Iterator[socket.socket]:
                 os.killpg(process.pid, signal.SIGTERM)
 
 
-@dataclass(frozen=True)
 class Target:
-    """Where an SSH connection goes, after ~/.ssh/config had its say."""
+    """Where the SSH connection to a hypervisor goes: our settings win over ~/.ssh/config, which wins over the defaults."""
 
-    host: str
-    port: int
-    user: str
-    keys: tuple[str, ...]
-    use_agent: bool
-    known_hosts: tuple[str, ...]
-    proxy: str  # the command whose standard input and output stand for the connection, or empty
-
-    @classmethod
-    def of(cls, alias: str, entry: HostEntry, settings: Settings) -> Target:
-        """What an alias stands for: our settings win over ~/.ssh/config, which wins over the defaults."""
-        path = Path(settings.ssh_config).expanduser()
+    def __init__(self, name: str, settings: Settings) -> None:
+        entry, path = settings.hosts.get(name, HostEntry()), Path(settings.ssh_config).expanduser()
+        alias, key = entry.address or name, entry.key or settings.ssh_key
         found = _ssh_lookup(path, alias)
-        host, port = found.get("hostname", alias), entry.port or settings.ssh_port or int(found.get("port", 22))
-        key = entry.key or settings.ssh_key
         known = [*found.get("userknownhostsfile", "~/.ssh/known_hosts").split(), "/etc/ssh/ssh_known_hosts"]
-        proxy, jumps = found.get("proxycommand", "none"), found.get("proxyjump", "none")
-        if jumps != "none":  # OpenSSH itself knows best how its hops are reached
+        self.name, self.host, self.port = name, found.get("hostname", alias), entry.port or settings.ssh_port or int(found.get("port", 22))
+        self.user = entry.user or settings.ssh_user or found.get("user", "root")
+        self.keys: Any = [str(Path(key).expanduser())] if key else found.get("identityfile", [])
+        self.use_agent = not key and found.get("identitiesonly", "no") != "yes"
+        self.known_hosts = [str(Path(path).expanduser()) for path in ([settings.known_hosts] if settings.known_hosts else known)]
+        self.proxy = found.get("proxycommand", "none")  # the command whose standard input and output stand for the connection
+        if (jumps := found.get("proxyjump", "none")) != "none":  # OpenSSH itself knows best how its hops are reached
             _refuse_circle(path, alias)
             *before, last = jumps.split(",")
-            proxy = shlex.join(["ssh", "-F", str(path), "-o", "BatchMode=yes", *(["-J", ",".join(before)] if before else []),
-                                "-W", f"[{host}]:{port}", f"ssh://{last.removeprefix('ssh://')}"])
-        return cls(
-            host=host, port=port, user=entry.user or settings.ssh_user or found.get("user", "root"),
-            keys=(str(Path(key).expanduser()),) if key else tuple(found.get("identityfile", ())),
-            use_agent=not key and found.get("identitiesonly", "no") != "yes", proxy="" if proxy == "none" else proxy,
-            known_hosts=tuple(str(Path(path).expanduser()) for path in ([settings.known_hosts] if settings.known_hosts else known)),
-        )
-
-    @property
-    def known_as(self) -> str:
-        return self.host if self.port == 22 else f"[{self.host}]:{self.port}"
+            self.proxy = shlex.join(["ssh", "-F", str(path), "-o", "BatchMode=yes", *(["-J", ",".join(before)] if before else []),
+                                     "-W", f"[{self.host}]:{self.port}", f"ssh://{last.removeprefix('ssh://')}"])
 
     def __str__(self) -> str:
         return f"{self.host} port {self.port}"
@@ -1751,17 +1732,17 @@ class Target:
         """A connection, closed by the stack. Raises what paramiko and sockets raise."""
         import paramiko
 
-        through: Any = stack.enter_context(proxied(self.proxy)) if self.proxy else None
+        through: Any = stack.enter_context(proxied(self.proxy)) if self.proxy != "none" else None
         client = stack.enter_context(paramiko.SSHClient())
         for path in self.known_hosts:
             with contextlib.suppress(FileNotFoundError):
                 client.load_host_keys(path)
         client.set_missing_host_key_policy(self)  # type: ignore[arg-type]  # paramiko asks for the one method below
-        keys: Any = list(self.keys) or None
-        client.connect(self.host, self.port, self.user, key_filename=keys, timeout=20, banner_timeout=30, auth_timeout=30,
+        client.connect(self.host, self.port, self.user, key_filename=self.keys or None, timeout=20, banner_timeout=30, auth_timeout=30,
                        allow_agent=self.use_agent, look_for_keys=not self.keys, sock=through)
-        _transport(client).set_keepalive(15)
-        if isinstance(link := _transport(client).sock, socket.socket) and link.family != socket.AF_UNIX:
+        transport = _transport(client)
+        transport.set_keepalive(15)
+        if isinstance(link := transport.sock, socket.socket) and link.family != socket.AF_UNIX:
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each short command waits 40 ms for an acknowledgement
         return client
 
@@ -1822,30 +1803,25 @@ def session(client: paramiko.SSHClient) -> paramiko.Channel | None:
 class Host:
     """One hypervisor: commands as words in, text out, over as many SSH connections as its sshd asks for."""
 
-    def __init__(self, name: str, dial: Dial, nbd_address: str, screen: Screen) -> None:
-        self.name = name
+    def __init__(self, name: str, settings: Settings, screen: Screen) -> None:
+        self.name, self._settings, self._screen = name, settings, screen
         self.unconfirmed: list[str] = []  # leases whose end the host did not confirm; they end with their connection
         self.stays: list[str] = []  # what a lease said that it could not undo
-        self._dial, self._given_address, self._screen = dial, nbd_address, screen
-        self._prefix: tuple[str, ...] = ()
+        self._stack = contextlib.ExitStack()
         self._leases: set[Lease] = set()
         self._closing, self._dialing = threading.Event(), threading.Lock()
-        self._open()
         threading.Thread(target=self._beat, name=f"dots to {name}", daemon=True).start()
 
-    def _open(self) -> None:
-        """Opens the connection to where the name leads now, and sees the address for the other hypervisor."""
+    def open(self) -> None:
+        """Connects to where the name leads now, and becomes root; raises HostError."""
         self._links: list[tuple[paramiko.SSHClient, list[paramiko.Channel]]] = []  # connections, each with what it carries
-        self._stack = contextlib.ExitStack()
-        prefix, self._prefix, seen = self._prefix, (), []  # sudo would hide the variable
+        self._prefix: tuple[str, ...] = ()
+        seen = list[str]()
         with contextlib.suppress(CommandError):
-            seen = self.run("printenv", "SSH_CONNECTION").split()
-        self._prefix = prefix
-        self.nbd_address = self._given_address or (seen[2] if len(seen) == 4 else str(_transport(self._links[0][0]).getpeername()[0]))
-
-    def become(self, sudo: str) -> None:
-        """Takes root's rights by sudo where asked for or needed; raises HostError where they are denied."""
-        if sudo == "no" or (sudo == "auto" and self.run("id", "-u").strip() == "0"):
+            seen = self.run("printenv", "SSH_CONNECTION").split()  # which sudo would hide
+        given = self._settings.hosts.get(self.name, HostEntry()).nbd_address
+        self.nbd_address = given or (seen[2] if len(seen) == 4 else str(_transport(self._links[0][0]).getpeername()[0]))
+        if self._settings.sudo == "no" or (self._settings.sudo == "auto" and self.run("id", "-u").strip() == "0"):
             return
         try:
             self.run("sudo", "-n", "true")
@@ -1857,33 +1833,27 @@ class Host:
 
     def revive(self) -> None:
         """Opens the connections anew if one does not or did not answer; what they held ends within a minute."""
-        with contextlib.suppress(HostError):
+        with contextlib.suppress(HostError), self._wall(("true",)):
             if not self.unconfirmed:  # else the way to be sure of their end is to end the connection
                 self.run("true", seconds=10.0)
                 for client, _ in self._links[1:]:
-                    with self._wall(("true",)):
-                        if channel := session(client):
-                            channel.close()
+                    if channel := session(client):
+                        channel.close()
                 return
         self._stack.close()
         self._leases.clear()
-        self._open()
+        self.open()
         self.unconfirmed.clear()
 
     def run(self, *words: str, stdin: bytes = b"", seconds: float = 60.0) -> Answer:
         """What a short command prints; raises CommandError, and HostError after `seconds` of silence."""
         fed = ("sh", "-c", FED, "migrena") if stdin else ()
-        form = "{}" if stdin else "{} </dev/null"
-        process = self._start(words, (*fed, "timeout", "-k", "5", str(seconds)), seconds + 15, form)
-        with self._wall(words):
-            if stdin:
-                process.feed(stdin)
-            printed = b"".join(iter(functools.partial(process.heard, seconds + 15), b""))
-            if process.exit_status() in (124, 137):
-                raise TimeoutError
-        process.check()
+        process = self._start(words, (*fed, "timeout", "-k", "5", str(seconds)), form="{}" if stdin else "{} </dev/null")
+        if stdin:
+            process.feed(stdin)
+        answer = process.answer(seconds + 15)
         process.drop()
-        return Answer(printed.decode("utf-8", "surrogateescape"), self.name, words)
+        return answer
 
     def script(self, script: str, *values: str, stdin: bytes = b"") -> Answer:
         """What one of our constant scripts prints; the values reach it as "$@"."""
@@ -1895,26 +1865,19 @@ class Host:
     def work(self, *words: str, stall: float, heard: Callable[[str], None] = lambda said: None, given: Sequence[str] = ()) -> Answer:
         """What a long command prints under a lease, no zero bytes; `heard` gets each piece. Ends it after `stall` s of silence."""
         with self.lease(LEASED_COMMAND, *words, given=given) as lease:
-            pieces = []
-            for piece in iter(functools.partial(lease.read, stall), ""):
-                pieces.append(piece)
-                heard(piece)
-            lease.release()
-            lease.check()
-        return Answer("".join(pieces), self.name, words)
+            return lease.answer(stall, heard)
 
     @contextlib.contextmanager
     def lease(self, script: str, *words: str, given: Sequence[str] = ()) -> Iterator[Lease]:
         """A script that holds a command while the scope and our channel last; `given` reaches it before the words."""
         with contextlib.ExitStack() as stack:
             with unbroken():
-                lease = self._start(words, ("sh", "-c", script, "migrena", *given), 30.0)
+                lease = self._start(words, ("sh", "-c", script, "migrena", *given), is_held=True)
                 stack.callback(self._leases.discard, lease)
                 stack.callback(lease.close)
                 self._leases.add(lease)
                 lease.beat()
-            with self._wall(words):
-                lease.begin(30.0)
+            lease.begin(30.0)
             yield lease
 
     @contextlib.contextmanager
@@ -1948,7 +1911,7 @@ class Host:
         self._stack.close()
 
     @unbroken()
-    def _start(self, words: Sequence[str], before: Sequence[str], seconds: float, form: str = "{}") -> Lease:
+    def _start(self, words: Sequence[str], before: Sequence[str], form: str = "{}", *, is_held: bool = False) -> Lease:
         """Starts a command; messages do not show what goes before its words. Nothing holds it yet."""
         import paramiko
 
@@ -1958,7 +1921,7 @@ class Host:
             began = time.monotonic()
             try:
                 channel = self._session()
-                channel.settimeout(seconds)
+                channel.settimeout(75.0)  # for what is written to it
                 command = form.format(shlex.join((*self._prefix, *before, *words)))
                 alarm = threading.Timer(DEAF_AFTER, channel.close)  # paramiko waits as long as the connection seems to live
                 alarm.daemon = True
@@ -1971,7 +1934,7 @@ class Host:
                 if time.monotonic() - began < DEAF_AFTER:
                     raise
                 raise TimeoutError from error  # it did not break: nobody answers
-        return Lease(self, channel, words)
+        return Lease(self, channel, words, is_held)
 
     def _session(self) -> paramiko.Channel:
         """A channel on the connection that carries least; where none takes one more, on a further one."""
@@ -1981,20 +1944,18 @@ class Host:
                 if channel := session(client):
                     carried[:] = [*(other for other in carried if not other.closed), channel]
                     return channel
-            with self._dialing, contextlib.ExitStack() as stack:
+            with self._dialing:
                 if links is not self._links:
                     continue  # another thread has opened one meanwhile
-                channel = None
                 if len(links) < MOST_LINKS and not self._closing.is_set():
-                    client, closing = self._dial()
-                    stack.enter_context(closing)
-                    channel = session(client)
-                if not channel:
-                    raise HostError(f"{self.name}: sshd lets no command in on connection {len(links) + 1}",
-                                    "set MaxSessions in sshd_config there to 10, its default; at least 1 is needed")
-                self._stack.enter_context(stack.pop_all())
-                self._links = [*links, (client, [channel])]
-                return channel
+                    client, closing = dial(Target(self.name, self._settings))
+                    with closing:
+                        if channel := session(client):
+                            self._stack.enter_context(closing.pop_all())
+                            self._links = [*links, (client, [channel])]
+                            return channel
+                raise HostError(f"{self.name}: sshd lets no command in on connection {len(links) + 1}",
+                                "set MaxSessions in sshd_config there to 10, its default; at least 1 is needed")
 
     @contextlib.contextmanager
     def _wall(self, words: Sequence[str]) -> Iterator[None]:
@@ -2034,17 +1995,30 @@ class Answer(str):
 
 
 class Lease:
-    """A process on a hypervisor; one of Host.lease() lives only as long as our channel to it."""
+    """A process on a hypervisor; one that `is_held`, by Host.lease(), lives only as long as our channel to it."""
 
-    def __init__(self, host: Host, channel: paramiko.Channel, words: Sequence[str]) -> None:
-        self._host, self._channel, self._words = host, channel, words
+    def __init__(self, host: Host, channel: paramiko.Channel, words: Sequence[str], is_held: bool) -> None:
+        self._host, self._channel, self._words, self._is_held = host, channel, words, is_held
         self._said = bytearray()
         self._banner, self._has_begun, self._ahead = b"", False, b""  # the login shell's; what came with BEGUN
         self._has_ended = False  # it said so itself
         self._is_let_go = False  # nothing more is said to it
         self._speaking = threading.Lock()
-        self._reader = threading.Thread(target=_drain, args=(channel, self._said), daemon=True)
+        self._reader = threading.Thread(target=self._drain, daemon=True)
         self._reader.start()
+
+    def _drain(self) -> None:
+        """Reads standard error to its end: left unread, it would block standard output too."""
+        with unheard():
+            while True:
+                try:
+                    piece = self._channel.recv_stderr(8192)
+                except TimeoutError:  # of the one patience that a channel has, which is for its output
+                    continue
+                if not piece:
+                    return
+                self._said += piece
+                del self._said[:-16384]
 
     @unbroken()
     def beat(self) -> None:
@@ -2053,80 +2027,86 @@ class Lease:
             if not self._is_let_go:
                 self._channel.send(b".")
 
-    def read(self, seconds: float) -> str:
-        """The next piece that it prints, empty at its end; raises HostError after `seconds` of silence."""
-        if self._has_ended:
-            return ""
-        with self._host._wall(self._words):
-            piece, end, _ = self.heard(seconds).partition(b"\0")
-        self._has_ended = bool(end)
-        return piece.decode("utf-8", "surrogateescape")
-
     def begin(self, seconds: float) -> None:
-        """Waits until the login shell has said all; raises TimeoutError."""
+        """Waits until the login shell has said all."""
         while not self._has_begun and (piece := self._received(seconds)):
             self._banner, begun, self._ahead = (self._banner + piece).partition(BEGUN)
             self._has_begun = bool(begun)
 
-    def heard(self, seconds: float) -> bytes:
-        """The next piece as it comes, empty at its end; raises TimeoutError."""
-        self.begin(seconds)
-        piece, self._ahead = self._ahead, b""
-        return piece or self._received(seconds)
-
     def _received(self, seconds: float) -> bytes:
-        """The same, of the login shell too; signals are heard meanwhile."""
+        """What comes next, empty at the end; signals are heard meanwhile. Raises HostError after `seconds` of silence."""
         until = time.monotonic() + seconds
-        while True:
-            with unbroken():
-                self._channel.settimeout(min(0.5, max(0.01, until - time.monotonic())))
-                try:
-                    return self._channel.recv(65536)
-                except TimeoutError:
-                    if time.monotonic() >= until:
-                        raise
+        with self._host._wall(self._words):
+            while True:
+                with unbroken():
+                    self._channel.settimeout(min(0.5, max(0.01, until - time.monotonic())))
+                    try:
+                        return self._channel.recv(65536)
+                    except TimeoutError:
+                        if time.monotonic() >= until:
+                            raise
 
-    @unbroken()
-    def feed(self, content: bytes) -> None:
-        self._channel.sendall(content)
-        self._channel.shutdown_write()
+    def _read(self, seconds: float) -> bytes:
+        """The same of the command alone."""
+        if self._has_ended:
+            return b""
+        self.begin(seconds)
+        piece, self._ahead = self._ahead or self._received(seconds), b""
+        if self._is_held:
+            piece, end, _ = piece.partition(b"\0")
+            self._has_ended = bool(end)
+        return piece
 
-    @unbroken()
-    def exit_status(self) -> int:
-        """How it ended when it has said all, -1 where the connection broke; raises TimeoutError where nobody tells."""
-        if not self._channel.status_event.wait(30.0):
-            raise TimeoutError
-        return self._channel.exit_status
-
-    def _complaint(self, banner: bytes = b"") -> str:
-        return (banner + self._said.rpartition(BEGUN)[2]).decode(errors="replace").strip()
+    def answer(self, seconds: float, heard: Callable[[str], None] = lambda said: None) -> Answer:
+        """All that it prints, of which `heard` gets each piece; raises CommandError, and HostError after `seconds` of silence."""
+        printed = bytearray()
+        while piece := self._read(seconds):
+            printed += piece
+            heard(piece.decode(errors="replace"))
+        if self._is_held:
+            self.release()
+        self.check()
+        return Answer(printed.decode("utf-8", "surrogateescape"), self._host.name, self._words)
 
     def line(self, seconds: float) -> Answer:
         """The line by which it is ready; raises CommandError if it ends without one."""
-        said = ""
-        while not said.endswith("\n"):
-            said += (piece := self.read(seconds))
+        said = b""
+        while not said.endswith(b"\n"):
+            said += (piece := self._read(seconds))
             if not piece:
                 self.release()
                 self.check()
                 raise CommandError(self._host.name, self._words, 0, "it ended without a word")
-        return Answer(said.strip(), self._host.name, self._words)
+        return Answer(said.decode("utf-8", "surrogateescape").strip(), self._host.name, self._words)
+
+    @unbroken()
+    def feed(self, content: bytes) -> None:
+        """Gives it its standard input."""
+        with self._host._wall(self._words):
+            self._channel.sendall(content)
+            self._channel.shutdown_write()
+
+    def _complaint(self) -> str:
+        banner = b"" if self._has_begun else self._banner
+        return (banner + self._said.rpartition(BEGUN)[2]).decode(errors="replace").strip()
 
     def check(self, *, is_running: bool = False) -> None:
-        """Raises CommandError if it failed, or should be running and ended; HostError if the connection broke."""
+        """Raises CommandError if it failed, or should be running and ended; HostError if it was given up or the connection broke."""
         if is_running:
             if not self._channel.exit_status_ready() and not self._channel.recv_ready():
                 return
             self.release()
-        with self._host._wall(self._words):
-            status = self.exit_status()
+        with self._host._wall(self._words), unbroken():
+            has_told, status = self._channel.status_event.wait(30.0), self._channel.exit_status
+            if not has_told or (status in (124, 137) and not self._is_held):  # by timeout
+                raise TimeoutError
         self._reader.join(5.0)
         if status < 0 and not self._channel.eof_received:  # of a command that was killed, sshd tells at least that it says no more
             why = getattr(self._channel.transport, "saved_exception", None) or "the other side ended it"
             raise HostError(f"{self._host.name}: the SSH connection broke at {quoted(self._words)}: {why}")
         if not self._has_begun:
-            banner = shorten(self._complaint(self._banner)) or "nothing"
-            raise HostError(f"{self._host.name}: the login shell did not run {quoted(self._words)} but said: {banner}",
+            said = shorten(self._complaint()) or "nothing"
+            raise HostError(f"{self._host.name}: the login shell did not run {quoted(self._words)} but said: {said}",
                             "name a user whose shell runs commands, in HOSTS or SSH_USER")
         if status != 0 or is_running:
             raise CommandError(self._host.name, self._words, status, self._complaint())
@@ -2170,20 +2150,6 @@ def unheard() -> contextlib.suppress:
     import paramiko
 
     return contextlib.suppress(paramiko.SSHException, EOFError, OSError)
-
-
-def _drain(channel: paramiko.Channel, into: bytearray, most: int = 16384) -> None:
-    """Reads a channel's standard error to its end: left unread, it would block standard output too."""
-    with unheard():
-        while True:
-            try:
-                piece = channel.recv_stderr(8192)
-            except TimeoutError:  # of the one patience that a channel has, which is for its output
-                continue
-            if not piece:
-                return
-            into += piece
-            del into[:-most]
 
 
 # ---- 7. Cloud --------------------------------------------------------------------------------------------------------

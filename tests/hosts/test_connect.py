@@ -76,11 +76,11 @@ def test_a_connection_that_sshd_drops_because_too_many_come_at_once_is_tried_aga
     (tmp_path / "known").write_text(lab.known_hosts.read_text().replace("]:2222 ", "]:2223 "))
     other = {"hosts": {"src": HostEntry(*place)}, "known_hosts": str(tmp_path / "known")}
 
-    def dial_once(name: str, target: Any) -> Any:
-        dials.append(name)
+    def dial_once(target: Any) -> Any:
+        dials.append(target)
         if len(dials) == 3:
             stranger.close()
-        return once(name, target)
+        return once(target)
 
     monkeypatch.setattr(migrena, "dial_once", dial_once)
     with running(lab["src"], "/usr/sbin/sshd", "-D", "-p", "2223", "-o", "MaxStartups=1", "-o", "PidFile=none"):
