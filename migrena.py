@@ -1792,11 +1792,9 @@ def session(client: paramiko.SSHClient) -> paramiko.Channel | None:
     transport = _transport(client)
     try:
         return transport.open_session(timeout=DEAF_AFTER)
-    except paramiko.ChannelException:
-        return None
-    except paramiko.SSHException as error:
-        if str(error) == "Unable to open channel." and transport.is_active():
-            return None  # of two that are refused at once, paramiko tells only one why
+    except paramiko.SSHException as error:  # of two that are refused at once, paramiko tells only one why
+        if isinstance(error, paramiko.ChannelException) or (str(error) == "Unable to open channel." and transport.is_active()):
+            return None
         raise
 
 
@@ -2169,33 +2167,29 @@ OWN_ARGUMENTS: Final = frozenset({"self", "name", "image", "flavor", "reservatio
                                   "block_device_mapping", "block_device_mapping_v2"})  # not for -e: ours, or not one instance
 
 
-def is_text(value: object) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) < 256
 
 
-def is_nic(nic: object) -> bool:
-    """Whether it is an entry of `nics`: novaclient silently omits keys that it does not know."""
+def _is_nic(nic: object) -> bool:  # novaclient silently omits keys that it does not know
     return (isinstance(nic, dict) and nic.keys() <= {"net-id", "port-id", "tag", "v4-fixed-ip", "v6-fixed-ip"}
-            and all(map(is_text, nic.values()))
-            and any(re.fullmatch(UUID_FORM, nic.get(key, "")) for key in ("net-id", "port-id")))
+            and all(map(_is_text, nic.values())) and any(re.fullmatch(UUID_FORM, nic.get(key, "")) for key in ("net-id", "port-id")))
 
 
-def are_texts(value: object) -> bool:
-    """Whether it is a list of such."""
-    return isinstance(value, (list, tuple)) and all(map(is_text, value))
+def _is_list(value: object, of: Callable[[object], bool] = _is_text) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(of, value))
 
 
 # What Nova takes as arguments of create, and the same in words: see its nova/api/openstack/compute/schemas/servers.py.
-EXTRA_FORMS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
-    "nics": (lambda value: value in ("auto", "none") or (isinstance(value, (list, tuple)) and all(map(is_nic, value))),
-             "'auto', 'none' or a list as [{'net-id': 'ID'}]; port-id, v4-fixed-ip, v6-fixed-ip and tag are known too"),
-    "meta": (lambda value: isinstance(value, dict) and are_texts([*value, *filter(None, value.values())]),
-             "a dictionary of texts, up to 255 long"),
-    "userdata": (lambda value: isinstance(value, str) and len(value.encode()) < 49150, "a text of up to 49149 bytes"),
-    **dict.fromkeys(("security_groups", "tags"), (are_texts, "a list of names")),
-    **dict.fromkeys(("key_name", "availability_zone", "host", "hypervisor_hostname", "hostname"),
-                    (is_text, "a text, up to 255 long")),
-    **dict.fromkeys(("scheduler_hints", "files"), (lambda value: isinstance(value, dict), "a dictionary")),
+EXTRA_FORMS: Final[Mapping[tuple[str, ...], tuple[Callable[[Any], bool], str]]] = {
+    ("nics",): (lambda value: value in ("auto", "none") or _is_list(value, _is_nic),
+                "'auto', 'none' or a list as [{'net-id': 'ID'}]; port-id, v4-fixed-ip, v6-fixed-ip and tag are known too"),
+    ("meta",): (lambda value: isinstance(value, dict) and _is_list([*value, *filter(None, value.values())]),
+                "a dictionary of texts, up to 255 long"),
+    ("userdata",): (lambda value: isinstance(value, str) and len(value.encode()) < 49150, "a text of up to 49149 bytes"),
+    ("security_groups", "tags"): (_is_list, "a list of names"),
+    ("key_name", "availability_zone", "host", "hypervisor_hostname", "hostname"): (_is_text, "a text, up to 255 long"),
+    ("scheduler_hints", "files"): (lambda value: isinstance(value, dict), "a dictionary"),
 }
 
 SHOWN: Final = ("nics", "security_groups", "availability_zone", "key_name", "config_drive", "host", "hypervisor_hostname")  # of -e: no secrets
@@ -2206,13 +2200,14 @@ def check_extra(extra: Mapping[str, Any]) -> None:
     from novaclient.v2.servers import ServerManager
 
     known = set(inspect.signature(ServerManager.create).parameters) - OWN_ARGUMENTS
-    for name in extra:
+    for name, value in extra.items():
         if name in OWN_ARGUMENTS:
             raise UsageError(f"-e: {name} cannot be given: migrena makes one instance from one image")
         if name not in known:
             raise UsageError(f"-e: Nova's create knows no argument {name!r}{did_you_mean(name, known)}", f"known: {', '.join(sorted(known))}")
-        if extra[name] is not None and name in EXTRA_FORMS and not EXTRA_FORMS[name][0](extra[name]):
-            raise UsageError(f"-e: {name} must be {EXTRA_FORMS[name][1]}")
+        for names, (is_taken, form) in EXTRA_FORMS.items():
+            if name in names and value is not None and not is_taken(value):
+                raise UsageError(f"-e: {name} must be {form}")
 
 
 @contextlib.contextmanager
@@ -2255,10 +2250,16 @@ class ImageStore:
         with self._wall(f"create image {facts.get('name')}"):
             return str(self._images.create(**facts).id)
 
-    def describe(self, id: str, *left_out: str, **facts: object) -> None:
-        """Sets what is told of an image, and takes properties out."""
-        with self._wall(f"describe image {id}"):
+    def describe(self, id: str, facts: Mapping[str, Any], *left_out: str) -> list[str]:
+        """Sets these facts of an image, takes properties out, and gives the names of the facts that Glance refused."""
+        with ignoring(*(400, 403, 409, 413) if facts else ()), self._wall(f"describe image {id}"):
             self._images.update(id, remove_props=list(left_out), **facts)
+            return []
+        if left_out:
+            self.describe(id, {}, *left_out)
+        elif len(facts) == 1:
+            return list(facts)
+        return [name for key, value in facts.items() for name in self.describe(id, {key: value})]
 
     def send(self, id: str, content: object, size: int) -> None:
         """Gives a new image its content, of so many bytes, by its method `read`."""
@@ -2278,8 +2279,7 @@ class Fleet:
         self._cloud, self._nova, self._placement = cloud, nova, placement
 
     def servers(self) -> list[Server]:
-        with self._cloud.wall("list servers of all projects"):
-            return [self._cloud.read(raw.to_dict()) for raw in self._nova.servers.list(search_opts={"all_tenants": True}, limit=-1)]
+        return self._cloud.servers(all_tenants=True)
 
     def hosts(self) -> list[ComputeHost]:
         """The compute hosts, each with what is free and taken there, where Placement tells it."""
@@ -2351,18 +2351,16 @@ class Service:
 
         try:
             yield
-        except auth.Unauthorized as error:
-            raise self.error(f"{self.url} refuses the credentials: {shorten(str(error))}",
-                             "check user, password, project and domains", 401) from error
-        except auth.EndpointNotFound as error:
-            raise self.error(shorten(str(error)), "check region_name and interface in the credentials") from error
-        except (auth.ClientException, nova.ClientException, glance.ClientException, glance.BaseException,
-                requests.RequestException) as error:
-            code = getattr(error, "http_status", None) or getattr(error, "code", None)
-            is_gone = isinstance(error, (auth.ConnectionError, glance.CommunicationError))
-            raise self.error(f"{act}: {shorten(str(error)) or type(error).__name__}",
-                             "check auth_url, and whether this machine reaches it" if act == "sign in" else "",
-                             code if isinstance(code, int) else 0 if is_gone else 400) from error
+        except (auth.ClientException, nova.ClientException, glance.ClientException, glance.BaseException, requests.RequestException) as error:
+            said, code = shorten(str(error)) or type(error).__name__, getattr(error, "http_status", None) or getattr(error, "code", None)
+            if isinstance(error, auth.Unauthorized):
+                raise self.error(f"{self.url} refuses the credentials: {said}", "check user, password, project and domains", 401) from error
+            if isinstance(error, auth.EndpointNotFound):
+                raise self.error(said, "check region_name and interface in the credentials") from error
+            if not isinstance(code, int):
+                code = 0 if isinstance(error, (auth.ConnectionError, glance.CommunicationError)) else 400
+            way_out = "check auth_url, and whether this machine reaches it" if act == "sign in" else ""
+            raise self.error(f"{act}: {said}", way_out, code) from error
 
     def insist(self, act: str, do: Callable[[], T]) -> T:
         """What an act gives that may be repeated: it lives through an outage, and waits for a task under way."""
@@ -2421,24 +2419,21 @@ class Cloud(Service):
                              f"known: {', '.join(sorted(known))}")
         verify = own.get("cacert") or (own.get("verify", True) and not own.get("insecure"))
         cert = (own["cert"], own["key"]) if "cert" in own and "key" in own else own.get("cert")
-        auth = loader.load_from_options(**creds)
-        opened = session.Session(auth=auth, verify=verify, cert=cert, timeout=float(own.get("timeout", 60)), app_name="migrena")
+        auth, patience = loader.load_from_options(**creds), float(own.get("timeout", 60))
+        opened = session.Session(auth=auth, verify=verify, cert=cert, timeout=patience, app_name="migrena")
         opened.session.hooks["response"].append(self._count)
-        patience = min(MUTE_AFTER, float(own.get("timeout", 60)))
-        opened.get(str(creds["auth_url"]), authenticated=False, raise_exc=False, timeout=patience)
+        opened.get(self.url, authenticated=False, raise_exc=False, timeout=min(MUTE_AFTER, patience))
         auth.get_access(opened)  # a wrong password shows here, and not in the middle
         region, interface = own.get("region_name"), str(own.get("interface", own.get("endpoint_type", "public"))).removesuffix("URL")
+        where: Any = {"region_name": region, "interface": interface}
         nova: Any = functools.partial(nova_client.Client, session=opened, region_name=region, endpoint_type=interface)
         newest = api_versions.discover_version(nova("2.1"), api_versions.APIVersion("2.latest"))
-        self._nova = nova(newest)
-        self._version = (newest.ver_major, newest.ver_minor)
-        where: Any = {"region_name": region, "interface": interface}
+        calm = min(newest, api_versions.APIVersion("2.87"))  # 2.88 waits for each hypervisor
+        self._nova, self._version = nova(newest), (newest.ver_major, newest.ver_minor)
         self.store = ImageStore(self, GlanceClient("2", session=opened, endpoint=glance_endpoint or None, **where))
-        placement = {"service_type": "placement", **where}
+        self.fleet = Fleet(self, nova(calm), lambda path: opened.get(path, endpoint_filter={"service_type": "placement", **where}).json())
         self.identity = {"nova": str(opened.get_endpoint(service_type="compute", **where)), "region": region or "",
                          "project": str(opened.get_project_id() or "")}
-        calm = nova(min(newest, api_versions.APIVersion("2.87")))
-        self.fleet = Fleet(self, calm, lambda path: opened.get(path, endpoint_filter=placement).json())  # 2.88 waits for each hypervisor
 
     def server(self, id: str) -> Server:
         with self.wall(f"show server {id}"):
@@ -2466,17 +2461,18 @@ class Cloud(Service):
         known = [action.request for action in self.actions(id)]
         return next((request for request in getattr(answer, "request_ids", ()) if request in known), known[0] if known else "")
 
+    def servers(self, **search: object) -> list[Server]:
+        """The instances of this project that Nova finds so."""
+        found = self.insist("list servers", lambda: self._nova.servers.list(search_opts=search, limit=-1))  # else the first page alone
+        return [self.read(raw.to_dict()) for raw in found]
+
     def servers_named(self, name: str) -> list[Server]:
         """The instances of this project that have exactly this name."""
-        with self.wall("list servers"):
-            found = self._nova.servers.list(search_opts={"name": f"^{re.escape(name)}$"}, limit=-1)
-            return [self.read(server.to_dict()) for server in found if server.name == name]
+        return [server for server in self.servers(name=f"^{re.escape(name)}$") if server.name == name]
 
     def made_by(self, run: str, origin: str) -> list[Server]:
         """The instances that a run has made, by its marks; without a run all that were made of `origin`; never that itself."""
-        found = self.insist("list servers", lambda: self._nova.servers.list(limit=-1))  # else no more than the first page is listed
-        servers = [self.read(raw.to_dict()) for raw in found]
-        return [server for server in servers if server.id != origin and (runs := {MADE, DONE} & server.metadata.keys()) and (
+        return [server for server in self.servers() if server.id != origin and (runs := {MADE, DONE} & server.metadata.keys()) and (
             run in {server.metadata[key] for key in runs} if run else server.metadata.get(ORIGIN) == origin)]
 
     @functools.cached_property
@@ -2564,12 +2560,13 @@ class Cloud(Service):
 
     def start(self, id: str, changed: Callable[[Server], None]) -> Server:
         """An instance that was started; raises CloudError with the reason from os-instance-actions."""
+        def is_started(server: Server) -> bool:
+            if server.is_stopped and (why := self.why_failed(id, "start")):
+                raise self.error(f"server {id} did not start: {why}")
+            return server.is_running
+
         self.insist(f"start server {id}", lambda: self.server(id).is_running or self._nova.servers.start(id))
-        server = self.wait(id, lambda server: server.is_running or (
-            server.is_stopped and self.why_failed(id, "start") != ""), changed)
-        if not server.is_running:
-            raise self.error(f"server {id} did not start: {self.why_failed(id, 'start')}")
-        return server
+        return self.wait(id, is_started, changed)
 
     def restart(self, id: str, changed: Callable[[Server], None]) -> None:
         """Starts an instance, also from the middle of a stop."""
@@ -2579,9 +2576,8 @@ class Cloud(Service):
     def why_failed(self, id: str, action: str) -> str:
         """Why the latest such action failed; empty where it did not, or not yet."""
         latest = next((known.request for known in self.actions(id) if known.name == action), "")
-        see = functools.partial(self._nova.instance_action.get, id, latest)
-        events = self.insist(f"show actions of server {id}", see).events if latest else None
-        for event in events or ():
+        shown = latest and self.insist(f"show actions of server {id}", lambda: self._nova.instance_action.get(id, latest))
+        for event in getattr(shown, "events", None) or ():
             if event.get("result") == "Error":
                 return str(event.get("details") or event.get("traceback") or "Nova gives no details")
         return ""
@@ -2637,10 +2633,9 @@ def both_clouds(settings: Settings, environment: Mapping[str, str]) -> tuple[Clo
     creds = [credentials(side, settings, environment) for side in ("src", "dst")]
     with ThreadPoolExecutor(2) as pool:
         opening = [pool.submit(Cloud, "source", creds[0]), pool.submit(Cloud, "destination", creds[1], settings.dst_glance_endpoint)]
-    errors = [error for one in opening if isinstance(error := one.exception(), MigrenaError)]
-    if errors:
-        raise Refused.of([reason for error in errors for reason in error.reasons])
-    return outcome(opening[0]), outcome(opening[1])
+    if reasons := [reason for one in opening if isinstance(error := one.exception(), MigrenaError) for reason in error.reasons]:
+        raise Refused.of(reasons)
+    return opening[0].result(), opening[1].result()
 
 
 # ---- 8. Disks --------------------------------------------------------------------------------------------------------
@@ -4389,7 +4384,7 @@ class ImagePlan:
 
     @property
     def is_converted(self) -> bool:
-        """Whether what arrives is not what was sent."""
+        """Whether its format changes on the way."""
         return self.disk_format != str(self.source.told["disk_format"])
 
     @property
@@ -4401,7 +4396,7 @@ class ImagePlan:
 class Stream:
     """Bytes on their way to a reader: counted, held to `rate` bytes per second (0: as they come), shown, and digested."""
 
-    def __init__(self, pieces: Iterator[bytes], wanted: Image, rate: int, show: Callable[[int], None]) -> None:
+    def __init__(self, pieces: Iterator[bytes], wanted: Image, rate: int = 0, show: Callable[[int], None] = lambda done: None) -> None:
         self._pieces, self._rate, self._show = pieces, rate, show
         self._began, self.done = time.monotonic(), 0
         known = {"md5", "sha512", str(wanted.told.get("os_hash_algo"))} & hashlib.algorithms_available
@@ -4443,7 +4438,7 @@ def wanted_images(settings: Settings, here: Sequence[Image]) -> tuple[list[Image
 
 
 def plan_image(settings: Settings, wanted: Image, there: Sequence[Image]) -> ImagePlan:
-    """What will become of one image of the source, when what the destination has is this."""
+    """What will become of one image of the source, when the destination has these."""
     plan = ImagePlan(wanted, settings.new_name or wanted.name or wanted.id, settings.disk_format or str(wanted.told.get("disk_format")))
     same = [other for other in there if other.status == "active" and not other.told.get(CARRIED_BY) and
             (other.told.get(CAME_FROM[0]) == wanted.id and other.told.get("disk_format") == plan.disk_format if plan.is_converted else
@@ -4454,10 +4449,9 @@ def plan_image(settings: Settings, wanted: Image, there: Sequence[Image]) -> Ima
 
 def refuse_reading(plan: ImagePlan, source: Cloud) -> Iterator[Reason]:
     """What Glance says where these credentials may not read an image that has to be carried."""
-    if plan.there or plan.source.status != "active":
-        return
     try:
-        next(source.store.pieces(plan.source.id), b"")
+        if not plan.there and plan.source.status == "active":
+            next(source.store.pieces(plan.source.id), b"")
     except CloudError as error:
         yield Reason(f"image {plan.source.name!r} cannot be read: {error}", "use an account that may download it")
 
@@ -4490,21 +4484,19 @@ def refuse_image(settings: Settings, plan: ImagePlan, there: Sequence[Image]) ->
 
 def refuse_conversion(settings: Settings, plan: ImagePlan) -> Iterator[Reason]:
     """What forbids to convert an image on this machine, whose folder has to have room for both forms."""
-    name, told, folder = plan.source.name, plan.source.told, work_folder(settings)
-    container, given, inspecting = told.get("container_format"), told.get("disk_format"), importlib.util.find_spec("oslo_utils.imageutils")
+    told, folder, inspecting = plan.source.told, work_folder(settings), importlib.util.find_spec("oslo_utils.imageutils")
+    container, given, need = told.get("container_format"), told.get("disk_format"), plan.size + max(plan.size, int(told.get("virtual_size") or 0))
+    try:
+        free = shutil.disk_usage(folder).free
+        lack = f"{human(free)} are free in {folder}, {human(need)} are needed" if free < need else ""
+    except OSError as error:
+        lack = f"{folder} cannot be used: {error.strerror}"
     rules = ((container != "bare", f"it is in a container ({container})", "leave out --disk-format"),
              (given not in QEMUS, f"qemu-img does not read {given}", "leave out --disk-format"),
              (not shutil.which("qemu-img"), "this machine has no qemu-img", f"install {' or '.join(PACKAGES['qemu-img'])}"),
-             (not (inspecting and inspecting.submodule_search_locations), "oslo.utils is older than 7.3", "pip install -r requirements.txt"))
-    yield from (Reason(f"image {name!r} cannot be converted: {why}", way_out) for holds, why, way_out in rules if holds)
-    need = plan.size + max(plan.size, int(told.get("virtual_size") or 0))
-    try:
-        free = shutil.disk_usage(folder).free
-        problem = f"{human(free)} are free in {folder}, {human(need)} are needed" if free < need else ""
-    except OSError as error:
-        problem = f"{folder} cannot be used: {error.strerror}"
-    if problem:
-        yield Reason(problem, "name another one with --work-folder")
+             (not (inspecting and inspecting.submodule_search_locations), "oslo.utils is older than 7.3", "pip install -r requirements.txt"),
+             (lack, lack, "name another folder with --work-folder"))
+    yield from (Reason(f"image {plan.source.name!r} cannot be converted: {why}", way_out) for holds, why, way_out in rules if holds)
 
 
 def work_folder(settings: Settings) -> str:
@@ -4551,9 +4543,9 @@ def refuse_unsafe(path: Path, format: str) -> None:
 
 
 def carry(settings: Settings, journal: Journal, undo: Undo, clouds: tuple[Cloud, Cloud], plan: ImagePlan) -> str:
-    """The id of a new image in the destination, active, and proven by both Glances' digests. Raises MigrenaError; a failure deletes it."""
-    (source, destination), run, screen, wanted, told, began = clouds, journal.path.stem, undo.screen, plan.source, plan.source.told, time.monotonic()
-    store = destination.store
+    """The id of a new image in the destination, active, and proven by both Glances' digests; a failure deletes it."""
+    (source, destination), began, run, screen = clouds, time.monotonic(), journal.path.stem, undo.screen
+    store, wanted, told = destination.store, plan.source, plan.source.told
     undo.on_failure(f"delete image {plan.name}", lambda: delete_carried(destination, run))
     with journal.act("create image", name=plan.name) as result:
         result["image"] = id = store.make(
@@ -4564,20 +4556,18 @@ def carry(settings: Settings, journal: Journal, undo: Undo, clouds: tuple[Cloud,
         raise Refused(f"run {others[0]} has begun to carry image {wanted.name!r} at the same time", "wait for its end, then run it again")
     if plan.is_converted:
         screen.note(f"It is read, converted to {plan.disk_format} in {work_folder(settings)}, and sent.")
-    refused = describe(store, id, {key: value for key, value in told.items() if key not in GLANCES_OWN and value is not None})
+    refused = store.describe(id, {key: value for key, value in told.items() if key not in GLANCES_OWN and value is not None})
     with journal.act("copy image", image=id, size=plan.size), screen.progress(plan.size) as show:
-        stream = Stream(source.store.pieces(wanted.id), wanted, settings.limit_rate, show)
+        stream = sent = Stream(source.store.pieces(wanted.id), wanted, settings.limit_rate, show)
         if plan.is_converted:
             with converted(stream, plan, work_folder(settings)) as made, made.open("rb") as file:
-                sent = Stream(iter(lambda: file.read(MiB), b""), wanted, 0, lambda done: None)
+                sent = Stream(iter(lambda: file.read(MiB), b""), wanted)
                 store.send(id, sent, made.stat().st_size)
         else:
-            sent = stream
             store.send(id, stream, plan.size)
         stream.prove(wanted, "source")
-    there = store.one(id) or Image.of({"id": id})
-    digest = sent.prove(there, "destination")
-    refused += describe(store, id, {"visibility": told.get("visibility"), "protected": told.get("protected")}, CARRIED_BY)
+    digest = sent.prove(store.one(id) or Image.of({"id": id}), "destination")
+    refused += store.describe(id, {key: told.get(key) for key in ("visibility", "protected")}, CARRIED_BY)
     arrived = f", as {plan.disk_format} {human(sent.done)}" if plan.is_converted else ""
     screen.note(f"Done. {human(stream.done)} in {span(time.monotonic() - began)}{arrived}; both Glances agree, digest {digest[:16]}…")
     if refused:
@@ -4585,29 +4575,15 @@ def carry(settings: Settings, journal: Journal, undo: Undo, clouds: tuple[Cloud,
     return id
 
 
-def describe(store: ImageStore, id: str, facts: Mapping[str, Any], *left_out: str) -> list[str]:
-    """Sets these facts, takes properties out, and gives the names of the facts that Glance refused."""
-    try:
-        store.describe(id, *left_out, **facts)
-        return []
-    except CloudError as error:
-        if error.code not in (400, 403, 409, 413) or not facts:
-            raise
-    if left_out:
-        store.describe(id, *left_out)
-    elif len(facts) == 1:
-        return list(facts)
-    return [name for key, value in facts.items() for name in describe(store, id, {key: value})]
-
-
 def delete_carried(cloud: Cloud, run: str) -> None:
     """Deletes what this run was carrying to a cloud."""
-    for half in [one for one in cloud.store.all() if one.told.get(CARRIED_BY) == run]:
-        cloud.store.delete(half.id)
+    for one in cloud.store.all():
+        if one.told.get(CARRIED_BY) == run:
+            cloud.store.delete(one.id)
 
 
 def image(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
-    """The job `image`: carries images from the source's Glance to the destination's, one after the other."""
+    """The subcommand `image`: carries images from the source's Glance to the destination's, one after the other."""
     if bool(settings.images) == bool(settings.tag):
         raise UsageError("name either images or a tag", "./migrena.py image -i IMAGE [-i IMAGE], or ./migrena.py image --tag TAG")
     if settings.new_name and len(settings.images) != 1:
@@ -4618,9 +4594,10 @@ def image(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         here, there = at_once(lambda: source.store.all(*settings.images), destination.store.all)
     chosen, reasons = wanted_images(settings, here)
     plans = [plan_image(settings, wanted, there) for wanted in chosen]
-    for name in sorted({plan.name for plan in plans if [other.name for other in plans].count(plan.name) > 1}):
-        reasons.append(Reason(f"several of these images are named {name!r}", "carry them one by one, with --name"))
-    if reasons := [*reasons, *(why for plan in plans for why in (*refuse_image(settings, plan, there), *refuse_reading(plan, source)))]:
+    reasons += [Reason(f"several of these images are named {name!r}", "carry them one by one, with --name")
+                for name, count in Counter(plan.name for plan in plans).items() if count > 1]
+    reasons += [why for plan in plans for why in (*refuse_image(settings, plan, there), *refuse_reading(plan, source))]
+    if reasons:
         raise Refused.of(reasons)
     report.images = [{"source": plan.source.id, "name": plan.name, "destination": plan.there, "bytes": plan.size,
                       "result": "already there" if plan.there else "to be carried"} for plan in plans]
