@@ -1576,8 +1576,8 @@ hold() { while [ "$(timeout 60 head -c 1)" = . ]; do "$@" || return; done; }
 trap 'status=$?; printf "\\000"; hold; exit "$status"' EXIT
 """
 BEAT: Final = 5.0  # seconds between dots
-DEAF_AFTER: Final = 30.0  # seconds after which a host that does not take up a command is given up
-LEFT_BEHIND: Final = 9  # exit status of a lease that could not undo what it had done
+DEAF_AFTER: Final = 30.0  # seconds after which a host that starts no command is given up
+LEFT_BEHIND: Final = 9  # exit status of a lease that could not undo what it did
 
 LEASED_COMMAND: Final = HOLD + """
 exec 3<&0
@@ -1624,16 +1624,16 @@ hold
 rm -rf -- "$folder"
 """
 
-FED: Final = '"$@"; status=$?; cat >/dev/null; exit "$status"'  # a command that does not end before it was told everything
+FED: Final = '"$@"; status=$?; cat >/dev/null; exit "$status"'  # a command that does not end before its input does
 PRIVATE_FILE: Final = 'umask 077; cat > "$1"'
 LACKING: Final = 'for tool; do command -v "$tool" >/dev/null || echo "$tool"; done'
 
 # What the login shell runs; $1 is the command, `escaped`. What stands before BEGUN, on both streams, is a banner.
 BEGUN: Final = b"--- migrena begins ---\n"
 BEGIN: Final = 'm="--- migrena begins ---"; echo "$m"; echo "$m" >&2; eval "exec $(printf %b "$1")"'
-MOST_LINKS: Final = 16  # connections to one host: more than a copy has commands at work there at a time
+MOST_LINKS: Final = 16  # connections to one host: more than the commands of a copy at a time
 
-DIAL_LIMIT: Final = 15.0  # seconds; a server that says nothing at all for the 30 s that we wait is not asked twice
+DIAL_LIMIT: Final = 15.0  # seconds; after one silence of 30 s nothing is tried again
 DROPPED: Final = ("SSH protocol banner", "kex_exchange_identification", "Connection reset by peer")  # ours, a jump host's, the kernel's
 
 
@@ -1644,6 +1644,7 @@ def connect(name: str, settings: Settings, screen: Screen) -> Host:
         host = Host(name, settings, screen)
         stack.callback(host.close)
         host.open()
+        host.become(settings.sudo)
         stack.pop_all()
     return host
 
@@ -1685,7 +1686,7 @@ def dial_once(target: Target) -> tuple[paramiko.SSHClient, contextlib.ExitStack]
 
 @contextlib.contextmanager
 def proxied(command: str) -> Iterator[socket.socket]:
-    """A socket to a command's standard input and output; raises HostError with the command's own words when it ends."""
+    """A socket to a command's standard input and output; raises HostError with what it said when it fails."""
     ours, theirs = socket.socketpair()
     words = shlex.split(command)  # in a session of its own: a Ctrl-C is for us, and the connection is still needed to undo
     pipe = theirs.fileno()
@@ -1729,7 +1730,7 @@ class Target:
         return f"{self.host} port {self.port}"
 
     def open(self, stack: contextlib.ExitStack) -> paramiko.SSHClient:
-        """A connection, closed by the stack. Raises what paramiko and sockets raise."""
+        """A connection, closed by the stack; raises what paramiko and sockets raise."""
         import paramiko
 
         through: Any = stack.enter_context(proxied(self.proxy)) if self.proxy != "none" else None
@@ -1747,7 +1748,7 @@ class Target:
         return client
 
     def missing_host_key(self, client: object, hostname: str, key: paramiko.PKey) -> NoReturn:
-        """Called by paramiko for an unknown host key: refuses it, with the command that would accept it."""
+        """Refuses an unknown host key, for paramiko, with the command that accepts it."""
         raise HostError(f"{self}: the host key ({key.get_name()} {key.fingerprint}) is not known", "compare it on the host, then: "
                         f"ssh-keyscan -p {self.port} {shlex.quote(self.host)} >> {shlex.quote(self.known_hosts[0])}")
 
@@ -1764,8 +1765,7 @@ def _ssh_lookup(path: Path, alias: str) -> dict[str, Any]:
 
 
 def _refuse_circle(path: Path, alias: str) -> None:
-    """Raises UsageError where jump hosts lead back to one of them: ssh would start itself again and again."""
-    passed = [alias]
+    passed = [alias]  # else ssh would start itself again and again
     while (jumps := _ssh_lookup(path, passed[-1]).get("proxyjump", "none")) != "none":
         first = jumps.split(",")[0].removeprefix("ssh://").rpartition("@")[2]
         passed.append(first if first.startswith("[") else first.partition(":")[0])
@@ -1781,7 +1781,7 @@ def _transport(client: paramiko.SSHClient) -> paramiko.Transport:
 
 
 def escaped(command: str) -> bytes:
-    """A command for printf's %b, without what any shell, csh and fish too, minds within single quotes."""
+    """A command for printf's %b, without what a shell, be it csh or fish, minds within single quotes."""
     return re.sub(rb"[\0-\x1f\x7f'!\\]", lambda sign: b"\\0%03o" % ord(sign[0]), command.encode("utf-8", "surrogateescape"))
 
 
@@ -1805,21 +1805,24 @@ class Host:
         self.name, self._settings, self._screen = name, settings, screen
         self.unconfirmed: list[str] = []  # leases whose end the host did not confirm; they end with their connection
         self.stays: list[str] = []  # what a lease said that it could not undo
+        self._prefix: tuple[str, ...] = ()
         self._stack = contextlib.ExitStack()
         self._leases: set[Lease] = set()
         self._closing, self._dialing = threading.Event(), threading.Lock()
         threading.Thread(target=self._beat, name=f"dots to {name}", daemon=True).start()
 
     def open(self) -> None:
-        """Connects to where the name leads now, and becomes root; raises HostError."""
+        """Connects to where the name leads now, and sees the address for the other hypervisor; raises HostError."""
         self._links: list[tuple[paramiko.SSHClient, list[paramiko.Channel]]] = []  # connections, each with what it carries
-        self._prefix: tuple[str, ...] = ()
-        seen = list[str]()
-        with contextlib.suppress(CommandError):
-            seen = self.run("printenv", "SSH_CONNECTION").split()  # which sudo would hide
+        prefix, self._prefix = self._prefix, ()  # sudo would hide the variable
+        seen = self.script('echo "$SSH_CONNECTION"').split()
+        self._prefix = prefix
         given = self._settings.hosts.get(self.name, HostEntry()).nbd_address
         self.nbd_address = given or (seen[2] if len(seen) == 4 else str(_transport(self._links[0][0]).getpeername()[0]))
-        if self._settings.sudo == "no" or (self._settings.sudo == "auto" and self.run("id", "-u").strip() == "0"):
+
+    def become(self, sudo: str) -> None:
+        """Takes root's rights by sudo where asked for or needed; raises HostError where they are denied."""
+        if sudo == "no" or (sudo == "auto" and self.run("id", "-u").strip() == "0"):
             return
         try:
             self.run("sudo", "-n", "true")
@@ -1892,7 +1895,7 @@ class Host:
             yield lease
 
     def end_work(self, *, is_silent: bool = False) -> None:
-        """Ends every lease at once, for threads that wait on one. A silent host is listened to no longer."""
+        """Ends every lease at once, for threads that wait on one; a silent host is read no longer."""
         for lease in list(self._leases):
             lease.release()
             if is_silent:
@@ -1910,7 +1913,7 @@ class Host:
 
     @unbroken()
     def _start(self, words: Sequence[str], before: Sequence[str], form: str = "{}", *, is_held: bool = False) -> Lease:
-        """Starts a command; messages do not show what goes before its words. Nothing holds it yet."""
+        """Starts a command that nothing holds yet; messages do not show what is before its words."""
         import paramiko
 
         with self._wall(words):
@@ -1935,7 +1938,7 @@ class Host:
         return Lease(self, channel, words, is_held)
 
     def _session(self) -> paramiko.Channel:
-        """A channel on the connection that carries least; where none takes one more, on a further one."""
+        """A channel on the connection that carries least, or else on a further one."""
         while True:
             links = self._links
             for client, carried in sorted(links, key=lambda link: sum(not channel.closed for channel in link[1])):
@@ -1993,25 +1996,23 @@ class Answer(str):
 
 
 class Lease:
-    """A process on a hypervisor; one that `is_held`, by Host.lease(), lives only as long as our channel to it."""
+    """A process on a hypervisor; one that is held, by Host.lease(), lives only as long as our channel to it."""
 
     def __init__(self, host: Host, channel: paramiko.Channel, words: Sequence[str], is_held: bool) -> None:
         self._host, self._channel, self._words, self._is_held = host, channel, words, is_held
         self._said = bytearray()
-        self._banner, self._has_begun, self._ahead = b"", False, b""  # the login shell's; what came with BEGUN
-        self._has_ended = False  # it said so itself
-        self._is_let_go = False  # nothing more is said to it
+        self._banner, self._ahead = b"", b""  # the login shell's; what came with BEGUN
+        self._has_begun = self._has_ended = self._is_let_go = False
         self._speaking = threading.Lock()
         self._reader = threading.Thread(target=self._drain, daemon=True)
         self._reader.start()
 
     def _drain(self) -> None:
-        """Reads standard error to its end: left unread, it would block standard output too."""
-        with unheard():
+        with unheard():  # standard error that nobody reads would block standard output too
             while True:
                 try:
                     piece = self._channel.recv_stderr(8192)
-                except TimeoutError:  # of the one patience that a channel has, which is for its output
+                except TimeoutError:  # the one that is set for its output
                     continue
                 if not piece:
                     return
@@ -2045,7 +2046,6 @@ class Lease:
                             raise
 
     def _read(self, seconds: float) -> bytes:
-        """The same of the command alone."""
         if self._has_ended:
             return b""
         self.begin(seconds)
@@ -2056,7 +2056,7 @@ class Lease:
         return piece
 
     def answer(self, seconds: float, heard: Callable[[str], None] = lambda said: None) -> Answer:
-        """All that it prints, of which `heard` gets each piece; raises CommandError, and HostError after `seconds` of silence."""
+        """All that it prints, `heard` piece by piece; raises CommandError, and HostError after `seconds` of silence."""
         printed = bytearray()
         while piece := self._read(seconds):
             printed += piece
@@ -2089,7 +2089,7 @@ class Lease:
         return (banner + self._said.rpartition(BEGUN)[2]).decode(errors="replace").strip()
 
     def check(self, *, is_running: bool = False) -> None:
-        """Raises CommandError if it failed, or should be running and ended; HostError if it was given up or the connection broke."""
+        """Raises CommandError if it failed, or ended and should not have; HostError if it was given up or the connection broke."""
         if is_running:
             if not self._channel.exit_status_ready() and not self._channel.recv_ready():
                 return
@@ -2100,14 +2100,14 @@ class Lease:
                 raise TimeoutError
         self._reader.join(5.0)
         if status < 0 and not self._channel.eof_received:  # of a command that was killed, sshd tells at least that it says no more
-            why = getattr(self._channel.transport, "saved_exception", None) or "the other side ended it"
-            raise HostError(f"{self._host.name}: the SSH connection broke at {quoted(self._words)}: {why}")
+            with self._host._wall(self._words):
+                raise EOFError(getattr(self._channel.transport, "saved_exception", None) or "the other side ended it")
+        said = self._complaint()
         if not self._has_begun:
-            said = shorten(self._complaint()) or "nothing"
-            raise HostError(f"{self._host.name}: the login shell did not run {quoted(self._words)} but said: {said}",
+            raise HostError(f"{self._host.name}: the login shell did not run {quoted(self._words)} but said: {shorten(said) or 'nothing'}",
                             "name a user whose shell runs commands, in HOSTS or SSH_USER")
         if status != 0 or is_running:
-            raise CommandError(self._host.name, self._words, status, self._complaint())
+            raise CommandError(self._host.name, self._words, status, said)
 
     @unbroken()
     def release(self) -> None:
@@ -2126,12 +2126,12 @@ class Lease:
     def close(self) -> None:
         """Ends it; what the host does not confirm is kept in Host.unconfirmed."""
         self.release()
-        patience = 1.0 if self._host.unconfirmed else 15.0  # a host that does not answer is not waited for once a lease
-        if self._channel.status_event.wait(patience) and self._channel.exit_status == LEFT_BEHIND:
-            self._host.stays.append(f"{self._host.name}: {self._complaint()}")
-        elif self._channel.exit_status == -1 and self in self._host._leases:  # else it ended with a connection that was given up
-            self._host.unconfirmed.append(f"{self._host.name} did not confirm the end of {quoted(self._words, 120)}"
-                                          " (it ends by itself when the connection does)")
+        host, channel = self._host, self._channel
+        patience = 1.0 if host.unconfirmed else 15.0  # a silent host is not waited for once a lease
+        if channel.status_event.wait(patience) and channel.exit_status == LEFT_BEHIND:
+            host.stays.append(f"{host.name}: {self._complaint()}")
+        elif channel.exit_status == -1 and self in host._leases:  # else it ended with a connection that was given up
+            host.unconfirmed.append(f"{host.name} did not confirm the end of {quoted(self._words, 120)} (it ends when the connection does)")
         self.drop()
 
 
@@ -2144,7 +2144,7 @@ def can_be(act: Callable[[], object], failing: type[HostError] = CommandError) -
 
 
 def unheard() -> contextlib.suppress:
-    """A scope for what is said to a host that may be gone."""
+    """A scope for what is said to a host that may be away."""
     import paramiko
 
     return contextlib.suppress(paramiko.SSHException, EOFError, OSError)
@@ -2159,9 +2159,9 @@ DONE: Final = "migrena:done"  # the same, of the run that has completed it
 ORIGIN: Final = "migrena:source"  # the destination's: the id of the instance that it was copied from
 WAS: Final = "migrena:was"  # of both: the status in which the run found the source
 LOCKED_BY: Final = "migrena run "  # how the reason of our lock on an instance begins; the run's id follows
-UNCHANGED_LIMIT: Final = 1800.0  # seconds that Nova may show no change before we stop waiting; a big image loads slowly
-MUTE_AFTER: Final = 30.0  # seconds after which a Keystone that takes the connection and says nothing is given up
-OUTAGE_LIMIT: Final = 120.0  # seconds of errors from the API that a wait lives through
+UNCHANGED_LIMIT: Final = 1800.0  # seconds without a change in Nova after which a wait ends; a big image loads slowly
+MUTE_AFTER: Final = 30.0  # seconds after which a silent Keystone is given up
+OUTAGE_LIMIT: Final = 120.0  # seconds of errors from an API after which it is given up
 OUTAGE_TOLD: Final = 7.0  # seconds of errors after which they are told
 OWN_ARGUMENTS: Final = frozenset({"self", "name", "image", "flavor", "reservation_id", "min_count", "max_count",
                                   "block_device_mapping", "block_device_mapping_v2"})  # not for -e: ours, or not one instance
@@ -2221,7 +2221,7 @@ def ignoring(*codes: int) -> Iterator[None]:
 
 
 class ImageStore:
-    """The Glance of one cloud. Every method raises CloudError."""
+    """The Glance of a cloud. Every method raises CloudError."""
 
     def __init__(self, cloud: Cloud, glance: Any) -> None:
         self._wall, self._images = cloud.wall, glance.images
@@ -2229,10 +2229,9 @@ class ImageStore:
     def all(self, *ids: str) -> list[Image]:
         """All images that Glance lists, hidden ones too, and those of these ids: a community's, or not yet accepted."""
         with self._wall("list images"):
-            found = [Image.of(dict(raw)) for only in ({}, {"os_hidden": "true"}) for raw in self._images.list(filters=only)]
-        known = {one.id: one for one in found}
-        further = (self.one(id) for id in ids if id not in known and re.fullmatch(UUID_FORM, id))
-        return [*known.values(), *filter(None, further)]
+            found = {raw["id"]: Image.of(dict(raw)) for only in ({}, {"os_hidden": "true"}) for raw in self._images.list(filters=only)}
+        further = (self.one(id) for id in ids if id not in found and re.fullmatch(UUID_FORM, id))
+        return [*found.values(), *filter(None, further)]
 
     def one(self, id: str) -> Image | None:
         """An image by its id, or None where it is gone."""
@@ -2241,9 +2240,9 @@ class ImageStore:
         return None
 
     def pieces(self, id: str) -> Iterator[bytes]:
-        """What an image holds, 64 KiB after 64 KiB."""
+        """What an image holds, 64 KiB after 64 KiB; its digests are taken by who reads it."""
         with self._wall(f"read image {id}"):
-            yield from self._images.data(id, do_checksum=False) or ()  # whoever reads it takes its digests
+            yield from self._images.data(id, do_checksum=False) or ()
 
     def make(self, **facts: object) -> str:
         """The id of a new image that holds nothing yet."""
@@ -2262,7 +2261,7 @@ class ImageStore:
         return [name for key, value in facts.items() for name in self.describe(id, {key: value})]
 
     def send(self, id: str, content: object, size: int) -> None:
-        """Gives a new image its content, of so many bytes, by its method `read`."""
+        """Gives a new image its content, so many bytes, by the method `read`."""
         with self._wall(f"upload image {id}"):
             self._images.upload(id, content, image_size=size)
 
@@ -2282,7 +2281,7 @@ class Fleet:
         return self._cloud.servers(all_tenants=True)
 
     def hosts(self) -> list[ComputeHost]:
-        """The compute hosts, each with what is free and taken there, where Placement tells it."""
+        """The compute hosts, with what is free and taken there where Placement tells it."""
         with self._cloud.wall("list compute services"):
             services = self._nova.services.list(binary="nova-compute")
             node_of = {node.service["host"]: node.hypervisor_hostname for node in self._nova.hypervisors.list()}
@@ -2298,7 +2297,7 @@ class Fleet:
         return [ComputeHost(one.host, one.status == "enabled", one.state == "up", *known.get(node_of.get(one.host, ""), ())) for one in services]
 
     def move(self, id: str, host: str) -> None:
-        """Asks Nova to live-migrate an instance to a host, its local disks too where they are not shared."""
+        """Asks Nova to live-migrate an instance to a host, with its local disks where they are not shared."""
         try:
             with self._cloud.wall(f"live-migrate server {id}"):
                 self._nova.servers.live_migrate(id, host=host, block_migration="auto")
@@ -2307,7 +2306,7 @@ class Fleet:
                 raise
 
     def progress(self, id: str) -> tuple[int, int] | None:
-        """Bytes that the migration under way has carried, and those it has to; None where none is under way."""
+        """Bytes that the migration under way has carried, and has to; None where none is."""
         records = self._cloud.insist(f"show migrations of server {id}", lambda: self._nova.server_migrations.list(id))
         if not records:
             return None
@@ -2322,7 +2321,7 @@ class Fleet:
         return max(((int(one.id), str(one.status)) for one in found if int(one.id) > after), default=(0, ""))
 
     def abort(self, id: str, migration: int) -> None:
-        """Asks Nova to end a migration; the instance stays where it is."""
+        """Asks Nova to end a migration."""
         with self._cloud.wall(f"abort migration {migration} of server {id}"):
             self._nova.server_migrations.live_migration_abort(id, migration)
 
@@ -2331,9 +2330,9 @@ class Service:
     """What all questions to a cloud share: its name, errors as CloudError, patience with APIs that do not answer."""
 
     label, url = "", ""
-    calls = 0  # that its APIs have answered
+    calls = 0  # that were answered
     tell: Callable[[str], None] = staticmethod(lambda line: None)  # takes a line about an API that does not answer
-    _away = 0.0  # since when it has not, by the monotonic clock
+    _away = 0.0  # since when it has not
 
     def _count(self, *_: object, **__: object) -> None:
         self.calls += 1
@@ -2343,7 +2342,7 @@ class Service:
 
     @contextlib.contextmanager
     def wall(self, act: str) -> Iterator[None]:
-        """A scope out of which the OpenStack libraries' exceptions come as CloudError."""
+        """A scope that turns the OpenStack libraries' exceptions into CloudError."""
         import requests
         from glanceclient import exc as glance
         from keystoneauth1 import exceptions as auth
@@ -2363,7 +2362,7 @@ class Service:
             raise self.error(f"{act}: {said}", way_out, code) from error
 
     def insist(self, act: str, do: Callable[[], T]) -> T:
-        """What an act gives that may be repeated: it lives through an outage, and waits for a task under way."""
+        """What an act gives that may be repeated: through an outage, and while a task is under way."""
         conflict = told = 0.0
         for _ in self.polls():
             try:
@@ -2398,7 +2397,7 @@ class Service:
 
 
 class Cloud(Service):
-    """One OpenStack cloud, as far as a copy needs it. Every method raises CloudError."""
+    """One OpenStack cloud. Every method raises CloudError."""
 
     def __init__(self, label: str, creds: Mapping[str, Any], glance_endpoint: str = "") -> None:
         self.label, self.url = label, str(creds["auth_url"])
@@ -2440,16 +2439,16 @@ class Cloud(Service):
             return self.read(self._nova.servers.get(id).to_dict())
 
     def steady_server(self, id: str) -> Server:
-        """An instance by its id, also through an API that fails for a while."""
+        """An instance by its id, with patience."""
         return self.insist(f"show server {id}", lambda: self.server(id))
 
     def look(self, id: str, *, is_patient: bool = True) -> Server | None:
         """An instance as it is now, None where it does not exist; raises CloudError where credentials might only not see it."""
         with ignoring(404):
             return self.steady_server(id) if is_patient else self.server(id)
-        if not self.sees_hosts():
-            raise self.error(f"server {id} is not there, or not shown to these credentials", code=403)
-        return None
+        if self.sees_hosts():
+            return None
+        raise self.error(f"server {id} is not there, or not shown to these credentials", code=403)
 
     def actions(self, id: str) -> list[Action]:
         """What Nova was asked to do with an instance, the newest first."""
@@ -2459,7 +2458,7 @@ class Cloud(Service):
     def _request(self, id: str, answer: object) -> str:
         """The request of an answer; where that was lost, the latest one about this instance."""
         known = [action.request for action in self.actions(id)]
-        return next((request for request in getattr(answer, "request_ids", ()) if request in known), known[0] if known else "")
+        return next((request for request in (*getattr(answer, "request_ids", ()), *known) if request in known), "")
 
     def servers(self, **search: object) -> list[Server]:
         """The instances of this project that Nova finds so."""
@@ -2510,12 +2509,12 @@ class Cloud(Service):
         return False
 
     def limits(self) -> dict[str, int]:
-        """This project's quota and what is used of it, by Nova's names."""
+        """The project's quota and what is used of it, by Nova's names."""
         with self.wall("show limits"):
             return {limit.name: limit.value for limit in self._nova.limits.get().absolute}
 
     def create(self, name: str, image: str, flavor: str, extra: Mapping[str, Any], marks: Mapping[str, str]) -> str:
-        """The id of a new instance that is being built; its metadata holds the marks too."""
+        """The id of a new instance that is being built, with these marks in its metadata."""
         with self.wall(f"create server {name}"):
             return str(self._nova.servers.create(name, image, flavor, **self._arguments(extra, marks)).id)
 
@@ -2544,13 +2543,12 @@ class Cloud(Service):
             is_deleting = server.task == "deleting"
             if time.monotonic() > limit or (refused == 5 and not is_deleting):
                 raise self.error(f"server {id} is not deleted: {server.fault or 'Nova gives no reason'}")
-            if is_deleting and time.monotonic() < asked + 30:
-                continue
-            # Nova ignores a repeated request, until it takes the host for dead. SOFT_DELETED keeps the disk for a while.
-            ask = self._nova.servers.force_delete if server.status == "SOFT_DELETED" else self._nova.servers.delete
-            with ignoring(404):
-                self.insist(f"delete server {id}", functools.partial(ask, id))
-            refused, asked = refused + (not is_deleting), time.monotonic()
+            if not is_deleting or time.monotonic() > asked + 30:  # Nova ignores a repeated request, until it takes the host for dead
+                is_kept = server.status == "SOFT_DELETED"  # with its disk, for a while
+                ask = self._nova.servers.force_delete if is_kept else self._nova.servers.delete
+                with ignoring(404):
+                    self.insist(f"delete server {id}", functools.partial(ask, id))
+                refused, asked = refused + (not is_deleting), time.monotonic()
 
     def stop(self, id: str, changed: Callable[[Server], None]) -> str:
         """Stops an instance that is not stopped already, and gives the request that did."""
@@ -2569,7 +2567,7 @@ class Cloud(Service):
         return self.wait(id, is_started, changed)
 
     def restart(self, id: str, changed: Callable[[Server], None]) -> None:
-        """Starts an instance, also from the middle of a stop."""
+        """Starts an instance, be it in the middle of a stop."""
         self.wait(id, lambda server: not server.task, changed)
         self.start(id, changed)
 
@@ -2603,8 +2601,8 @@ class Cloud(Service):
         self.insist(f"unmark server {id}", take)
 
     def wait(self, id: str, ready: Callable[[Server], bool], changed: Callable[[Server], None]) -> Server:
-        """The instance when `ready`. Raises CloudError when it goes to ERROR or nothing changes for half an hour."""
-        last, since = ("", ""), time.monotonic()
+        """The instance when `ready`; raises CloudError when it goes to ERROR or nothing changes for half an hour."""
+        last, since = "", time.monotonic()
         for _ in self.polls():
             server = self.steady_server(id)
             if ready(server):
@@ -2612,16 +2610,16 @@ class Cloud(Service):
             changed(server)
             if server.status == "ERROR":
                 raise self.error(f"server {id} went to ERROR: {server.fault or 'Nova gives no reason'}")
-            if (server.status, server.task) != last:
-                last, since = (server.status, server.task), time.monotonic()
+            if last != (last := f"{server.status} {server.task}"):
+                since = time.monotonic()
             if time.monotonic() - since > UNCHANGED_LIMIT:
-                raise self.error(f"server {id} has been {' '.join(last)} for {span(UNCHANGED_LIMIT)}")
+                raise self.error(f"server {id} has been {last} for {span(UNCHANGED_LIMIT)}")
         raise AssertionError("polls never end")
 
 
 @contextlib.contextmanager
 def nothing_touched() -> Iterator[None]:
-    """A scope in which a CloudError is a refusal: clouds are only looked at."""
+    """A scope that only looks at clouds: a CloudError is a refusal."""
     try:
         yield
     except CloudError as error:
