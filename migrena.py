@@ -1605,9 +1605,9 @@ trap '' PIPE  # what we say may reach nobody any more: we go on and tidy up
 echo ready
 hold kill -0 "$pid" 2>/dev/null || { echo "ended by itself" >&2; exit 1; }
 kill "$pid" 2>/dev/null
-n=0
-while kill -0 "$pid" 2>/dev/null && [ "$n" -lt 80 ]; do
-  n=$((n + 1)); [ "$n" = 40 ] && kill -9 "$pid" 2>/dev/null
+for n in $(seq 80); do
+  kill -0 "$pid" 2>/dev/null || break
+  [ "$n" != 40 ] || kill -9 "$pid" 2>/dev/null
   sleep 0.05
 done
 """
@@ -1674,9 +1674,9 @@ def dial_once(target: Target) -> tuple[paramiko.SSHClient, contextlib.ExitStack]
     except socket.gaierror as error:
         raise HostError(f"{name}: {target.host} does not resolve", f"add HOSTS = {{'{name}': 'ADDRESS'}} to config.py") from error
     except paramiko.BadHostKeyException as error:
-        known_as = target.host if target.port == 22 else f"[{target.host}]:{target.port}"
+        known = shlex.join(["-f", target.known_hosts[0], "-R", error.hostname])
         raise HostError(f"{name}: the host key of {target} is another than the known one",
-                        f"find out why; if that is right: ssh-keygen {shlex.join(['-f', target.known_hosts[0], '-R', known_as])}") from error
+                        f"find out why; if that is right: ssh-keygen {known}") from error
     except (paramiko.SSHException, EOFError, OSError, subprocess.TimeoutExpired) as error:
         if isinstance(error, paramiko.AuthenticationException) or "No authentication methods" in str(error):
             raise HostError(f"{name}: {target} refuses the key of user {target.user}: {error}",
@@ -2002,7 +2002,7 @@ class Lease:
         self._host, self._channel, self._words, self._is_held = host, channel, words, is_held
         self._said = bytearray()
         self._banner, self._ahead = b"", b""  # the login shell's; what came with BEGUN
-        self._has_begun = self._has_ended = self._is_let_go = False
+        self._has_begun = self._has_ended = False
         self._speaking = threading.Lock()
         self._reader = threading.Thread(target=self._drain, daemon=True)
         self._reader.start()
@@ -2023,8 +2023,7 @@ class Lease:
     def beat(self) -> None:
         """One more dot: go on."""
         with unheard(), self._speaking:
-            if not self._is_let_go:
-                self._channel.send(b".")
+            self._channel.send(b".")  # which is not sent after the end of the dots
 
     def begin(self, seconds: float) -> None:
         """Waits until the login shell has said all."""
@@ -2113,7 +2112,6 @@ class Lease:
     def release(self) -> None:
         """No more dots: it ends by itself."""
         with unheard(), self._speaking:
-            self._is_let_go = True
             self._channel.shutdown_write()
 
     @unbroken()
