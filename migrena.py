@@ -1815,8 +1815,10 @@ class Host:
         """Connects to where the name leads now, and sees the address for the other hypervisor; raises HostError."""
         self._links: list[tuple[paramiko.SSHClient, list[paramiko.Channel]]] = []  # connections, each with what it carries
         prefix, self._prefix = self._prefix, ()  # sudo would hide the variable
-        seen = self.script('echo "$SSH_CONNECTION"').split()
-        self._prefix = prefix
+        try:
+            seen = self.script('echo "$SSH_CONNECTION"').split()
+        finally:
+            self._prefix = prefix
         given = self._settings.hosts.get(self.name, HostEntry()).nbd_address
         self.nbd_address = given or (seen[2] if len(seen) == 4 else str(_transport(self._links[0][0]).getpeername()[0]))
 
@@ -1864,7 +1866,7 @@ class Host:
         return can_be(lambda: self.run(*words))
 
     def work(self, *words: str, stall: float, heard: Callable[[str], None] = lambda said: None, given: Sequence[str] = ()) -> Answer:
-        """What a long command prints under a lease, no zero bytes; `heard` gets each piece. Ends it after `stall` s of silence."""
+        """The same of a long command under a lease, no zero bytes; `heard` gets each piece. Ends it after `stall` s of silence."""
         with self.lease(LEASED_COMMAND, *words, given=given) as lease:
             return lease.answer(stall, heard)
 
@@ -2055,7 +2057,7 @@ class Lease:
         return piece
 
     def answer(self, seconds: float, heard: Callable[[str], None] = lambda said: None) -> Answer:
-        """All that it prints, `heard` piece by piece; raises CommandError, and HostError after `seconds` of silence."""
+        """All that it prints, `heard` gets each piece; raises CommandError, and HostError after `seconds` of silence."""
         printed = bytearray()
         while piece := self._read(seconds):
             printed += piece
