@@ -2271,61 +2271,6 @@ class ImageStore:
             self._images.delete(id)
 
 
-class Fleet:
-    """All instances and compute hosts of one cloud, for its admins. Every method raises CloudError."""
-
-    def __init__(self, cloud: Cloud, nova: Any, placement: Callable[[str], Any]) -> None:
-        self._cloud, self._nova, self._placement = cloud, nova, placement
-
-    def servers(self) -> list[Server]:
-        return self._cloud.servers(all_tenants=True)
-
-    def hosts(self) -> list[ComputeHost]:
-        """The compute hosts, with what is free and taken there where Placement tells it."""
-        with self._cloud.wall("list compute services"):
-            services = self._nova.services.list(binary="nova-compute")
-            node_of = {node.service["host"]: node.hypervisor_hostname for node in self._nova.hypervisors.list()}
-        known: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {}
-        with contextlib.suppress(CloudError), self._cloud.wall("see what is free"):
-            for provider in self._placement("/resource_providers")["resource_providers"]:
-                path = f"/resource_providers/{provider['uuid']}"
-                taken = {id: one["resources"] for id, one in self._placement(f"{path}/allocations")["allocations"].items()}
-                used = sum(map(Counter, taken.values()), Counter[str]())
-                free = {name: int((entry["total"] - entry["reserved"]) * entry["allocation_ratio"]) - used[name]
-                        for name, entry in self._placement(f"{path}/inventories")["inventories"].items()}
-                known[provider["name"]] = free, taken
-        return [ComputeHost(one.host, one.status == "enabled", one.state == "up", *known.get(node_of.get(one.host, ""), ())) for one in services]
-
-    def move(self, id: str, host: str) -> None:
-        """Asks Nova to live-migrate an instance to a host, with its local disks where they are not shared."""
-        try:
-            with self._cloud.wall(f"live-migrate server {id}"):
-                self._nova.servers.live_migrate(id, host=host, block_migration="auto")
-        except CloudError as error:
-            if not error.may_pass or not self._cloud.steady_server(id).task:  # else it is the answer that was lost
-                raise
-
-    def progress(self, id: str) -> tuple[int, int] | None:
-        """Bytes that the migration under way has carried, and has to; None where none is."""
-        records = self._cloud.insist(f"show migrations of server {id}", lambda: self._nova.server_migrations.list(id))
-        if not records:
-            return None
-        record = records[0].to_dict()
-        done, total = (sum(int(record.get(f"{what}_{kind}_bytes") or 0) for what in ("memory", "disk")) for kind in ("processed", "total"))
-        return min(done, total), total
-
-    def last_migration(self, id: str, after: int = 0) -> tuple[int, str]:
-        """The number and the state of an instance's latest live migration; (0, "") where none is higher than `after`."""
-        found = self._cloud.insist(f"list migrations of server {id}",
-                                   lambda: self._nova.migrations.list(instance_uuid=id, migration_type="live-migration"))
-        return max(((int(one.id), str(one.status)) for one in found if int(one.id) > after), default=(0, ""))
-
-    def abort(self, id: str, migration: int) -> None:
-        """Asks Nova to end a migration."""
-        with self._cloud.wall(f"abort migration {migration} of server {id}"):
-            self._nova.server_migrations.live_migration_abort(id, migration)
-
-
 class Service:
     """What all questions to a cloud share: its name, errors as CloudError, patience with APIs that do not answer."""
 
@@ -2396,7 +2341,100 @@ class Service:
             pause = min(pause * 1.3, 2.0)
 
 
-class Cloud(Service):
+class Fleet(Service):
+    """The instances and compute hosts of a cloud as Nova tells of them, and live migration. Every method raises CloudError."""
+
+    _nova: Any
+    _calm: Any  # before 2.88, which waits for each hypervisor
+    _placement: Callable[[str], Any]
+
+    def server(self, id: str) -> Server:
+        with self.wall(f"show server {id}"):
+            return self.read(self._nova.servers.get(id).to_dict())
+
+    def steady_server(self, id: str) -> Server:
+        """An instance by its id, with patience."""
+        return self.insist(f"show server {id}", lambda: self.server(id))
+
+    def servers(self, **search: object) -> list[Server]:
+        """The instances of this project that Nova finds so."""
+        found = self.insist("list servers", lambda: self._nova.servers.list(search_opts=search, limit=-1))  # else the first page alone
+        return [self.read(raw.to_dict()) for raw in found]
+
+    @functools.cached_property
+    def _flavors(self) -> dict[str, Flavor]:
+        return {flavor.id: flavor for flavor in self.flavors()}
+
+    def read(self, raw: Mapping[str, Any]) -> Server:
+        told = {key.rpartition(":")[2]: value for key, value in raw.items() if value}  # no OS-EXT-STS: and the like
+        return Server(
+            id=raw["id"], name=raw["name"], status=raw["status"], task=told.get("task_state", ""), power=int(told.get("power_state", 0)),
+            host=told.get("host", ""), hypervisor=told.get("hypervisor_hostname", ""), locked="locked" in told,
+            lock_reason=told.get("locked_reason", ""), metadata=told.get("metadata", {}), image=told.get("image", {}).get("id", ""),
+            flavor=self._flavor_of(told.get("flavor", {})), volumes=tuple(volume["id"] for volume in told.get("volumes_attached", ())),
+            config_drive="config_drive" in told, fault=told.get("fault", {}).get("message", ""),
+            fixed_addresses=frozenset(entry["addr"] for entries in told.get("addresses", {}).values() for entry in entries
+                                      if entry.get("OS-EXT-IPS:type", "fixed") == "fixed"),
+        )
+
+    def _flavor_of(self, raw: Mapping[str, Any]) -> Flavor:
+        if "vcpus" not in raw:  # before microversion 2.47 a server names only its flavor's id, which may be gone by now
+            return self._flavors.get(str(raw.get("id", "")), Flavor("", 0, 0, 0, 0, 0))
+        return Flavor(name=raw.get("original_name") or raw.get("name", ""), id=str(raw.get("id") or ""), vcpus=raw["vcpus"], ram=raw["ram"],
+                      disk=raw["disk"], ephemeral=raw.get("ephemeral", raw.get("OS-FLV-EXT-DATA:ephemeral")) or 0, swap=int(raw.get("swap") or 0),
+                      extra_specs=raw.get("extra_specs"))
+
+    def flavors(self) -> list[Flavor]:
+        with self.wall("list flavors"):
+            return [self._flavor_of(flavor.to_dict()) for flavor in self._nova.flavors.list(is_public=None)]
+
+    def hosts(self) -> list[ComputeHost]:
+        """The compute hosts, with what is free and taken there where Placement tells it."""
+        with self.wall("list compute services"):
+            services = self._calm.services.list(binary="nova-compute")
+            node_of = {node.service["host"]: node.hypervisor_hostname for node in self._calm.hypervisors.list()}
+        known: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {}
+        with contextlib.suppress(CloudError), self.wall("see what is free"):
+            for provider in self._placement("/resource_providers")["resource_providers"]:
+                path = f"/resource_providers/{provider['uuid']}"
+                taken = {id: one["resources"] for id, one in self._placement(f"{path}/allocations")["allocations"].items()}
+                used = sum(map(Counter, taken.values()), Counter[str]())
+                free = {name: int((entry["total"] - entry["reserved"]) * entry["allocation_ratio"]) - used[name]
+                        for name, entry in self._placement(f"{path}/inventories")["inventories"].items()}
+                known[provider["name"]] = free, taken
+        return [ComputeHost(one.host, one.status == "enabled", one.state == "up", *known.get(node_of.get(one.host, ""), ())) for one in services]
+
+    def move(self, id: str, host: str) -> None:
+        """Asks Nova to live-migrate an instance to a host, with its local disks where they are not shared."""
+        try:
+            with self.wall(f"live-migrate server {id}"):
+                self._calm.servers.live_migrate(id, host=host, block_migration="auto")
+        except CloudError as error:
+            if not error.may_pass or not self.steady_server(id).task:  # else it is the answer that was lost
+                raise
+
+    def progress(self, id: str) -> tuple[int, int] | None:
+        """Bytes that the migration under way has carried, and has to; None where none is."""
+        records = self.insist(f"show migrations of server {id}", lambda: self._calm.server_migrations.list(id))
+        if not records:
+            return None
+        record = records[0].to_dict()
+        done, total = (sum(int(record.get(f"{what}_{kind}_bytes") or 0) for what in ("memory", "disk")) for kind in ("processed", "total"))
+        return min(done, total), total
+
+    def last_migration(self, id: str, after: int = 0) -> tuple[int, str]:
+        """The number and the state of an instance's latest live migration; (0, "") where none is higher than `after`."""
+        found = self.insist(f"list migrations of server {id}",
+                                   lambda: self._calm.migrations.list(instance_uuid=id, migration_type="live-migration"))
+        return max(((int(one.id), str(one.status)) for one in found if int(one.id) > after), default=(0, ""))
+
+    def abort(self, id: str, migration: int) -> None:
+        """Asks Nova to end a migration."""
+        with self.wall(f"abort migration {migration} of server {id}"):
+            self._calm.server_migrations.live_migration_abort(id, migration)
+
+
+class Cloud(Fleet):
     """One OpenStack cloud. Every method raises CloudError."""
 
     def __init__(self, label: str, creds: Mapping[str, Any], glance_endpoint: str = "") -> None:
@@ -2427,20 +2465,12 @@ class Cloud(Service):
         where: Any = {"region_name": region, "interface": interface}
         nova: Any = functools.partial(nova_client.Client, session=opened, region_name=region, endpoint_type=interface)
         newest = api_versions.discover_version(nova("2.1"), api_versions.APIVersion("2.latest"))
-        calm = min(newest, api_versions.APIVersion("2.87"))  # 2.88 waits for each hypervisor
         self._nova, self._version = nova(newest), (newest.ver_major, newest.ver_minor)
+        self._calm = nova(min(newest, api_versions.APIVersion("2.87")))
+        self._placement = lambda path: opened.get(path, endpoint_filter={"service_type": "placement", **where}).json()
         self.store = ImageStore(self, GlanceClient("2", session=opened, endpoint=glance_endpoint or None, **where))
-        self.fleet = Fleet(self, nova(calm), lambda path: opened.get(path, endpoint_filter={"service_type": "placement", **where}).json())
         self.identity = {"nova": str(opened.get_endpoint(service_type="compute", **where)), "region": region or "",
                          "project": str(opened.get_project_id() or "")}
-
-    def server(self, id: str) -> Server:
-        with self.wall(f"show server {id}"):
-            return self.read(self._nova.servers.get(id).to_dict())
-
-    def steady_server(self, id: str) -> Server:
-        """An instance by its id, with patience."""
-        return self.insist(f"show server {id}", lambda: self.server(id))
 
     def look(self, id: str, *, is_patient: bool = True) -> Server | None:
         """An instance as it is now, None where it does not exist; raises CloudError where credentials might only not see it."""
@@ -2460,11 +2490,6 @@ class Cloud(Service):
         known = [action.request for action in self.actions(id)]
         return next((request for request in (*getattr(answer, "request_ids", ()), *known) if request in known), "")
 
-    def servers(self, **search: object) -> list[Server]:
-        """The instances of this project that Nova finds so."""
-        found = self.insist("list servers", lambda: self._nova.servers.list(search_opts=search, limit=-1))  # else the first page alone
-        return [self.read(raw.to_dict()) for raw in found]
-
     def servers_named(self, name: str) -> list[Server]:
         """The instances of this project that have exactly this name."""
         return [server for server in self.servers(name=f"^{re.escape(name)}$") if server.name == name]
@@ -2473,33 +2498,6 @@ class Cloud(Service):
         """The instances that a run has made, by its marks; without a run all that were made of `origin`; never that itself."""
         return [server for server in self.servers() if server.id != origin and (runs := {MADE, DONE} & server.metadata.keys()) and (
             run in {server.metadata[key] for key in runs} if run else server.metadata.get(ORIGIN) == origin)]
-
-    @functools.cached_property
-    def _flavors(self) -> dict[str, Flavor]:
-        return {flavor.id: flavor for flavor in self.flavors()}
-
-    def read(self, raw: Mapping[str, Any]) -> Server:
-        told = {key.rpartition(":")[2]: value for key, value in raw.items() if value}  # no OS-EXT-STS: and the like
-        return Server(
-            id=raw["id"], name=raw["name"], status=raw["status"], task=told.get("task_state", ""), power=int(told.get("power_state", 0)),
-            host=told.get("host", ""), hypervisor=told.get("hypervisor_hostname", ""), locked="locked" in told,
-            lock_reason=told.get("locked_reason", ""), metadata=told.get("metadata", {}), image=told.get("image", {}).get("id", ""),
-            flavor=self._flavor_of(told.get("flavor", {})), volumes=tuple(volume["id"] for volume in told.get("volumes_attached", ())),
-            config_drive="config_drive" in told, fault=told.get("fault", {}).get("message", ""),
-            fixed_addresses=frozenset(entry["addr"] for entries in told.get("addresses", {}).values() for entry in entries
-                                      if entry.get("OS-EXT-IPS:type", "fixed") == "fixed"),
-        )
-
-    def _flavor_of(self, raw: Mapping[str, Any]) -> Flavor:
-        if "vcpus" not in raw:  # before microversion 2.47 a server names only its flavor's id, which may be gone by now
-            return self._flavors.get(str(raw.get("id", "")), Flavor("", 0, 0, 0, 0, 0))
-        return Flavor(name=raw.get("original_name") or raw.get("name", ""), id=str(raw.get("id") or ""), vcpus=raw["vcpus"], ram=raw["ram"],
-                      disk=raw["disk"], ephemeral=raw.get("ephemeral", raw.get("OS-FLV-EXT-DATA:ephemeral")) or 0, swap=int(raw.get("swap") or 0),
-                      extra_specs=raw.get("extra_specs"))
-
-    def flavors(self) -> list[Flavor]:
-        with self.wall("list flavors"):
-            return [self._flavor_of(flavor.to_dict()) for flavor in self._nova.flavors.list(is_public=None)]
 
     def sees_hosts(self) -> bool:
         """Whether these credentials are an admin's, who is told on which host an instance is."""
@@ -6184,7 +6182,7 @@ def spread(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     creds = credentials(settings.cloud, settings, call.environment)
     with screen.timed("Survey"), nothing_touched():
         cloud = Cloud("the", creds)
-        servers, hosts = at_once(cloud.fleet.servers, cloud.fleet.hosts)
+        servers, hosts = at_once(lambda: cloud.servers(all_tenants=True), cloud.hosts)
     moves, reasons = find_moves(wanted, servers, hosts)
     if reasons := [*reasons, *refuse_moves(wanted, moves, hosts)]:
         raise Refused.of(reasons)
@@ -6218,7 +6216,7 @@ def await_room(cloud: Cloud, move: Move) -> None:
     """Waits until Placement tells of room for an instance, or for ROOM_LIMIT: then Nova refuses it."""
     limit = time.monotonic() + ROOM_LIMIT
     for _ in cloud.polls():
-        free = {host.name: host.free for host in cloud.insist("see what is free", cloud.fleet.hosts)}
+        free = {host.name: host.free for host in cloud.insist("see what is free", cloud.hosts)}
         if not lacking(move, free.get(move.to, {})) or time.monotonic() > limit:
             return
 
@@ -6228,8 +6226,8 @@ def move_one(cloud: Cloud, move: Move, settings: Settings, undo: Undo, row: dict
     screen, row["result"] = undo.screen, "failed"
     try:
         with screen.step(f"Live-migrate {move.server.name} from {move.server.host} to {move.to}."), screen.timed("seconds", row):
-            before, _ = cloud.fleet.last_migration(move.server.id)
-            cloud.fleet.move(move.server.id, move.to)
+            before, _ = cloud.last_migration(move.server.id)
+            cloud.move(move.server.id, move.to)
             see_it_arrive(cloud, move, before, settings, undo)
         row["result"] = "moved"
         screen.note(f"Done, in {span(row['seconds'])}.")
@@ -6252,13 +6250,13 @@ def see_it_arrive(cloud: Cloud, move: Move, before: int, settings: Settings, und
                     if show:
                         show(total)
                     return
-                number, state = cloud.fleet.last_migration(server.id, before)
+                number, state = cloud.last_migration(server.id, before)
                 if state in GIVEN_UP and not now.task:
                     asked = "its end was asked for with --abort" if settings.abort and limit == float("inf") else ""
                     why = cloud.why_failed(server.id, "live-migration") or asked or f"see nova-compute's log on {server.host} or {move.to}"
                     way_out = f"see where it runs; then openstack server {STATE_WAYS['ERROR']} {server.id}" if now.status == "ERROR" else ""
                     raise CloudError(f"{server.name} is {now.status} on {now.host}: Nova calls migration {number} {state}: {why}", way_out)
-                done, total = cloud.fleet.progress(server.id) or (total, total)
+                done, total = cloud.progress(server.id) or (total, total)
                 show = show or (stack.enter_context(screen.progress(total)) if total else None)
                 if show:
                     show(done)
@@ -6278,11 +6276,11 @@ def overdue(cloud: Cloud, move: Move, number: int, state: str, settings: Setting
     """After --timeout, ends a migration, or waits on, or leaves it to Nova and raises CloudError."""
     told = f"{move.server.name} has not arrived within {span(settings.timeout)}; Nova "
     told += f"calls its migration {number} {state}" if number else "has not begun its migration"
-    if any(host.name == move.to and not host.is_up for host in cloud.insist("list compute services", cloud.fleet.hosts)):
+    if any(host.name == move.to and not host.is_up for host in cloud.insist("list compute services", cloud.hosts)):
         told += f", and compute host {move.to} down"
     if settings.abort:
         screen.warn(f"{told}: it is ended")
-        cloud.fleet.abort(move.server.id, number)
+        cloud.abort(move.server.id, number)
     elif settings.keep_waiting:
         screen.warn(f"{told}: waiting on")
     else:

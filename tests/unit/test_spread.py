@@ -110,7 +110,7 @@ def test_an_instance_takes_what_placement_has_given_it_whatever_its_flavor_says(
 class Late:
     """A stand-in for a Nova that takes a while to give back the room of what has left: the lab's are too quick to be seen at it."""
 
-    fleet, polls = property(lambda self: self), staticmethod(Cloud.polls)
+    polls = staticmethod(Cloud.polls)
 
     def __init__(self, *left: int) -> None:
         self.left = list(left)
@@ -131,7 +131,7 @@ def test_a_move_to_a_host_that_another_has_left_waits_for_its_room() -> None:
 class Refusing:
     """A stand-in for a Nova that accepts no live migration."""
 
-    label, fleet = "the", property(lambda self: self)
+    label = "the"
 
     def last_migration(self, id: str, after: int = 0) -> tuple[int, str]:
         return 0, ""
