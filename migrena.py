@@ -2131,7 +2131,8 @@ class Lease:
         if channel.status_event.wait(patience) and channel.exit_status == LEFT_BEHIND:
             host.stays.append(f"{host.name}: {self._complaint()}")
         elif channel.exit_status == -1 and self in host._leases:  # else it ended with a connection that was given up
-            host.unconfirmed.append(f"{host.name} did not confirm the end of {quoted(self._words, 120)} (it ends when the connection does)")
+            host.unconfirmed.append(f"{host.name} did not confirm the end of {quoted(self._words, 120)}"
+                                    " (it ends by itself when the connection does)")
         self.drop()
 
 
