@@ -39,14 +39,12 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import copy as copying
 import dataclasses
 import difflib
 import enum
 import errno
 import fcntl
-import functools
 import hashlib
 import importlib.util
 import inspect
@@ -76,8 +74,10 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
+from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, TypeVar
@@ -298,7 +298,7 @@ def literal(value: object) -> dict[str, Any]:
         try:
             value = ast.literal_eval(value.strip() or "{}")
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 value = json.loads(str(value))
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError("is no dictionary; write it as \"{'nics': [{'net-id': 'ID'}]}\"")
@@ -372,7 +372,7 @@ def option(default: T, usage: str = "", meaning: str = "", *, read: Callable[[An
     return row
 
 
-per_call: Final = functools.partial(option, config=False)  # a row for one call alone: config.py may not set it
+per_call: Final = partial(option, config=False)  # a row for one call alone: config.py may not set it
 
 
 @dataclass(frozen=True)
@@ -1038,14 +1038,14 @@ class Screen:
         self._lock = threading.Lock()
         self._wipe = ""  # what takes a status off the terminal
 
-    @contextlib.contextmanager
+    @contextmanager
     def step(self, title: str) -> Iterator[None]:
         """A scope for one step: says its title, and keeps its seconds."""
         self.say(title, is_title=True)
         with self.timed(title.rstrip(".")):
             yield
 
-    @contextlib.contextmanager
+    @contextmanager
     def timed(self, what: str, told: dict[str, Any] | None = None) -> Iterator[None]:
         """A scope whose seconds are kept for the report, or in `told`."""
         began = time.monotonic()
@@ -1075,7 +1075,7 @@ class Screen:
             return
         with self._lock:
             shown = f"\033[1m{line}\033[0m" if is_title and self.is_terminal else line
-            with contextlib.suppress(OSError):  # a terminal that is gone must not keep us from undoing
+            with suppress(OSError):  # a terminal that is gone must not keep us from undoing
                 print(f"{self._wipe}{'' if self.is_terminal else stamp()}{shown}", file=self.stream, flush=True)
                 self._wipe = ""
 
@@ -1092,11 +1092,11 @@ class Screen:
     def status(self, line: str) -> None:
         """What is being waited for: overwritten on a terminal, left out elsewhere."""
         if self.is_terminal and not self.quiet:
-            with self._lock, contextlib.suppress(OSError):
+            with self._lock, suppress(OSError):
                 print(f"{self._wipe}  {printable(line)}", end="", file=self.stream, flush=True)
                 self._wipe = "\r\033[K"
 
-    @contextlib.contextmanager
+    @contextmanager
     def progress(self, total: int) -> Iterator[Callable[[int], None]]:
         """A bar, or a line now and then; yields what takes the bytes done so far."""
         from tqdm import tqdm
@@ -1133,7 +1133,7 @@ class Milestones:
 # ---- 5. Journal ------------------------------------------------------------------------------------------------------
 
 
-PRIVATE: Final = functools.partial(os.open, mode=0o600)  # an opener of files for this user's eyes only
+PRIVATE: Final = partial(os.open, mode=0o600)  # an opener of files for this user's eyes only
 ELSEWHERE: Final = "name another folder in STATE_FOLDER"
 
 
@@ -1201,7 +1201,7 @@ class Journal:
             self._is_broken = True
             raise StateError(f"the journal {self.path} can no longer be written: {error}", "free space there, then run it again") from error
 
-    @contextlib.contextmanager
+    @contextmanager
     def act(self, act: str, **facts: object) -> Iterator[dict[str, object]]:
         """A scope around an act: writes its intent, and its result: done with what is in the dictionary, or failed."""
         self.write("intent", act=act, **facts)
@@ -1209,12 +1209,12 @@ class Journal:
         try:
             yield result
         except BaseException as error:
-            with contextlib.suppress(StateError):  # what went wrong first is what is told
+            with suppress(StateError):  # what went wrong first is what is told
                 self.write("failed", act=act, error=str(error))
             raise
         self.write("done", act=act, **result)
 
-    @contextlib.contextmanager
+    @contextmanager
     def beginning(self) -> Iterator[None]:
         """A scope for a process's first lines; raises UsageError where there is no room for them."""
         is_new = not self.path.stat().st_size
@@ -1226,7 +1226,7 @@ class Journal:
                 self.path.unlink(missing_ok=True)
             raise UsageError(str(error), f"free space there, or {ELSEWHERE}") from error
 
-    @contextlib.contextmanager
+    @contextmanager
     def ending(self, undo: Undo, done: str = "done", failed: str = "failed") -> Iterator[None]:
         """A scope around the undoing: writes how the run ended and what is left."""
         result, error = done, ""
@@ -1236,7 +1236,7 @@ class Journal:
             result, error = failed, str(failure)
             raise
         finally:
-            with contextlib.suppress(StateError):
+            with suppress(StateError):
                 self.write("ended", result="left" if undo.left else result, error=error, left=undo.left)
             if self._is_broken:
                 undo.screen.warn(f"the journal {self.path} does not tell how the run has ended: `status` will call it killed")
@@ -1246,20 +1246,20 @@ class Journal:
         self._file.close()
 
 
-@contextlib.contextmanager
+@contextmanager
 def flocked(path: Path, owner: str = "") -> Iterator[bool]:
     """Whether the file could be locked, with `owner` in it, until the scope or the process ends; it is removed then."""
     def free() -> None:
-        with contextlib.suppress(OSError):  # where it cannot be removed any more, it is free all the same
+        with suppress(OSError):  # where it cannot be removed any more, it is free all the same
             path.unlink()
 
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         is_ours = False
         try:
             while not is_ours:  # its holder may just have removed it
                 file = stack.enter_context(open(path, "ab", buffering=0, opener=PRIVATE))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                with contextlib.suppress(FileNotFoundError):
+                with suppress(FileNotFoundError):
                     is_ours = os.path.samestat(os.stat(path), os.fstat(file.fileno()))
             stack.callback(free)
             file.truncate(0)
@@ -1271,7 +1271,7 @@ def flocked(path: Path, owner: str = "") -> Iterator[bool]:
         yield is_ours
 
 
-@contextlib.contextmanager
+@contextmanager
 def only_run_of(folder: Path, source: str, run: str) -> Iterator[None]:
     """Holds the lock on a source; raises Refused while another run on this machine does."""
     if not source:  # the first line was cut before anything was done, or the file was emptied since
@@ -1290,7 +1290,7 @@ def only_run_of(folder: Path, source: str, run: str) -> Iterator[None]:
 
 def who_has(folder: Path, source: str) -> tuple[int, str]:
     """The process and the run that hold the lock on a source, else (0, "")."""
-    with contextlib.suppress(OSError, ValueError), open(folder / f"source-{source}.lock", encoding="utf-8") as lock:
+    with suppress(OSError, ValueError), open(folder / f"source-{source}.lock", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -1299,10 +1299,10 @@ def who_has(folder: Path, source: str) -> tuple[int, str]:
     return 0, ""
 
 
-@contextlib.contextmanager
+@contextmanager
 def slots(folder: Path, hosts: Iterable[str], most: int, screen: Screen) -> Iterator[None]:
     """A place among the copies that each of these hosts takes part in, `most` at a time; waits for one."""
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         for host in sorted(set(hosts)):  # in one order everywhere, so that no two runs wait for each other
             paths = [folder / f"slot-{urllib.parse.quote(host, safe='')}-{number}.lock" for number in range(most)]
             has_told = False
@@ -1315,9 +1315,9 @@ def slots(folder: Path, hosts: Iterable[str], most: int, screen: Screen) -> Iter
         yield
 
 
-def _is_taken(path: Path, stack: contextlib.ExitStack) -> bool:
+def _is_taken(path: Path, stack: ExitStack) -> bool:
     """Whether the lock on this file could be taken; the stack holds it then."""
-    with contextlib.ExitStack() as trial:
+    with ExitStack() as trial:
         if is_ours := trial.enter_context(flocked(path)):
             stack.enter_context(trial.pop_all())
     return is_ours
@@ -1463,7 +1463,7 @@ def find_run(folder: Path, beginning: str) -> str:
 def last_rate(folder: Path, clouds: Sequence[str]) -> float:
     """Bytes per second of the last run between these clouds, or 0.0."""
     for run in known_runs(folder):
-        with contextlib.suppress(UsageError):
+        with suppress(UsageError):
             for entry in reversed(parse_journal(folder / f"{run}.jsonl")[0]):
                 if entry["event"] == "finished" and entry.get("clouds") == list(clouds) and entry.get("rate"):
                     return float(entry["rate"])
@@ -1536,7 +1536,7 @@ class HeldBack(threading.local):
 HELD_BACK: Final = HeldBack()
 
 
-@contextlib.contextmanager
+@contextmanager
 def unbroken() -> Iterator[None]:
     """A signal within raises Interrupted at the end: else a lock of paramiko's or a pool's could stay locked."""
     HELD_BACK.depth += 1
@@ -1640,7 +1640,7 @@ DROPPED: Final = ("SSH protocol banner", "kex_exchange_identification", "Connect
 def connect(name: str, settings: Settings, screen: Screen) -> Host:
     """A hypervisor by Nova's name for it. Raises HostError."""
     logging.getLogger("paramiko").setLevel(logging.DEBUG if settings.debug else logging.CRITICAL)
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         host = Host(name, settings, screen)
         stack.callback(host.close)
         host.open()
@@ -1649,7 +1649,7 @@ def connect(name: str, settings: Settings, screen: Screen) -> Host:
     return host
 
 
-def dial(target: Target) -> tuple[paramiko.SSHClient, contextlib.ExitStack]:
+def dial(target: Target) -> tuple[paramiko.SSHClient, ExitStack]:
     """An SSH connection, and what closes it. One that sshd drops unheard (MaxStartups) is tried again."""
     limit = time.monotonic() + DIAL_LIMIT
     while True:
@@ -1661,16 +1661,16 @@ def dial(target: Target) -> tuple[paramiko.SSHClient, contextlib.ExitStack]:
         time.sleep(0.5 + secrets.randbelow(2000) / 1000)
 
 
-def dial_once(target: Target) -> tuple[paramiko.SSHClient, contextlib.ExitStack]:
+def dial_once(target: Target) -> tuple[paramiko.SSHClient, ExitStack]:
     """The same, tried once."""
     import paramiko
 
     name = target.name
     try:
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             client = target.open(stack)
-            closing = stack.pop_all()
-        return client, closing
+            scope = stack.pop_all()
+        return client, scope
     except socket.gaierror as error:
         raise HostError(f"{name}: {target.host} does not resolve", f"add HOSTS = {{'{name}': 'ADDRESS'}} to config.py") from error
     except paramiko.BadHostKeyException as error:
@@ -1684,7 +1684,7 @@ def dial_once(target: Target) -> tuple[paramiko.SSHClient, contextlib.ExitStack]
         raise HostError(f"{name}: no SSH connection to {target}: {error}", "check address and port in HOSTS") from error
 
 
-@contextlib.contextmanager
+@contextmanager
 def proxied(command: str) -> Iterator[socket.socket]:
     """A socket to a command's standard input and output; raises HostError with what it said when it fails."""
     ours, theirs = socket.socketpair()
@@ -1702,7 +1702,7 @@ def proxied(command: str) -> Iterator[socket.socket]:
             raise
         finally:
             ours.close()
-            with contextlib.suppress(ProcessLookupError):  # the hops before the last one are its children
+            with suppress(ProcessLookupError):  # the hops before the last one are its children
                 os.killpg(process.pid, signal.SIGTERM)
 
 
@@ -1729,14 +1729,14 @@ class Target:
     def __str__(self) -> str:
         return f"{self.host} port {self.port}"
 
-    def open(self, stack: contextlib.ExitStack) -> paramiko.SSHClient:
+    def open(self, stack: ExitStack) -> paramiko.SSHClient:
         """A connection, closed by the stack; raises what paramiko and sockets raise."""
         import paramiko
 
         through: Any = stack.enter_context(proxied(self.proxy)) if self.proxy != "none" else None
         client = stack.enter_context(paramiko.SSHClient())
         for path in self.known_hosts:
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 client.load_host_keys(path)
         client.set_missing_host_key_policy(self)  # type: ignore[arg-type]  # paramiko asks for the one method below
         client.connect(self.host, self.port, self.user, key_filename=self.keys or None, timeout=20, banner_timeout=30, auth_timeout=30,
@@ -1806,7 +1806,7 @@ class Host:
         self.unconfirmed: list[str] = []  # leases whose end the host did not confirm; they end with their connection
         self.stays: list[str] = []  # what a lease said that it could not undo
         self._prefix: tuple[str, ...] = ()
-        self._stack = contextlib.ExitStack()
+        self._stack = ExitStack()
         self._leases: set[Lease] = set()
         self._closing, self._dialing = threading.Event(), threading.Lock()
         threading.Thread(target=self._beat, name=f"dots to {name}", daemon=True).start()
@@ -1836,7 +1836,7 @@ class Host:
 
     def revive(self) -> None:
         """Opens the connections anew if one does not or did not answer; what they held ends within a minute."""
-        with contextlib.suppress(HostError), self._wall(("true",)):
+        with suppress(HostError), self._wall(("true",)):
             if not self.unconfirmed:  # else the way to be sure of their end is to end the connection
                 self.run("true", seconds=10.0)
                 for client, _ in self._links[1:]:
@@ -1870,10 +1870,10 @@ class Host:
         with self.lease(LEASED_COMMAND, *words, given=given) as lease:
             return lease.answer(stall, heard)
 
-    @contextlib.contextmanager
+    @contextmanager
     def lease(self, script: str, *words: str, given: Sequence[str] = ()) -> Iterator[Lease]:
         """A script that holds a command while the scope and our channel last; `given` reaches it before the words."""
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             with unbroken():
                 lease = self._start(words, ("sh", "-c", script, "migrena", *given), is_held=True)
                 stack.callback(self._leases.discard, lease)
@@ -1883,13 +1883,13 @@ class Host:
             lease.begin(30.0)
             yield lease
 
-    @contextlib.contextmanager
+    @contextmanager
     def private_folder(self, run: str) -> Iterator[str]:
         """A folder that only root reads, gone when the scope or migrena ends."""
         with self.lease(LEASED_FOLDER, "mktemp", "-d", given=(run,)) as lease:
             yield lease.line(15.0)
 
-    @contextlib.contextmanager
+    @contextmanager
     def daemon(self, pidfile: str, *words: str) -> Iterator[Lease]:
         """A daemon that writes its pid when it serves, held while the scope lasts; raises CommandError."""
         with self.lease(LEASED_DAEMON, *words, given=(pidfile,)) as lease:
@@ -1951,16 +1951,16 @@ class Host:
                 if links is not self._links:
                     continue  # another thread has opened one meanwhile
                 if len(links) < MOST_LINKS and not self._closing.is_set():
-                    client, closing = dial(Target(self.name, self._settings))
-                    with closing:
+                    client, scope = dial(Target(self.name, self._settings))
+                    with scope:
                         if channel := session(client):
-                            self._stack.enter_context(closing.pop_all())
+                            self._stack.enter_context(scope.pop_all())
                             self._links = [*links, (client, [channel])]
                             return channel
                 raise HostError(f"{self.name}: sshd lets no command in on connection {len(links) + 1}",
                                 "set MaxSessions in sshd_config there to 10, its default; at least 1 is needed")
 
-    @contextlib.contextmanager
+    @contextmanager
     def _wall(self, words: Sequence[str]) -> Iterator[None]:
         import paramiko
 
@@ -2138,17 +2138,17 @@ class Lease:
 
 def can_be(act: Callable[[], object], failing: type[HostError] = CommandError) -> bool:
     """Whether an act succeeds; False where it raises such an error."""
-    with contextlib.suppress(failing):
+    with suppress(failing):
         act()
         return True
     return False
 
 
-def unheard() -> contextlib.suppress:
+def unheard() -> suppress:
     """A scope for what is said to a host that may be away."""
     import paramiko
 
-    return contextlib.suppress(paramiko.SSHException, EOFError, OSError)
+    return suppress(paramiko.SSHException, EOFError, OSError)
 
 
 # ---- 7. Cloud --------------------------------------------------------------------------------------------------------
@@ -2211,7 +2211,7 @@ def check_extra(extra: Mapping[str, Any]) -> None:
                 raise UsageError(f"-e: {name} must be {form}")
 
 
-@contextlib.contextmanager
+@contextmanager
 def ignoring(*codes: int) -> Iterator[None]:
     """A scope that a CloudError with one of these HTTP statuses ends, and nothing more."""
     try:
@@ -2286,7 +2286,7 @@ class Service:
     def error(self, said: str, way_out: str = "", code: int = 400) -> CloudError:
         return CloudError(f"{self.label} cloud: {said}", way_out, code)
 
-    @contextlib.contextmanager
+    @contextmanager
     def wall(self, act: str) -> Iterator[None]:
         """A scope that turns the OpenStack libraries' exceptions into CloudError."""
         import requests
@@ -2362,7 +2362,7 @@ class Fleet(Service):
         found = self.insist("list servers", lambda: self._nova.servers.list(search_opts=search, limit=-1))  # else the first page alone
         return [self.read(raw.to_dict()) for raw in found]
 
-    @functools.cached_property
+    @cached_property
     def _flavors(self) -> dict[str, Flavor]:
         return {flavor.id: flavor for flavor in self.flavors()}
 
@@ -2395,7 +2395,7 @@ class Fleet(Service):
             services = self._calm.services.list(binary="nova-compute")
             node_of = {node.service["host"]: node.hypervisor_hostname for node in self._calm.hypervisors.list()}
         known: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {}
-        with contextlib.suppress(CloudError), self.wall("see what is free"):
+        with suppress(CloudError), self.wall("see what is free"):
             for provider in self._placement("/resource_providers")["resource_providers"]:
                 path = f"/resource_providers/{provider['uuid']}"
                 taken = {id: one["resources"] for id, one in self._placement(f"{path}/allocations")["allocations"].items()}
@@ -2464,7 +2464,7 @@ class Cloud(Fleet):
         auth.get_access(opened)  # a wrong password shows here, and not in the middle
         region, interface = own.get("region_name"), str(own.get("interface", own.get("endpoint_type", "public"))).removesuffix("URL")
         where: Any = {"region_name": region, "interface": interface}
-        nova: Any = functools.partial(nova_client.Client, session=opened, region_name=region, endpoint_type=interface)
+        nova: Any = partial(nova_client.Client, session=opened, region_name=region, endpoint_type=interface)
         newest = api_versions.discover_version(nova("2.1"), api_versions.APIVersion("2.latest"))
         self._nova, self._version = nova(newest), (newest.ver_major, newest.ver_minor)
         self._calm = nova(min(newest, api_versions.APIVersion("2.87")))
@@ -2546,7 +2546,7 @@ class Cloud(Fleet):
                 is_kept = server.status == "SOFT_DELETED"  # with its disk, for a while
                 ask = self._nova.servers.force_delete if is_kept else self._nova.servers.delete
                 with ignoring(404):
-                    self.insist(f"delete server {id}", functools.partial(ask, id))
+                    self.insist(f"delete server {id}", partial(ask, id))
                 refused, asked = refused + (not is_deleting), time.monotonic()
 
     def stop(self, id: str, changed: Callable[[Server], None]) -> str:
@@ -2616,7 +2616,7 @@ class Cloud(Fleet):
         raise AssertionError("polls never end")
 
 
-@contextlib.contextmanager
+@contextmanager
 def nothing_touched() -> Iterator[None]:
     """A scope that only looks at clouds: a CloudError is a refusal."""
     try:
@@ -3207,7 +3207,7 @@ def chain_in(disk: ElementTree.Element) -> Iterator[Layer]:
 def domain_of(host: Host, id: str, path: str) -> Domain:
     """What libvirt on a host says of an instance and of the file that should be its root disk."""
     try:
-        return host.script(DOMAIN, id, path).read(functools.partial(domain_in, id, path))
+        return host.script(DOMAIN, id, path).read(partial(domain_in, id, path))
     except CommandError as error:
         raise HostError(f"{host.name}: libvirt tells nothing of {id}: {error.said}",
                         "see there: virsh list --all; start a stopped instance that is not listed once") from error
@@ -3227,7 +3227,7 @@ def domain_in(id: str, path: str, printed: str) -> Domain:
     root = next(iter((*same, *on_it, *drives)), tree)
     job, mirror = re.search(r"([A-Z][A-Za-z ]*): *\[", lines.get(target_of(root), "")), root.find("mirror")
     chain, known = tuple(chain_in(root)), None
-    with contextlib.suppress(ValueError, AttributeError):
+    with suppress(ValueError, AttributeError):
         known = json.loads(info).get(path)
     names = {kind: [name for name in told.split("\n") if name and not name.startswith("migrena-")]  # ours come and go
              for kind, told in (("checkpoint", checkpoints), ("snapshot", snapshots))}
@@ -3275,7 +3275,7 @@ def misplaced(host: Host, domain: Domain) -> Reason | None:
     if domain.disk.get("type") == "block":
         return Reason(f"{host.name}: the disk is an LVM volume ({top}), which migrena does not copy yet", way)
     files = [file for file, _ in domain.chain]
-    with contextlib.suppress(CommandError):  # of a stopped one libvirt need not know what lies below
+    with suppress(CommandError):  # of a stopped one libvirt need not know what lies below
         files += [image.path for image in disk_chain(host, top, format, shared=True)]
     if path not in files:
         return Reason(f"{host.name}: the disk is {top}, not {path}",
@@ -3371,7 +3371,7 @@ def same_content(one: tuple[Host, DiskImage], other: tuple[Host, DiskImage], sta
 
 
 def same_digests(one: tuple[Host, str], other: tuple[Host, str], length: int, stall: float) -> bool:
-    here, there = at_once(*(functools.partial(digests, host, path, 0, length, stall) for host, path in (one, other)))
+    here, there = at_once(*(partial(digests, host, path, 0, length, stall) for host, path in (one, other)))
     return here == there
 
 
@@ -3405,7 +3405,7 @@ def lines_of(found: Mapping[int, str]) -> bytes:
     return "".join(f"{block} {digest}\n" for block, digest in sorted(found.items())).encode()
 
 
-@contextlib.contextmanager
+@contextmanager
 def served_here(host: Host, folder: str, name: str, *words: str,
                 before: Sequence[str] = ()) -> Iterator[tuple[Lease, Node]]:
     """A qemu-nbd on a socket in our private folder, and its node; raises CommandError where it does not serve."""
@@ -3414,18 +3414,18 @@ def served_here(host: Host, folder: str, name: str, *words: str,
         yield lease, {"driver": "nbd", "server.type": "unix", "server.path": socket_file}
 
 
-def held(host: Host, path: str, folder: str) -> contextlib.AbstractContextManager[tuple[Lease, Node]]:
+def held(host: Host, path: str, folder: str) -> AbstractContextManager[tuple[Lease, Node]]:
     """Holds qemu's lock on a disk by a qemu-nbd: nobody writes to it; raises CommandError where somebody does."""
     return served_here(host, folder, "hold", "-r", "--image-opts", locked(path))
 
 
-class DiskLocks(contextlib.ExitStack):
+class DiskLocks(ExitStack):
     """qemu's locks on both disks of a copy, each held by a qemu-nbd until it is released: no guest starts on either."""
 
     def __init__(self, run: str) -> None:
         super().__init__()
         self._run = run
-        self._held: dict[tuple[str, str], tuple[contextlib.ExitStack, Lease, Callable[[], object]]] = {}
+        self._held: dict[tuple[str, str], tuple[ExitStack, Lease, Callable[[], object]]] = {}
 
     def hold(self, host: Host, path: str) -> Lease:
         """Holds a disk, again where a connection has lost it. Raises FinalError where somebody has it open."""
@@ -3433,19 +3433,19 @@ class DiskLocks(contextlib.ExitStack):
         if place in self._held and self._holds(place):
             return self._held[place][1]
         self.release(*place)
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             folder = stack.enter_context(host.private_folder(self._run))
             try:
                 lease, _ = stack.enter_context(held(host, path, folder))
             except CommandError as error:
                 raise FinalError(f"{host.name}: {path} is in use: {error.said}", "find out who has it open (virsh list, lsof)") from error
             alive = 'readlink "/proc/$(cat "$1")/exe"'  # kill -0 would also find one that has ended and was not waited for yet
-            self._held[place] = self.enter_context(stack.pop_all()), lease, functools.partial(host.script, alive, f"{folder}/hold.pid")
+            self._held[place] = self.enter_context(stack.pop_all()), lease, partial(host.script, alive, f"{folder}/hold.pid")
         return lease
 
     def _holds(self, place: tuple[str, str]) -> bool:
         _, lease, see_it = self._held[place]
-        return can_be(functools.partial(lease.check, is_running=True), HostError) and can_be(see_it, HostError)
+        return can_be(partial(lease.check, is_running=True), HostError) and can_be(see_it, HostError)
 
     def check(self) -> None:
         for host, path in itertools.filterfalse(self._holds, self._held):
@@ -3482,14 +3482,14 @@ class Ends:
 
 def route(host: Host, to: str) -> dict[str, str]:
     """How a host reaches another, as `ip route get` tells it: "dev", "prefsrc"; empty where it does not."""
-    with contextlib.suppress(CommandError, ValueError, LookupError):
+    with suppress(CommandError, ValueError, LookupError):
         return dict(document_in(host.run("ip", "-json", "route", "get", to))[0])
     return {}
 
 
 def received(ends: Ends) -> int:
     """Bytes that the destination's interface towards the source has received, for whomever; 0 where it cannot tell."""
-    with contextlib.suppress(CommandError, ValueError, KeyError):
+    with suppress(CommandError, ValueError, KeyError):
         device = route(ends.destination, ends.source.nbd_address)["dev"]
         return int(ends.destination.run("cat", f"/sys/class/net/{device}/statistics/rx_bytes"))
     return 0
@@ -3523,7 +3523,7 @@ def certificates(server: str) -> dict[str, dict[str, bytes]]:
     return {who: {"ca-cert.pem": ca, f"{who}-cert.pem": certificate(who), f"{who}-key.pem": private[who]} for who in purposes}
 
 
-@contextlib.contextmanager
+@contextmanager
 def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple[Export, Lease]]:
     """A file of the source, served read-only to the destination alone on a free port of the job, and its server."""
     host, name, failure = ends.source, f"migrena-{secrets.token_hex(8)}", None
@@ -3532,7 +3532,7 @@ def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple
             failure = HostError(f"{host.name}: port {number} is taken", "set NBD_SERVER_PORT to a free one, or a range as in 2666-2697")
             continue
         place = Export(host.nbd_address, number, name)
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             try:
                 words = serving(ends, job, place, (path, format), stack)
                 lease = stack.enter_context(host.daemon(f"{ends.source_folder}/{number}.pid", *words))
@@ -3571,7 +3571,7 @@ def opened(path: str, format: str, *, is_live: bool) -> tuple[str, ...]:
     return ("--image-opts", image_opts({"driver": format, "file.driver": "file", "file.filename": path, "file.locking": "off"}))
 
 
-def serving(ends: Ends, job: DiskJob, place: Export, image: Layer, stack: contextlib.ExitStack) -> tuple[str, ...]:
+def serving(ends: Ends, job: DiskJob, place: Export, image: Layer, stack: ExitStack) -> tuple[str, ...]:
     """The words that start what serves a disk: nbd-server, qemu-nbd, or what deflates for a qemu-nbd."""
     folder, tls = ends.source_folder, job.settings.tls
     if job.transport == "nbd" and image[1] == "raw":
@@ -3593,7 +3593,7 @@ def creds(job: DiskJob, folder: str, endpoint: str) -> tuple[str, ...]:
     return words if job.settings.tls else ()
 
 
-@contextlib.contextmanager
+@contextmanager
 def reached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[Node]:
     """The export, `length` bytes long, as qemu's node at the destination."""
     host, folder, place = ends.destination, ends.destination_folder, (export.address, str(export.port))
@@ -3658,7 +3658,7 @@ def _whole_sectors(length: int) -> int:
     return -(-length // 512) * 512
 
 
-Progress = Callable[[int], contextlib.AbstractContextManager[Callable[[int], None]]]  # a scope for so many bytes; gives what takes those done so far
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]  # a scope for so many bytes; gives what takes those done so far
 
 
 @dataclass(frozen=True)
@@ -3699,13 +3699,13 @@ class Reading:
             lease.check(is_running=True)
 
 
-@contextlib.contextmanager
+@contextmanager
 def reading(ends: Ends, job: DiskJob) -> Iterator[Reading]:
     """The source's disk, served to the destination; of a stopped source it is locked.
 
     Raises FinalError where somebody has it open, or has changed it by the scope's end.
     """
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         if not job.is_live:
             require_stand(ends.source, job)
         holds = () if job.is_live else (ends.locks.hold(ends.source, job.source.path),)
@@ -3769,7 +3769,7 @@ def is_begun(destination: Host, job: DiskJob) -> bool:
     """Whether there is a new file to go on with; else makes it. Raises CommandError while an earlier attempt writes."""
     if destination.succeeds("test", "-f", job.new):
         destination.script(UNWRITTEN, job.new, locked(job.new))
-        with contextlib.suppress(HostError):
+        with suppress(HostError):
             if job.new_format == "raw":
                 destination.run("truncate", "-s", str(_whole_sectors(job.length)), "--", job.new)
                 return True
@@ -3780,7 +3780,7 @@ def is_begun(destination: Host, job: DiskJob) -> bool:
     return False
 
 
-@contextlib.contextmanager
+@contextmanager
 def seen_by_guest(ends: Ends, host: Host, image: DiskImage, job: DiskJob, *, is_written: bool = False) -> Iterator[str]:
     """What BLOCKS reads, or writes to: the file itself, or an export that shows what the guest sees."""
     if job.whole_file or image.format == "raw":
@@ -3860,7 +3860,7 @@ def copy_tail(ends: Ends, job: DiskJob) -> None:
 Digests = Future[dict[int, str]]
 
 
-@contextlib.contextmanager
+@contextmanager
 def threads_for(host: Host, count: int) -> Iterator[ThreadPoolExecutor]:
     """Threads for commands on a host. A scope that fails ends all that the host does for us, and waits for none."""
     pool = ThreadPoolExecutor(count)
@@ -3918,7 +3918,7 @@ class Flow:
         self._done[tile] = 0
         copy_it = bring_chunk if not self._is_new or (tile.is_scattered and self._job.new_format == "raw") else copy_chunk
         if tile.held:
-            copy_it(self._ends, self._job, self._disk.node, tile, functools.partial(self._done.__setitem__, tile))
+            copy_it(self._ends, self._job, self._disk.node, tile, partial(self._done.__setitem__, tile))
         self._done[tile] = tile.held
 
     def _arrive(self, tile: Chunk, here: Digests | None, flow: Future[None], prover: ThreadPoolExecutor, show: Callable[[int], None]) -> None:
@@ -4006,7 +4006,7 @@ def digests_again(ends: Ends, host: Host, job: DiskJob, before: Mapping[int, str
         return found
     rate, gently = (job.settings.limit_rate, gentle(job)) if job.is_live and host is ends.source else (0, ())
     listed, stall = put_list(host, ends.folder(host), pieces), job.settings.stall_timeout
-    with contextlib.nullcontext(where) if where else seen_by_guest(ends, host, job.new_image, job) as place:
+    with nullcontext(where) if where else seen_by_guest(ends, host, job.new_image, job) as place:
         return found | digests(host, place, 0, job.length, stall, rate, listed, before=gently)
 
 
@@ -4509,7 +4509,7 @@ def locally(*words: str) -> str:
     return done.stdout
 
 
-@contextlib.contextmanager
+@contextmanager
 def converted(stream: Stream, plan: ImagePlan, folder: str) -> Iterator[Path]:
     """The image in the other format, as a file that is gone with the scope; raises FinalError for an unsafe one."""
     with tempfile.TemporaryDirectory(prefix="migrena-", dir=folder) as place:
@@ -4685,7 +4685,7 @@ class DestinationFacts:
     problems: Sequence[Reason] = ()
 
 
-@contextlib.contextmanager
+@contextmanager
 def gathering(problems: list[Reason]) -> Iterator[None]:
     """A scope that an error ends, whose reasons are told with others; but a UsageError is told alone."""
     try:
@@ -4696,7 +4696,7 @@ def gathering(problems: list[Reason]) -> Iterator[None]:
         problems += error.reasons
 
 
-def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, stack: contextlib.ExitStack) -> SourceFacts:
+def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, stack: ExitStack) -> SourceFacts:
     """Looks at the source instance, its host and its disk; connections are closed by the stack."""
     found, server = SourceFacts(), None
     with gathering(found.problems):
@@ -4722,9 +4722,9 @@ def host_name(server: Server, settings: Settings) -> str:
     return server.host if server.host in settings.hosts else server.hypervisor
 
 
-def host_of(server: Server, settings: Settings, screen: Screen) -> contextlib.closing[Host]:
+def host_of(server: Server, settings: Settings, screen: Screen) -> closing[Host]:
     """An instance's host, for a scope."""
-    return contextlib.closing(connect(host_name(server, settings), settings, screen))
+    return closing(connect(host_name(server, settings), settings, screen))
 
 
 def look_at_disk(host: Host, server: Server, settings: Settings, lacking: Sequence[str]) -> Disk | None:
@@ -5027,7 +5027,7 @@ def gate(run: Run, act: Act, *, is_live: bool = False, is_held: bool = False) ->
     return now
 
 
-@contextlib.contextmanager
+@contextmanager
 def proven_is_kept(run: Run) -> Iterator[None]:
     """A scope out of which an outage of an API comes as Kept once the copy is proven."""
     try:
@@ -5043,7 +5043,7 @@ def see_through(run: Run) -> int:
     """Executes the run, undoes it where it fails; gives the exit code."""
     run.source.tell = run.destination.tell = run.screen.note
     try:
-        with run.journal.ending(run.undo), contextlib.ExitStack() as stack, run.undo, proven_is_kept(run):
+        with run.journal.ending(run.undo), ExitStack() as stack, run.undo, proven_is_kept(run):
             stack.enter_context(run.source_host.private_folder(run.plan.run))  # tells other machines that this run is at work
             id = execute(run, stack)
     except (UsageError, Refused) as error:  # of a run that has touched something this is no refusal any more
@@ -5058,7 +5058,7 @@ def see_through(run: Run) -> int:
     return 0
 
 
-def execute(run: Run, stack: contextlib.ExitStack) -> str:
+def execute(run: Run, stack: ExitStack) -> str:
     """The id of the new instance, its disk copied, proven and in place. Raises MigrenaError; what was done is in `run.undo`.
 
     Every step does only what an earlier process of the same run has not done already.
@@ -5146,7 +5146,7 @@ def copy_while_it_runs(run: Run, host: Host, job: DiskJob, locks: DiskLocks) -> 
         screen.note(f"{run.source_host.name}:{job.source.path} -> {host.name}:{job.new}")
         has_bitmap = settings.bitmap and begin_bitmap(run, job)
         while not passes or wants_another_pass(settings, passes, nova, time.monotonic() - began):
-            one, known = patiently(run, host, locks, functools.partial(one_pass, run, job, known), "runs on")
+            one, known = patiently(run, host, locks, partial(one_pass, run, job, known), "runs on")
             passes.append(one)
             expected = f"; stopped now, it would be down for about {span(downtime(passes, nova))}" if len(passes) > 1 else ""
             screen.note(f"Pass {len(passes)}: {human(one.changed)} {'sent' if len(passes) == 1 else 'had changed, sent'} in {span(one.sending)}"
@@ -5210,7 +5210,7 @@ def one_pass(run: Run, job: DiskJob, known: Known, ends: Ends) -> tuple[Pass, Kn
     length, state = ends.source.script(f'stat -c %s -- "$2"; {DOMAIN_STATE}', run.plan.server.id, job.source.path).split("\n", 1)
     require_running(ends.source, state.strip())
     job = dataclasses.replace(job, source=dataclasses.replace(job.source, length=int(length)))
-    moved, known = move_disk(ends, job, Witness(functools.partial(told_progress, run)), known)
+    moved, known = move_disk(ends, job, Witness(partial(told_progress, run)), known)
     return Pass(moved.held, moved.looking, moved.sending, moved.seconds), known
 
 
@@ -5222,7 +5222,7 @@ def require_it_runs(run: Run, server: Server | None) -> None:
         raise CloudError(f"the source has moved{place} while it was being copied", "run it again", 400)
     if server.status != "ACTIVE" or server.power != 1:
         why = "somebody has stopped it"
-        with contextlib.suppress(HostError):
+        with suppress(HostError):
             why = ENDED["crashed"] if "crashed" in run.source_host.script(DOMAIN_STATE, server.id) else why
         raise CloudError(f"the source is {server.status} in the middle of the copy: {why}",
                          "find out who; run it again, without --warm if it is to stay stopped", 400)
@@ -5361,7 +5361,7 @@ def delete_on_failure(run: Run) -> None:
     run.undo.on_failure(f"delete destination {run.settings.dst_name}", delete)
 
 
-def connect_destination(run: Run, new: Server, stack: contextlib.ExitStack) -> Host:
+def connect_destination(run: Run, new: Server, stack: ExitStack) -> Host:
     """The hypervisor that Nova chose, with all the tools a copy needs."""
     if not new.host:
         raise CloudError(f"destination cloud: {NO_HOSTS} the instance is", "use an admin's credentials")
@@ -5373,7 +5373,7 @@ def connect_destination(run: Run, new: Server, stack: contextlib.ExitStack) -> H
     return host
 
 
-@contextlib.contextmanager
+@contextmanager
 def both_ends(run: Run, destination: Host, locks: DiskLocks) -> Iterator[Ends]:
     """Both hosts with a private folder each, and certificates in them where TLS is wanted."""
     source = run.source_host
@@ -5536,8 +5536,8 @@ def transfer(run: Run, host: Host, job: DiskJob, known: Known, locks: DiskLocks)
     """Copies and proves; raises as `patiently` does. A half-made file goes with the destination, whose whole folder Nova deletes."""
     inode = host.run("stat", "-c", "%i", "--", job.fresh.path).strip()
     run.journal.write("job", new=job.new, kept=job.kept, host=host.name, stand=job.stand, inode=inode, whole_file=job.whole_file)
-    check = spaced(10.0, functools.partial(gate, run, Act.WRITE, is_held=True))
-    witness = Witness(functools.partial(told_progress, run), lambda tile, done: run.journal.write(
+    check = spaced(10.0, partial(gate, run, Act.WRITE, is_held=True))
+    witness = Witness(partial(told_progress, run), lambda tile, done: run.journal.write(
         "chunk", offset=tile.offset, length=tile.length, done=done), check)
 
     def attempt(ends: Ends) -> Moved:
@@ -5602,7 +5602,7 @@ def patiently(run: Run, host: Host, locks: DiskLocks, act: Callable[[Ends], T], 
     raise AssertionError("the last attempt returns or raises")
 
 
-@contextlib.contextmanager
+@contextmanager
 def told_progress(run: Run, total: int) -> Iterator[Callable[[int], None]]:
     """Progress on the screen, and in the journal every five seconds, from where `status` tells it."""
     told = 0.0
@@ -5669,7 +5669,7 @@ def copy(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         raise UsageError("--max-downtime, --warm-passes, --warm-timeout and --bitmap mean something with --warm alone", "give --warm too")
     creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
     folder, screen, run = state_folder(settings, call.environment), undo.screen, new_run()
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         if not settings.dry_run:  # before the survey, so that what was seen stays so
             stack.enter_context(only_run_of(folder, settings.src_uid, run))
         with screen.timed("Survey"):
@@ -5864,7 +5864,7 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     folder, screen = state_folder(settings, call.environment), undo.screen
     run = find_run(folder, settings.run)
     refuse_state(record := read_run(folder, run))
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         stack.enter_context(only_run_of(folder, record.source, run))
         record = read_run(folder, run, is_ours=True)  # it may have gone on until the lock was ours
         refuse_state(record)
@@ -6074,14 +6074,14 @@ def undoing(undone: Undone, journal: Journal) -> Iterator[tuple[str, Callable[[]
     run, settings, clouds = undone.now.run, undone.settings, undone.clouds
     source, made = undone.now.source.server, undone.now.destination.server
     if any(act.name == "create image" for act in undone.record.acts):
-        yield "see that no half image is left", functools.partial(delete_carried, clouds[1], run)
+        yield "see that no half image is left", partial(delete_carried, clouds[1], run)
     if made:
-        yield f"{'stop' if settings.keep_destination else 'delete'} destination {made.id}", functools.partial(take_away, undone)
+        yield f"{'stop' if settings.keep_destination else 'delete'} destination {made.id}", partial(take_away, undone)
     for server in (made, source):
         if server and server.host:
-            yield f"see that nothing is left on {host_name(server, settings)}", functools.partial(clean_host, undone, server)
+            yield f"see that nothing is left on {host_name(server, settings)}", partial(clean_host, undone, server)
     if made and settings.keep_destination:
-        yield f"take the marks off destination {made.id}", functools.partial(clouds[1].unmark, made.id, run, MADE, DONE, WAS)
+        yield f"take the marks off destination {made.id}", partial(clouds[1].unmark, made.id, run, MADE, DONE, WAS)
     if source:
         yield f"give source {source.id} back", lambda: give(clouds[0], undone.allow(Act.GIVE_BACK), journal, lambda server: None)
         yield f"take the mark off source {source.id}", lambda: take_mark_off(clouds[0], undone.allow(Act.UNMARK))
@@ -6243,7 +6243,7 @@ def see_it_arrive(cloud: Cloud, move: Move, before: int, settings: Settings, und
     """Watches a live migration, whose number is above `before`; raises CloudError where the instance does not arrive."""
     server, screen, limit = move.server, undo.screen, time.monotonic() + settings.timeout
     number, state, total, show = 0, "", 0, None
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         try:
             for _ in cloud.polls():
                 now = cloud.steady_server(server.id)
@@ -6438,7 +6438,7 @@ def show_failure(reasons: Sequence[Reason], code: int, screen: Screen, report: R
     return code
 
 
-@contextlib.contextmanager
+@contextmanager
 def signals(undo: Undo) -> Iterator[None]:
     """Within, the first of SIGNALS raises Interrupted; a further one is only answered: the undoing goes on."""
     has_come = False
@@ -6446,7 +6446,7 @@ def signals(undo: Undo) -> Iterator[None]:
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal has_come
         if has_come or undo.has_begun:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.write(2, f"\nstill undoing{': ' + printable(undo.doing) if undo.doing else ' what was begun'}; please wait\n".encode())
             return
         has_come = True
