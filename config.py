@@ -26,6 +26,7 @@ SSH_CONFIG = "~/.ssh/config"
 KNOWN_HOSTS = ""  # empty: what ~/.ssh/config says, else ~/.ssh/known_hosts; a host key that is not in it is refused
 SUDO = "auto"  # yes, no, or auto: unless the user is root
 DISK_PATH = "/var/lib/nova/instances/%s/disk"  # %s stands for the instance's id
+# Where the two clouds differ, each of these can be told for one side alone, as in SRC_HOSTS and DST_HOSTS; it wins over the common one.
 
 # --- the copy ---------------------------------------------------------------------------------------------------------
 TRANSPORT = "auto"  # nbd (nbd-server, nbd-client), qemu (qemu-nbd, qemu-img), or auto
@@ -44,6 +45,7 @@ BITMAP = False  # the source's qcow2 file notes what its guest changes meanwhile
 COPY_IMAGE = False  # carry the source's image first, where the destination lacks it
 WORK_FOLDER = ""  # where images are converted (image --disk-format); empty: this machine's folder for temporary files
 STALL_TIMEOUT = 120  # seconds without a byte after which a copy has stalled; there is no limit on the whole
+SPACE_RESERVE = "64M"  # what has to stay free beside the copy, before it begins and while it goes on
 RETRIES = 5  # how often a copy that was cut off or has stalled goes on by itself, the source kept stopped
 MAX_PER_HOST = 2  # copies at a time from or to one hypervisor, of all runs on this machine; later ones wait
 

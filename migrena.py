@@ -455,8 +455,16 @@ class Settings:
     known_hosts: str = option("")
     sudo: str = option("auto", read=words_of("auto", "yes", "no"))
     state_folder: str = option("")
+    space_reserve: int = option(64 * MiB, read=size)
     chunk: int = option(GiB, read=size)
+    sided: dict[str, Any] = per_call({})  # what differs between the two clouds: values of SIDED settings, by names as src_hosts
 
+    def of(self, side: str) -> Settings:
+        """The settings for the hypervisors of src or dst."""
+        return replace(self, **{name[4:]: value for name, value in self.sided.items() if name.startswith(side)})
+
+
+SIDED: Final = ("hosts", "disk_path", "ssh_user", "ssh_port", "ssh_key", "ssh_config", "known_hosts", "sudo")  # as SRC_HOSTS and DST_HOSTS too
 
 # What a run is asked for that a resume goes on with; never credentials, and never -e, which may hold secrets.
 KEPT: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "compress", "limit_rate", "chunk", "disk_path", "root_only",
@@ -476,7 +484,7 @@ def config_names() -> list[str]:
 
 def read_config(path: Path) -> dict[str, object]:
     """The values that a config.py sets. Raises UsageError."""
-    known = config_names()
+    known = [*config_names(), *(f"{side}_{name.upper()}" for side in ("SRC", "DST") for name in SIDED)]
     try:
         found = runpy.run_path(str(path))
     except SyntaxError as error:
@@ -491,19 +499,24 @@ def read_config(path: Path) -> dict[str, object]:
 
 def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: Mapping[str, object]) -> Settings:
     """Settings: built-in default < config.py < MIGRENA_NAME < flag. Raises UsageError."""
-    values = {}
-    for row in dataclasses.fields(Settings):
-        name, variable = row.name.upper(), f"MIGRENA_{row.name.upper()}"
-        for place, key, origin in ((flags, row.name, (name, *row.metadata["flags"])[-1]), (environment, variable, variable),
-                                   (config, row.name, f"{name} in config.py")):
+    def given(row: dataclasses.Field[Any], name: str) -> dict[str, Any]:
+        variable = f"MIGRENA_{name.upper()}"
+        for place, key, origin in ((flags, name, (name.upper(), *row.metadata["flags"])[-1]), (environment, variable, variable),
+                                   (config, name, f"{name.upper()} in config.py")):
             if key in place:
                 try:
-                    values[row.name] = row.metadata["read"](place[key])
+                    return {name: row.metadata["read"](place[key])}
                 except (ValueError, TypeError) as error:
-                    shown = "" if "creds" in row.name else f" {shorten(repr(place[key]), 80)}"
+                    shown = "" if "creds" in name else f" {shorten(repr(place[key]), 80)}"
                     raise UsageError(f"{origin}:{shown} {error}") from error
-                break
-    settings = Settings(**values)
+        return {}
+
+    values, sided = dict[str, Any](), dict[str, Any]()
+    for row in dataclasses.fields(Settings):
+        values |= given(row, row.name)
+        for side in ("src", "dst") if row.name in SIDED else ():
+            sided |= given(row, f"{side}_{row.name}")
+    settings = Settings(**{**values, "sided": sided})
     if settings.chunk < MiB or settings.chunk % MiB:
         raise UsageError(f"CHUNK: {settings.chunk} is no multiple of 1 MiB")
     for flag, is_given in (("--compress on", settings.compress == "on"), ("--warm", settings.warm)):
@@ -1460,6 +1473,18 @@ def find_run(folder: Path, beginning: str) -> str:
     return beginning if beginning in found else found[0]
 
 
+def still_to_write(folder: Path, run: str, host: str) -> int:
+    """Bytes that runs on this machine which asked for space on a host before this one have yet to write there."""
+    asked = {}
+    for other in known_runs(folder):
+        with suppress(UsageError):
+            entries = parse_journal(folder / f"{other}.jsonl")[0]
+            need = next((entry for entry in reversed(entries) if entry["event"] == "space" and entry["host"] == host), None)
+            if need and (other == run or read_run(folder, other).state == "running"):
+                asked[other] = need["at"], int(need["need"]) - max((entry["done"] for entry in entries if "done" in entry), default=0)
+    return sum(max(0, rest) for other, (at, rest) in asked.items() if other != run and (at, other) < (asked[run][0], run))
+
+
 def last_rate(folder: Path, clouds: Sequence[str]) -> float:
     """Bytes per second of the last run between these clouds, or 0.0."""
     for run in known_runs(folder):
@@ -1603,13 +1628,15 @@ done
 read -r pid < "$pidfile"
 trap '' PIPE  # what we say may reach nobody any more: we go on and tidy up
 echo ready
-hold kill -0 "$pid" 2>/dev/null || { echo "ended by itself" >&2; exit 1; }
+hold kill -0 "$pid" 2>/dev/null || { kill -s KILL -- "-$pid" 2>/dev/null; echo "ended by itself" >&2; exit 1; }
 kill "$pid" 2>/dev/null
 for n in $(seq 80); do
   kill -0 "$pid" 2>/dev/null || break
   [ "$n" != 40 ] || kill -9 "$pid" 2>/dev/null
   sleep 0.05
 done
+kill -s KILL -- "-$pid" 2>/dev/null  # nbd-server's group: before 3.27 a child spins for ever when a TLS client goes away without a word
+exit 0
 """
 
 LEASED_FOLDER: Final = HOLD + """
@@ -1626,7 +1653,13 @@ rm -rf -- "$folder"
 
 FED: Final = '"$@"; status=$?; cat >/dev/null; exit "$status"'  # a command that does not end before its input does
 PRIVATE_FILE: Final = 'umask 077; cat > "$1"'
-LACKING: Final = 'for tool; do command -v "$tool" >/dev/null || echo "$tool"; done'
+LACKING: Final = """
+has() { command -v "$1" >/dev/null; }
+for tool; do has "$tool" || echo "$tool"; done
+! has python3 || python3 -c 'import sys; sys.exit(sys.version_info < (3, 6))' || echo "python3 3.6"
+option=driver=blkdebug,image.driver=null-co,image.size=512,unshare-child-perms.0=write  # see locked()
+! has qemu-img || qemu-img info --image-opts "$option" >/dev/null 2>&1 || echo "qemu 5.0"
+"""
 
 # What the login shell runs; $1 is the command, `escaped`. What stands before BEGUN, on both streams, is a banner.
 BEGUN: Final = b"--- migrena begins ---\n"
@@ -3127,7 +3160,7 @@ SLOW_WIRE: Final = 16 * MiB  # bytes per second; up to here zlib, with 30 to 50 
 
 
 def tools_lacking(host: Host, tools: Sequence[str]) -> list[str]:
-    return host.script(LACKING, *tools).split()
+    return host.script(LACKING, *tools).splitlines()
 
 
 BROKEN: Final = "errors that qemu-img check finds"
@@ -4633,6 +4666,7 @@ STOP_DESTINATION: Final = "Stop destination instance"  # a step that tells how l
 SETTING_UP: Final = 2.0  # seconds that a stopped source waits for more than its bytes
 LOOK_LIMIT: Final = 20.0  # seconds after which a look at both sides is taken again
 LOST_ANSWER: Final = 10.0  # seconds in which an instance shows up although Nova answered with an error
+LATE_ANSWER: Final = 60.0  # the same for one that has to be deleted: a proxy may have kept the request
 CLAIM_PAUSE: Final = 1.0  # seconds in which a run elsewhere that saw no mark of ours writes its own
 
 STATE_WAYS: Final = {  # the words after `openstack server`
@@ -4711,6 +4745,7 @@ def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, 
         if server.image and not settings.image:
             found.image = cloud.store.one(server.image)
         if server.host:
+            settings = settings.of("src")
             found.host = host = stack.enter_context(host_of(server, settings, screen))
             found.lacking = tools_lacking(host, list(PACKAGES))
             found.disk = look_at_disk(host, server, settings, found.lacking)
@@ -4735,7 +4770,7 @@ def look_at_disk(host: Host, server: Server, settings: Settings, lacking: Sequen
     try:
         return survey_disk(host, server.id, path, shared=server.status == "ACTIVE")
     except CommandError as error:
-        if "lock" not in error.said:
+        if not re.search("Failed to get .*lock", error.said):
             raise
         raise HostError(f"{host.name}: {path} is in use although the instance is {server.status}: {error.said}",
                         "find out who has it open (virsh list, lsof) and end that first") from error
@@ -4836,8 +4871,9 @@ def refuse_server(server: Server, settings: Settings, known: Collection[str] = (
 def refuse_tools(host: str, lacking: Sequence[str], settings: Settings, nbd_tool: str) -> list[Reason]:
     """Which tools a host would have to have."""
     needed = (*NEEDED, nbd_tool) if settings.transport == "nbd" else NEEDED
-    return [Reason(f"{host}: {tool} is missing", "install {} (Debian: {}, RPM: {})".format(tool, *PACKAGES[tool]))
-            for tool in needed if tool in lacking]
+    old = [Reason(f"{host}: {tool} or later is needed, and what is there is older", "upgrade it") for tool in lacking if " " in tool]
+    return old + [Reason(f"{host}: {tool} is missing", "install {} (Debian: {}, RPM: {})".format(tool, *PACKAGES[tool]))
+                  for tool in needed if tool in lacking]
 
 
 def refuse_disk(disk: Disk, settings: Settings) -> list[Reason]:
@@ -5082,7 +5118,7 @@ def execute(run: Run, stack: ExitStack) -> str:
         cloud.unmark(new.id, plan.run, MADE)
     run.undo.attempt(f"unlock destination {new.id}", lambda: release_destination(run, new.id))
     run.undo.attempt(f"give source {plan.server.id} back", lambda: release_source(run, arrived))
-    host.run("rm", "-f", "--", beside(run.settings.disk_path % new.id, plan.run)[1])
+    host.run("rm", "-f", "--", beside(run.settings.of("dst").disk_path % new.id, plan.run)[1])
     return new.id
 
 
@@ -5339,6 +5375,7 @@ def ask_for_destination(run: Run) -> str:
                                           plan.marks(MADE) | {ORIGIN: plan.server.id})
     except CloudError as error:
         if not error.may_pass:
+            run.journal.write("refused")
             raise
         while not (made := run.destination.made_by(plan.run, plan.server.id)):
             if time.monotonic() > limit:
@@ -5347,11 +5384,24 @@ def ask_for_destination(run: Run) -> str:
         return made[0].id
 
 
+def made_late(run: Run) -> list[str]:
+    """The ids of what a run has made whose answer was lost; raises Kept where it may still be made."""
+    if any(entry["event"] == "refused" for entry in run.journal.entries):
+        return []
+    limit = time.monotonic() + LATE_ANSWER
+    while not (made := run.destination.made_by(run.plan.run, run.plan.server.id)):
+        if time.monotonic() > limit:
+            raise Kept(f"Nova did not answer when it was asked for {run.settings.dst_name}, and may still make it",
+                       f"openstack server list --name {shlex.quote(run.settings.dst_name)}; ./migrena.py rollback {run.plan.run} deletes it")
+        time.sleep(CLAIM_PAUSE)
+    return [server.id for server in made]
+
+
 def delete_on_failure(run: Run) -> None:
     """If the run fails, what it made is deleted: by its id, or by its marks where Nova's answer was lost."""
     def delete() -> None:
         is_proven = stage_of(run.record) >= Stage.PROVEN  # until then the source's host may be away
-        for id in [run.made] if run.made else [server.id for server in run.destination.made_by(run.plan.run, run.plan.server.id)]:
+        for id in [run.made] if run.made else made_late(run):
             now = look(run, id, with_disk=is_proven)
             if not now.destination.is_gone:
                 allow(Act.DELETE, now, Asked(run.settings.yes))
@@ -5365,7 +5415,7 @@ def connect_destination(run: Run, new: Server, stack: ExitStack) -> Host:
     """The hypervisor that Nova chose, with all the tools a copy needs."""
     if not new.host:
         raise CloudError(f"destination cloud: {NO_HOSTS} the instance is", "use an admin's credentials")
-    host = stack.enter_context(host_of(new, run.settings, run.screen))
+    host = stack.enter_context(host_of(new, run.settings.of("dst"), run.screen))
     stack.enter_context(host.private_folder(run.plan.run))
     run.undo.always(f"check that nothing of ours is left on {host.name}", host.confirm_all_ended)
     if reasons := refuse_tools(host.name, tools_lacking(host, list(PACKAGES)), run.settings, "nbd-client"):
@@ -5390,14 +5440,16 @@ def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
     """The plan of the transfer, rehearsed, with the destination stopped, while the source still runs."""
     screen, cloud = run.screen, run.destination
     with screen.step(f"{STOP_DESTINATION}."), run.journal.act("stop destination", server=new.id) as result:
-        fresh = survey_disk(ends.destination, new.id, run.settings.disk_path % new.id, shared=not new.is_stopped)
+        fresh = survey_disk(ends.destination, new.id, run.settings.of("dst").disk_path % new.id, shared=not new.is_stopped)
         gate(run, Act.STOP_DESTINATION)
         locked = cloud.lock(new.id, f"{LOCKED_BY}{run.plan.run}")
         result["request"] = cloud.stop(new.id, run.changed) or locked
         screen.note("Done. Current status: SHUTOFF")
     with screen.step("Compare bases, space and the way between the hypervisors."):
         job = plan_job(run, ends, fresh)
-        refuse_job(ends, job, run.plan.disk)
+        host = ends.destination.name
+        run.journal.write("space", host=host, need=space_needed(job.source, run.plan.disk, job.whole_file))
+        refuse_job(ends, job, run.plan.disk, still_to_write(run.journal.path.parent, run.plan.run, host))
         rate = rehearse(ends, job)
         screen.note(f"Done. {human(SAMPLE)} went from {ends.source.nbd_address} to {ends.client_address} and were proven.")
         if rate < SLOW_WIRE and job.may_be_compressed:
@@ -5431,19 +5483,20 @@ def plan_job(run: Run, ends: Ends, fresh: Disk) -> DiskJob:
                    source_direct=disk.direct_io, fresh_direct=fresh.direct_io, compress=compress)
 
 
-def refuse_job(ends: Ends, job: DiskJob, disk: Disk) -> None:
-    """Raises HostError where the destination's host or disk cannot take the copy."""
+def refuse_job(ends: Ends, job: DiskJob, disk: Disk, others: int = 0) -> None:
+    """Raises HostError where the destination's host or disk cannot take the copy, besides so many bytes of other runs."""
     host, fresh = ends.destination, job.fresh
     if fresh.format not in ("qcow2", "raw"):
         raise HostError(f"{host.name}: {fresh.path} is {fresh.format}; only qcow2 and raw can be copied to")
     if fresh.size < job.source.size:
         raise HostError(f"the new instance's disk of {human(fresh.size)} is smaller than the source's {human(job.source.size)}",
                         "name a larger flavor with -f")
-    need = space_needed(job.source, disk, job.whole_file)
+    need = space_needed(job.source, disk, job.whole_file) + job.settings.space_reserve
     there = host.script('[ ! -f "$1" ] || stat -c %b -- "$1"', job.new)  # a run that goes on has its place already
     free = free_space(host, fresh.path) + there.read(lambda said: int(said or 0)) * 512
-    if free < need:
-        raise HostError(f"{host.name}: {human(free)} are free beside {fresh.path}, {human(need)} are needed",
+    if free - others < need:
+        taken = f", {human(others)} of which other runs have yet to write" if others else ""
+        raise HostError(f"{host.name}: {human(free)} are free beside {fresh.path}{taken}, {human(need)} are needed",
                         "free space there, or have Nova choose another host with availability_zone in -e")
 
 
@@ -5536,9 +5589,14 @@ def transfer(run: Run, host: Host, job: DiskJob, known: Known, locks: DiskLocks)
     """Copies and proves; raises as `patiently` does. A half-made file goes with the destination, whose whole folder Nova deletes."""
     inode = host.run("stat", "-c", "%i", "--", job.fresh.path).strip()
     run.journal.write("job", new=job.new, kept=job.kept, host=host.name, stand=job.stand, inode=inode, whole_file=job.whole_file)
-    check = spaced(10.0, partial(gate, run, Act.WRITE, is_held=True))
+    def check() -> None:
+        gate(run, Act.WRITE, is_held=True)
+        if (free := free_space(host, job.fresh.path)) < run.settings.space_reserve:
+            raise FinalError(f"{host.name}: only {human(free)} are free by now beside {job.fresh.path}: guests there would be paused",
+                             "free space there, and run it again; the limit is SPACE_RESERVE")
+
     witness = Witness(partial(told_progress, run), lambda tile, done: run.journal.write(
-        "chunk", offset=tile.offset, length=tile.length, done=done), check)
+        "chunk", offset=tile.offset, length=tile.length, done=done), spaced(10.0, check))
 
     def attempt(ends: Ends) -> Moved:
         gate(run, Act.WRITE)
@@ -5699,7 +5757,8 @@ def begin_journal(folder: Path, settings: Settings, plan: Plan, clouds: Sequence
         journal.write("run", pid=os.getpid(), source=plan.server.id, source_name=plan.server.name, source_host=plan.server.hypervisor,
                       name=settings.dst_name, clouds=[cloud.url for cloud in clouds], where=[cloud.identity for cloud in clouds],
                       was_running=plan.was_running, flavor=plan.flavor.id, image=plan.image.id,
-                      settings={name: getattr(settings, name) for name in KEPT})
+                      settings={**{name: getattr(settings, name) for name in KEPT},
+                                **{f"{side}_disk_path": settings.of(side).disk_path for side in ("src", "dst")}})
     return journal
 
 
@@ -5811,6 +5870,7 @@ def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord,
         id = record.destination or next((server.id for server in cloud.made_by(record.run, record.source)), "")
         found.seen = seen = see(cloud, id, record.request("stop destination"))
         if seen.server and seen.server.host:
+            settings = settings.of("dst")
             with host_of(seen.server, settings, screen) as host:
                 path = settings.disk_path % id
                 new, kept = beside(path, record.run)
@@ -5970,14 +6030,14 @@ def with_hosts(undone: Undone) -> Undone:
     source, made = now.source.server, now.destination.server
     if source and source.host and now.stage >= Stage.PROVEN:
         try:
-            with host_of(source, undone.settings, undone.screen) as host:
+            with host_of(source, undone.settings.of("src"), undone.screen) as host:
                 alive = "" if record.run else at_work(host, now.run)
-                disk = disk_now(host, undone.settings.disk_path % source.id, record)
+                disk = disk_now(host, undone.settings.of("src").disk_path % source.id, record)
         except HostError as error:
             disk = f"cannot be looked at: {shorten(str(error))}"
         now = replace(now, source=replace(now.source, disk=disk))
     if made and made.host and not record.run and not alive:
-        with host_of(made, undone.settings, undone.screen) as host:
+        with host_of(made, undone.settings.of("dst"), undone.screen) as host:
             alive = at_work(host, now.run)
     return replace(undone, now=replace(now, alive=alive))
 
@@ -6101,11 +6161,12 @@ def take_away(undone: Undone) -> None:
 
 def clean_host(undone: Undone, server: Server) -> None:
     """Takes away what a run has left on a host: folders, files beside the destination's disk, the bitmap in the source's. Raises Kept."""
-    run, path, limit = undone.now.run, undone.settings.disk_path % server.id, time.monotonic() + LEASE_LIMIT
+    settings = undone.settings.of("src" if server is undone.now.source.server else "dst")
+    run, path, limit = undone.now.run, settings.disk_path % server.id, time.monotonic() + LEASE_LIMIT
     is_source = server.id == undone.now.source.id
     if undone.settings.keep_destination and not is_source:
         undone.allow(Act.CLEAN)
-    with host_of(server, undone.settings, undone.screen) as host:
+    with host_of(server, settings, undone.screen) as host:
         while (left := host.script(LEFT_FOLDERS, run).splitlines()) and time.monotonic() < limit:
             time.sleep(1)
         if left := [*left, *(() if is_source else beside(path, run))]:

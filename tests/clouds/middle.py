@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 from lab.settings import CLOUDS
 
-PASS, LOST, SILENT = "", "lost", "silent"  # or an HTTP status in digits, which is answered in the cloud's place
+PASS, LOST, SILENT, LATE = "", "lost", "silent", "late"  # or an HTTP status in digits, which is answered in the cloud's place
+# LATE is done 15 s after it was answered with 504.
 Spoil = Callable[[str, int], str]  # what to do with a request, by its name and how many of this name came before
 SIDES = {urlsplit(cloud.url("nova")).hostname: cloud.name for cloud in CLOUDS}
 
@@ -70,6 +71,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         if verdict.isdigit():
             self.answer(int(verdict), [("Content-Type", "application/json")], json.dumps({"spoiled": {"message": "spoiled on the way"}}).encode())
+            return
+        if verdict == LATE:
+            threading.Timer(15, self.ask, [body]).start()
+            self.answer(504, [("Content-Type", "text/plain")], b"spoiled on the way")
             return
         status, headers, text = self.ask(body)
         if verdict != LOST:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from clouds.conftest import DESTINATION, SOURCE, Operator, disk, ended, has_been_put_back, has_moved, left_on, same_to_both_guests
-from clouds.middle import LOST, PASS, SILENT, Middle, Spoil, middle
+from clouds.middle import LATE, LOST, PASS, SILENT, Middle, Spoil, middle
 from lab.api import Api
 from lab.clouds import Clouds
 
@@ -54,6 +54,14 @@ def test_every_request_that_fails_once_is_made_again_and_nothing_is_made_twice(
     assert {"src POST metadata", "dst POST os-stop", "dst POST lock", "src POST lock", "dst POST os-start", "dst POST unlock"} <= {*between.spoiled}
     dst.act(done.stdout.strip(), "os-stop", until="SHUTOFF")
     assert is_complete(clouds, src, source, done.stdout.strip())
+
+
+def test_an_instance_that_nova_makes_after_its_answer_was_lost_is_deleted_all_the_same(
+        operator: Operator, clouds: Clouds, src: Api, dst: Api, source: str, between: Middle) -> None:
+    between.spoil = after_the_survey(between, lambda name, before: LATE if name == CREATE and not before else PASS)
+    done = operator.run("-s", source, *operator.to(DESTINATION), env=between.environment)
+    assert done.returncode == 1 and "504" in done.stderr, done.stderr
+    assert not dst.find("nova", "servers", "arrived") and has_been_put_back(src, source, "SHUTOFF")
 
 
 @pytest.mark.long

@@ -143,3 +143,14 @@ def test_an_answer_of_another_form_is_shown_with_host_and_command(lab: Lab, src:
     problem = caught.value.reasons[0].problem
     assert problem.startswith("src: what `") and "cannot be understood: " in problem and problem.endswith(says or "nothing")
     assert "a wrapper" in caught.value.reasons[0].way_out
+
+
+@pytest.mark.parametrize(("tool", "word", "needed"), [("qemu-img", "unshare-child-perms", "qemu 5.0"), ("python3", "version_info", "python3 3.6")])
+@pytest.mark.parametrize("side", ["src", "dst"])
+def test_a_tool_that_is_too_old_is_found_out_while_the_source_still_runs(
+        lab: Lab, operator: Operator, side: str, tool: str, word: str, needed: str) -> None:
+    wrapper = f'#!/bin/sh\ncase "$*" in *{word}*) exit 1; esac\nexec /usr/bin/{tool} "$@"\n'
+    with file(lab, side, f"/usr/local/bin/{tool}", wrapper):
+        done = operator.copy()
+    assert done.returncode == (3 if side == "src" else 1) and f"{side}: {needed} or later is needed" in done.stderr
+    assert "Stop source" not in done.stderr and operator.made() == []

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from hosts.rig import Copy, Instance, MiB, running, settings_for, wait_for, wait_until_clean
+from hosts.rig import Copy, Instance, MiB, processes, running, settings_for, wait_for, wait_until_clean
 from lab.hosts import Host as LabHost
 from lab.hosts import Lab
 from migrena import DiskJob, Ends, Export, HostError, Screen, certificates, connect, exported, rehearse
@@ -264,3 +264,23 @@ def test_a_server_under_another_address_is_not_believed(namespaces: Lab, prepare
         ends.source.nbd_address = before
         namespaces["dst"].run("ip", "route", "del", "10.99.99.2")
         namespaces["src"].run("ip", "addr", "del", "10.99.99.2/32", "dev", "lo")
+
+
+CONNECTED = "import socket, sys, time; link = socket.create_connection((sys.argv[1], int(sys.argv[2])), 20); time.sleep(600)"
+
+
+@pytest.mark.parametrize("prepared", BOTH[2:3], indirect=True, ids=NAMES[2:3], scope="module")
+def test_hazard_20_no_child_of_an_nbd_server_outlives_the_lease_whoever_has_ended_its_parent(
+        namespaces: Lab, prepared: tuple[Ends, DiskJob], instance: Instance) -> None:
+    ends, job = prepared
+
+    def servers() -> list[int]:
+        return [pid for pid, words in processes(namespaces["src"]).items() if words[0] == "nbd-server"]
+
+    with contextlib.ExitStack() as stack:
+        with exported(ends, job, instance.path, "raw") as (export, _):
+            stack.enter_context(running(namespaces["dst"], "python3", "-c", CONNECTED, export.address, str(export.port)))
+            wait_for("a child of nbd-server", lambda: len(servers()) == 2)
+            namespaces["src"].run("kill", "-9", str(min(servers())))
+            assert len(servers()) == 1
+        wait_for("the end of nbd-server's child", lambda: not servers(), 10)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+from pathlib import Path
+from typing import Any
 
-from hosts.operators import Operator, is_complete
+from hosts.operators import Operator, an_operator, is_complete
 from hosts.rig import INSTANCES
+from lab.hosts import Lab
 from migrena import MARK, ORIGIN
 from unit.makers import UUID
 
@@ -106,3 +110,24 @@ def test_a_run_from_another_machine_that_was_quicker_keeps_the_source(operator: 
     refused = operator.copy()
     assert refused.returncode == 3 and "run 20200101T000000-other is moving the source" in refused.stderr
     assert operator.clouds[0].rows()[UUID]["metadata"] == {MARK: "20200101T000000-other"} and operator.made() == []
+
+
+def test_each_side_is_reached_and_looked_at_as_is_told_for_it_alone(lab: Lab, tmp_path: Path) -> None:
+    nowhere = {host.name: "192.0.2.1" for host in lab}
+    sided: dict[str, Any] = {f"{side.upper()}_HOSTS": {side: lab[side].address} for side in ("src", "dst")}
+    sided |= {f"{side}_DISK_PATH": f"{INSTANCES}/%s/disk" for side in ("SRC", "DST")}
+    operator = an_operator(lab, tmp_path, HOSTS=nowhere, DISK_PATH="/nowhere/%s/disk", **sided)
+    done = operator.copy("--json", throw=[("chunk", signal.SIGKILL.value)])
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    run = operator.states()[0][0]
+    done = operator.run("resume", run)
+    assert done.returncode == 0, done.stderr
+    is_complete(operator, run)
+    assert operator.run("rollback", run, "--yes").returncode == 0 and operator.made() == []
+
+
+def test_a_copy_that_would_leave_too_little_room_is_refused_while_the_source_runs(lab: Lab, tmp_path: Path) -> None:
+    operator = an_operator(lab, tmp_path, SPACE_RESERVE="500G")
+    done = operator.copy()
+    assert done.returncode == 1 and "500.1 GiB are needed" in done.stderr and "Stop source" not in done.stderr
+    operator.is_as_found()

@@ -29,6 +29,7 @@ from migrena import (
     read_run,
     refuse_state,
     slots,
+    still_to_write,
     table_lines,
 )
 from unit.makers import UUID
@@ -280,3 +281,19 @@ def test_a_name_that_would_move_the_cursor_is_written_out(tmp_path: Path) -> Non
     stream = io.StringIO()
     Screen(stream=stream).say("name \x1b[2J\x07 end")
     assert "\x1b" not in stream.getvalue() and "\\x1b[2J\\x07 end" in stream.getvalue()
+
+
+def test_what_earlier_runs_have_yet_to_write_on_a_host_counts_as_taken_and_later_ones_wait(tmp_path: Path) -> None:
+    def space(need: int, at: int, host: str = "b") -> dict[str, Any]:
+        return {"event": "space", "host": host, "need": need * MiB, "at": f"2026-11-20T21:00:{at:02}"}
+
+    def journal(run: str, source: str, *entries: dict[str, Any]) -> None:
+        lines = [{"event": "run", "source": source, "at": "2026-11-20T21:00:00"}, *entries]
+        (tmp_path / f"{run}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    journal("1", "one", space(100, 1), {"event": "progress", "at": "2026-11-20T21:00:05", "done": 30 * MiB, "total": 90 * MiB})
+    journal("2", "two", space(50, 2))
+    journal("3", "three", space(200, 3, host="c"))
+    journal("4", "four", space(500, 4))  # it has ended, or was killed: nobody holds its lock
+    with only_run_of(tmp_path, "one", "1"), only_run_of(tmp_path, "two", "2"), only_run_of(tmp_path, "three", "3"):
+        assert [still_to_write(tmp_path, run, "b") for run in ("1", "2", "4")] == [0, 70 * MiB, 120 * MiB]

@@ -39,7 +39,7 @@ SAMPLES: dict[str, tuple[tuple[object, Any], ...]] = {
     "tls": ((False, False), ("no", False), (False, False)),
     "verify": ((False, False), ("0", False), (False, False)),
 }
-ROWS = {row.name: row for row in dataclasses.fields(Settings)}
+ROWS = {row.name: row for row in dataclasses.fields(Settings) if row.name != "sided"}
 
 
 def samples(name: str) -> tuple[tuple[object, Any], ...]:
@@ -227,3 +227,19 @@ def test_control_a_flag_that_readme_lacks_is_noticed() -> None:
 def test_readme_tells_every_exit_code() -> None:
     content = (REPOSITORY / "README.md").read_text()
     assert all(re.search(rf"\|\s*`?{code}`?\s*\|", content) for code in ("0", "1", "2", "3", "4", "128.{0,3}n"))
+
+
+def test_what_is_told_for_one_side_alone_wins_over_the_common_value_there() -> None:
+    config = {"hosts": {"compute-1": "192.0.2.1"}, "dst_hosts": {"compute-1": "192.0.2.2"}, "disk_path": "/a/%s/disk"}
+    settings = settle({}, {"MIGRENA_SRC_DISK_PATH": "/b/%s/disk"}, config)
+    assert [settings.of(side).hosts["compute-1"].address for side in ("src", "dst")] == ["192.0.2.1", "192.0.2.2"]
+    assert [settings.of(side).disk_path for side in ("src", "dst")] == ["/b/%s/disk", "/a/%s/disk"]
+
+
+def test_a_value_for_one_side_is_read_as_strictly_as_the_common_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"DST_SSH_PORT in config\.py: 'x' is no TCP port"):
+        settle({}, {}, {"dst_ssh_port": "x"})
+    path = tmp_path / "config.py"
+    path.write_text("SRC_HOST = {}")
+    with pytest.raises(UsageError, match="did you mean SRC_HOSTS"):
+        read_config(path)
