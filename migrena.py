@@ -666,9 +666,10 @@ class Image:
         return bool(self.told.get("os_hidden"))
 
     def equals(self, other: Image) -> bool:
-        """Whether Nova gets the same of both: equal files, proven by Glance's digests, of one form."""
-        return self.form == other.form and (bool(self.os_hash and self.os_hash == other.os_hash)
-                                            or bool(self.checksum and self.checksum == other.checksum))
+        """Whether Nova gets the same of both: files of one form, equal by the strongest of Glance's digests that both have."""
+        hashes, algos = (self.os_hash, other.os_hash), {image.told.get("os_hash_algo") for image in (self, other)}
+        one, another = hashes if all(hashes) and len(algos) == 1 else (self.checksum, other.checksum)
+        return self.form == other.form and one == another != ""
 
 
 @dataclass(frozen=True)
@@ -1485,14 +1486,17 @@ def still_to_write(folder: Path, run: str, host: str) -> int:
     return sum(max(0, rest) for other, (at, rest) in asked.items() if other != run and (at, other) < (asked[run][0], run))
 
 
-def last_rate(folder: Path, clouds: Sequence[str]) -> float:
-    """Bytes per second of the last run between these clouds, or 0.0."""
+def lines_of_runs(folder: Path, event: str) -> Iterator[dict[str, Any]]:
+    """The lines of this event in all journals on this machine, the latest first."""
     for run in known_runs(folder):
         with suppress(UsageError):
-            for entry in reversed(parse_journal(folder / f"{run}.jsonl")[0]):
-                if entry["event"] == "finished" and entry.get("clouds") == list(clouds) and entry.get("rate"):
-                    return float(entry["rate"])
-    return 0.0
+            yield from (entry for entry in reversed(parse_journal(folder / f"{run}.jsonl")[0]) if entry["event"] == event)
+
+
+def last_rate(folder: Path, clouds: Sequence[str]) -> float:
+    """Bytes per second of the last run between these clouds, or 0.0."""
+    rates = (entry.get("rate") for entry in lines_of_runs(folder, "finished") if entry.get("clouds") == list(clouds))
+    return float(next(filter(None, rates), 0))
 
 
 class Undo:
@@ -4467,12 +4471,12 @@ def wanted_images(settings: Settings, here: Sequence[Image]) -> tuple[list[Image
     return list(chosen), reasons
 
 
-def plan_image(settings: Settings, wanted: Image, there: Sequence[Image]) -> ImagePlan:
-    """What will become of one image of the source, when the destination has these."""
+def plan_image(settings: Settings, wanted: Image, there: Sequence[Image], known: Collection[tuple[str, str]] = ()) -> ImagePlan:
+    """What will become of one image of the source, when the destination has these; `known` are digests of images and of what became of them."""
     plan = ImagePlan(wanted, settings.new_name or wanted.name or wanted.id, settings.disk_format or str(wanted.told.get("disk_format")))
     same = [other for other in there if other.status == "active" and not other.told.get(CARRIED_BY) and
-            (other.told.get(CAME_FROM[0]) == wanted.id and other.told.get("disk_format") == plan.disk_format if plan.is_converted else
-             other.equals(wanted))]
+            ((wanted.os_hash or wanted.checksum, other.os_hash or other.checksum) in known and
+             other.form == (plan.disk_format, wanted.form[1]) if plan.is_converted else other.equals(wanted))]
     best = min(same, key=lambda other: (other.is_hidden, other.name != plan.name), default=None)
     return dataclasses.replace(plan, there=best.id) if best else plan
 
@@ -4508,7 +4512,8 @@ def refuse_image(settings: Settings, plan: ImagePlan, there: Sequence[Image]) ->
             yield Reason(f"run {run} is carrying it, or was cut off while it did",
                          f"if it is over: ./migrena.py rollback {run}, or openstack image delete {other.id}")
         elif other.name == plan.name and not other.is_hidden:
-            yield Reason(f"destination cloud: image {plan.name!r} has other content or another format ({other.id})",
+            doubt = ", or no journal here proves that it was converted from this one" if plan.is_converted else ""
+            yield Reason(f"destination cloud: image {plan.name!r} has other content or another format ({other.id}){doubt}",
                          "choose another one with --name")
 
 
@@ -4595,8 +4600,9 @@ def carry(settings: Settings, journal: Journal, undo: Undo, clouds: tuple[Cloud,
                 store.send(id, sent, made.stat().st_size)
         else:
             store.send(id, stream, plan.size)
-        stream.prove(wanted, "source")
+        proven = stream.prove(wanted, "source")
     digest = sent.prove(store.one(id) or Image.of({"id": id}), "destination")
+    journal.write("proven image", source=proven, digest=digest)
     refused += store.describe(id, {key: told.get(key) for key in ("visibility", "protected")}, CARRIED_BY)
     arrived = f", as {plan.disk_format} {human(sent.done)}" if plan.is_converted else ""
     screen.note(f"Done. {human(stream.done)} in {span(time.monotonic() - began)}{arrived}; both Glances agree, digest {digest[:16]}…")
@@ -4623,7 +4629,8 @@ def image(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         source, destination = both_clouds(settings, call.environment)
         here, there = at_once(lambda: source.store.all(*settings.images), destination.store.all)
     chosen, reasons = wanted_images(settings, here)
-    plans = [plan_image(settings, wanted, there) for wanted in chosen]
+    known = {(entry["source"], entry["digest"]) for entry in lines_of_runs(folder, "proven image")} if settings.disk_format else ()
+    plans = [plan_image(settings, wanted, there, known) for wanted in chosen]
     reasons += [Reason(f"several of these images are named {name!r}", "carry them one by one, with --name")
                 for name, count in Counter(plan.name for plan in plans).items() if count > 1]
     reasons += [why for plan in plans for why in (*refuse_image(settings, plan, there), *refuse_reading(plan, source))]

@@ -152,6 +152,8 @@ def test_an_image_is_converted_and_still_the_same_to_a_guest(operator: Operator,
     assert subprocess.run(["qemu-img", "compare", "-f", "qcow2", "-F", format, guest_image(), got], check=False).returncode == 0
     again = operator.run("image", "-i", "own", "--disk-format", format)
     assert again.returncode == 0 and "already there" in again.stderr
+    elsewhere = operator.run("image", "-i", "own", "--disk-format", format, extra=f"STATE_FOLDER = {str(tmp_path / 'elsewhere')!r}")
+    assert elsewhere.returncode == 3 and "no journal here proves" in elsewhere.stderr
 
 
 def test_an_image_that_names_files_of_this_machine_is_not_converted(operator: Operator, src: Api, dst: Api, tmp_path: Path) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.machinery
 import importlib.util
+import io
 import shutil
 import struct
 import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,14 @@ from migrena import (
     Image,
     ImagePlan,
     Refused,
+    Screen,
     SourceFacts,
     Stream,
+    Undo,
+    carry_alone,
     converted,
     image_to_carry,
+    lines_of_runs,
     pick_image,
     plan_image,
     refuse_image,
@@ -30,6 +37,7 @@ from migrena import (
 )
 from unit.makers import some_settings
 
+needs_qemu = pytest.mark.skipif(not shutil.which("qemu-img"), reason="qemu-img is missing")
 CONTENT = [b"one", b"two", b""]
 SHA512, MD5 = (getattr(hashlib, name)(b"onetwo").hexdigest() for name in ("sha512", "md5"))
 
@@ -80,7 +88,82 @@ def test_the_same_content_is_there_already_whatever_its_name_and_one_of_the_same
     for half in ({"status": "queued"}, {"migrena_run": "R"}):
         assert plan_image(some_settings(), told(), [told(id="8", **half)]).there == ""
     assert plan_image(some_settings(disk_format="raw"), told(), there).there == ""
-    assert plan_image(some_settings(disk_format="raw"), told(), [told(id="7", disk_format="raw", source_uuid="1", os_hash_value="x")]).there == "7"
+
+
+def test_images_with_equal_md5_and_different_os_hash_are_different() -> None:
+    there = told(id="9", os_hash_value="0")
+    assert not told().equals(there) and plan_image(some_settings(), told(), [there]).there == ""
+    with pytest.raises(Refused, match="no image with the content"):
+        pick_image("", [there], told())
+
+
+@pytest.mark.parametrize(("one", "other", "are_equal"), [
+    ({"checksum": "0"}, {}, True),  # the weaker digest is not asked
+    ({"os_hash_value": None}, {}, True), ({"os_hash_value": None, "checksum": "0"}, {}, False),
+    ({"os_hash_algo": "sha256"}, {}, True), ({"os_hash_algo": "sha256", "checksum": "0"}, {}, False),  # equal values of two algorithms prove nothing
+    ({"os_hash_algo": "sha256", "os_hash_value": "0"}, {}, True), ({"checksum": None, "os_hash_value": None}, {}, False),
+    ({"checksum": None, "os_hash_value": None}, {"checksum": None, "os_hash_value": None}, False),
+    ({"checksum": None}, {"os_hash_value": None}, False)])
+def test_the_strongest_digest_that_both_images_have_decides(one: dict[str, Any], other: dict[str, Any], are_equal: bool) -> None:
+    assert told(**one).equals(told(**other)) is told(**other).equals(told(**one)) is are_equal
+
+
+class Glance:
+    """A stand-in for a Glance that holds images in memory; what any tenant can set is set by `properties`."""
+
+    def __init__(self, *there: Image, content: bytes = b"") -> None:
+        self.there, self.content, self.store, self.url = {image.id: image for image in there}, content, self, "http://keystone"
+
+    def all(self) -> list[Image]:
+        return list(self.there.values())
+
+    def one(self, id: str) -> Image | None:
+        return self.there.get(id)
+
+    def pieces(self, id: str) -> Iterator[bytes]:
+        yield self.content
+
+    def make(self, **facts: Any) -> str:
+        self.there["made"] = Image.of({"id": "made", "status": "queued", **facts})
+        return "made"
+
+    def describe(self, id: str, facts: dict[str, Any], *left_out: str) -> list[str]:
+        self.there[id] = Image.of({key: value for key, value in {**self.there[id].told, **facts}.items() if key not in left_out})
+        return []
+
+    def send(self, id: str, content: Any, size: int) -> None:
+        digest = hashlib.sha512(b"".join(iter(content.read, b""))).hexdigest()
+        self.describe(id, {"status": "active", "os_hash_algo": "sha512", "os_hash_value": digest})
+
+
+def conversions(folder: Path) -> set[tuple[str, str]]:
+    return {(line["source"], line["digest"]) for line in lines_of_runs(folder, "proven image")}
+
+
+@needs_qemu
+def test_a_converted_image_is_already_there_only_where_a_journal_proves_its_content(tmp_path: Path) -> None:
+    """Anyone may call an image, shared or public, a conversion of another one: `source_uuid` is a property."""
+    content = b"content".ljust(1 << 20, b"\0")
+    image = told(os_hash_value=hashlib.sha512(content).hexdigest(), checksum=None, disk_format="raw", size=len(content))
+    settings, folder = some_settings(disk_format="qcow2", work_folder=str(tmp_path)), tmp_path / "state"
+    folder.mkdir()
+    false = told(id="7", name="free", disk_format="qcow2", source_uuid="1", os_hash_value="0", visibility="public")
+    glance, undo = Glance(false), Undo(Screen(stream=io.StringIO()))
+    before = plan_image(settings, image, glance.all(), conversions(folder))
+    assert before.there == ""
+    clouds: Any = (Glance(image, content=content), glance)
+    carry_alone(settings, folder, undo, clouds, before)
+    assert plan_image(settings, image, glance.all(), conversions(folder)).there == "made"
+    glance.describe("made", {}, "source_uuid")  # the property is not needed
+    assert plan_image(settings, image, glance.all(), conversions(folder)).there == "made"
+    elsewhere = plan_image(settings, image, glance.all(), conversions(tmp_path))
+    assert elsewhere.there == ""
+    (reason,) = refuse_image(settings, elsewhere, glance.all())
+    assert "has other content or another format (made), or no journal here proves that it was converted from this one" in reason.problem
+    assert list(refuse_image(settings, replace(elsewhere, name="again"), glance.all())) == []
+    for altered in ({"os_hash_value": "0"}, {"disk_format": "raw"}):
+        glance.describe("made", altered)
+        assert plan_image(settings, image, glance.all(), conversions(folder)).there == ""
 
 
 @pytest.mark.parametrize("form", [{"disk_format": "raw"}, {"disk_format": "iso"}, {"container_format": "ova"}])
@@ -152,9 +235,6 @@ def empty_vmdk(kind: str, extent: str) -> bytes:
     descriptor = f'# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n{kind}\nRW 128 FLAT "{extent}" 0\n'
     header = struct.pack("<4sIIQQQQIQQQ", b"KDMV", 1, 3, 0, 128, 1, 20, 512, 0, 0, 128)
     return (header.ljust(512, b"\0") + descriptor.encode()).ljust(1 << 17, b"\0")
-
-
-needs_qemu = pytest.mark.skipif(not shutil.which("qemu-img"), reason="qemu-img is missing")
 
 
 @needs_qemu
