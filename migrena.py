@@ -40,7 +40,6 @@ from __future__ import annotations
 import argparse
 import ast
 import copy as copying
-import dataclasses
 import difflib
 import enum
 import errno
@@ -75,7 +74,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import cached_property, partial
 from pathlib import Path
@@ -175,6 +174,17 @@ class CloudError(MigrenaError):
     def may_pass(self) -> bool:
         """Whether the same question may be answered a little later."""
         return self.code in (0, 429) or self.code >= 500
+
+
+@contextmanager
+def gathering(problems: list[Reason]) -> Iterator[None]:
+    """A scope that an error ends, whose reasons are told with others; but a UsageError is told alone."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except MigrenaError as error:
+        problems += error.reasons
 
 
 class Interrupted(BaseException):
@@ -479,7 +489,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def config_names() -> list[str]:
     """The names that config.py may set."""
-    return [row.name.upper() for row in dataclasses.fields(Settings) if row.metadata["config"]]
+    return [row.name.upper() for row in fields(Settings) if row.metadata["config"]]
 
 
 def read_config(path: Path) -> dict[str, object]:
@@ -499,7 +509,7 @@ def read_config(path: Path) -> dict[str, object]:
 
 def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: Mapping[str, object]) -> Settings:
     """Settings: built-in default < config.py < MIGRENA_NAME < flag. Raises UsageError."""
-    def given(row: dataclasses.Field[Any], name: str) -> dict[str, Any]:
+    def given(row: Field[Any], name: str) -> dict[str, Any]:
         variable = f"MIGRENA_{name.upper()}"
         for place, key, origin in ((flags, name, (name.upper(), *row.metadata["flags"])[-1]), (environment, variable, variable),
                                    (config, name, f"{name.upper()} in config.py")):
@@ -512,7 +522,7 @@ def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: 
         return {}
 
     values, sided = dict[str, Any](), dict[str, Any]()
-    for row in dataclasses.fields(Settings):
+    for row in fields(Settings):
         values |= given(row, row.name)
         for side in ("src", "dst") if row.name in SIDED else ():
             sided |= given(row, f"{side}_{row.name}")
@@ -909,7 +919,7 @@ class DiskJob:
 
     @property
     def new_image(self) -> DiskImage:
-        return dataclasses.replace(self.fresh, path=self.new, format=self.new_format)
+        return replace(self.fresh, path=self.new, format=self.new_format)
 
 
 @dataclass(frozen=True)
@@ -1415,7 +1425,7 @@ def read_run(folder: Path, run: str, *, is_ours: bool = False) -> RunRecord:
     """What is known of a run, `is_ours` to those who hold its lock. Raises UsageError."""
     record = recorded(run, parse_journal(folder / f"{run}.jsonl")[0])
     is_running = not is_ours and who_has(folder, record.source)[1] == run
-    return dataclasses.replace(record, state="running") if is_running else record
+    return replace(record, state="running") if is_running else record
 
 
 def recorded(run: str, entries: Sequence[dict[str, Any]]) -> RunRecord:
@@ -3332,7 +3342,7 @@ def disk_chain(host: Host, path: str, format: str, *, shared: bool) -> tuple[Dis
     images = answer.read(lambda said: [_disk_image(node) for node in document_in(said) or [{}]])
     lengths = host.run("stat", "-L", "-c", "%s", "--", *(image.path for image in images)).read(
         lambda said: [int(length) for _, length in zip(images, said.split(), strict=True)])
-    return tuple(dataclasses.replace(image, length=length) for image, length in zip(images, lengths, strict=True))
+    return tuple(replace(image, length=length) for image, length in zip(images, lengths, strict=True))
 
 
 def _disk_image(node: Mapping[str, Any]) -> DiskImage:
@@ -3361,7 +3371,7 @@ def survey_disk(host: Host, instance: str, path: str, *, shared: bool) -> Disk:
     require_chain(host, domain, chain)
     top = chain[0] if shared else checked(host, chain[0])
     if domain.disk.find(".//encryption") is not None and not top.flaws:  # of a raw file, which does not show it
-        top = dataclasses.replace(top, flaws=("encryption",))
+        top = replace(top, flaws=("encryption",))
     chain, guest_bytes = (top, *chain[1:]), 0
     names = host.run("ls", "-A", "--", path.rpartition("/")[0]).split("\n")
     if not any(image.flaws for image in chain):  # what is flawed may not even open
@@ -3392,7 +3402,7 @@ def checked(host: Host, image: DiskImage) -> DiskImage:
         return image
     found = host.work("sh", "-c", CHECK, "migrena", image.path, stall=3600).read(document_in)
     flaws = (BROKEN,) if found.get("corruptions") or found.get("check-errors") else ()
-    return dataclasses.replace(image, flaws=flaws, leaks=found.get("leaks", 0))
+    return replace(image, flaws=flaws, leaks=found.get("leaks", 0))
 
 
 def free_space(host: Host, path: str) -> int:
@@ -3661,7 +3671,7 @@ def rehearse(ends: Ends, job: DiskJob) -> float:
     """
     sample, arrived = f"{ends.source_folder}/sample", f"{ends.destination_folder}/sample"
     ends.source.script('umask 077; head -c "$2" /dev/urandom > "$1"', sample, str(SAMPLE))
-    trial, options = dataclasses.replace(job, source_direct=False), creds(job, ends.destination_folder, "client")
+    trial, options = replace(job, source_direct=False), creds(job, ends.destination_folder, "client")
     try:
         with exported(ends, trial, sample, "raw") as (export, _), reached(ends, trial, export, SAMPLE) as node:
             def fetch(length: int) -> float:
@@ -4464,10 +4474,8 @@ def wanted_images(settings: Settings, here: Sequence[Image]) -> tuple[list[Image
         return found, [] if found else [Reason(f"source cloud: no image has the tag {settings.tag!r}", "see: openstack image list --tag TAG")]
     chosen, reasons = dict[Image, None](), list[Reason]()
     for name in settings.images:
-        try:
+        with gathering(reasons):
             chosen[pick(name, here, "image", "source cloud: ", " with -i")] = None
-        except Refused as refusal:
-            reasons += refusal.reasons
     return list(chosen), reasons
 
 
@@ -4478,7 +4486,7 @@ def plan_image(settings: Settings, wanted: Image, there: Sequence[Image], known:
             ((wanted.os_hash or wanted.checksum, other.os_hash or other.checksum) in known and
              other.form == (plan.disk_format, wanted.form[1]) if plan.is_converted else other.equals(wanted))]
     best = min(same, key=lambda other: (other.is_hidden, other.name != plan.name), default=None)
-    return dataclasses.replace(plan, there=best.id) if best else plan
+    return replace(plan, there=best.id) if best else plan
 
 
 def refuse_reading(plan: ImagePlan, source: Cloud) -> Iterator[Reason]:
@@ -4724,17 +4732,6 @@ class DestinationFacts:
     refused: str = ""  # why it does not take what -e says
     made: Sequence[Server] = ()  # of the source, by runs before this one
     problems: Sequence[Reason] = ()
-
-
-@contextmanager
-def gathering(problems: list[Reason]) -> Iterator[None]:
-    """A scope that an error ends, whose reasons are told with others; but a UsageError is told alone."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except MigrenaError as error:
-        problems += error.reasons
 
 
 def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, stack: ExitStack) -> SourceFacts:
@@ -5182,7 +5179,7 @@ def copy_while_it_runs(run: Run, host: Host, job: DiskJob, locks: DiskLocks) -> 
     Gives what is known of both ends then, where a dirty bitmap tells what becomes of it. Raises FinalError where --max-downtime is not in
     reach, and the HostError that no further attempt can help with; the source runs on.
     """
-    job, passes, known = dataclasses.replace(job, is_live=True), list[Pass](), NOTHING_KNOWN
+    job, passes, known = replace(job, is_live=True), list[Pass](), NOTHING_KNOWN
     began, settings, screen = time.monotonic(), run.settings, run.screen
     nova = 2 * screen.seconds.get(STOP_DESTINATION, 5.0)  # a stop and a start, as long as a stop has just taken
     with screen.step("Copy the disk while the source runs."), run.journal.act("warm copy", new=job.new) as result:
@@ -5194,9 +5191,9 @@ def copy_while_it_runs(run: Run, host: Host, job: DiskJob, locks: DiskLocks) -> 
             expected = f"; stopped now, it would be down for about {span(downtime(passes, nova))}" if len(passes) > 1 else ""
             screen.note(f"Pass {len(passes)}: {human(one.changed)} {'sent' if len(passes) == 1 else 'had changed, sent'} in {span(one.sending)}"
                         f"{f', found in {span(one.looking)}' if len(passes) > 1 else ''}{expected}")
-            run.journal.write("pass", number=len(passes), **dataclasses.asdict(one))
+            run.journal.write("pass", number=len(passes), **asdict(one))
         result["passes"] = len(passes)
-    run.report.copy["passes"] = [dataclasses.asdict(one) for one in passes]
+    run.report.copy["passes"] = [asdict(one) for one in passes]
     return known if has_bitmap else NOTHING_KNOWN
 
 
@@ -5238,7 +5235,7 @@ def read_bitmap(run: Run, job: DiskJob, known: Known) -> Known:
     if known.here:
         try:
             with host.private_folder(job.run) as folder:
-                known = dataclasses.replace(known, unchanged=unchanged_since(host, folder, job, known))
+                known = replace(known, unchanged=unchanged_since(host, folder, job, known))
         except CommandError as error:
             run.screen.warn(f"the dirty bitmap tells nothing, and both disks are read whole: {error}")
     with run.journal.act("drop bitmap", path=job.source.path):
@@ -5252,7 +5249,7 @@ def one_pass(run: Run, job: DiskJob, known: Known, ends: Ends) -> tuple[Pass, Kn
     ends.locks.hold(ends.destination, job.fresh.path)
     length, state = ends.source.script(f'stat -c %s -- "$2"; {DOMAIN_STATE}', run.plan.server.id, job.source.path).split("\n", 1)
     require_running(ends.source, state.strip())
-    job = dataclasses.replace(job, source=dataclasses.replace(job.source, length=int(length)))
+    job = replace(job, source=replace(job.source, length=int(length)))
     moved, known = move_disk(ends, job, Witness(partial(told_progress, run)), known)
     return Pass(moved.held, moved.looking, moved.sending, moved.seconds), known
 
@@ -5589,7 +5586,7 @@ def look_again(run: Run, job: DiskJob) -> DiskJob:
         warn(f"{reason.problem}; {reason.way_out}")
     if run.plan.was_running and domain.ended:
         warn(f"{domain.ended}: its file systems are as after a power cut")
-    return dataclasses.replace(job, source=top, stand=stand_of(host, path))
+    return replace(job, source=top, stand=stand_of(host, path))
 
 
 def transfer(run: Run, host: Host, job: DiskJob, known: Known, locks: DiskLocks) -> Moved:
@@ -5817,7 +5814,7 @@ def status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
 def as_json(record: RunRecord) -> dict[str, Any]:
     """All that is known of a run."""
     derived = ("source", "destination", "was_running", "step", "seconds_left")
-    return {**dataclasses.asdict(record), **{name: getattr(record, name) for name in derived}}
+    return {**asdict(record), **{name: getattr(record, name) for name in derived}}
 
 
 def table_lines(records: Sequence[RunRecord]) -> Iterator[str]:
@@ -6407,7 +6404,7 @@ def parser(job: str = "copy") -> argparse.ArgumentParser:
     if "RUN" in words:
         made.add_argument("run", metavar="RUN", nargs=None if words == "RUN" else "?", default=argparse.SUPPRESS,
                           help="the run's id, or its beginning")
-    for row in dataclasses.fields(Settings):
+    for row in fields(Settings):
         if row.metadata["flags"] and job in row.metadata["jobs"]:
             made.add_argument(*row.metadata["flags"], dest=row.name, default=argparse.SUPPRESS, **row.metadata["more"])
     return made
@@ -6491,14 +6488,14 @@ def main(arguments: Sequence[str]) -> int:
             screen.say(line, always=True)
     if settings.json:
         report.warnings, report.seconds, report.ssh_commands = screen.warnings, screen.seconds, screen.commands
-        print(json.dumps(dataclasses.asdict(report), indent=2))
+        print(json.dumps(asdict(report), indent=2))
     return code
 
 
 def show_failure(reasons: Sequence[Reason], code: int, screen: Screen, report: Report) -> int:
     """Tells every reason with its way out; gives the exit code back."""
     report.result = {2: "usage", 3: "refused"}.get(code, "failed")
-    report.error = [dataclasses.asdict(reason) for reason in reasons]
+    report.error = [asdict(reason) for reason in reasons]
     for reason in reasons:
         screen.say(f"{'refused' if code == 3 else 'error'}: {reason.problem}", always=True)
         if reason.way_out:
