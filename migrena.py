@@ -420,6 +420,7 @@ class Settings:
     copy_image: bool = option(False, "--copy-image", "carry the source's image first, where the destination lacks it")
     start_after: str = per_call("", "-a --start-after all|src|dst",
         "start these afterwards; -a alone means all, nothing without it", read=start_words, nargs="?", const="all")
+    ignore_properties: bool = per_call(False, "--ignore-properties", "go on where the image's properties may keep the guest from booting")
     root_only: bool = per_call(False, "--root-only", "go on although volumes, ephemeral disks or a config drive would stay behind")
     transport: str = option("auto", "--transport auto|nbd|qemu",
         "nbd: nbd-server and nbd-client; qemu: qemu-nbd and qemu-img; auto picks", read=words_of("auto", "nbd", "qemu"))
@@ -643,6 +644,11 @@ class Flavor:
                 yield f"{key} {other.get(key, 'unset')} for {one.get(key, 'unset')}", False
 
 
+# Properties for which a guest may not boot, with what Nova takes where they are unset.
+BOOTING: Final = {"architecture": "x86_64", "hw_architecture": "x86_64", "hw_disk_bus": "virtio", "hw_firmware_type": "bios",
+                  "os_secure_boot": "disabled", "hw_machine_type": "", "hw_scsi_model": "", "kernel_id": ""}
+
+
 @dataclass(frozen=True)
 class Image:
     """A Glance image; `os_hash` is Glance's os_hash_value, empty like `checksum` where it has none."""
@@ -680,6 +686,13 @@ class Image:
         hashes, algos = (self.os_hash, other.os_hash), {image.told.get("os_hash_algo") for image in (self, other)}
         one, another = hashes if all(hashes) and len(algos) == 1 else (self.checksum, other.checksum)
         return self.form == other.form and one == another != ""
+
+    def differs(self, source: Image) -> Iterator[tuple[str, bool]]:
+        """How its properties differ from the source's, and whether a guest may not boot for that."""
+        for key in sorted(self.told.keys() | source.told.keys()):
+            here, there = (image.told.get(key) or BOOTING.get(key) or "unset" for image in (self, source))
+            if here != there and (key in BOOTING or re.match("(hw|os)_(?!hash_|hidden)", key)):
+                yield f"{key} {here} for {there}", key in BOOTING
 
 
 @dataclass(frozen=True)
@@ -4480,7 +4493,7 @@ def wanted_images(settings: Settings, here: Sequence[Image]) -> tuple[list[Image
 
 
 def plan_image(settings: Settings, wanted: Image, there: Sequence[Image], known: Collection[tuple[str, str]] = ()) -> ImagePlan:
-    """What will become of one image of the source, when the destination has these; `known` are digests of images and of what became of them."""
+    """What will become of one image of the source, when the destination has these; `known` are digests of images and of their conversions."""
     plan = ImagePlan(wanted, settings.new_name or wanted.name or wanted.id, settings.disk_format or str(wanted.told.get("disk_format")))
     same = [other for other in there if other.status == "active" and not other.told.get(CARRIED_BY) and
             ((wanted.os_hash or wanted.checksum, other.os_hash or other.checksum) in known and
@@ -4746,7 +4759,7 @@ def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, 
         if settings.run and server.task == "powering-off":  # the stop of the run that is gone on with
             server = cloud.wait(server.id, lambda now: not now.task, lambda now: None)
         found.server = server
-        if server.image and not settings.image:
+        if server.image and not (settings.image and settings.ignore_properties):
             found.image = cloud.store.one(server.image)
         if server.host:
             settings = settings.of("src")
@@ -4913,6 +4926,9 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
             reasons += (*refuse_image(settings, carried, destination.images), *refuse_reading(carried, source.cloud))
         elif settings.image or (source.server and source.server.image):
             image = pick_image(settings.image, destination.images, source.image)
+    if image and source.image and not settings.ignore_properties:
+        reasons += [Reason(f"image {image.name!r} has {what} of the source's: the guest may not boot",
+                           "name another one with -i, or --ignore-properties") for what, is_fatal in image.differs(source.image) if is_fatal]
     if flavor:
         reasons += refuse_flavor(settings, flavor, image, source)
         reasons += [Reason(f"destination cloud: the quota is exceeded: {exceeded}", "delete what is not needed, or have the quota raised")
@@ -4970,7 +4986,7 @@ def make_plan(settings: Settings, source: SourceFacts, destination: DestinationF
     left = (*(f"volume {id}" for id in server.volumes), *(f"ephemeral disk {name}" for name in disk.beside if re.search("local|eph", name)),
             *(["the config drive"] if server.config_drive else ()))
     carried, flavor = image_to_carry(settings, source, destination), pick_flavor(settings.flavor, destination.flavors, server)
-    image = Image("", carried.name, "queued", "", "") if carried else pick_image(settings.image, destination.images, source.image)
+    image = replace(carried.source, id="") if carried else pick_image(settings.image, destination.images, source.image)
     return Plan(run, server, disk, flavor, image, left, server.status == "ACTIVE", carried)
 
 
@@ -5702,6 +5718,8 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known_rate: 
     yield from (f"  base       {base.path}: {base.format}, {human(base.length)}" for base in disk.chain[1:])
     yield (f"destination  {settings.dst_name}, flavor {plan.flavor.name}, image {plan.image.name} ({plan.image.id or 'carried first'}), "
            "on the host that Nova chooses")
+    yield from ((f"  image      has {what} of the source's" for what, _ in plan.image.differs(source.image)) if source.image else
+                ["  image      is not compared: that of the source is gone, or was not looked at"])
     yield from (f"  flavor     has {what} of the source's" for what, _ in plan.flavor.differs(server.flavor))
     transport, why = pick_transport(settings, ["nbd-server"] if "nbd-server" in source.lacking else [], top, True)
     yield f"transport    {transport}{' with TLS' if settings.tls else ' in clear'}: {why} (the destination's host may lack something)"

@@ -152,6 +152,20 @@ def test_hazard_i_says_name_but_compares_ids(operator: Operator, dst: Api, sourc
         dst.call("DELETE", "glance", f"/images/{twin}")
 
 
+def test_an_image_with_another_disk_bus_or_firmware_is_refused_and_other_differences_are_in_the_plan(
+        operator: Operator, dst: Api, source: str) -> None:
+    id = dst.upload("other-bus", operator.clouds.config, hw_disk_bus="ide", hw_firmware_type="uefi", hw_vif_model="e1000")
+    words = ("-s", source, "-d", "arrived", "-f", "tiny", "-i", id, "-n")
+    try:
+        refused(operator.run(*words), "hw_disk_bus ide for virtio", "hw_firmware_type uefi for bios", "--ignore-properties")
+        dst.call("PATCH", "glance", f"/images/{id}", [{"op": "remove", "path": f"/hw_{key}"} for key in ("disk_bus", "firmware_type")],
+                 {"Content-Type": "application/openstack-images-v2.1-json-patch"})
+        done = operator.run(*words)
+        assert done.returncode == 0 and "image      has hw_vif_model e1000 for unset of the source's" in done.stderr, done.stderr
+    finally:
+        dst.call("DELETE", "glance", f"/images/{id}")
+
+
 def test_a_quota_that_one_more_instance_would_exceed(operator: Operator, dst: Api, source: str) -> None:
     project = dst.need("keystone", "projects", "admin")
     dst.call("PUT", "nova", f"/os-quota-sets/{project}", {"quota_set": {"instances": 0}})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import migrena
 from migrena import (
     DONE,
     FLAW_WAYS,
@@ -18,7 +21,9 @@ from migrena import (
     Cloud,
     DestinationFacts,
     Disk,
+    Image,
     Reason,
+    Screen,
     SourceFacts,
     already_there,
     make_plan,
@@ -28,6 +33,7 @@ from migrena import (
     refuse_disk,
     refuse_server,
     refuse_tools,
+    survey_source,
 )
 from unit.makers import UUID, GiB, a_base, a_disk, a_flavor, a_server, an_image, an_overlay, some_settings
 
@@ -153,6 +159,64 @@ def test_with_root_only_the_plan_lists_what_stays_behind() -> None:
     source = a_source(server=server, disk=a_disk(beside=("disk.config", "disk.eph0", "disk.local", "disk.swap")))
     plan = make_plan(some_settings(root_only=True), source, a_destination(flavors=(server.flavor,)), "run-1")
     assert plan.left_behind == ("volume v1", "volume v2", "ephemeral disk disk.eph0", "ephemeral disk disk.local", "the config drive")
+
+
+def an_image_with(**properties: Any) -> Image:
+    """The image `debian` as Glance tells it, with these properties."""
+    return an_image(told={"id": "image-1", "os_hash_algo": "sha512", "os_hidden": False, "kernel_id": None, "tags": [], **properties})
+
+
+@pytest.mark.parametrize(("here", "there", "words"), [
+    ({"hw_disk_bus": "scsi"}, {}, "hw_disk_bus virtio for scsi"), ({}, {"hw_disk_bus": "ide"}, "hw_disk_bus ide for virtio"),
+    ({"hw_firmware_type": "uefi"}, {}, "hw_firmware_type bios for uefi"), ({"hw_machine_type": "q35"}, {}, "hw_machine_type unset for q35"),
+    ({"hw_machine_type": "pc"}, {"hw_machine_type": "q35"}, "hw_machine_type q35 for pc"),
+    ({"hw_disk_bus": "scsi", "hw_scsi_model": "virtio-scsi"}, {"hw_disk_bus": "scsi"}, "hw_scsi_model unset for virtio-scsi"),
+    ({}, {"os_secure_boot": "required"}, "os_secure_boot required for disabled"),
+    ({"architecture": "aarch64"}, {}, "architecture x86_64 for aarch64"), ({}, {"kernel_id": "k"}, "kernel_id k for unset")])
+@pytest.mark.parametrize("named", ["", "debian"])
+def test_an_image_with_which_the_guest_may_not_boot_is_refused(here: dict[str, str], there: dict[str, str], words: str, named: str) -> None:
+    source, destination = a_source(image=an_image_with(**here)), a_destination(images=(an_image_with(**there),))
+    reason = only(refuse(some_settings(image=named), source, destination))
+    assert f"image 'debian' has {words} of the source's" in reason.problem and "--ignore-properties" in reason.way_out
+    settings = some_settings(image=named, ignore_properties=True)
+    assert refuse(settings, source, destination) == []
+    assert f"  image      has {words} of the source's" in plan_lines(settings, make_plan(settings, source, destination, "run"), source, 0)
+
+
+@pytest.mark.parametrize(("here", "there", "words"), [
+    ({"hw_vif_model": "e1000"}, {}, "hw_vif_model unset for e1000"), ({}, {"os_type": "windows"}, "os_type windows for unset"),
+    ({"hw_disk_bus": "virtio", "hw_firmware_type": "bios", "description": "x"}, {"architecture": "x86_64", "min_disk": 1}, ""),
+    ({"os_hash_algo": "sha256"}, {"os_hidden": True}, "")])
+def test_other_properties_of_a_guest_that_differ_are_listed_in_the_plan(here: dict[str, Any], there: dict[str, Any], words: str) -> None:
+    source, destination = a_source(image=an_image_with(**here)), a_destination(images=(an_image_with(**there),))
+    settings = some_settings(image="debian")
+    assert refuse(settings, source, destination) == []
+    lines = plan_lines(settings, make_plan(settings, source, destination, "run"), source, 0)
+    assert [line for line in lines if line.startswith("  image")] == ([f"  image      has {words} of the source's"] if words else [])
+
+
+def test_where_the_source_s_image_is_gone_the_plan_says_that_nothing_is_compared() -> None:
+    source, destination = a_source(image=None), a_destination(images=(an_image_with(hw_firmware_type="uefi"),))
+    settings = some_settings(image="debian")
+    assert refuse(settings, source, destination) == []
+    lines = plan_lines(settings, make_plan(settings, source, destination, "run"), source, 0)
+    assert [line for line in lines if "is not compared: that of the source is gone" in line]
+
+
+@pytest.mark.parametrize("asked", [{}, {"image": "debian"}, {"image": "debian", "ignore_properties": True}])
+def test_the_source_s_image_is_looked_at_also_where_another_one_is_named(monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]) -> None:
+    """Stand-ins for a cloud and a host; with both options a Glance that does not answer stops nothing."""
+    cloud = SimpleNamespace(server=lambda id: a_server(host=""), store=SimpleNamespace(one=lambda id: an_image_with()))
+    monkeypatch.setattr(migrena, "Cloud", lambda label, creds: cloud)
+    found = survey_source(some_settings(**asked), {}, Screen(io.StringIO()), ExitStack())
+    assert (found.image is None) is ("ignore_properties" in asked) and found.problems == []
+
+
+def test_an_image_that_is_carried_has_the_properties_of_the_source_s() -> None:
+    source = a_source(image=an_image_with(hw_disk_bus="scsi", disk_format="qcow2"))
+    settings, destination = some_settings(copy_image=True), a_destination(images=())
+    plan = make_plan(settings, source, destination, "run")
+    assert plan.image.id == "" and not [line for line in plan_lines(settings, plan, source, 0) if line.startswith("  image")]
 
 
 @pytest.mark.parametrize("flaw", FLAW_WAYS)
