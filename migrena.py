@@ -6225,11 +6225,9 @@ def find_moves(wanted: Mapping[str, Sequence[str]], servers: Sequence[Server], h
     """The instances of the map, each with its host there, and why some cannot be found."""
     moves, reasons, taken = list[Move](), list[Reason](), {id: what for host in hosts for id, what in host.taken.items()}
     for host, name in ((host, name) for host, names in wanted.items() for name in names):
-        try:
+        with gathering(reasons):
             server = pick(name, servers, "instance", "", " in the map")
             moves.append(Move(server, host, taken.get(server.id, {})))
-        except Refused as refusal:
-            reasons += refusal.reasons
     return moves, reasons
 
 
