@@ -4693,6 +4693,7 @@ def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Clou
 STOP_DESTINATION: Final = "Stop destination instance"  # a step that tells how long Nova takes for a stop
 SETTING_UP: Final = 2.0  # seconds that a stopped source waits for more than its bytes
 LOOK_LIMIT: Final = 20.0  # seconds after which a look at both sides is taken again
+LOOKS: Final = 3  # before one that always takes longer counts as none
 LOST_ANSWER: Final = 10.0  # seconds in which an instance shows up although Nova answered with an error
 LATE_ANSWER: Final = 60.0  # the same for one that has to be deleted: a proxy may have kept the request
 CLAIM_PAUSE: Final = 1.0  # seconds in which a run elsewhere that saw no mark of ours writes its own
@@ -5065,13 +5066,16 @@ class Run:
 
 def look(run: Run, made: str = "", *, with_disk: bool = False, is_patient: bool = True) -> Situation:
     """Both sides of a run as they are now; the source's disk too where it is asked for."""
-    began, record = time.monotonic(), run.record
-    source = see(run.source, run.plan.server.id, record.request("stop source") or None, is_patient=is_patient)
-    if with_disk and source.server:
-        source = replace(source, disk=disk_now(run.source_host, run.plan.disk.top.path, record))
-    destination = see(run.destination, made or run.made, record.request("stop destination"), is_patient=is_patient)
-    if time.monotonic() - began > LOOK_LIMIT and not (source.unseen or destination.unseen):
-        return look(run, made, with_disk=with_disk, is_patient=is_patient)  # it is old by now
+    for _ in range(LOOKS):
+        began, record = time.monotonic(), run.record
+        source = see(run.source, run.plan.server.id, record.request("stop source") or None, is_patient=is_patient)
+        if with_disk and source.server:
+            source = replace(source, disk=disk_now(run.source_host, run.plan.disk.top.path, record))
+        destination = see(run.destination, made or run.made, record.request("stop destination"), is_patient=is_patient)
+        if (took := time.monotonic() - began) <= LOOK_LIMIT or source.unseen or destination.unseen:
+            break
+    else:  # what was seen first is old by now
+        source = Seen(source.id, unseen=f"a look at both clouds and hosts took {span(took)}, {LOOKS} times")
     return situation(record, source, destination, run.is_in_place)
 
 

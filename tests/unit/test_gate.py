@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from migrena import (
     DONE,
     LOCKED_BY,
+    LOOKS,
     MADE,
     MARK,
     Act,
@@ -18,6 +20,7 @@ from migrena import (
     Cloud,
     Kept,
     Refused,
+    Run,
     RunRecord,
     Seen,
     Server,
@@ -27,6 +30,7 @@ from migrena import (
     allow,
     judge,
     lock_of,
+    look,
     newer,
     require_same_clouds,
     same_file,
@@ -241,3 +245,21 @@ def test_a_journal_is_not_followed_in_other_clouds_than_its_own() -> None:
     require_same_clouds(replace(record, facts={"clouds": ["http://source", "http://destination"]}), clouds)  # of an older migrena
     with pytest.raises(Refused, match="had another source cloud"):
         require_same_clouds(replace(record, facts={"clouds": ["http://destination", "http://destination"]}), clouds)
+
+
+@pytest.mark.parametrize(("seconds", "looks"), [([9.0], 1), ([30.0, 9.0], 2), ([30.0] * 9, LOOKS)])
+def test_a_look_that_took_long_is_taken_again_and_one_that_always_does_is_none(
+        monkeypatch: pytest.MonkeyPatch, seconds: list[float], looks: int) -> None:
+    clock, seen = [0.0], list[str]()
+
+    def see(cloud: object, id: str, *_: object, **__: object) -> Seen:
+        clock[0] += seconds[len(seen) // 2] / 2
+        seen.append(id)
+        return SOURCE if id == UUID else MADE_ONE
+
+    monkeypatch.setattr("migrena.see", see)
+    monkeypatch.setattr("migrena.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    run = SimpleNamespace(source=None, destination=None, made="new", is_in_place=False, record=RunRecord(RUN, "killed", "", {}),
+                          plan=SimpleNamespace(server=SimpleNamespace(id=UUID)))
+    now = look(cast(Run, run))
+    assert len(seen) == 2 * looks and bool(now.source.unseen) is (seconds[-1] > 20)
