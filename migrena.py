@@ -3351,7 +3351,14 @@ def misplaced(host: Host, domain: Domain) -> Reason | None:
 def disk_chain(host: Host, path: str, format: str, *, shared: bool) -> tuple[DiskImage, ...]:
     """A disk and its bases, by qemu-img info; raises CommandError where a guest runs on it, unless `shared`."""
     force = ("-U",) if shared else ()
-    answer = host.run("qemu-img", "info", "--output=json", "--backing-chain", *force, "-f", format, path)
+    try:
+        answer = host.run("qemu-img", "info", "--output=json", "--backing-chain", *force, "-f", format, path)
+    except CommandError as error:
+        lost = re.search(r"open '([^']+)': No such file", error.said)
+        if not lost or lost[1] == path:
+            raise
+        raise HostError(f"{host.name}: {path} stands on {lost[1]}, which is not there",
+                        "bring that file back first: Nova would put its image in that place, whatever was there") from error
     images = answer.read(lambda said: [_disk_image(node) for node in document_in(said) or [{}]])
     lengths = host.run("stat", "-L", "-c", "%s", "--", *(image.path for image in images)).read(
         lambda said: [int(length) for _, length in zip(images, said.split(), strict=True)])

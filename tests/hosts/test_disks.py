@@ -299,3 +299,12 @@ def test_bases_of_other_lengths_are_not_the_same(lab: Lab, src: Host, dst: Host)
     lab["dst"].run("truncate", "-s", "+1", paths[1])
     images = [disk_chain(host, path, "raw", shared=False)[0] for host, path in zip((src, dst), paths, strict=True)]
     assert not same_content((src, images[0]), (dst, images[1]), 60)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_hazard_22_a_backing_file_that_is_missing_is_named(lab: Lab, src: Host, shared: bool) -> None:
+    below = base(lab["src"], "debian")
+    source = Instance.make(lab["src"]).overlay(below, 64 * MiB)
+    lab["src"].run("mv", below, f"{below}.aside")
+    with pytest.raises(HostError, match=f"{source.path} stands on {below}, which is not there"):
+        disk_chain(src, source.path, "qcow2", shared=shared)
