@@ -1270,7 +1270,8 @@ class Journal:
         try:
             yield
         except BaseException as failure:
-            result, error = failed, str(failure)
+            is_bug = not isinstance(failure, (MigrenaError, Interrupted))
+            result, error = "left" if is_bug else failed, str(failure)
             raise
         finally:
             with suppress(StateError):
@@ -6147,7 +6148,7 @@ def take_back(steps: Iterable[tuple[str, Callable[[], None]]], journal: Journal,
         with journal.act(todo[0][0]):
             todo[0][1]()
 
-    with journal.ending(undo, "rolled back", "left"):
+    with journal.ending(undo, "rolled back", "left"), undo:
         journal.write("rollback", pid=os.getpid(), **facts)
         try:
             while todo:
@@ -6290,15 +6291,16 @@ def spread(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         return 0
     if not settings.yes and not sys.stdin.isatty():
         raise Refused("there is no terminal to ask at, and nothing is moved unasked", "give -y")
-    for move, row in zip(due, report.moves, strict=True):
-        if not settings.yes:
-            screen.say(f"Move {move.server.name} from {move.server.host} to {move.to}? [y/N]", always=True)
-            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-                row["result"] = "declined"
-                continue
-        if any(done["result"] == "moved" and done["from"] == move.to for done in report.moves):
-            await_room(cloud, move)
-        move_one(cloud, move, settings, undo, row)
+    with undo:
+        for move, row in zip(due, report.moves, strict=True):
+            if not settings.yes:
+                screen.say(f"Move {move.server.name} from {move.server.host} to {move.to}? [y/N]", always=True)
+                if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+                    row["result"] = "declined"
+                    continue
+            if any(done["result"] == "moved" and done["from"] == move.to for done in report.moves):
+                await_room(cloud, move)
+            move_one(cloud, move, settings, undo, row)
     if failed := [str(row["name"]) for row in report.moves if row["result"] == "failed"]:
         raise CloudError(f"{len(failed)} of {len(due)} instances were not moved: {', '.join(failed)}")
     report.result = "done"
@@ -6358,7 +6360,7 @@ def see_it_arrive(cloud: Cloud, move: Move, before: int, settings: Settings, und
                 if time.monotonic() > limit:
                     limit = float("inf")
                     overdue(cloud, move, number, state, settings, screen)
-        except (CloudError, Interrupted):
+        except BaseException:
             if state not in GIVEN_UP:
                 which = f"migration {number}" if number else "the migration"
                 undo.left.append(f"{which} of {server.name} to {move.to} goes on, since that is Nova's")
@@ -6386,7 +6388,7 @@ RUNTIME: Final = ("paramiko", "novaclient", "glanceclient", "keystoneauth1", "cr
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_CODES: Final = """exit codes:
   0  done                            3  refused, nothing was touched
-  1  failed and rolled back          4  failed, and something is left behind (it is listed)
+  1  failed and rolled back          4  failed, and something is left behind (it is listed), or a bug
   2  usage or config.py is wrong     128+n  ended by signal n, and rolled back (else 4)"""
 
 
@@ -6506,10 +6508,13 @@ def main(arguments: Sequence[str]) -> int:
             traceback.print_exc()
     except Interrupted as error:
         code = show_failure([Reason(str(error))], 128 + error.number, screen, report)
+    except Exception as error:
+        code = show_bug(error, undo, report)
     for each in SIGNALS:  # all is done but the telling, which an impatient one shall not cut short
         signal.signal(each, signal.SIG_IGN)
-    if undo.left:
-        code, report.not_undone = 4, undo.left
+    code = 4 if undo.left else code
+    if code == 4:
+        report.not_undone = undo.left
         told = [f"./migrena.py rollback {report.run}; ./migrena.py status {report.run} shows what was done"] if report.run else []
         for line in (*(f"left behind: {line}" for line in undo.left), *(f"  try: {way}" for way in undo.ways or told)):
             screen.say(line, always=True)
@@ -6528,6 +6533,17 @@ def show_failure(reasons: Sequence[Reason], code: int, screen: Screen, report: R
         if reason.way_out:
             screen.say(f"  try: {reason.way_out}", always=True)
     return code
+
+
+def show_bug(error: Exception, undo: Undo, report: Report) -> int:
+    """Shows an unexpected exception, and what is known to be left; gives the exit code."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    for line in lines:
+        undo.screen.say(line, always=True)
+    code = 4 if undo.left or undo.has_begun else 3
+    known = "" if undo.left else "; nothing is known to be left behind" if code == 4 else "; nothing was touched"
+    way_out = "report it with these lines; --debug shows more"
+    return show_failure([Reason(f"this is a bug in migrena: {lines[-1]}{known}", way_out)], code, undo.screen, report)
 
 
 @contextmanager

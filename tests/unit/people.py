@@ -238,6 +238,8 @@ class People:
             process.alive, process.until = False, world.now + LEASE
         except Exception as error:
             world.broken.append(f"4 {words} ends with a traceback: {error!r}")
+        else:
+            world.broken += [f"4 {words} ends with a bug: {line}" for line in process.said if "this is a bug in migrena" in line]
         finally:
             CALLS.pop()
             world.stack.pop()

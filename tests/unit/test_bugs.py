@@ -1,0 +1,124 @@
+"""A bug, which is an exception that nobody has foreseen, is told as one, with what is left; a call that has begun never ends as "rolled back"."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+import migrena
+from migrena import Cloud, HostError, Run, read_run
+from unit.makers import a_server
+from unit.model import World
+from unit.people import Schedule, play
+
+BUG = "this is a bug in migrena: KeyError: 'no such key'"
+REPORT = "--debug"
+
+
+def buggy(*words: Any, **more: Any) -> NoReturn:
+    """A function with a bug."""
+    raise KeyError("no such key")
+
+
+def played(tmp_path: Path, *steps: str) -> World:
+    """The world after these commands, none of which has told a lie."""
+    world = play(Schedule(tuple((step, {}) for step in steps)), tmp_path / "state")
+    assert [line for line in world.broken if BUG not in line and not line.startswith("   ")] == []
+    return world
+
+
+def test_a_bug_after_the_run_has_begun_ends_with_4_and_says_so_though_all_was_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrena, "require_still_so", buggy)
+    world = played(tmp_path, "copy")
+    process = world.runs[0]
+    said = "\n".join(process.said)
+    assert process.code == 4 and f"error: {BUG}; nothing is known to be left behind" in said, said
+    assert REPORT in said and "Traceback" in said and f"rollback {process.run}; ./migrena.py status {process.run}" in said
+    assert len(list(world.machines())) == 1 and world.source.status == "ACTIVE" and not world.source.locked
+    record = read_run(tmp_path / "state/here", process.run)
+    assert record.state == "left" and record.left == ()
+
+
+def test_what_could_not_be_undone_after_a_bug_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise HostError("no way")
+
+    def delete_on_failure(run: Run) -> None:
+        run.undo.on_failure("delete destination new", fails)
+
+    monkeypatch.setattr(migrena, "delete_on_failure", delete_on_failure)
+    monkeypatch.setattr(migrena, "require_still_so", buggy)
+    process = played(tmp_path, "copy").runs[0]
+    said = "\n".join(process.said)
+    assert process.code == 4 and f"error: {BUG}\n" in said and "left behind: delete destination new did not succeed: no way" in said
+    assert "nothing is known" not in said and read_run(tmp_path / "state/here", process.run).left
+
+
+@pytest.mark.parametrize(("where", "steps"), [
+    ("refuse", ["copy"]), ("make_plan", ["copy -a dst"]), ("plan_lines", ["copy -n"]), ("find_undone", ["copy", "rollback --yes"])])
+def test_a_bug_before_anything_was_touched_is_a_refusal_that_says_so(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, steps: list[str]) -> None:
+    monkeypatch.setattr(migrena, where, buggy)
+    process = played(tmp_path, *steps).runs[-1]
+    assert process.code == 3 and process.changes == []
+    said = "\n".join(process.said)
+    assert f"refused: {BUG}; nothing was touched" in said and REPORT in said
+
+
+class Nova:
+    """A stand-in for a cloud with one instance; a bug is met while it is live-migrated."""
+
+    label, polls = "the", staticmethod(Cloud.polls)
+
+    def __init__(self, *words: Any) -> None:
+        self.server = a_server(host="cmp1")
+
+    def servers(self, **how: Any) -> list[migrena.Server]:
+        return [self.server]
+
+    def hosts(self) -> list[migrena.ComputeHost]:
+        return [migrena.ComputeHost("cmp1", True, True), migrena.ComputeHost("cmp2", True, True)]
+
+    def last_migration(self, id: str, after: int = 0) -> tuple[int, str]:
+        return 0, ""
+
+    def move(self, id: str, host: str) -> None:
+        """Begun."""
+
+    def steady_server(self, id: str) -> NoReturn:
+        buggy()
+
+
+def spread(folder: Path) -> int:
+    """The exit code of `live-migrate --json` with a map that moves the one instance."""
+    config, hosts = folder / "config.py", folder / "map.json"
+    config.write_text("SRC_CREDS = {'auth_url': 'http://127.0.0.1/v3'}\n")
+    hosts.write_text(json.dumps({"cmp2": ["web"]}))
+    with contextlib.ExitStack() as stack:
+        for each in migrena.SIGNALS:
+            stack.callback(signal.signal, each, signal.getsignal(each))
+        return migrena.main(["live-migrate", "--cloud", "src", "-y", "--json", "-c", str(config), "--host-map", str(hosts)])
+
+
+def test_a_migration_that_goes_on_after_a_bug_is_listed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(migrena, "Cloud", Nova)
+    code = spread(tmp_path)
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert code == 4 and BUG in report["error"][0]["problem"] and report["result"] == "failed", err
+    assert report["not_undone"] == ["the migration of web to cmp2 goes on, since that is Nova's"] and "left behind: the migration of web" in err
+
+
+@pytest.mark.parametrize(("where", "code", "told"), [("in_order", 3, "nothing was touched"), ("move_one", 4, "nothing is known to be left behind")])
+def test_a_bug_in_live_migrate_says_whether_it_had_begun(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str, code: int, told: str) -> None:
+    monkeypatch.setattr(migrena, "Cloud", Nova)
+    monkeypatch.setattr(migrena, where, buggy)
+    assert spread(tmp_path) == code
+    assert f"{BUG}; {told}" in json.loads(capsys.readouterr().out)["error"][0]["problem"]
