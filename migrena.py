@@ -6418,8 +6418,17 @@ JOBS: Final = {
 }
 
 
+def with_options(made: argparse.ArgumentParser, job: str) -> argparse.ArgumentParser:
+    """A parser that takes a job's options, from the rows of Settings."""
+    made.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help="settings (default: config.py beside migrena.py)")
+    for row in dataclasses.fields(Settings):
+        if row.metadata["flags"] and job in row.metadata["jobs"]:
+            made.add_argument(*row.metadata["flags"], dest=row.name, default=argparse.SUPPRESS, **row.metadata["more"])
+    return made
+
+
 def parser(job: str = "copy") -> argparse.ArgumentParser:
-    """A job's command line, from the rows of Settings."""
+    """A job's command line."""
     words, told = JOBS[job].words, JOBS[job].told
     usage = f"migrena.py {'' if job == 'copy' else f'{job} '}{words} [options]"
     if job == "copy":
@@ -6429,19 +6438,26 @@ def parser(job: str = "copy") -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="migrena.py", usage=usage, description=told, epilog=EXIT_CODES,
                                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("--version", action="version", version=f"migrena {VERSION}")
-    made.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help="settings (default: config.py beside migrena.py)")
     if "RUN" in words:
         made.add_argument("run", metavar="RUN", nargs=None if words == "RUN" else "?", default=argparse.SUPPRESS,
                           help="the run's id, or its beginning")
-    for row in fields(Settings):
-        if row.metadata["flags"] and job in row.metadata["jobs"]:
-            made.add_argument(*row.metadata["flags"], dest=row.name, default=argparse.SUPPRESS, **row.metadata["more"])
-    return made
+    return with_options(made, job)
+
+
+def split_job(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The subcommand and the other words: it is the first one, or follows options that it knows."""
+    for place, word in enumerate(arguments):
+        if word in JOBS.keys() - {"copy"}:
+            options = with_options(argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False), word)
+            with suppress(argparse.ArgumentError):  # it is an option's value
+                if not options.parse_known_args(arguments[:place])[1]:
+                    return word, [*arguments[:place], *arguments[place + 1 :]]
+    return "copy", arguments
 
 
 def read_call(arguments: Sequence[str], environment: Mapping[str, str], screen: Screen) -> Call:
     """What was asked for; raises UsageError for what cannot be."""
-    job, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in JOBS.keys() - {"copy"} else ("copy", arguments)
+    job, rest = split_job(arguments)
     flags = vars(parser(job).parse_args(rest))
     named = flags.pop("config", environment.get("MIGRENA_CONFIG"))
     path = Path(named).expanduser() if named else Path(__file__).resolve().with_name("config.py")

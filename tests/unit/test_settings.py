@@ -189,6 +189,53 @@ def test_a_alone_means_all_and_without_it_nothing_is_started(tmp_path: Path, wor
     assert settings.start_after == meant
 
 
+WORDS = {"status": [], "resume": ["RUN"], "rollback": ["RUN"], "image": ["-i", "web"], "live-migrate": ["--host-map", "map.json"]}
+BEFORE: list[list[str]] = [[], ["-v"], ["-q", "--json"], ["-vq"], ["--debug"], ["--log-file", "/tmp/log"],
+                           ["--log-file=status"], ["--log-file", "status"]]
+
+
+def called(path: Path, *words: str) -> migrena.Call:
+    """What is asked for with these words and this config."""
+    return read_call(words, {"MIGRENA_CONFIG": str(path)}, Screen(stream=io.StringIO()))
+
+
+def test_every_subcommand_is_among_those_that_are_tried_with_options_before_it() -> None:
+    assert WORDS.keys() == migrena.JOBS.keys() - {"copy"}
+    common = {flag for row in ROWS.values() if migrena.JOBS.keys() <= {*row.metadata["jobs"]} for flag in row.metadata["flags"]}
+    assert common == {"-v", "--verbose", "-q", "--quiet", "--json", "--debug", "--log-file"}
+
+
+@pytest.mark.parametrize("words", BEFORE)
+@pytest.mark.parametrize("job", WORDS)
+def test_common_options_mean_the_same_before_a_subcommand_and_after_it(tmp_path: Path, job: str, words: list[str]) -> None:
+    path = written(tmp_path, "")
+    assert called(path, *words, job, *WORDS[job]) == called(path, job, *WORDS[job], *words)
+    assert called(path, *words, job, *WORDS[job]).job == job
+
+
+@pytest.mark.parametrize("words", [["-c", "FILE", "status"], ["status", "-c", "FILE"], ["--config=FILE", "-v", "status"], ["-cFILE", "status", "-v"]])
+def test_a_config_may_be_named_before_a_subcommand_and_after_it(tmp_path: Path, words: list[str]) -> None:
+    path = written(tmp_path, f"STATE_FOLDER = {str(tmp_path)!r}\n")
+    call = read_call([word.replace("FILE", str(path)) for word in words], {}, Screen(stream=io.StringIO()))
+    assert (call.job, call.settings().state_folder) == ("status", str(tmp_path))
+
+
+@pytest.mark.parametrize("words", [["-s", UUID, "-d", "status"], ["-d", "rollback", "-s", UUID], ["-d", "image", "-i", "image", "-s", UUID],
+                                   ["-i", "image", "-s", UUID, "-d", "x"], ["--log-file", "status", "-s", UUID, "-d", "x"],
+                                   ["-f", "resume", "-q", "-s", UUID, "-d", "status"]])
+def test_an_option_s_value_is_no_subcommand(tmp_path: Path, words: list[str]) -> None:
+    assert called(written(tmp_path, ""), *words).job == "copy"
+
+
+@pytest.mark.parametrize("words", [["-s", UUID, "status"], ["-d", "new", "-q", "rollback", "RUN"], ["stray", "status"], ["-c"],
+                                   ["-q", "status", "--tls"], ["--quiet=yes", "status"]])
+def test_an_option_that_a_subcommand_does_not_know_is_wrong_before_it_too(
+        tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        called(written(tmp_path, ""), *words)
+    assert end.value.code == 2 and "error: " in capsys.readouterr().err
+
+
 def names_in(content: str) -> set[str]:
     """The settings that a config.py sets, or shows behind a #."""
     return set(re.findall(r"^(?:#\s?)?([A-Z][A-Z_]+)\s*=", content, re.MULTILINE))
