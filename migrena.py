@@ -5005,9 +5005,9 @@ class Report:
 
     run: str = ""
     result: str = "failed"
-    source: dict[str, object] = field(default_factory=dict)
-    destination: dict[str, object] = field(default_factory=dict)
-    copy: dict[str, object] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    destination: dict[str, Any] = field(default_factory=dict)
+    copy: dict[str, Any] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
     downtime_seconds: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -5722,9 +5722,10 @@ def start_named(run: Run, side: str, id: str) -> Server | None:
     return started
 
 
-def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known_rate: float) -> Iterator[str]:
-    """The plan in words, for the dry run."""
+def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known_rate: float, report: Report) -> Iterator[str]:
+    """The plan in words, for the dry run; what they say goes into the report."""
     server, disk, top = plan.server, plan.disk, plan.disk.top
+    report.source |= {"status": server.status, "flavor": server.flavor, "chain": disk.chain}
     yield f"source       {server.name} {server.id}, {server.status}, on {server.hypervisor}"
     yield f"  disk       {top.path}: {top.format}, {human(top.size)} to the guest, {human(top.allocated)} in the file"
     yield from (f"  base       {base.path}: {base.format}, {human(base.length)}" for base in disk.chain[1:])
@@ -5732,25 +5733,32 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known_rate: 
            "on the host that Nova chooses")
     yield from ((f"  image      has {what} of the source's" for what, _ in plan.image.differs(source.image)) if source.image else
                 ["  image      is not compared: that of the source is gone, or was not looked at"])
+    image = {"id": plan.image.id, "name": plan.image.name, "bytes": plan.carried.size if plan.carried else 0}
+    report.destination |= {"name": settings.dst_name, "flavor": plan.flavor, "image": image}
     yield from (f"  flavor     has {what} of the source's" for what, _ in plan.flavor.differs(server.flavor))
     transport, why = pick_transport(settings, ["nbd-server"] if "nbd-server" in source.lacking else [], top, True)
     yield f"transport    {transport}{' with TLS' if settings.tls else ' in clear'}: {why} (the destination's host may lack something)"
     if plan.carried:
         yield f"to move      {human(plan.carried.size)}: the image, before anything is stopped"
-    amounts = {"the file": top.allocated} if top.format == "raw" or not disk.base else {
-        "the file, if the bases are equal": top.allocated, "what the guest sees, if they are not": disk.guest_bytes}
+    views = {"file": top.allocated} | ({} if top.format == "raw" or not disk.base else {"guest": disk.guest_bytes})
     rates = {f"{human(settings.limit_rate)}/s, the limit": float(settings.limit_rate)} if settings.limit_rate else {
         f"{human(known_rate)}/s, as in the last run": known_rate} if known_rate else {"1 Gbit/s": 1.25e8, "10 Gbit/s": 1.25e9}
     is_warm = settings.warm and plan.was_running
     kind, also = ("downtime", ", and the time to stop and start") if plan.was_running and not is_warm else ("duration", "")
-    for what, amount in amounts.items():
-        yield f"to move      {human(amount)}: {what}"
-        yield f"  space      {human(space_needed(top, disk, amount == top.allocated))} at the destination"
-        yield from (f"  {kind}   about {span(amount / rate)} at {name}{also}" for name, rate in rates.items())
+    report.copy = {"transport": transport, "why_transport": why, "estimates": [],
+                   **{key: getattr(settings, key) for key in ("tls", "warm", "bitmap", "start_after")}}
+    for view, amount in views.items():
+        space = space_needed(top, disk, view == "file")
+        yield f"to move      {human(amount)}: {'the file' if view == 'file' else 'what the guest sees, if the bases differ'}"
+        yield f"  space      {human(space)} at the destination"
+        for name, rate in rates.items():
+            report.copy["estimates"].append({"view": view, "bytes": amount, "space": space, "rate": rate, "why_rate": name,
+                                             "seconds": round(amount / rate, 1)})
+            yield f"  {kind}   about {span(amount / rate)} at {name}{also}"
     if is_warm:
-        yield "downtime     for finding and sending what changes meanwhile, and the time to stop and start: the source runs until then"
+        yield "downtime     for finding and sending what changes meanwhile, and the time to stop and start"
         if settings.bitmap:
-            yield f"bitmap       {top.path} carries a dirty bitmap meanwhile, the one thing that is ever added to it"
+            yield f"bitmap       {top.path} carries a dirty bitmap meanwhile"
     yield f"afterwards   {'start ' + settings.start_after if settings.start_after else 'nothing is started'}"
 
 
@@ -5775,10 +5783,11 @@ def copy(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         plan, (cloud, _, host, _) = make_plan(settings, source, destination, run), source.whole
         clouds = cloud, destination.cloud
         report.run, report.left_behind, report.source = run, list(plan.left_behind), reported(cloud, plan.server)
+        report.destination["cloud"] = destination.cloud.url
         tell_what_stays(screen, plan)
         if settings.dry_run:
-            report.result = "planned"
-            for line in plan_lines(settings, plan, source, last_rate(folder, [cloud.url for cloud in clouds])):
+            report.result, report.api_calls = "planned", {cloud.label: cloud.calls for cloud in clouds}
+            for line in plan_lines(settings, plan, source, last_rate(folder, [cloud.url for cloud in clouds]), report):
                 screen.say(line, always=True)
             return 0
         return see_through(Run(settings, screen, begin_journal(folder, settings, plan, clouds), undo, report, plan, *clouds, host))
@@ -5842,9 +5851,14 @@ def status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
 
 
 def as_json(record: RunRecord) -> dict[str, Any]:
-    """All that is known of a run."""
-    derived = ("source", "destination", "was_running", "step", "seconds_left")
-    return {**asdict(record), **{name: getattr(record, name) for name in derived}}
+    """All that is known of a run, by the names that its report has for it."""
+    facts, told, clouds = record.facts, asdict(record), [*record.facts.get("clouds", ()), "", ""]
+    told["copy"] = {key: told.pop(key) for key in ("done", "rate", "retries")}
+    told["copy"] |= {"bytes": told.pop("total"), "seconds_left": record.seconds_left}
+    told["source"] = {"cloud": clouds[0], "id": record.source, "name": facts.get("source_name", ""), "host": facts.get("source_host", "")}
+    told["destination"] = {"cloud": clouds[1], "id": record.destination, "name": facts.get("name", ""), "host": record.job.get("host", "")}
+    told["error"] = [{"problem": record.error, "way_out": ""}] if record.error else []
+    return told | {"result": told.pop("state"), "not_undone": told.pop("left"), "was_running": record.was_running, "step": record.step}
 
 
 def table_lines(records: Sequence[RunRecord]) -> Iterator[str]:
@@ -5873,11 +5887,11 @@ def what_to_do(record: RunRecord) -> Iterator[str]:
 
 def detail_lines(record: RunRecord) -> Iterator[str]:
     """One run with its steps and the seconds they took."""
-    facts = record.facts
-    clouds = [*facts.get("clouds", ()), "?", "?"]
+    told = as_json(record)
     yield f"run          {record.run}, {record.state}"
-    yield f"source       {facts.get('source_name', '?')} {record.source} on {facts.get('source_host', '?')}, {clouds[0]}"
-    yield f"destination  {facts.get('name', '?')} {record.destination or '(Nova has told no id)'} on {record.job.get('host', '?')}, {clouds[1]}"
+    for side in ("source", "destination"):
+        name, id, host, cloud = (told[side][key] or "(unknown)" for key in ("name", "id", "host", "cloud"))
+        yield f"{side:11}  {name} {id} on {host}, {cloud}"
     yield f"began        {record.began}, the source was {'running' if record.was_running else 'stopped'}"
     if record.total:
         yield (f"copy         {human(record.done)} of {human(record.total)}, {record.done * 100 // record.total}%, {human(record.rate)}/s"
@@ -5950,6 +5964,7 @@ def tell_judged(screen: Screen, report: Report, now: Situation, judged: Mapping[
         screen.say(line, always=True)
     is_refused = any(judged.values())
     report.run, report.result = now.run, "refused" if is_refused else "planned"
+    report.error = [dataclasses.asdict(reason) for reasons in judged.values() for reason in reasons]
     return 3 if is_refused else 0
 
 

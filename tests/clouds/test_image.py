@@ -87,7 +87,7 @@ def test_an_image_arrives_with_all_that_is_told_of_it(operator: Operator, src: A
     assert other == {**one, "source_uuid": template, "source_cloud": f"{src.cloud.url('keystone')}/v3"}
     assert sorted(there["tags"]) == ["gold", "web"] and there["protected"] and there["os_hash_value"] == here["os_hash_value"]
     (state,) = json.loads(operator.run("status", "--json").stdout)
-    assert (state["state"], state["source"]) == ("done", template)
+    assert (state["result"], state["source"]["id"]) == ("done", template)
 
 
 def test_content_that_is_there_already_is_success_without_a_transfer(operator: Operator, dst: Api, template: str) -> None:

@@ -64,7 +64,7 @@ class Operator:
 
     def state(self) -> list[tuple[str, str]]:
         """What status tells: each run's name and state."""
-        return [(run["run"], run["state"]) for run in json.loads(self.run("status", "--json").stdout)]
+        return [(run["run"], run["result"]) for run in json.loads(self.run("status", "--json").stdout)]
 
     def states(self) -> list[tuple[str, str]]:
         """The same, read without a process."""

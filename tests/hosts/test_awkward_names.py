@@ -56,7 +56,7 @@ def test_a_whole_run_of_an_instance_with_an_awkward_name_does_no_harm(fault: Fau
     table, detail = fault.operator.run("status"), fault.operator.run("status", run)
     is_tame(table.stdout, lines=2)
     is_tame(detail.stdout)
-    assert json.loads(fault.operator.run("status", run, "--json").stdout)["facts"]["source_name"] == name
+    assert json.loads(fault.operator.run("status", run, "--json").stdout)["source"]["name"] == name
     again = fault.operator.run("-s", UUID, f"--dst-name={wanted}")
     assert again.returncode == 0 and "already migrated" in again.stderr
     is_tame(again.stderr, lines=1)

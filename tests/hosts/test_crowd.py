@@ -40,5 +40,5 @@ def test_forty_runs_that_start_at_once_end_well_and_two_at_a_time_copy(lab: Lab,
     made = {row["metadata"][ORIGIN]: Instance(lab["dst"], f"{INSTANCES}/{row['id']}/disk", "qcow2") for row in first.made()}
     assert made.keys() == {operator.id for operator in operators}
     assert all(same_guest(operator.source, made[operator.id]) for operator in operators)
-    assert {run["state"] for run in json.loads(first.run("status", "--json").stdout)} == {"done"}
+    assert {run["result"] for run in json.loads(first.run("status", "--json").stdout)} == {"done"}
     assert [line for host in lab for line in remains(host)] == []

@@ -23,6 +23,7 @@ from migrena import (
     Disk,
     Image,
     Reason,
+    Report,
     Screen,
     SourceFacts,
     already_there,
@@ -307,11 +308,11 @@ def test_a_flavor_that_is_another_is_told_in_the_plan() -> None:
     source = a_source(server=a_server(flavor=a_flavor(extra_specs={"hw:cpu_policy": "dedicated", "a": "1"})))
     facts = a_destination(flavors=(a_flavor(ram=1024, extra_specs={"a": "1", "b": "2"}),))
     assert refuse_destination(some_settings(), source, facts) == []
-    lines = "\n".join(plan_lines(some_settings(), make_plan(some_settings(), source, facts, "r"), source, 0.0))
+    lines = "\n".join(plan_lines(some_settings(), make_plan(some_settings(), source, facts, "r"), source, 0.0, Report()))
     for what in ("1024 MiB of RAM for 512", "b 2 for unset", "hw:cpu_policy unset for dedicated"):
         assert f"flavor     has {what} of the source's" in lines
     same = a_destination(flavors=(a_flavor(extra_specs=None),))
-    assert "of the source's" not in "\n".join(plan_lines(some_settings(), make_plan(some_settings(), source, same, "r"), source, 0.0))
+    assert "of the source's" not in "\n".join(plan_lines(some_settings(), make_plan(some_settings(), source, same, "r"), source, 0.0, Report()))
 
 
 def test_what_the_destination_does_not_take_of_extra_arguments_is_told_with_all_else() -> None:

@@ -168,7 +168,7 @@ def test_status_is_a_table_a_detail_and_json_and_needs_no_credentials(migrena: M
     one = migrena("status", RUN[:8], config=config)
     assert "  2026-11-20 21:00:01  create destination: done in 1.0 s\n" in one.stdout and "copy: cut off" in one.stdout
     shown = json.loads(migrena("status", "--json", config=config).stdout)
-    assert [(run["run"], run["state"], run["done"], run["destination"]) for run in shown] == [(RUN, "killed", 25 * MiB, "new")]
+    assert [(run["run"], run["result"], run["copy"]["done"], run["destination"]["id"]) for run in shown] == [(RUN, "killed", 25 * MiB, "new")]
     assert json.loads(migrena("status", RUN, "--json", config=config).stdout)["step"] == "copy"
 
 
