@@ -6545,7 +6545,7 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(each, signal.SIG_IGN)
     code = 4 if undo.left else code
     if code == 4:
-        report.not_undone = undo.left
+        report.result, report.not_undone = "left", undo.left
         told = [f"./migrena.py rollback {report.run}; ./migrena.py status {report.run} shows what was done"] if report.run else []
         for line in (*(f"left behind: {line}" for line in undo.left), *(f"  try: {way}" for way in undo.ways or told)):
             screen.say(line, always=True)

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from conftest import REPOSITORY, Migrena
-from migrena import Report, human, make_plan, plan_lines, span
+from migrena import Report, as_json, human, make_plan, plan_lines, read_run, span
 from unit import test_runs
 from unit.makers import GiB, an_image, some_settings
 from unit.model import World
-from unit.people import People, Schedule, Step, play
+from unit.people import Events, People, Schedule, Step, play
 from unit.test_refusals import a_destination, a_source
 
 FIELDS = {row.name for row in dataclasses.fields(Report)}
@@ -126,6 +126,14 @@ def test_why_an_act_must_not_be_done_is_in_the_report_too(tmp_path: Path, capsys
     report, said = json.loads(capsys.readouterr().out), world.runs[-1].said
     told = [line for reason in report["error"] for line in (f"  {reason['problem']}", f"    try: {reason['way_out']}")]
     assert (report["result"], world.runs[-1].code) == ("refused", 3) and told == [line for line in said if line.startswith("  ")] != []
+
+
+@pytest.mark.usefixtures("with_json")
+def test_a_run_that_leaves_something_has_the_result_that_status_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events: Events = {"check#1": "outage of 1000 s"}
+    world = play(Schedule((("copy", events),)), tmp_path / "state")
+    report, record = json.loads(capsys.readouterr().out), read_run(tmp_path / "state/here", world.runs[0].run)
+    assert (world.runs[0].code, report["result"], report["not_undone"]) == (4, as_json(record)["result"], list(record.left))
 
 
 def keys_in(readme: str) -> dict[str, str]:
