@@ -5731,10 +5731,12 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known_rate: 
     yield from (f"  base       {base.path}: {base.format}, {human(base.length)}" for base in disk.chain[1:])
     yield (f"destination  {settings.dst_name}, flavor {plan.flavor.name}, image {plan.image.name} ({plan.image.id or 'carried first'}), "
            "on the host that Nova chooses")
-    yield from ((f"  image      has {what} of the source's" for what, _ in plan.image.differs(source.image)) if source.image else
-                ["  image      is not compared: that of the source is gone, or was not looked at"])
-    image = {"id": plan.image.id, "name": plan.image.name, "bytes": plan.carried.size if plan.carried else 0}
+    differs = [what for what, _ in plan.image.differs(source.image)] if source.image else None
+    image = {"id": plan.image.id, "name": plan.image.name, "bytes": plan.carried.size if plan.carried else 0, "differs": differs}
     report.destination |= {"name": settings.dst_name, "flavor": plan.flavor, "image": image}
+    yield from (f"  image      has {what} of the source's" for what in differs or ())
+    if differs is None:
+        yield "  image      is not compared: that of the source is gone, or was not looked at"
     yield from (f"  flavor     has {what} of the source's" for what, _ in plan.flavor.differs(server.flavor))
     transport, why = pick_transport(settings, ["nbd-server"] if "nbd-server" in source.lacking else [], top, True)
     yield f"transport    {transport}{' with TLS' if settings.tls else ' in clear'}: {why} (the destination's host may lack something)"
@@ -5759,6 +5761,7 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known_rate: 
         yield "downtime     for finding and sending what changes meanwhile, and the time to stop and start"
         if settings.bitmap:
             yield f"bitmap       {top.path} carries a dirty bitmap meanwhile"
+    yield "guest        with cloud-init it takes the new instance id for a first boot: new SSH host keys, perhaps passwords (see README)"
     yield f"afterwards   {'start ' + settings.start_after if settings.start_after else 'nothing is started'}"
 
 
@@ -5964,7 +5967,7 @@ def tell_judged(screen: Screen, report: Report, now: Situation, judged: Mapping[
         screen.say(line, always=True)
     is_refused = any(judged.values())
     report.run, report.result = now.run, "refused" if is_refused else "planned"
-    report.error = [dataclasses.asdict(reason) for reasons in judged.values() for reason in reasons]
+    report.error = [asdict(reason) for reasons in judged.values() for reason in reasons]
     return 3 if is_refused else 0
 
 
@@ -6436,7 +6439,7 @@ JOBS: Final = {
 def with_options(made: argparse.ArgumentParser, job: str) -> argparse.ArgumentParser:
     """A parser that takes a job's options, from the rows of Settings."""
     made.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help="settings (default: config.py beside migrena.py)")
-    for row in dataclasses.fields(Settings):
+    for row in fields(Settings):
         if row.metadata["flags"] and job in row.metadata["jobs"]:
             made.add_argument(*row.metadata["flags"], dest=row.name, default=argparse.SUPPRESS, **row.metadata["more"])
     return made

@@ -20,7 +20,7 @@ from migrena import MADE, read_run, what_to_do
 
 Operators = Callable[[int], list[Operator]]
 KILL, TERM = signal.SIGKILL.value, signal.SIGTERM.value
-GUEST = [(MiB, MiB)]  # two chunks of the file
+GUEST = ((MiB, 12 * MiB),)  # chunks of 1 MiB: when the first has arrived, some have not even begun
 
 # The lines of a whole run, in their order; those that stand alone name no act. Left out are intents that follow a result at once.
 UNTIL_ASKED = ("run", "intent of mark source")

@@ -181,7 +181,7 @@ def test_an_image_with_which_the_guest_may_not_boot_is_refused(here: dict[str, s
     assert f"image 'debian' has {words} of the source's" in reason.problem and "--ignore-properties" in reason.way_out
     settings = some_settings(image=named, ignore_properties=True)
     assert refuse(settings, source, destination) == []
-    assert f"  image      has {words} of the source's" in plan_lines(settings, make_plan(settings, source, destination, "run"), source, 0)
+    assert f"  image      has {words} of the source's" in plan_lines(settings, make_plan(settings, source, destination, "run"), source, 0, Report())
 
 
 @pytest.mark.parametrize(("here", "there", "words"), [
@@ -192,7 +192,7 @@ def test_other_properties_of_a_guest_that_differ_are_listed_in_the_plan(here: di
     source, destination = a_source(image=an_image_with(**here)), a_destination(images=(an_image_with(**there),))
     settings = some_settings(image="debian")
     assert refuse(settings, source, destination) == []
-    lines = plan_lines(settings, make_plan(settings, source, destination, "run"), source, 0)
+    lines = plan_lines(settings, make_plan(settings, source, destination, "run"), source, 0, Report())
     assert [line for line in lines if line.startswith("  image")] == ([f"  image      has {words} of the source's"] if words else [])
 
 
@@ -200,7 +200,7 @@ def test_where_the_source_s_image_is_gone_the_plan_says_that_nothing_is_compared
     source, destination = a_source(image=None), a_destination(images=(an_image_with(hw_firmware_type="uefi"),))
     settings = some_settings(image="debian")
     assert refuse(settings, source, destination) == []
-    lines = plan_lines(settings, make_plan(settings, source, destination, "run"), source, 0)
+    lines = plan_lines(settings, make_plan(settings, source, destination, "run"), source, 0, Report())
     assert [line for line in lines if "is not compared: that of the source is gone" in line]
 
 
@@ -217,7 +217,7 @@ def test_an_image_that_is_carried_has_the_properties_of_the_source_s() -> None:
     source = a_source(image=an_image_with(hw_disk_bus="scsi", disk_format="qcow2"))
     settings, destination = some_settings(copy_image=True), a_destination(images=())
     plan = make_plan(settings, source, destination, "run")
-    assert plan.image.id == "" and not [line for line in plan_lines(settings, plan, source, 0) if line.startswith("  image")]
+    assert plan.image.id == "" and not [line for line in plan_lines(settings, plan, source, 0, Report()) if line.startswith("  image")]
 
 
 @pytest.mark.parametrize("flaw", FLAW_WAYS)
