@@ -104,7 +104,9 @@ class Stage:
             self.src.act(self.source, "unlock")
         for mark in rows[self.source]["metadata"]:
             self.src.call("DELETE", "nova", f"/servers/{self.source}/metadata/{mark}")
-        settled(self.src, self.source)
+        status = settled(self.src, self.source)
+        if self.clouds.host(SOURCE).run("virsh", "dominfo", self.source, check=False).returncode and status == "SHUTOFF":
+            self.src.act(self.source, "os-start", until="ACTIVE")  # as the refusal says: after a start that failed Nova leaves no domain
         if self.src.server(self.source)["status"] != "SHUTOFF":
             self.src.act(self.source, "os-stop", until="SHUTOFF")
 
