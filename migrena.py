@@ -1680,7 +1680,7 @@ rm -rf -- "$folder"
 """
 
 FED: Final = '"$@"; status=$?; cat >/dev/null; exit "$status"'  # a command that does not end before its input does
-PRIVATE_FILE: Final = 'umask 077; cat > "$1"'
+PRIVATE_FILES: Final = 'umask 077; cd -- "$1" || exit; shift; while [ $# -gt 0 ]; do head -c "$2" > "$1" || exit; shift 2; done'
 LACKING: Final = """
 has() { command -v "$1" >/dev/null; }
 for tool; do has "$tool" || echo "$tool"; done
@@ -1865,6 +1865,7 @@ class Host:
     def __init__(self, name: str, settings: Settings, screen: Screen) -> None:
         self.name, self._settings, self._screen = name, settings, screen
         self.unconfirmed: list[str] = []  # leases whose end the host did not confirm; they end with their connection
+        self.lacking: dict[Collection[str], list[str]] = {}  # tools that were looked for, and those of them that are missing
         self.stays: list[str] = []  # what a lease said that it could not undo
         self._prefix: tuple[str, ...] = ()
         self._stack = ExitStack()
@@ -3187,8 +3188,11 @@ SAMPLE: Final = 8 * MiB  # what a rehearsal sends
 SLOW_WIRE: Final = 16 * MiB  # bytes per second; up to here zlib, with 30 to 50 MiB/s on one core, is not what the copy waits for
 
 
-def tools_lacking(host: Host, tools: Sequence[str]) -> list[str]:
-    return host.script(LACKING, *tools).splitlines()
+def tools_lacking(host: Host, tools: Collection[str] = tuple(PACKAGES)) -> list[str]:
+    """Which of these tools a host does not have, or only of too old a version."""
+    if tools not in host.lacking:
+        host.lacking[tools] = host.script(LACKING, *tools).splitlines()
+    return host.lacking[tools]
 
 
 BROKEN: Final = "errors that qemu-img check finds"
@@ -3622,8 +3626,7 @@ def nbd_server(ends: Ends, job: DiskJob, place: Export, path: str) -> tuple[str,
         lines += ["force_tls = true", f"certfile = {folder}/server-cert.pem", f"keyfile = {folder}/server-key.pem",
                   f"cacertfile = {folder}/ca-cert.pem"]
     lines += [f"[{place.name}]", f"exportname = {path}", "readonly = true", f"authfile = {folder}/clients"]
-    ends.source.script(PRIVATE_FILE, f"{folder}/clients", stdin=f"{ends.client_address}\n".encode())
-    ends.source.script(PRIVATE_FILE, f"{folder}/{place.port}.conf", stdin="\n".join((*lines, "")).encode())
+    put_files(ends.source, folder, {"clients": f"{ends.client_address}\n".encode(), f"{place.port}.conf": "\n".join((*lines, "")).encode()})
     return ("nbd-server", "-C", f"{folder}/{place.port}.conf", "-p", f"{folder}/{place.port}.pid")
 
 
@@ -3816,7 +3819,7 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Known = NOTHING
         held = changed if is_rest else pieces_held(ends.source, disk.readable, job)
         looked = time.monotonic()
         digest = Flow(ends, job, disk, witness, there, is_new=not is_there).send(changed if is_there else held)
-        if is_there and digest:
+        if is_there and digest and not job.is_live:
             require_equal(Chunk(0, job.length, 0), here, there)
             digest = hashlib.sha256(lines_of(here)).hexdigest()
     moved = Moved(sum(count for _, count in held), received(ends) - before, digest, time.monotonic() - began, looked - began,
@@ -3908,9 +3911,15 @@ def bring_chunk(ends: Ends, job: DiskJob, node: Node, tile: Chunk, show: Callabl
 
 
 def put_list(host: Host, folder: str, pieces: Sequence[Piece]) -> str:
-    listed = f"{folder}/{secrets.token_hex(8)}.pieces"
-    host.script(PRIVATE_FILE, listed, stdin="".join(f"{start} {count}\n" for start, count in pieces).encode())
-    return listed
+    name = f"{secrets.token_hex(8)}.pieces"
+    put_files(host, folder, {name: "".join(f"{start} {count}\n" for start, count in pieces).encode()})
+    return f"{folder}/{name}"
+
+
+def put_files(host: Host, folder: str, files: Mapping[str, bytes]) -> None:
+    """Writes files, in this order, into a host's private folder."""
+    sizes = (word for name, content in files.items() for word in (name, str(len(content))))
+    host.script(PRIVATE_FILES, folder, *sizes, stdin=b"".join(files.values()))
 
 
 def copy_tail(ends: Ends, job: DiskJob) -> None:
@@ -4703,7 +4712,7 @@ SETTING_UP: Final = 2.0  # seconds that a stopped source waits for more than its
 LOOK_LIMIT: Final = 20.0  # seconds after which a look at both sides is taken again
 LOOKS: Final = 3  # before one that always takes longer counts as none
 LOST_ANSWER: Final = 10.0  # seconds in which an instance shows up although Nova answered with an error
-LATE_ANSWER: Final = 60.0  # the same for one that has to be deleted: a proxy may have kept the request
+LATE_ANSWER: Final = 60.0  # the same for one that has to be deleted
 CLAIM_PAUSE: Final = 1.0  # seconds in which a run elsewhere that saw no mark of ours writes its own
 
 STATE_WAYS: Final = {  # the words after `openstack server`
@@ -4773,7 +4782,7 @@ def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, 
         if server.host:
             settings = settings.of("src")
             found.host = host = stack.enter_context(host_of(server, settings, screen))
-            found.lacking = tools_lacking(host, list(PACKAGES))
+            found.lacking = tools_lacking(host)
             found.disk = look_at_disk(host, server, settings, found.lacking)
     return found
 
@@ -5406,8 +5415,9 @@ def ask_for_destination(run: Run) -> str:
             return run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, settings.extra_args,
                                           plan.marks(MADE) | {ORIGIN: plan.server.id})
     except CloudError as error:
-        if not error.may_pass:
+        if error.code not in (0, 502, 504):  # else a proxy may have kept the request
             run.journal.write("refused")
+        if not error.may_pass:
             raise
         while not (made := run.destination.made_by(plan.run, plan.server.id)):
             if time.monotonic() > limit:
@@ -5418,10 +5428,8 @@ def ask_for_destination(run: Run) -> str:
 
 def made_late(run: Run) -> list[str]:
     """The ids of what a run has made whose answer was lost; raises Kept where it may still be made."""
-    if any(entry["event"] == "refused" for entry in run.journal.entries):
-        return []
-    limit = time.monotonic() + LATE_ANSWER
-    while not (made := run.destination.made_by(run.plan.run, run.plan.server.id)):
+    limit, is_open = time.monotonic() + LATE_ANSWER, not any(entry["event"] == "refused" for entry in run.journal.entries)
+    while not (made := run.destination.made_by(run.plan.run, run.plan.server.id)) and is_open:
         if time.monotonic() > limit:
             raise Kept(f"Nova did not answer when it was asked for {run.settings.dst_name}, and may still make it",
                        f"openstack server list --name {shlex.quote(run.settings.dst_name)}; ./migrena.py rollback {run.plan.run} deletes it")
@@ -5450,7 +5458,7 @@ def connect_destination(run: Run, new: Server, stack: ExitStack) -> Host:
     host = stack.enter_context(host_of(new, run.settings.of("dst"), run.screen))
     stack.enter_context(host.private_folder(run.plan.run))
     run.undo.always(f"check that nothing of ours is left on {host.name}", host.confirm_all_ended)
-    if reasons := refuse_tools(host.name, tools_lacking(host, list(PACKAGES)), run.settings, "nbd-client"):
+    if reasons := refuse_tools(host.name, tools_lacking(host), run.settings, "nbd-client"):
         raise HostError.of(reasons)
     return host
 
@@ -5462,8 +5470,7 @@ def both_ends(run: Run, destination: Host, locks: DiskLocks) -> Iterator[Ends]:
     with source.private_folder(run.plan.run) as one, destination.private_folder(run.plan.run) as other:
         for who, files in certificates(source.nbd_address).items() if run.settings.tls else ():
             host, folder = (source, one) if who == "server" else (destination, other)
-            for name, content in files.items():
-                host.script(PRIVATE_FILE, f"{folder}/{name}", stdin=content)
+            put_files(host, folder, files)
         client = route(destination, source.nbd_address).get("prefsrc", destination.nbd_address)
         yield Ends(source, destination, one, other, client, locks)
 
@@ -5495,7 +5502,7 @@ def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
 def plan_job(run: Run, ends: Ends, fresh: Disk) -> DiskJob:
     """What will be copied and how, from both disks; says it on the screen and in the report."""
     settings, disk, host = run.settings, run.plan.disk, ends.destination
-    missing = {end: set(tools_lacking(end, list(PACKAGES))) for end in (ends.source, host)}
+    missing = {end: set(tools_lacking(end)) for end in (ends.source, host)}
     for_nbd = (ends.source, "nbd-server"), (host, "nbd-client"), (host, "modprobe")
     lacking = [f"{tool} on {end.name}" for end, tool in for_nbd if tool in missing[end]]
     if not lacking and not host.succeeds("sh", "-c", "[ -e /sys/block/nbd0 ] || modprobe -n -q nbd"):

@@ -240,7 +240,7 @@ def test_a_disk_with_an_awkward_name_can_be_held(lab: Lab, src: Host) -> None:
 
 def test_tools_that_are_not_there_are_named(reach: Reach) -> None:
     for user in ("root", "operator"):
-        assert tools_lacking(reach("src", ssh_user=user), ["qemu-img", "nbd-client", "no-such-tool", "ss", "-rf"]) == ["no-such-tool", "-rf"]
+        assert tools_lacking(reach("src", ssh_user=user), ("qemu-img", "nbd-client", "no-such-tool", "ss", "-rf")) == ["no-such-tool", "-rf"]
 
 
 def test_free_space_is_what_root_could_write(lab: Lab, src: Host, raw: Instance) -> None:

@@ -555,7 +555,7 @@ class HostStandIn:
                                      if host == self.name and self.world.lives(owner) and owner.run == values[0]))
         if "stat -c %i" in script:
             return self.said(self.inode(values[0]))
-        if script == migrena.PRIVATE_FILE or "stat -c %b" in script or values[0].endswith("/hold.pid"):  # a lease tells whether it holds
+        if script == migrena.PRIVATE_FILES or "stat -c %b" in script or values[0].endswith("/hold.pid"):  # a lease tells whether it holds
             return self.said("")
         if migrena.DOMAIN_STATE in script:
             return self.said(f"{'1' + chr(10) if 'stat' in script else ''}{self.state(values[0])}")

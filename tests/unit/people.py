@@ -362,7 +362,7 @@ def on_the_model(world: World) -> Iterator[None]:
         "held": disks.held, "rehearse": disks.rehearse, "move_disk": disks.move_disk, "settle_disk": disks.settle_disk,
         "domain_of": disks.domain_of, "refuse_domain": lambda host, domain: [], "refuse_metadata": lambda host, domain: [],
         "misplaced": lambda host, domain: None, "require_chain": lambda host, domain, chain: None, "checked": lambda host, image: image,
-        "tools_lacking": lambda host, tools: [], "same_content": lambda one, other, stall: True, "free_space": lambda host, path: 1 << 50,
+        "tools_lacking": lambda host: [], "same_content": lambda one, other, stall: True, "free_space": lambda host, path: 1 << 50,
         "route": lambda host, to: {"prefsrc": "10.0.0.2"}, "certificates": lambda server: {},
     }
     with contextlib.ExitStack() as stack:
