@@ -1221,13 +1221,13 @@ class Journal:
             os.truncate(self.path, whole)  # what follows a line that was cut would make it unreadable
         except OSError as error:
             raise UsageError(f"the journal {self.path} cannot be written: {error}", ELSEWHERE) from error
-        self._is_broken = False
+        self.is_broken = False
 
     def write(self, event: str, **facts: object) -> None:
         """One line, on the disk when this returns. Raises StateError, but once: the undoing then goes by memory."""
         entry = {"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": event, **facts}
         self.entries.append(entry)
-        if self._is_broken:
+        if self.is_broken:
             return
         line = json.dumps(entry).encode() + b"\n"
         try:
@@ -1235,7 +1235,7 @@ class Journal:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError as error:
-            self._is_broken = True
+            self.is_broken = True
             raise StateError(f"the journal {self.path} can no longer be written: {error}", "free space there, then run it again") from error
 
     @contextmanager
@@ -1276,7 +1276,7 @@ class Journal:
         finally:
             with suppress(StateError):
                 self.write("ended", result="left" if undo.left else result, error=error, left=undo.left)
-            if self._is_broken:
+            if self.is_broken:
                 undo.screen.warn(f"the journal {self.path} does not tell how the run has ended: `status` will call it killed")
             self.close()
 
@@ -1499,13 +1499,14 @@ def find_run(folder: Path, beginning: str) -> str:
 
 
 def still_to_write(folder: Path, run: str, host: str) -> int:
-    """Bytes that runs on this machine which asked for space on a host before this one have yet to write there."""
+    """Bytes that runs on this machine which asked for space on a host, with its cloud, before this one have yet to write there."""
     asked = {}
     for other in known_runs(folder):
-        with suppress(UsageError):
+        with suppress(UsageError, OSError):
             entries = parse_journal(folder / f"{other}.jsonl")[0]
             need = next((entry for entry in reversed(entries) if entry["event"] == "space" and entry["host"] == host), None)
-            if need and (other == run or read_run(folder, other).state == "running"):
+            has_copied = any((entry["event"], entry.get("act")) == ("done", "copy") for entry in entries)
+            if need and not has_copied and (other == run or read_run(folder, other).state == "running"):
                 asked[other] = need["at"], int(need["need"]) - max((entry["done"] for entry in entries if "done" in entry), default=0)
     return sum(max(0, rest) for other, (at, rest) in asked.items() if other != run and (at, other) < (asked[run][0], run))
 
@@ -2761,10 +2762,10 @@ def map_of(node, *more):  # of an image, by qemu-img: part by part
     words = ["qemu-img", "map", "--output=json"] + list(more) + ["json:" + json.dumps(node)]
     return document_in(subprocess.check_output(words, stdin=subprocess.DEVNULL, universal_newlines=True))
 
-def joined(spans):  # those side by side made one
+def joined(spans, gap=0):  # those side by side, or no further apart than that, made one
     made = []
     for start, stop in spans:
-        if made and made[-1][1] >= start:
+        if made and made[-1][1] + gap >= start:
             made[-1][1] = stop
         else:
             made.append([start, stop])
@@ -2960,7 +2961,16 @@ if listed:
     with open(listed) as file:
         wanted = [tuple(map(int, line.split())) for line in file]
 if verb == "pieces":
+    held, gap = [], 0  # millions of pieces are joined over small holes: `bring` makes holes of zeros again
     for start, stop in disk.extents():
+        if held and start - held[-1][1] <= gap:
+            held[-1][1] = stop
+        else:
+            held.append([start, stop])
+        if len(held) > 1 << 19:
+            gap = max(2 * gap, 1 << 12)
+            held = joined(held, gap)
+    for start, stop in held:
         print(start, stop - start)
 elif verb == "bring":
     bring(Export(json.loads(target)) if target.startswith("{") else NewFile(target))
@@ -3812,10 +3822,11 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Known = NOTHING
     began, before, destination = time.monotonic(), received(ends), ends.destination
     known = known if known.stand and stand_of(destination, job.new) == known.stand else NOTHING_KNOWN
     is_there = is_begun(destination, job)
-    is_rest = is_there and job.settings.warm
+    known, is_rest = known if is_there else NOTHING_KNOWN, is_there and job.settings.warm
     with reading(ends, job) as disk:
         here, there = compared(ends, job, disk, known) if is_there else ({}, {})
-        changed = as_pieces(differing(here, there), _whole_sectors(job.length))
+        end = job.length if job.transport == "nbd" else _whole_sectors(job.length)  # a block device ends with its last whole sector
+        changed = as_pieces(differing(here, there), end)
         held = changed if is_rest else pieces_held(ends.source, disk.readable, job)
         looked = time.monotonic()
         digest = Flow(ends, job, disk, witness, there, is_new=not is_there).send(changed if is_there else held)
@@ -3832,7 +3843,8 @@ def compared(ends: Ends, job: DiskJob, disk: Reading, known: Known) -> tuple[dic
     asked = as_pieces(set(range(-(-job.length // MiB))) - known.unchanged, job.length)
     with threads_for(ends.destination, 1) as pool:
         again = [] if job.is_live and known.stand else asked
-        proving = pool.submit(digests_again, ends, ends.destination, job, known.there, again)
+        with unbroken():
+            proving = pool.submit(digests_again, ends, ends.destination, job, known.there, again)
         return digests_again(ends, ends.source, job, known.here, asked, disk.readable), outcome(proving)
 
 
@@ -4777,8 +4789,8 @@ def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, 
         if settings.run and server.task == "powering-off":  # the stop of the run that is gone on with
             server = cloud.wait(server.id, lambda now: not now.task, lambda now: None)
         found.server = server
-        if server.image and not (settings.image and settings.ignore_properties):
-            found.image = cloud.store.one(server.image)
+        with suppress(*[CloudError] if settings.image else []):  # only to be compared with the one that was named
+            found.image = cloud.store.one(server.image) if server.image else None
         if server.host:
             settings = settings.of("src")
             found.host = host = stack.enter_context(host_of(server, settings, screen))
@@ -5412,11 +5424,15 @@ def ask_for_destination(run: Run) -> str:
     plan, settings, limit = run.plan, run.settings, time.monotonic() + LOST_ANSWER
     try:
         with unbroken():  # an instance of which nobody knows the id would be hard to undo
-            return run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, settings.extra_args,
-                                          plan.marks(MADE) | {ORIGIN: plan.server.id})
+            run.journal.write("asked")
+            try:
+                return run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, settings.extra_args,
+                                              plan.marks(MADE) | {ORIGIN: plan.server.id})
+            except CloudError as error:
+                if error.code not in (0, 502, 504):  # else a proxy may have kept the request
+                    run.journal.write("refused")
+                raise
     except CloudError as error:
-        if error.code not in (0, 502, 504):  # else a proxy may have kept the request
-            run.journal.write("refused")
         if not error.may_pass:
             raise
         while not (made := run.destination.made_by(plan.run, plan.server.id)):
@@ -5428,7 +5444,8 @@ def ask_for_destination(run: Run) -> str:
 
 def made_late(run: Run) -> list[str]:
     """The ids of what a run has made whose answer was lost; raises Kept where it may still be made."""
-    limit, is_open = time.monotonic() + LATE_ANSWER, not any(entry["event"] == "refused" for entry in run.journal.entries)
+    limit, told = time.monotonic() + LATE_ANSWER, {entry["event"] for entry in run.journal.entries}
+    is_open = "asked" in told and "refused" not in told and not run.journal.is_broken
     while not (made := run.destination.made_by(run.plan.run, run.plan.server.id)) and is_open:
         if time.monotonic() > limit:
             raise Kept(f"Nova did not answer when it was asked for {run.settings.dst_name}, and may still make it",
@@ -5486,7 +5503,7 @@ def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
         screen.note("Done. Current status: SHUTOFF")
     with screen.step("Compare bases, space and the way between the hypervisors."):
         job = plan_job(run, ends, fresh)
-        host = ends.destination.name
+        host = f"{run.destination.url} {ends.destination.name}"
         run.journal.write("space", host=host, need=space_needed(job.source, run.plan.disk, job.whole_file))
         refuse_job(ends, job, run.plan.disk, still_to_write(run.journal.path.parent, run.plan.run, host))
         rate = rehearse(ends, job)

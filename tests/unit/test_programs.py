@@ -77,3 +77,19 @@ def test_the_oldest_python_of_a_hypervisor_has_all_that_a_program_uses(program: 
 
 def test_control_what_came_later_is_noticed(tmp_path: Path) -> None:
     assert "os.preadv" in too_new(BLOCKS + "\nos.preadv(0, [], 0)\n", tmp_path)
+
+
+def test_millions_of_pieces_are_told_as_fewer_over_small_holes(tmp_path: Path) -> None:
+    """A stand-in for SEEK_DATA on such a file: with limits a thousand times lower."""
+    path = tmp_path / "disk"
+    with path.open("wb") as file:
+        for place in range(600):
+            file.seek(place * 16384)
+            file.write(b"x" * 4096)
+    program = BLOCKS.replace("len(held) > 1 << 19", "len(held) > 1 << 9")
+    assert program != BLOCKS
+    length = path.stat().st_size
+    done = subprocess.run([sys.executable, "-c", program, "pieces", str(path), "0", str(length)], capture_output=True, text=True, check=True)
+    pieces = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(pieces) < 513 and pieces[0][0] == 0 and sum(pieces[-1]) == length
+    assert all(any(at <= place * 16384 and place * 16384 + 4096 <= at + count for at, count in pieces) for place in range(600))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import io
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from migrena import Journal, Screen, StateError, Undo
+from migrena import CloudError, Journal, Kept, Run, Screen, StateError, Undo, ask_for_destination, made_late
+from unit.makers import UUID, some_settings
 
 
 class Gone(io.StringIO):
@@ -76,3 +79,45 @@ def test_a_terminal_that_is_gone_stops_no_undoing(tmp_path: Path, lines: int) ->
         undo.on_failure("delete", lambda: done.append("delete"))
         raise ValueError("the cause")
     assert done == ["delete", "unmark"] and undo.left == []
+
+
+class Asked:
+    """A stand-in for a Nova that is asked for an instance, and for the journal of the run that asks."""
+
+    def __init__(self, code: int | None, *, shows_up: bool) -> None:
+        self.code, self.shows_up, self.entries, self.is_broken, self.now, self.asked = code, shows_up, list[dict[str, str]](), False, 0.0, 0
+
+    def write(self, event: str, **facts: object) -> None:
+        self.entries.append({"event": event})
+
+    def create(self, *_: object) -> str:
+        self.asked += 1
+        if self.code is None:
+            return "new"
+        raise CloudError("spoiled", code=self.code)
+
+    def made_by(self, run: str, origin: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(id="late")] if self.shows_up and self.now > 30 else []
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("code", "shows_up", "late", "waited"), [
+    (403, False, [], 0), (409, False, [], 0), (500, False, [], 11), (504, True, ["late"], 31), (0, False, Kept, 72), (502, False, Kept, 72)])
+def test_what_was_asked_for_is_looked_for_as_long_as_nobody_knows_whether_it_is_made(
+        monkeypatch: pytest.MonkeyPatch, code: int, shows_up: bool, late: list[str] | type[Kept], waited: int) -> None:
+    nova = Asked(code, shows_up=shows_up)
+    monkeypatch.setattr("migrena.time", SimpleNamespace(monotonic=lambda: nova.now, sleep=nova.sleep))
+    some = SimpleNamespace(id=UUID)
+    plan = SimpleNamespace(run="r", image=some, flavor=some, server=some, marks=lambda key: {})
+    run = cast(Run, SimpleNamespace(plan=plan, settings=some_settings(), journal=nova, destination=nova))
+    assert made_late(run) == [] and nova.now == 0  # nothing was asked for yet
+    with pytest.raises(CloudError):
+        ask_for_destination(run)
+    if late is Kept:
+        with pytest.raises(Kept, match="may still make it"):
+            made_late(run)
+    else:
+        assert made_late(run) == late
+    assert nova.asked == 1 and waited <= nova.now <= waited + 2
