@@ -691,6 +691,8 @@ class Image:
         """How its properties differ from the source's, and whether a guest may not boot for that."""
         for key in sorted(self.told.keys() | source.told.keys()):
             here, there = (image.told.get(key) or BOOTING.get(key) or "unset" for image in (self, source))
+            if key == "kernel_id" and "unset" not in (here, there):
+                continue  # each Glance has ids of its own
             if here != there and (key in BOOTING or re.match("(hw|os)_(?!hash_|hidden)", key)):
                 yield f"{key} {here} for {there}", key in BOOTING
 

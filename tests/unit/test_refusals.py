@@ -187,7 +187,7 @@ def test_an_image_with_which_the_guest_may_not_boot_is_refused(here: dict[str, s
 @pytest.mark.parametrize(("here", "there", "words"), [
     ({"hw_vif_model": "e1000"}, {}, "hw_vif_model unset for e1000"), ({}, {"os_type": "windows"}, "os_type windows for unset"),
     ({"hw_disk_bus": "virtio", "hw_firmware_type": "bios", "description": "x"}, {"architecture": "x86_64", "min_disk": 1}, ""),
-    ({"os_hash_algo": "sha256"}, {"os_hidden": True}, "")])
+    ({"os_hash_algo": "sha256"}, {"os_hidden": True}, ""), ({"kernel_id": "here"}, {"kernel_id": "there"}, "")])
 def test_other_properties_of_a_guest_that_differ_are_listed_in_the_plan(here: dict[str, Any], there: dict[str, Any], words: str) -> None:
     source, destination = a_source(image=an_image_with(**here)), a_destination(images=(an_image_with(**there),))
     settings = some_settings(image="debian")
