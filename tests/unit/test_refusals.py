@@ -19,6 +19,7 @@ from migrena import (
     ORIGIN,
     PACKAGES,
     Cloud,
+    CloudError,
     DestinationFacts,
     Disk,
     Image,
@@ -204,13 +205,19 @@ def test_where_the_source_s_image_is_gone_the_plan_says_that_nothing_is_compared
     assert [line for line in lines if "is not compared: that of the source is gone" in line]
 
 
-@pytest.mark.parametrize("asked", [{}, {"image": "debian"}, {"image": "debian", "ignore_properties": True}])
-def test_the_source_s_image_is_looked_at_also_where_another_one_is_named(monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]) -> None:
-    """Stand-ins for a cloud and a host; with both options a Glance that does not answer stops nothing."""
-    cloud = SimpleNamespace(server=lambda id: a_server(host=""), store=SimpleNamespace(one=lambda id: an_image_with()))
-    monkeypatch.setattr(migrena, "Cloud", lambda label, creds: cloud)
+@pytest.mark.parametrize("asked", [{}, {"image": "debian"}])
+@pytest.mark.parametrize("is_down", [False, True])
+def test_the_source_s_image_is_looked_at_also_where_another_one_is_named(
+        monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], is_down: bool) -> None:
+    """Stand-ins for a cloud and a host; where another one is named, a Glance that does not answer stops nothing."""
+    def one(id: str) -> Image:
+        if is_down:
+            raise CloudError("the Glance is away", code=503)
+        return an_image_with()
+
+    monkeypatch.setattr(migrena, "Cloud", lambda label, creds: SimpleNamespace(server=lambda id: a_server(host=""), store=SimpleNamespace(one=one)))
     found = survey_source(some_settings(**asked), {}, Screen(io.StringIO()), ExitStack())
-    assert (found.image is None) is ("ignore_properties" in asked) and found.problems == []
+    assert (found.image is None) is is_down and bool(found.problems) is (is_down and not asked)
 
 
 def test_an_image_that_is_carried_has_the_properties_of_the_source_s() -> None:
