@@ -3974,7 +3974,7 @@ class Flow:
 
     def __init__(self, ends: Ends, job: DiskJob, disk: Reading, witness: Witness, there: dict[int, str], *, is_new: bool) -> None:
         self._ends, self._job, self._disk, self._witness, self._there, self._is_new = ends, job, disk, witness, there, is_new
-        self._is_proven = job.settings.verify or job.is_live
+        self._is_proven = job.settings.verify or job.settings.warm  # what is read of a running source proves nothing by itself
         self._done: dict[Chunk, int] = {}  # how many bytes of each have arrived
         self._open = deque[tuple[Chunk, Digests | None, Digests | None]]()  # those to be compared: of the source, and of the new file
         self._whole = hashlib.sha256()
