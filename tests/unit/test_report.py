@@ -89,7 +89,7 @@ def test_a_plan_is_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert source.keys() == {"cloud", "id", "name", "host", "status", "flavor", "chain"}
     assert destination.keys() == {"cloud", "name", "flavor", "image"} and destination["name"] == "new"
     assert source["flavor"].keys() == destination["flavor"].keys() >= {"id", "name", "vcpus", "ram", "disk", "swap", "extra_specs"}
-    assert destination["image"].keys() == {"id", "name", "bytes"} and destination["image"]["bytes"] == 0
+    assert destination["image"].keys() == {"id", "name", "bytes", "differs"} and destination["image"]["bytes"] == 0
     for file in source["chain"]:
         assert isinstance(file["path"], str) and all(type(file[key]) is int for key in ("size", "length", "allocated"))
     assert copy["transport"] in ("nbd", "qemu") and copy["tls"] is True and copy["start_after"] == "dst" and copy["bitmap"] is False
@@ -103,7 +103,7 @@ def test_an_image_that_is_carried_first_is_in_the_report_with_its_bytes_and_both
     report, image = Report(), an_image(told={"size": 5, "disk_format": "qcow2"})
     plan = make_plan(some_settings(copy_image=True), a_source(image=image), a_destination(images=()), "r")
     lines = [*plan_lines(some_settings(limit_rate=GiB), plan, a_source(), 0.0, report)]
-    assert report.destination["image"] == {"id": "", "name": "debian", "bytes": 5}
+    assert report.destination["image"] == {"id": "", "name": "debian", "bytes": 5, "differs": []}
     assert "to move      5 B: the image, before anything is stopped" in lines
     assert [(row["view"], row["bytes"], row["rate"], row["seconds"]) for row in report.copy["estimates"]] == [
         ("file", GiB, GiB, 1.0), ("guest", 3 * GiB, GiB, 3.0)]
