@@ -5506,7 +5506,7 @@ def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
     with screen.step("Compare bases, space and the way between the hypervisors."):
         job = plan_job(run, ends, fresh)
         host = f"{run.destination.url} {ends.destination.name}"
-        run.journal.write("space", host=host, need=space_needed(job.source, run.plan.disk, job.whole_file))
+        run.journal.write("space", host=host, need=space_needed(job.source, run.plan.disk, job.whole_file, 0))
         refuse_job(ends, job, run.plan.disk, still_to_write(run.journal.path.parent, run.plan.run, host))
         rate = rehearse(ends, job)
         screen.note(f"Done. {human(SAMPLE)} went from {ends.source.nbd_address} to {ends.client_address} and were proven.")
@@ -5549,7 +5549,7 @@ def refuse_job(ends: Ends, job: DiskJob, disk: Disk, others: int = 0) -> None:
     if fresh.size < job.source.size:
         raise HostError(f"the new instance's disk of {human(fresh.size)} is smaller than the source's {human(job.source.size)}",
                         "name a larger flavor with -f")
-    need = space_needed(job.source, disk, job.whole_file) + job.settings.space_reserve
+    need = space_needed(job.source, disk, job.whole_file, job.settings.space_reserve)
     there = host.script('[ ! -f "$1" ] || stat -c %b -- "$1"', job.new)  # a run that goes on has its place already
     free = free_space(host, fresh.path) + there.read(lambda said: int(said or 0)) * 512
     if free - others < need:
@@ -5558,9 +5558,9 @@ def refuse_job(ends: Ends, job: DiskJob, disk: Disk, others: int = 0) -> None:
                         "free space there, or have Nova choose another host with availability_zone in -e")
 
 
-def space_needed(top: DiskImage, disk: Disk, whole_file: bool) -> int:
-    """Bytes that the new file takes, with room for a running source to grow a little."""
-    return (top.allocated if whole_file else disk.guest_bytes) * 102 // 100 + 64 * MiB
+def space_needed(top: DiskImage, disk: Disk, whole_file: bool, reserve: int) -> int:
+    """Bytes that have to be free for the new file, with room for a running source to grow a little, and so many that stay free."""
+    return (top.allocated if whole_file else disk.guest_bytes) * 102 // 100 + reserve
 
 
 def stop_source(run: Run, new: Server) -> float:
@@ -5776,7 +5776,7 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known_rate: 
     report.copy = {"transport": transport, "why_transport": why, "estimates": [],
                    **{key: getattr(settings, key) for key in ("tls", "warm", "bitmap", "start_after")}}
     for view, amount in views.items():
-        space = space_needed(top, disk, view == "file")
+        space = space_needed(top, disk, view == "file", settings.space_reserve)
         yield f"to move      {human(amount)}: {'the file' if view == 'file' else 'what the guest sees, if the bases differ'}"
         yield f"  space      {human(space)} at the destination"
         for name, rate in rates.items():

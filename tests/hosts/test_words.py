@@ -129,5 +129,5 @@ def test_each_side_is_reached_and_looked_at_as_is_told_for_it_alone(lab: Lab, tm
 def test_a_copy_that_would_leave_too_little_room_is_refused_while_the_source_runs(lab: Lab, tmp_path: Path) -> None:
     operator = an_operator(lab, tmp_path, SPACE_RESERVE="500G")
     done = operator.copy()
-    assert done.returncode == 1 and "500.1 GiB are needed" in done.stderr and "Stop source" not in done.stderr
+    assert done.returncode == 1 and "500.0 GiB are needed" in done.stderr and "Stop source" not in done.stderr
     operator.is_as_found()

@@ -207,8 +207,8 @@ def test_a_cloud_that_tells_no_quota_has_none() -> None:
 
 def test_the_space_is_that_of_what_is_copied_with_room_to_grow() -> None:
     disk = a_disk(guest_bytes=5 * MiB)
-    assert 5 * MiB < space_needed(disk.top, disk, False) < 80 * MiB
-    assert disk.top.allocated < space_needed(disk.top, disk, True) < disk.top.allocated * 11 // 10
+    assert 5 * MiB < space_needed(disk.top, disk, False, 64 * MiB) < 80 * MiB
+    assert disk.top.allocated < space_needed(disk.top, disk, True, 64 * MiB) < disk.top.allocated * 11 // 10
 
 
 @pytest.mark.parametrize(("count", "shown"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536 * MiB, "1.5 GiB"), (3 * 1024**4, "3.0 TiB"),
