@@ -175,7 +175,7 @@ def test_a_chain_of_three_files_is_seen_whole_and_has_no_single_base(lab: Lab, s
 
 def test_a_missing_base_is_told(lab: Lab, src: Host, overlay: Instance) -> None:
     lab["src"].run("mv", overlay.node()["full-backing-filename"], "/var/lib/nova/away")
-    with pytest.raises(CommandError, match="No such file"):
+    with pytest.raises(HostError, match=f"{overlay.path} stands on .*, which is not there"):
         survey_disk(src, overlay.id, overlay.path, shared=False)
 
 
