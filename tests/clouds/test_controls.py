@@ -13,9 +13,9 @@ from lab.clouds import Clouds
 WRONG = f"{DISKS}/wrong-base"
 
 # What is put in place of what in migrena.py. One block in the middle of the disk does not arrive:
-UNCOPIED = ("        self.witness.arrived(tile, self.done)\n",
-            '        self.ends.destination.run("fallocate", "-p", "-o", str(40 * MiB), "-l", "4096", self.job.new)\n'
-            "        self.witness.arrived(tile, self.done)\n")
+UNCOPIED = ("            self._witness.arrived(tile, done)\n",
+            '            self._ends.destination.run("fallocate", "-p", "-o", str(40 * MiB), "-l", "4096", self._job.new)\n'
+            "            self._witness.arrived(tile, done)\n")
 # the new file is rebased onto another base:
 REBASED = ('"-b", job.fresh.backing, job.new)', f'"-b", "{WRONG}", job.new)')
 # and nobody looks at the base afterwards:
