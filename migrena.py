@@ -478,7 +478,7 @@ class Settings:
 SIDED: Final = ("hosts", "disk_path", "ssh_user", "ssh_port", "ssh_key", "ssh_config", "known_hosts", "sudo")  # as SRC_HOSTS and DST_HOSTS too
 
 # What a run is asked for that a resume goes on with; never credentials, and never -e, which may hold secrets.
-KEPT: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "compress", "limit_rate", "chunk", "disk_path", "root_only",
+KEPT: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "compress", "limit_rate", "chunk", "root_only",
                "warm", "warm_passes", "max_downtime", "warm_timeout", "bitmap", "src_cloud", "dst_cloud")
 
 
@@ -1502,13 +1502,13 @@ def find_run(folder: Path, beginning: str) -> str:
 
 def still_to_write(folder: Path, run: str, host: str) -> int:
     """Bytes that runs on this machine which asked for space on a host, with its cloud, before this one have yet to write there."""
+    running = {who_has(folder, path.stem.removeprefix("source-"))[1] for path in folder.glob("source-*.lock")}
     asked = {}
-    for other in known_runs(folder):
+    for other in {run, *running} - {""}:
         with suppress(UsageError, OSError):
             entries = parse_journal(folder / f"{other}.jsonl")[0]
             need = next((entry for entry in reversed(entries) if entry["event"] == "space" and entry["host"] == host), None)
-            has_copied = any((entry["event"], entry.get("act")) == ("done", "copy") for entry in entries)
-            if need and not has_copied and (other == run or read_run(folder, other).state == "running"):
+            if need and not recorded(other, entries).has_done("copy"):
                 asked[other] = need["at"], int(need["need"]) - max((entry["done"] for entry in entries if "done" in entry), default=0)
     return sum(max(0, rest) for other, (at, rest) in asked.items() if other != run and (at, other) < (asked[run][0], run))
 
@@ -3822,9 +3822,10 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Known = NOTHING
     that file is still as it was. Raises HostError when a host, a command or the proof fails.
     """
     began, before, destination = time.monotonic(), received(ends), ends.destination
-    known = known if known.stand and stand_of(destination, job.new) == known.stand else NOTHING_KNOWN
+    is_same = bool(known.stand) and stand_of(destination, job.new) == known.stand
     is_there = is_begun(destination, job)
-    known, is_rest = known if is_there else NOTHING_KNOWN, is_there and job.settings.warm
+    is_rest = is_there and job.settings.warm
+    known = known if is_there and is_same else NOTHING_KNOWN
     with reading(ends, job) as disk:
         here, there = compared(ends, job, disk, known) if is_there else ({}, {})
         end = job.length if job.transport == "nbd" else _whole_sectors(job.length)  # a block device ends with its last whole sector
@@ -3999,10 +4000,14 @@ class Flow:
             while on_way:
                 self._arrive(*on_way.popleft(), prover, show)
             copy_tail(self._ends, job)
-            with seen_by_guest(self._ends, destination, job.new_image, job) as place:
+            if not self._is_proven:
+                return ""
+            with seen_by_guest(self._ends, destination, job.new_image, job) if self._open else nullcontext("") as place:
                 for tile, known, found in self._open:
-                    self._compare(tile, known, found or prover.submit(self._take, destination, place, tile))
-        return self._whole.hexdigest() if self._is_proven else ""
+                    with unbroken():
+                        there = found or prover.submit(self._take, destination, place, tile)
+                    self._compare(tile, known, there)
+        return self._whole.hexdigest()
 
     def _bring(self, tile: Chunk) -> None:
         """Copies what a chunk holds."""
@@ -5435,25 +5440,27 @@ def ask_for_destination(run: Run) -> str:
                     run.journal.write("refused")
                 raise
     except CloudError as error:
-        if not error.may_pass:
+        if not (error.may_pass and (made := await_made(run, limit))):
             raise
-        while not (made := run.destination.made_by(plan.run, plan.server.id)):
-            if time.monotonic() > limit:
-                raise
-            time.sleep(CLAIM_PAUSE)
-        return made[0].id
+        return made[0]
+
+
+def await_made(run: Run, limit: float) -> list[str]:
+    """The ids of what a run has made, by its marks, as soon as there are any; none where there are not by that moment."""
+    while not (made := run.destination.made_by(run.plan.run, run.plan.server.id)) and time.monotonic() <= limit:
+        time.sleep(CLAIM_PAUSE)
+    return [server.id for server in made]
 
 
 def made_late(run: Run) -> list[str]:
     """The ids of what a run has made whose answer was lost; raises Kept where it may still be made."""
-    limit, told = time.monotonic() + LATE_ANSWER, {entry["event"] for entry in run.journal.entries}
+    told = {entry["event"] for entry in run.journal.entries}
     is_open = "asked" in told and "refused" not in told and not run.journal.is_broken
-    while not (made := run.destination.made_by(run.plan.run, run.plan.server.id)) and is_open:
-        if time.monotonic() > limit:
-            raise Kept(f"Nova did not answer when it was asked for {run.settings.dst_name}, and may still make it",
-                       f"openstack server list --name {shlex.quote(run.settings.dst_name)}; ./migrena.py rollback {run.plan.run} deletes it")
-        time.sleep(CLAIM_PAUSE)
-    return [server.id for server in made]
+    made = await_made(run, time.monotonic() + LATE_ANSWER if is_open else float("-inf"))
+    if is_open and not made:
+        raise Kept(f"Nova did not answer when it was asked for {run.settings.dst_name}, and may still make it",
+                   f"openstack server list --name {shlex.quote(run.settings.dst_name)}; ./migrena.py rollback {run.plan.run} deletes it")
+    return made
 
 
 def delete_on_failure(run: Run) -> None:
@@ -5647,6 +5654,7 @@ def transfer(run: Run, host: Host, job: DiskJob, known: Known, locks: DiskLocks)
     """Copies and proves; raises as `patiently` does. A half-made file goes with the destination, whose whole folder Nova deletes."""
     inode = host.run("stat", "-c", "%i", "--", job.fresh.path).strip()
     run.journal.write("job", new=job.new, kept=job.kept, host=host.name, stand=job.stand, inode=inode, whole_file=job.whole_file)
+
     def check() -> None:
         gate(run, Act.WRITE, is_held=True)
         if (free := free_space(host, job.fresh.path)) < run.settings.space_reserve:
