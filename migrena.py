@@ -3895,9 +3895,11 @@ def copy_chunk(ends: Ends, job: DiskJob, node: Node, tile: Chunk, show: Callable
     if job.new_format != "raw":
         node_of_new = {"driver": job.new_format, "file.driver": "file", "file.filename": job.new}
     options = creds(job, ends.destination_folder, "client")
-    rate = ("-r", str(job.settings.limit_rate)) if job.settings.limit_rate else ()
+    limit = job.settings.limit_rate
+    rate = ("-r", str(limit)) if limit else ()
+    at_once = max(1, min(16, limit // (2 * MiB))) if limit else 16  # of 2 MiB, told as done when begun: no more than a second's worth
     cache = ("-T", "none", "-t", "none") if job.fresh_direct else ()
-    ends.destination.work("qemu-img", "convert", "-p", "-n", "-m", "16", "-W", *cache, *rate, *options,
+    ends.destination.work("qemu-img", "convert", "-p", "-n", "-m", str(at_once), "-W", *cache, *rate, *options,
                           "--image-opts", "--target-image-opts",
                           _cut(node, tile.offset, length), _cut(node_of_new, tile.offset, length),
                           stall=job.settings.stall_timeout, heard=share_of(tile.held, show), given=("flock", "-s", job.new))
