@@ -16,7 +16,9 @@ DST_GLANCE_ENDPOINT = ""  # the destination's Glance, where its catalog names an
 # --- the hypervisors --------------------------------------------------------------------------------------------------
 # Nova's host names and how each is reached: an address, or a dictionary with address, port, user, key, and nbd_address
 # (where the other hypervisor reaches this one, if the disks shall take another network). Hosts that are not named here
-# are reached as ~/.ssh/config and the resolver say.
+# are reached as ~/.ssh/config and the resolver say. The entry "*" is for all hosts. Where virsh, qemu-img and qemu-nbd are in a
+# container (Kolla), prefix has the words that run a command in it, and paths where its folders lie outside:
+#   HOSTS = {"*": {"prefix": "podman exec -i nova_libvirt", "paths": {"/var/lib/nova": "/var/lib/containers/storage/volumes/nova_compute/_data"}}}
 #   HOSTS = {"cmp-a1": "192.0.2.11", "cmp-b1": {"address": "192.0.2.12", "user": "operator", "nbd_address": "198.51.100.12"}}
 HOSTS = {}
 SSH_USER = ""  # empty: what ~/.ssh/config says, else root

@@ -52,6 +52,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import runpy
@@ -324,6 +325,8 @@ class HostEntry:
     user: str = ""
     key: str = ""
     nbd_address: str = ""  # where the other hypervisor reaches it; empty: where SSH reached it
+    prefix: str = ""  # words before virsh, qemu-img and qemu-nbd, where these are in a container
+    paths: Mapping[str, str] = field(default_factory=dict)  # of folders in that container: where they lie outside
 
 
 def ip_address(value: object) -> str:
@@ -331,15 +334,24 @@ def ip_address(value: object) -> str:
     return str(ipaddress.ip_address(text(value))) if value else ""
 
 
+def folders(value: object) -> dict[str, str]:
+    """Folders in a container, each with where it lies outside."""
+    found = value if isinstance(value, dict) else {}
+    if not found or not all(isinstance(path, str) and re.fullmatch(r"(/[^/]+)+", path) for pair in found.items() for path in pair):
+        raise ValueError("paths is not a dictionary like {'/var/lib/nova': '/srv/nova'}")
+    return found
+
+
 def hosts(value: object) -> dict[str, HostEntry]:
-    """HOSTS: for each of Nova's host names an address or a dictionary."""
-    readers: dict[str, Callable[[object], Any]] = {"address": text, "port": port, "user": text, "key": text, "nbd_address": ip_address}
+    """HOSTS: for each of Nova's host names an address or a dictionary; the entry "*" is for all hosts, and its words yield to theirs."""
+    readers: dict[str, Callable[[object], Any]] = {"address": text, "port": port, "user": text, "key": text, "nbd_address": ip_address,
+                                                   "prefix": text, "paths": folders}
+    rows = {name: given if isinstance(given, dict) else {"address": given} for name, given in literal(value).items()}
     entries = {}
-    for name, given in literal(value).items():
-        row = given if isinstance(given, dict) else {"address": given}
+    for name, row in rows.items():
         for key in row.keys() - readers.keys():
             raise ValueError(f"has an unknown entry {key!r} for {name}{did_you_mean(str(key), readers)}")
-        entries[name] = HostEntry(**{key: readers[key](entry) for key, entry in row.items()})
+        entries[name] = HostEntry(**{key: readers[key](entry) for key, entry in {**rows.get("*", {}), **row}.items()})
     return entries
 
 
@@ -469,6 +481,10 @@ class Settings:
     space_reserve: int = option(64 * MiB, read=size)
     chunk: int = option(GiB, read=size)
     sided: dict[str, Any] = per_call({})  # what differs between the two clouds: values of SIDED settings, by names as src_hosts
+
+    def host(self, name: str) -> HostEntry:
+        """What HOSTS says of a host."""
+        return self.hosts.get(name) or self.hosts.get("*", HostEntry())
 
     def of(self, side: str) -> Settings:
         """The settings for the hypervisors of src or dst."""
@@ -737,6 +753,15 @@ class Action:
     name: str
     at: str
     has_failed: bool
+    seconds: float = 0.0  # it took; 0 where Nova does not say (before microversion 2.58)
+
+
+def seconds_between(began: Any, ended: Any) -> float:
+    """Seconds between two of Nova's times; 0 where one is missing or is not a time."""
+    try:
+        return (datetime.fromisoformat(ended) - datetime.fromisoformat(began)).total_seconds()
+    except (TypeError, ValueError):
+        return 0.0
 
 
 # Actions after which a guest has not run that did not run before; any other may have started it, also on another disk or host.
@@ -1621,6 +1646,32 @@ def at_once(one: Callable[[], T], other: Callable[[], S]) -> tuple[T, S]:
         return outcome(flow), outcome(side)
 
 
+PYTHON: Final = ("python3", "-ISc")  # without what the host's owner has added to it, whose import costs more than ours
+
+
+def contained(where: str, tool: str, *words: str) -> None:
+    """Becomes a tool in a container: `where` has the words that enter it, and pairs of a folder there and outside. Paths are told as outside."""
+    enter, *folders = json.loads(where)
+
+    def told(text: str, pairs: list[tuple[str, str]]) -> str:
+        for known, other in pairs:
+            text = other.join(re.split(r"(?<![\w./-])" + re.escape(known) + r"(?![\w.-])", text))
+        return text
+
+    os.environ["PATH"] = os.environ["PATH"].partition(":")[2]  # else it would find us again
+    command = [*enter, tool, *(told(word, [(outside, inside) for inside, outside in folders]) for word in words)]
+    if tool != "virsh" and words[0] != "info":
+        os.execvp(command[0], command)
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE)
+    sys.stdout.buffer.write(told(done.stdout.decode("utf-8", "surrogateescape"), folders).encode("utf-8", "surrogateescape"))
+    sys.exit(done.returncode)
+
+
+def program(entry: Callable[..., None]) -> str:  # TEMPORARY
+    text = re.sub(r": (str|list\[tuple\[str, str\]\])| -> (None|str)", "", inspect.getsource(entry))
+    return "import json, os, re, subprocess, sys\n" + text + f"{entry.__name__}(*sys.argv[1:])"
+
+
 # ---- 6. Host ---------------------------------------------------------------------------------------------------------
 
 # A lease ties a process to our SSH channel, its standard input: we send a dot every few seconds, and whatever ends the
@@ -1682,6 +1733,22 @@ hold
 rm -rf -- "$folder"
 """
 
+LEASED_TOOLS: Final = LEASED_FOLDER.replace("/run /tmp", "/tmp /var/tmp /root")  # /run is often mounted noexec
+TOOLS: Final = 'cd -- "$1" && cat > virsh && chmod 700 virsh && ln -s virsh qemu-img && ln -s virsh qemu-nbd'
+# The words by which a container's files are entered; $@ is the operator's prefix. Its processes are to be ours, to be ended with us, and to
+# keep the sockets that they are given, which an exec of docker or podman does not do: so we go by one of its processes instead.
+CONTAINER: Final = """
+files=$("$@" readlink /proc/self/ns/mnt) || exit
+"$@" sh -c 'for tool in virsh qemu-img qemu-nbd; do command -v "$tool" >/dev/null || { echo "it has no $tool" >&2; exit 1; }; done' || exit
+[ "$("$@" stat -c %d:%i /run)" = "$(stat -c %d:%i /run)" ] || { echo "it does not share the /run of its host" >&2; exit 1; }
+[ "$files" != "$(readlink /proc/self/ns/mnt)" ] || { printf "%s\n" "$@"; exit; }
+for pid in $(ls /proc | grep -x "[0-9]*" | sort -n); do
+  [ "$(readlink "/proc/$pid/ns/mnt")" != "$files" ] || { printf "%s\n" nsenter -m -t "$pid" --; exit; }
+done
+echo "none of its processes is seen" >&2
+exit 1
+"""
+
 FED: Final = '"$@"; status=$?; cat >/dev/null; exit "$status"'  # a command that does not end before its input does
 PRIVATE_FILES: Final = 'umask 077; cd -- "$1" || exit; shift; while [ $# -gt 0 ]; do head -c "$2" > "$1" || exit; shift 2; done'
 LACKING: Final = """
@@ -1709,6 +1776,7 @@ def connect(name: str, settings: Settings, screen: Screen) -> Host:
         stack.callback(host.close)
         host.open()
         host.become(settings.sudo)
+        host.enter_container()
         stack.pop_all()
     return host
 
@@ -1774,7 +1842,7 @@ class Target:
     """Where the SSH connection to a hypervisor goes: our settings win over ~/.ssh/config, which wins over the defaults."""
 
     def __init__(self, name: str, settings: Settings) -> None:
-        entry, path = settings.hosts.get(name, HostEntry()), Path(settings.ssh_config).expanduser()
+        entry, path = settings.host(name), Path(settings.ssh_config).expanduser()
         alias, key = entry.address or name, entry.key or settings.ssh_key
         found = _ssh_lookup(path, alias)
         known = [*found.get("userknownhostsfile", "~/.ssh/known_hosts").split(), "/etc/ssh/ssh_known_hosts"]
@@ -1866,11 +1934,13 @@ class Host:
     """One hypervisor: commands as words in, text out, over as many SSH connections as its sshd asks for."""
 
     def __init__(self, name: str, settings: Settings, screen: Screen) -> None:
-        self.name, self._settings, self._screen = name, settings, screen
+        self.name, self._settings, self._screen, self._entry = name, settings, screen, settings.host(name)
         self.unconfirmed: list[str] = []  # leases whose end the host did not confirm; they end with their connection
         self.lacking: dict[Collection[str], list[str]] = {}  # tools that were looked for, and those of them that are missing
         self.stays: list[str] = []  # what a lease said that it could not undo
         self._prefix: tuple[str, ...] = ()
+        self._tools: tuple[str, ...] = ()  # what finds the tools that are in a container
+        self._tools_lease: Lease | None = None
         self._stack = ExitStack()
         self._leases: set[Lease] = set()
         self._closing, self._dialing = threading.Event(), threading.Lock()
@@ -1879,13 +1949,18 @@ class Host:
     def open(self) -> None:
         """Connects to where the name leads now, and sees the address for the other hypervisor; raises HostError."""
         self._links: list[tuple[paramiko.SSHClient, list[paramiko.Channel]]] = []  # connections, each with what it carries
-        prefix, self._prefix = self._prefix, ()  # sudo would hide the variable
+        prefix, self._prefix, self._tools = self._prefix, (), ()  # sudo would hide the variable
         try:
             seen = self.script('echo "$SSH_CONNECTION"').split()
         finally:
             self._prefix = prefix
-        given = self._settings.hosts.get(self.name, HostEntry()).nbd_address
-        self.nbd_address = given or (seen[2] if len(seen) == 4 else str(_transport(self._links[0][0]).getpeername()[0]))
+        self.nbd_address = self._entry.nbd_address or (seen[2] if len(seen) == 4 else str(_transport(self._links[0][0]).getpeername()[0]))
+
+    def disk_of(self, id: str) -> str:
+        """Where an instance's disk should lie; DISK_PATH may be as a container has it."""
+        path = self._settings.disk_path % id
+        inside = next((folder for folder in self._entry.paths if path.startswith(f"{folder}/")), "")
+        return self._entry.paths.get(inside, "") + path.removeprefix(inside)
 
     def become(self, sudo: str) -> None:
         """Takes root's rights by sudo where asked for or needed; raises HostError where they are denied."""
@@ -1899,6 +1974,23 @@ class Host:
                             f"add a line to sudoers there: {user} ALL=(root) NOPASSWD: ALL") from error
         self._prefix = ("sudo", "-n")
 
+    def enter_container(self) -> None:
+        """Has virsh, qemu-img and qemu-nbd found where HOSTS has a prefix, with the paths as they are there; raises HostError."""
+        entry = self._entry
+        if not entry.prefix:
+            return
+        try:
+            enter = self.script(CONTAINER, *shlex.split(entry.prefix)).splitlines()
+            self._tools_lease = self._stack.enter_context(self.lease(LEASED_TOOLS, "mktemp", "-d", given=("tools",)))
+            folder = self._tools_lease.line(15.0)
+            tool = shlex.join((*PYTHON, program(contained), json.dumps([enter, *entry.paths.items()])))
+            self.script(TOOLS, folder, stdin=f'#!/bin/sh\nexec {tool} "${{0##*/}}" "$@"\n'.encode())
+            tools = ("env", f"PATH={folder}:{self.run('printenv', 'PATH').strip()}")
+            self.run(*tools, "qemu-img", "--version")
+        except CommandError as error:
+            raise HostError(f"{self.name}: the container is not reached by {entry.prefix!r}: {error.said}", "correct prefix in HOSTS") from error
+        self._tools = tools
+
     def revive(self) -> None:
         """Opens the connections anew if one does not or did not answer; what they held ends within a minute."""
         with suppress(HostError), self._wall(("true",)):
@@ -1911,6 +2003,7 @@ class Host:
         self._stack.close()
         self._leases.clear()
         self.open()
+        self.enter_container()
         self.unconfirmed.clear()
 
     def run(self, *words: str, stdin: bytes = b"", seconds: float = 60.0) -> Answer:
@@ -1963,7 +2056,7 @@ class Host:
 
     def end_work(self, *, is_silent: bool = False) -> None:
         """Ends every lease at once, for threads that wait on one; a silent host is read no longer."""
-        for lease in list(self._leases):
+        for lease in self._leases - {self._tools_lease}:
             lease.release()
             if is_silent:
                 lease.drop()
@@ -1990,7 +2083,7 @@ class Host:
             try:
                 channel = self._session()
                 channel.settimeout(75.0)  # for what is written to it
-                command = form.format(shlex.join((*self._prefix, *before, *words)))
+                command = form.format(shlex.join((*self._prefix, *self._tools, *before, *words)))
                 alarm = threading.Timer(DEAF_AFTER, channel.close)  # paramiko waits as long as the connection seems to live
                 alarm.daemon = True
                 alarm.start()
@@ -2549,7 +2642,8 @@ class Cloud(Fleet):
     def actions(self, id: str) -> list[Action]:
         """What Nova was asked to do with an instance, the newest first."""
         found = self.insist(f"show actions of server {id}", lambda: self._nova.instance_action.list(id))
-        return [Action(one.request_id, one.action, str(one.start_time), getattr(one, "message", None) == "Error") for one in found]
+        return [Action(one.request_id, one.action, str(one.start_time), getattr(one, "message", None) == "Error",
+                       seconds_between(one.start_time, getattr(one, "updated_at", None))) for one in found]
 
     def _request(self, id: str, answer: object) -> str:
         """The request of an answer; where that was lost, the latest one about this instance."""
@@ -2711,7 +2805,6 @@ PACKAGES: Final = {"qemu-img": ("qemu-utils", "qemu-img"), "qemu-nbd": ("qemu-ut
 # On both hosts, whatever the transport.
 NEEDED: Final = ("qemu-img", "qemu-nbd", "virsh", "python3", "timeout", "flock", "ss", "ip")
 
-PYTHON: Final = ("python3", "-ISc")  # without what the host's owner has added to it, whose import costs more than ours
 # For programs on hypervisors: TLS for a run's "server" or "client", which take only each other.
 TLS_OF: Final = """
 def tls_of(who, folder):
@@ -3290,6 +3383,11 @@ def domain_of(host: Host, id: str, path: str) -> Domain:
                         "see there: virsh list --all; start a stopped instance that is not listed once") from error
 
 
+def in_its_folder(path: str) -> str:
+    """The end of a disk's path that is the same in a container and outside."""
+    return "/" + "/".join(path.split("/")[-2:])
+
+
 def domain_in(id: str, path: str, printed: str) -> Domain:
     """The same from what DOMAIN has printed; raises ValueError where that is something else."""
     xml, state, checkpoints, snapshots, disks, info, there = printed.split("\0")
@@ -3305,7 +3403,7 @@ def domain_in(id: str, path: str, printed: str) -> Domain:
     job, mirror = re.search(r"([A-Z][A-Za-z ]*): *\[", lines.get(target_of(root), "")), root.find("mirror")
     chain, known = tuple(chain_in(root)), None
     with suppress(ValueError, AttributeError):
-        known = json.loads(info).get(path)
+        known = next((told for file, told in json.loads(info).items() if file.endswith(in_its_folder(path))), None)
     names = {kind: [name for name in told.split("\n") if name and not name.startswith("migrena-")]  # ours come and go
              for kind, told in (("checkpoint", checkpoints), ("snapshot", snapshots))}
     under_way = job[1] if job else "" if mirror is None else f"block {mirror.get('job')}"
@@ -4729,7 +4827,10 @@ def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Clou
 # ---- 11. Copy --------------------------------------------------------------------------------------------------------
 
 STOP_DESTINATION: Final = "Stop destination instance"  # a step that tells how long Nova takes for a stop
+POWER_BUTTON: Final = 10.0  # seconds after which Nova presses it again (shutdown_retry_interval), for a minute unless told otherwise
+START_TAKES: Final = 3.0  # seconds, where Nova has not started the source before
 SETTING_UP: Final = 2.0  # seconds that a stopped source waits for more than its bytes
+LONGEST_PAUSE: Final = 60.0  # seconds between passes that gain nothing
 LOOK_LIMIT: Final = 20.0  # seconds after which a look at both sides is taken again
 LOOKS: Final = 3  # before one that always takes longer counts as none
 LOST_ANSWER: Final = 10.0  # seconds in which an instance shows up although Nova answered with an error
@@ -4804,7 +4905,7 @@ def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, 
             settings = settings.of("src")
             found.host = host = stack.enter_context(host_of(server, settings, screen))
             found.lacking = tools_lacking(host)
-            found.disk = look_at_disk(host, server, settings, found.lacking)
+            found.disk = look_at_disk(host, server, found.lacking)
     return found
 
 
@@ -4818,11 +4919,11 @@ def host_of(server: Server, settings: Settings, screen: Screen) -> closing[Host]
     return closing(connect(host_name(server, settings), settings, screen))
 
 
-def look_at_disk(host: Host, server: Server, settings: Settings, lacking: Sequence[str]) -> Disk | None:
+def look_at_disk(host: Host, server: Server, lacking: Sequence[str]) -> Disk | None:
     """The source's disk, None where other reasons forbid to read it; a stopped one must not be in use."""
     if {"qemu-img", "virsh"} & set(lacking) or not server.image or server.status not in ("ACTIVE", "SHUTOFF"):
         return None
-    path = settings.disk_path % server.id
+    path = host.disk_of(server.id)
     try:
         return survey_disk(host, server.id, path, shared=server.status == "ACTIVE")
     except CommandError as error:
@@ -5180,7 +5281,7 @@ def execute(run: Run, stack: ExitStack) -> str:
         cloud.unmark(new.id, plan.run, MADE)
     run.undo.attempt(f"unlock destination {new.id}", lambda: release_destination(run, new.id))
     run.undo.attempt(f"give source {plan.server.id} back", lambda: release_source(run, arrived))
-    host.run("rm", "-f", "--", beside(run.settings.of("dst").disk_path % new.id, plan.run)[1])
+    host.run("rm", "-f", "--", beside(host.disk_of(new.id), plan.run)[1])
     return new.id
 
 
@@ -5239,16 +5340,23 @@ def copy_while_it_runs(run: Run, host: Host, job: DiskJob, locks: DiskLocks) -> 
     """
     job, passes, known = replace(job, is_live=True), list[Pass](), NOTHING_KNOWN
     began, settings, screen = time.monotonic(), run.settings, run.screen
-    nova = 2 * screen.seconds.get(STOP_DESTINATION, 5.0)  # a stop and a start, as long as a stop has just taken
+    nova, least, pause = nova_takes(run.source.actions(run.plan.server.id), screen.seconds.get(STOP_DESTINATION, 5.0)), math.inf, 0.0
     with screen.step("Copy the disk while the source runs."), run.journal.act("warm copy", new=job.new) as result:
         screen.note(f"{run.source_host.name}:{job.source.path} -> {host.name}:{job.new}")
         has_bitmap = settings.bitmap and begin_bitmap(run, job)
         while not passes or wants_another_pass(settings, passes, nova, time.monotonic() - began):
+            if pause:
+                screen.note(f"Wait {span(pause)}: the last pass gained nothing.")
+                time.sleep(pause)
+                passes[-1] = replace(passes[-1], seconds=passes[-1].seconds + pause)
             one, known = patiently(run, host, locks, partial(one_pass, run, job, known), "runs on")
             passes.append(one)
-            expected = f"; stopped now, it would be down for about {span(downtime(passes, nova))}" if len(passes) > 1 else ""
-            screen.note(f"Pass {len(passes)}: {human(one.changed)} {'sent' if len(passes) == 1 else 'had changed, sent'} in {span(one.sending)}"
-                        f"{f', found in {span(one.looking)}' if len(passes) > 1 else ''}{expected}")
+            expected = downtime(passes, nova) if len(passes) > 1 else math.inf
+            pause = pause_after(len(passes), pause, expected / least)
+            least = min(least, expected)
+            more = f", found in {span(one.looking)}; stopped now, it would be down for about {span(expected)}" if len(passes) > 1 else ""
+            screen.note(f"Pass {len(passes)}: {human(one.changed)} {'sent' if len(passes) == 1 else 'had changed, sent'} in "
+                        f"{span(one.sending)}{more}")
             run.journal.write("pass", number=len(passes), **asdict(one))
         result["passes"] = len(passes)
     run.report.copy["passes"] = [asdict(one) for one in passes]
@@ -5324,6 +5432,22 @@ def require_it_runs(run: Run, server: Server | None) -> None:
             why = ENDED["crashed"] if "crashed" in run.source_host.script(DOMAIN_STATE, server.id) else why
         raise CloudError(f"the source is {server.status} in the middle of the copy: {why}",
                          "find out who; run it again, without --warm if it is to stay stopped", 400)
+
+
+def nova_takes(actions: Sequence[Action], stop: float) -> float:
+    """Seconds that Nova will need to stop the source and to start the destination: as long as it took the last time.
+
+    Where it never stopped the source, what the destination's `stop` took tells: that one was booting, and may have missed the power
+    button until it was pressed again. One that missed it all the time (a minute) may be a guest that ignores it.
+    """
+    took = {action.name: action.seconds for action in reversed(actions) if action.seconds and not action.has_failed}
+    fresh = stop if stop >= 6 * POWER_BUTTON else max(START_TAKES, stop % POWER_BUTTON)
+    return took.get("stop", fresh) + took.get("start", START_TAKES)
+
+
+def pause_after(passes: int, before: float, share: float) -> float:
+    """Seconds to wait for a guest that writes less; longer each time that a pass has gained nothing: `share` is of the best that was expected."""
+    return min(max(1.0, 2 * before), LONGEST_PAUSE) if passes > 2 and share > 0.9 else 0.0
 
 
 def downtime(passes: Sequence[Pass], nova: float) -> float:
@@ -5507,7 +5631,7 @@ def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
     """The plan of the transfer, rehearsed, with the destination stopped, while the source still runs."""
     screen, cloud = run.screen, run.destination
     with screen.step(f"{STOP_DESTINATION}."), run.journal.act("stop destination", server=new.id) as result:
-        fresh = survey_disk(ends.destination, new.id, run.settings.of("dst").disk_path % new.id, shared=not new.is_stopped)
+        fresh = survey_disk(ends.destination, new.id, ends.destination.disk_of(new.id), shared=not new.is_stopped)
         gate(run, Act.STOP_DESTINATION)
         locked = cloud.lock(new.id, f"{LOCKED_BY}{run.plan.run}")
         result["request"] = cloud.stop(new.id, run.changed) or locked
@@ -5959,7 +6083,7 @@ def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord,
         if seen.server and seen.server.host:
             settings = settings.of("dst")
             with host_of(seen.server, settings, screen) as host:
-                path = settings.disk_path % id
+                path = host.disk_of(id)
                 new, kept = beside(path, record.run)
                 was_swapped = host.succeeds("test", "-e", kept) and not host.succeeds("test", "-e", new)
                 found.is_in_place = was_swapped or record.has_done("swap in")
@@ -6120,7 +6244,7 @@ def with_hosts(undone: Undone) -> Undone:
         try:
             with host_of(source, undone.settings.of("src"), undone.screen) as host:
                 alive = "" if record.run else at_work(host, now.run)
-                disk = disk_now(host, undone.settings.of("src").disk_path % source.id, record)
+                disk = disk_now(host, host.disk_of(source.id), record)
         except HostError as error:
             disk = f"cannot be looked at: {shorten(str(error))}"
         now = replace(now, source=replace(now.source, disk=disk))
@@ -6250,16 +6374,17 @@ def take_away(undone: Undone) -> None:
 def clean_host(undone: Undone, server: Server) -> None:
     """Takes away what a run has left on a host: folders, files beside the destination's disk, the bitmap in the source's. Raises Kept."""
     settings = undone.settings.of("src" if server is undone.now.source.server else "dst")
-    run, path, limit = undone.now.run, settings.disk_path % server.id, time.monotonic() + LEASE_LIMIT
+    run, limit = undone.now.run, time.monotonic() + LEASE_LIMIT
     is_source = server.id == undone.now.source.id
     if undone.settings.keep_destination and not is_source:
         undone.allow(Act.CLEAN)
     with host_of(server, settings, undone.screen) as host:
+        path = host.disk_of(server.id)
         while (left := host.script(LEFT_FOLDERS, run).splitlines()) and time.monotonic() < limit:
             time.sleep(1)
         if left := [*left, *(() if is_source else beside(path, run))]:
             host.run("rm", "-rf", "--", *left)
-        if is_source and host.succeeds("grep", "-qsF", f'{path}": "qcow2"', f"{path}.info"):
+        if is_source and host.succeeds("grep", "-qsF", f'{in_its_folder(path)}": "qcow2"', f"{path}.info"):
             drop_bitmap(host, server.id, path, run)
 
 

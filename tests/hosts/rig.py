@@ -82,7 +82,7 @@ path=$1; format=$2; size=$3; shift 3
 mkdir -p "${path%/*}"
 case $format in
 raw) truncate -s "$size" "$path" ;;
-*) qemu-img create -q -f "$format" ${1:+-F "$2" -b "$1"} -- "$path" "$size" ;;
+*) qemu-img create -q -u -f "$format" ${1:+-F "$2" -b "$1"} -- "$path" "$size" ;;
 esac
 """
 KEEP = """

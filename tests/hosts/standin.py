@@ -110,7 +110,7 @@ class Servers:
         id = str(uuid.uuid4())
         host = self.hypervisor()
         host.run("mkdir", "-p", f"{INSTANCES}/{id}")
-        Instance(host, f"{INSTANCES}/{id}/disk").overlay(f"{INSTANCES}/_base/debian", 64 * MiB)
+        Instance(host, f"{INSTANCES}/{id}/disk").overlay(os.environ.get("BASE", f"{INSTANCES}/_base/debian"), 64 * MiB)
         self.add(id, name, metadata=dict(meta))
         return self.get(id)
 

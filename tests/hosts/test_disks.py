@@ -30,7 +30,7 @@ from migrena import (
     survey_disk,
     tools_lacking,
 )
-from unit.makers import a_server, some_settings
+from unit.makers import a_server
 
 WRITE = ("-c", "write -q 0 512")
 CELL = 64 * 1024
@@ -197,7 +197,7 @@ def looked_at(host: Host, instance: Instance, status: str) -> Server:
     """Looks at a disk as a survey does, and gives the server back when nothing speaks against it."""
     identity = instance.path.split("/")[-2]
     server = a_server(id=identity, status=status)
-    assert look_at_disk(host, server, some_settings(), ())
+    assert look_at_disk(host, server, ())
     return server
 
 

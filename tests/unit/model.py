@@ -513,6 +513,9 @@ class HostStandIn:
     def __init__(self, world: World, name: str) -> None:
         self.world, self.name, self.nbd_address = world, name, "10.0.0.1"
 
+    def disk_of(self, id: str) -> str:
+        return f"/var/lib/nova/instances/{id}/disk"
+
     def file(self, path: str) -> File | None:
         return self.world.files.get((self.name, path))
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import REPOSITORY, SCRIPT
 
 TEXT = SCRIPT.read_text(encoding="utf-8")
-FUNCTION_LINES, CLASS_LINES, FILE_BYTES = 45, 250, 354_000
+FUNCTION_LINES, CLASS_LINES, FILE_BYTES = 45, 250, 372_000
 AT_THE_TOP = {"migrena.py", "config.py", "README.md", "requirements.txt", "LICENSE", "tests"}
 # Put together here, so that this file is not where they are found.
 FORBIDDEN = ("p" + "kill", "kill" + "all", "Auto" + "AddPolicy", "StrictHost" + "KeyChecking=no")

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migrena import (
+    Action,
     Chunk,
     Disk,
     DiskImage,
@@ -18,8 +19,11 @@ from migrena import (
     as_pieces,
     chunks,
     human,
+    nova_takes,
     over_quota,
+    pause_after,
     pick_transport,
+    seconds_between,
     space_needed,
     span,
     view,
@@ -127,6 +131,29 @@ def test_passes_go_on_while_that_is_of_use(found: list[Pass], different: dict[st
 def test_a_downtime_that_is_not_in_reach_is_told(different: dict[str, int]) -> None:
     with pytest.raises(FinalError, match=r"after 2 passes in 0:01:00 the source would still be down for about 18.0 s"):
         wants_another_pass(some_settings(max_downtime=15, **different), passes(4000, 1000), 4.0, 60.0)
+
+
+@pytest.mark.parametrize(("took", "fresh", "expected"), [
+    ({"stop": 4.0, "start": 2.0}, 60.0, 6.0),  # what the source itself took
+    ({"start": 2.0}, 13.0, 5.0),  # the new one was booting and missed the power button once
+    ({}, 5.0, 8.0), ({}, 21.0, 6.0), ({}, 61.0, 64.0)])
+def test_novas_part_of_the_downtime_is_what_it_took_the_last_time(took: dict[str, float], fresh: float, expected: float) -> None:
+    actions = [Action(f"req-{name}", name, "", False, seconds) for name, seconds in took.items()]
+    older = [Action("req-1", "stop", "", True, 99.0), *(Action("req-2", name, "", False, 50.0) for name in took)]
+    assert nova_takes([*actions, *older], fresh) == expected
+
+
+def test_passes_that_gain_nothing_are_spaced_out_further_each_time_up_to_a_minute() -> None:
+    pauses = [0.0]
+    for number in range(2, 12):
+        pauses.append(pause_after(number, pauses[-1], 1.0))
+    assert pauses == [0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+    assert pause_after(12, 60.0, 0.8) == 0.0
+
+
+def test_the_time_of_an_action_is_unknown_where_nova_does_not_tell_it() -> None:
+    assert seconds_between("2026-11-27T07:30:27.000000", "2026-11-27T07:30:31.500000") == 4.5
+    assert seconds_between("2026-11-27T07:30:27.000000", None) == seconds_between("soon", "later") == 0.0
 
 
 def test_blocks_side_by_side_are_brought_together() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from migrena import HostEntry, disk_path, hosts, literal, port, ports, size, start_words, text, words_of, yes_no
+from unit.makers import some_settings
 
 Reader = Callable[[object], object]
 
@@ -99,6 +100,11 @@ def test_hosts_takes_an_address_or_a_row_for_each_host() -> None:
     }
 
 
+def test_what_is_told_of_all_hosts_yields_to_what_is_told_of_one() -> None:
+    found = some_settings(hosts=hosts({"*": {"prefix": "podman exec -i x", "paths": {"/a": "/b"}}, "cmp1": {"prefix": "nsenter"}}))
+    assert (found.host("cmp1").prefix, found.host("cmp1").paths, found.host("cmp2").prefix) == ("nsenter", {"/a": "/b"}, "podman exec -i x")
+
+
 @pytest.mark.parametrize(("written", "complaint"), [
     ({"cmp1": {"adress": "192.0.2.6"}}, "unknown entry 'adress' for cmp1; did you mean address?"),
     ({"cmp1": {"port": "ssh"}}, "is no TCP port"),
@@ -107,6 +113,8 @@ def test_hosts_takes_an_address_or_a_row_for_each_host() -> None:
     ({"cmp1": ["192.0.2.6", 22]}, "is no text"),
     ({"cmp1": {"user": 5}}, "is no text"),
     ({"cmp1": {5: "x"}}, "unknown entry"),
+    ({"*": {"paths": "/var/lib/nova"}}, "paths is not a dictionary"),
+    ({"*": {"paths": {"/var/lib/nova": "nova"}}}, "paths is not a dictionary"),
     (["cmp1"], "is no dictionary"),
     ({5: "192.0.2.6"}, "is no dictionary"),
     ({"cmp1": "192.0.2.6\n"}, "control characters"),
