@@ -733,6 +733,7 @@ class Server:
     config_drive: bool
     fixed_addresses: frozenset[str]
     fault: str
+    key: str = ""  # the name of its key pair, which belongs to a user and may be gone
 
     @property
     def is_running(self) -> bool:
@@ -1766,6 +1767,7 @@ MOST_LINKS: Final = 16  # connections to one host: more than the commands of a c
 
 DIAL_LIMIT: Final = 15.0  # seconds; after one silence of 30 s nothing is tried again
 DROPPED: Final = ("SSH protocol banner", "kex_exchange_identification", "Connection reset by peer")  # ours, a jump host's, the kernel's
+RSA_SHA2: Final = ("rsa-sha2-512", "rsa-sha2-256")
 
 
 def connect(name: str, settings: Settings, screen: Screen) -> Host:
@@ -1851,6 +1853,7 @@ class Target:
         self.keys: Any = [str(Path(key).expanduser())] if key else found.get("identityfile", [])
         self.use_agent = not key and found.get("identitiesonly", "no") != "yes"
         self.known_hosts = [str(Path(path).expanduser()) for path in ([settings.known_hosts] if settings.known_hosts else known)]
+        self.disabled: Any = None  # algorithms, as paramiko takes them
         self.proxy = found.get("proxycommand", "none")  # the command whose standard input and output stand for the connection
         if (jumps := found.get("proxyjump", "none")) != "none":  # OpenSSH itself knows best how its hops are reached
             _refuse_circle(path, alias)
@@ -1871,13 +1874,42 @@ class Target:
             with suppress(FileNotFoundError):
                 client.load_host_keys(path)
         client.set_missing_host_key_policy(self)  # type: ignore[arg-type]  # paramiko asks for the one method below
-        client.connect(self.host, self.port, self.user, key_filename=self.keys or None, timeout=20, banner_timeout=30, auth_timeout=30,
-                       allow_agent=self.use_agent, look_for_keys=not self.keys, sock=through)
+        try:
+            client.connect(self.host, self.port, self.user, key_filename=self.keys or None, look_for_keys=not self.keys,
+                           timeout=20, banner_timeout=30, auth_timeout=30, allow_agent=self.use_agent, sock=through,
+                           disabled_algorithms=self.disabled)
+        except (paramiko.SSHException, ValueError) as error:
+            if self._takes_only_sha1(client, error):
+                client.close()
+                self.disabled = {"pubkeys": RSA_SHA2}
+                return self.open(stack)
+            raise
         transport = _transport(client)
         transport.set_keepalive(15)
         if isinstance(link := transport.sock, socket.socket) and link.family != socket.AF_UNIX:
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each short command waits 40 ms for an acknowledgement
         return client
+
+    def _takes_only_sha1(self, client: paramiko.SSHClient, error: Exception) -> bool:
+        """Whether an RSA key was refused by an sshd before OpenSSH 7.2, and paramiko can use it there.
+
+        Raises HostError where it cannot, and AuthenticationException where a refusal was told as something else.
+        """
+        import paramiko
+
+        transport: Any = client.get_transport()
+        if not transport or not transport.auth_handler:
+            return False
+        used = getattr(transport, "_agreed_pubkey_algorithm", "")  # of the last RSA key
+        if used in RSA_SHA2 and b"rsa-sha2" not in transport.server_extensions.get("server-sig-algs", b""):
+            if "ssh-rsa" in paramiko.RSAKey.HASHES:  # before paramiko 5
+                return True
+            raise HostError(f"{self.name}: {self} refuses the RSA key of user {self.user}: its sshd knows no rsa-sha2, "
+                            f"and paramiko {paramiko.__version__} nothing older",
+                            "name an ed25519 key in HOSTS or SSH_KEY, or load it into the agent") from error
+        if not isinstance(error, paramiko.AuthenticationException):  # of the file, read as that of another kind of key
+            raise paramiko.AuthenticationException("Authentication failed.") from error
+        return False
 
     def missing_host_key(self, client: object, hostname: str, key: paramiko.PKey) -> NoReturn:
         """Refuses an unknown host key, for paramiko, with the command that accepts it."""
@@ -2532,6 +2564,7 @@ class Fleet(Service):
             lock_reason=told.get("locked_reason", ""), metadata=told.get("metadata", {}), image=told.get("image", {}).get("id", ""),
             flavor=self._flavor_of(told.get("flavor", {})), volumes=tuple(volume["id"] for volume in told.get("volumes_attached", ())),
             config_drive="config_drive" in told, fault=told.get("fault", {}).get("message", ""),
+            key=told.get("key_name", ""),
             fixed_addresses=frozenset(entry["addr"] for entries in told.get("addresses", {}).values() for entry in entries
                                       if entry.get("OS-EXT-IPS:type", "fixed") == "fixed"),
         )
@@ -2677,13 +2710,18 @@ class Cloud(Fleet):
             return str(self._nova.servers.create(name, image, flavor, **self._arguments(extra, marks)).id)
 
     def refuses(self, extra: Mapping[str, Any]) -> str:
-        """Why this version of Nova cannot be asked for such an instance, by novaclient; empty where it can."""
+        """Why Nova cannot be asked for such an instance: its version, or a key pair; empty where it can."""
         trial = copying.copy(self._nova.servers)
         trial._create = lambda *body, **more: None  # all is done but the sending
         try:
             trial.create("", "", "", **self._arguments(extra, {}))
         except (AttributeError, TypeError, ValueError) as error:
             return shorten(str(error))
+        if key := extra.get("key_name"):
+            with ignoring(404), self.wall(f"show key pair {key}"):
+                self._nova.keypairs.get(key)
+                return ""
+            return f"the user of these credentials has no key pair {key!r}"
         return ""
 
     def _arguments(self, extra: Mapping[str, Any], marks: Mapping[str, str]) -> dict[str, Any]:
@@ -4953,7 +4991,7 @@ def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -
     found = [one for one in flavors if one.name == name] or [one for one in flavors if one.sizes == sizes]
     if len(found) == 1:
         return found[0]
-    what = f"flavor like the source's {name!r}"
+    what = f"flavor like the source's {name!r}" if name else "flavor to be matched with the source's, which is gone"
     if not found:
         raise none_such(f"destination cloud: there is no {what}", name, flavors, " with -f")
     raise Refused(f"destination cloud: more than one {what}: {', '.join(f'{one.name} ({one.id})' for one in found)}", "give its id with -f")
@@ -5922,6 +5960,9 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known_rate: 
         if settings.bitmap:
             yield f"bitmap       {top.path} carries a dirty bitmap meanwhile"
     yield "guest        with cloud-init it takes the new instance id for a first boot: new SSH host keys, perhaps passwords (see README)"
+    if server.key and not settings.extra_args.get("key_name"):
+        yield (f"  key pair   {server.key!r} is the source's; the new instance has none, unless key_name in -e names "
+               "one of the destination's user")
     yield f"afterwards   {'start ' + settings.start_after if settings.start_after else 'nothing is started'}"
 
 

@@ -97,6 +97,31 @@ def test_hazard_the_two_bases_are_not_equal(operator: Operator, clouds: Clouds, 
     assert same_to_both_guests(clouds.host(SOURCE), source, clouds.host(DESTINATION), report["destination"]["id"])
 
 
+def test_hazard_21_an_unshelved_instance_stands_on_the_shelve_s_snapshot_and_not_on_the_image_that_nova_names(
+        operator: Operator, clouds: Clouds, src: Api, dst: Api) -> None:
+    id = src.create("shelved", availability_zone=f"nova:{SOURCE}")
+    services = src.call("GET", "nova", "/os-services?binary=nova-compute")["services"]
+    other = next(service["id"] for service in services if service["host"] == "src-cmp2")
+    src.call("PUT", "nova", f"/os-services/{other}", {"status": "disabled"})  # its disks are raw
+    try:
+        src.act(id, "os-stop", until="SHUTOFF")
+        write_random(clouds.host(SOURCE), id, (8 * MiB, 8 * MiB))
+        src.act(id, "shelve", until="SHELVED_OFFLOADED")
+        src.act(id, "unshelve", until="ACTIVE")
+        src.act(id, "os-stop", until="SHUTOFF")
+        assert src.server(id)["image"]["id"] == src.need("glance", "images", "guest")
+        report = operator.report("-s", id, *operator.to(DESTINATION, image=""))  # matched with the one that Nova names
+        arrived = report["destination"]["id"]
+        assert dst.server(arrived)["image"]["id"] == dst.need("glance", "images", "guest")
+        assert (report["copy"]["view"], report["copy"]["why_view"]) == ("guest", "the bases are not proven equal")
+        assert same_to_both_guests(clouds.host(SOURCE), id, clouds.host(DESTINATION), arrived)
+        shown = clouds.host(DESTINATION).run("qemu-img", "info", "--output=json", disk(arrived)).stdout
+        assert "backing-filename" not in json.loads(shown)
+    finally:
+        src.call("PUT", "nova", f"/os-services/{other}", {"status": "enabled"})
+        src.delete(id)
+
+
 @pytest.fixture(scope="module")
 def raw_source(src: Api) -> Iterator[str]:
     """The id of a stopped instance whose disk is raw."""

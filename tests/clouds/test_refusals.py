@@ -12,6 +12,7 @@ from clouds.conftest import Operator, has_been_put_back
 from lab.api import Api
 
 WORDS = ("-d", "arrived", "-f", "tiny", "-i", "guest")
+PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAA" + "I" * 44 + " of-somebody"
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +75,25 @@ def test_a_flavor_of_the_same_name_that_is_smaller_or_other(operator: Operator, 
         src.delete(id)
         for api, flavor in made:
             api.call("DELETE", "nova", f"/flavors/{flavor}")
+
+
+def test_hazard_30_a_flavor_and_a_key_pair_that_are_gone(operator: Operator, src: Api, dst: Api) -> None:
+    flavor = src.ensure("nova", "flavors", "gone", ram=192, vcpus=1, disk=1)
+    like = dst.ensure("nova", "flavors", "like-it", ram=192, vcpus=1, disk=1)
+    pair = {"name": "of-somebody", "type": "ssh", "public_key": PUBLIC_KEY}
+    src.call("POST", "nova", "/os-keypairs", {"keypair": pair})
+    id = src.create("without", flavor="gone", availability_zone="nova:src-cmp1", key_name="of-somebody")
+    words = ("-s", id, "-d", "arrived", "-i", "guest", "-n")
+    try:
+        src.call("DELETE", "nova", f"/flavors/{flavor}")
+        src.call("DELETE", "nova", "/os-keypairs/of-somebody")
+        done = operator.run(*words)
+        assert done.returncode == 0, done.stderr
+        assert ", flavor like-it, " in done.stderr and "key pair   'of-somebody' is the source's" in done.stderr
+        refused(operator.run(*words, "-e", "{'key_name': 'of-somebody'}"), "cloud: -e: ", "no key pair 'of-somebody'")
+    finally:
+        src.delete(id)
+        dst.call("DELETE", "nova", f"/flavors/{like}")
 
 
 def test_all_reasons_of_both_clouds_come_at_once(operator: Operator, src: Api, source: str) -> None:

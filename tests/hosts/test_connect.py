@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import paramiko
 import pytest
 
 import migrena
@@ -31,9 +33,9 @@ def who(host: Host) -> str:
     return host.run("sh", "-c", "echo $(id -un)@$(hostname)").strip()
 
 
-def key(path: Path, phrase: str = "") -> Path:
+def key(path: Path, phrase: str = "", kind: str = "ed25519") -> Path:
     """A new private key."""
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", phrase, "-C", "test", "-f", str(path)], check=True)
+    subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", phrase, "-C", "test", "-f", str(path)], check=True)
     return path
 
 
@@ -93,9 +95,10 @@ def test_a_connection_that_sshd_drops_because_too_many_come_at_once_is_tried_aga
             reach("src", **other)  # the control
 
 
-def test_a_key_that_the_host_does_not_know_is_refused(reach: Reach, tmp_path: Path, home: Path) -> None:
-    with pytest.raises(HostError, match=r"src: .* refuses the key of user root") as caught:
-        reach("src", ssh_key=str(key(tmp_path / "stranger")))
+@pytest.mark.parametrize("kind", ["ed25519", "ecdsa", "rsa"])
+def test_a_key_that_the_host_does_not_know_is_refused(reach: Reach, tmp_path: Path, home: Path, kind: str) -> None:
+    with pytest.raises(HostError, match=r"src: .* refuses the key of user root: Authentication failed\.$") as caught:
+        reach("src", ssh_key=str(key(tmp_path / "stranger", kind=kind)))
     assert "SSH_USER" in refusal(caught).way_out and "agent" in refusal(caught).way_out
 
 
@@ -108,6 +111,56 @@ def test_a_key_file_that_is_no_key_is_told(reach: Reach, tmp_path: Path, home: P
     (tmp_path / "note").write_text("this is no key\n")
     with pytest.raises(HostError, match="src: "):
         reach("src", ssh_key=str(tmp_path / "note"))
+
+
+@pytest.fixture
+def old(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Settings with an RSA key, which lead to an sshd as before OpenSSH 7.2: without rsa-sha2 and server-sig-algs."""
+    rsa, known, keys = key(tmp_path / "rsa", kind="rsa"), tmp_path / "known", "/var/lib/nova/old-keys"
+    known.write_text(lab.known_hosts.read_text().replace("]:2222 ", "]:2223 "))
+    public = "".join(one.with_suffix(".pub").read_text() for one in (rsa, lab.key))
+    lab["src"].run("sh", "-c", f"cat > {keys}", input=public)
+    told = property(lambda _: {}, lambda *_: None)  # today's sshd tells server-sig-algs, whatever it takes
+    monkeypatch.setattr(paramiko.Transport, "server_extensions", told, raising=False)
+    options = (
+        f"AuthorizedKeysFile={keys}", "StrictModes=no", "PidFile=none", "PubkeyAcceptedAlgorithms=ssh-rsa,ssh-ed25519",
+    )
+    with running(lab["src"], "/usr/sbin/sshd", "-D", "-p", "2223", *(f"-o{option}" for option in options)):
+        wait_for("the old sshd", lambda: ":2223" in lab["src"].run("ss", "-Hltn").stdout)
+        there = HostEntry(lab["src"].address, port=2223)
+        yield {"hosts": {"src": there}, "known_hosts": str(known), "ssh_key": str(rsa)}
+
+
+def test_hazard_25_an_rsa_key_at_an_sshd_without_rsa_sha2_works_or_is_told_to_be_that(
+        lab: Lab, reach: Reach, home: Path, old: dict[str, Any]) -> None:
+    assert who(reach("src", **{**old, "ssh_key": str(lab.key)})) == "root@src"  # the way out
+    if "ssh-rsa" in paramiko.RSAKey.HASHES:  # until paramiko 5
+        assert who(reach("src", **old)) == "root@src"
+        return
+    with pytest.raises(HostError, match=r"2223 refuses the RSA key of user root: its sshd knows no rsa-sha2") as caught:
+        reach("src", **old)
+    assert refusal(caught).way_out.startswith("name an ed25519 key ")
+
+
+@pytest.mark.parametrize("kind", ["ed25519", "ecdsa"])
+def test_hazard_25_another_key_that_such_an_sshd_does_not_know_is_not_told_to_be_that(
+        reach: Reach, home: Path, tmp_path: Path, old: dict[str, Any], kind: str) -> None:
+    with pytest.raises(HostError, match=r"refuses the key of user root: Authentication failed\.$"):
+        reach("src", **{**old, "ssh_key": str(key(tmp_path / "stranger", kind=kind))})
+
+
+def test_hazard_25_an_rsa_key_is_tried_once_where_rsa_sha2_is_known(
+        lab: Lab, reach: Reach, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dials, opened = list[str](), migrena.Target.open
+
+    def counted(self: migrena.Target, stack: contextlib.ExitStack) -> paramiko.SSHClient:
+        dials.append(str(self))
+        return opened(self, stack)
+
+    monkeypatch.setattr(migrena.Target, "open", counted)
+    with pytest.raises(HostError, match=r"refuses the key of user root: Authentication failed\.$"):
+        reach("src", ssh_key=str(key(tmp_path / "stranger", kind="rsa")))
+    assert len(dials) == 1
 
 
 @pytest.mark.parametrize("port", [22, 2222])

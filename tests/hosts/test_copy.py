@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from hosts.rig import INSTANCES, Copy, Instance, MiB, base, chain_of, same_guest
 from lab.hosts import Host as LabHost
 from lab.hosts import Lab
 from migrena import Host, HostError, Moved, survey_disk
+from unit.makers import a_server
 
 Make = Callable[[LabHost], Instance]
 
@@ -182,6 +184,26 @@ def test_hazard_rebase_without_a_format_and_onto_another_base_than_nova_s(
     assert chain_of(dst, fresh) == [(fresh.path, "qcow2"), (below, "raw")]
     assert fresh.node()["backing-filename-format"] == "raw"
     assert source.node()["full-backing-filename"] != below
+
+
+def base_of(host: LabHost, image: str) -> str:
+    """The path of an image's base, as Nova names it by the image's id alone; the id decides the content, too."""
+    return base(host, image, path=f"{INSTANCES}/_base/{hashlib.sha1(image.encode()).hexdigest()}")
+
+
+@pytest.mark.parametrize("unshelved", [True, False], ids=["unshelved", "a control that never was shelved"])
+def test_hazard_21_an_unshelved_instance_stands_on_the_shelve_s_snapshot_and_not_on_the_image_that_nova_names(
+        lab: Lab, dst: Host, make_copy: MakeCopy, unshelved: bool) -> None:
+    named = [base_of(lab[name], a_server().image) for name in ("src", "dst")]  # on both hosts, and equal
+    below = base_of(lab["src"], "the shelve's snapshot") if unshelved else named[0]
+    source = Instance.make(lab["src"]).overlay(below, 64 * MiB)
+    fresh = Instance.make(lab["dst"]).overlay(named[1], 64 * MiB)
+    source.write("guest", (20 * MiB, MiB))
+    copy = make_copy()
+    arrives(copy, source, fresh)
+    assert chain_of(dst, fresh) == [(fresh.path, "qcow2"), *([] if unshelved else [(named[1], "raw")])]
+    assert (copy.report.copy["view"], copy.report.copy["why_view"]) == (
+        ("guest", "the bases are not proven equal") if unshelved else ("file", "both bases have the same content"))
 
 
 def test_hazard_nobody_checks_that_the_bases_are_equal_and_one_byte_differs(lab: Lab, make_copy: MakeCopy) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
 
-from migrena import Flavor, Image, Reason, Refused, pick_flavor, pick_image
-from unit.makers import a_flavor, a_server, an_image
+import pytest
+from novaclient import api_versions, exceptions
+from novaclient.v2.servers import ServerManager
+
+from migrena import Cloud, CloudError, Flavor, Image, Reason, Refused, pick_flavor, pick_image
+from unit.makers import UUID, a_flavor, a_server, an_image
 
 SMALL = a_flavor(id="1", name="small")
 LARGE = a_flavor(id="2", name="large", vcpus=4, ram=8192, disk=80)
@@ -73,6 +79,69 @@ def test_a_source_flavor_of_unknown_sizes_matches_nothing_by_sizes() -> None:
     unknown = Flavor("", 0, 0, 0, 0, 0)
     with pytest.raises(Refused):
         pick_flavor("", [Flavor("zero", 0, 0, 0, 0, 0, "0")], a_server(flavor=unknown))
+
+
+class Nova:
+    """Its flavors are what the test says, its one key pair is `mine`, and it counts how often it was asked."""
+
+    def __init__(self, *flavors: dict[str, Any]) -> None:
+        self.asked = 0
+        self.servers = ServerManager(SimpleNamespace(api_version=api_versions.APIVersion("2.96")))
+        self.flavors = SimpleNamespace(list=lambda is_public: self.listed(flavors))
+        self.keypairs = SimpleNamespace(get=self.key)
+
+    def listed(self, flavors: Sequence[dict[str, Any]]) -> list[SimpleNamespace]:
+        self.asked += 1
+        return [SimpleNamespace(to_dict=lambda told=told: told) for told in flavors]
+
+    def key(self, name: str) -> None:
+        if name != "mine":
+            answer = SimpleNamespace(status_code=404 if name == "theirs" else 503, headers={})
+            raise exceptions.from_response(answer, {}, "")
+
+
+def a_cloud(nova: Nova) -> Cloud:
+    """A cloud that is this Nova alone."""
+    cloud: Any = object.__new__(Cloud)
+    cloud.label, cloud._nova, cloud._version = "some", nova, (2, 96)
+    return cast(Cloud, cloud)
+
+
+TOLD = {"id": UUID, "name": "web", "status": "ACTIVE"}
+SIZES = {"vcpus": 1, "ram": 512, "disk": 10, "ephemeral": 0, "swap": 0}
+
+
+@pytest.mark.parametrize(("name", "picked"), [("small", SMALL), ("gone, or private by now", SMALL), ("large", LARGE)])
+def test_hazard_30_a_source_flavor_that_is_gone_is_matched_by_what_the_instance_itself_says(
+        name: str, picked: Flavor) -> None:
+    nova, told = Nova(), {**SIZES, "original_name": name, "extra_specs": {"a": "1"}}  # as since 2.47
+    server = a_cloud(nova).read({**TOLD, "flavor": told, "key_name": "theirs"})
+    assert server.key == "theirs"
+    assert (server.flavor.sizes, server.flavor.extra_specs) == (SMALL.sizes, {"a": "1"})
+    assert pick_flavor("", [LARGE, SMALL], server) == picked
+    assert nova.asked == 0
+
+
+@pytest.mark.parametrize("id", ["there", "gone"])
+def test_hazard_30_a_source_flavor_that_is_gone_from_an_old_nova_is_told_to_be_that(id: str) -> None:
+    nova = Nova({"id": "there", "name": "small", **SIZES})
+    server = a_cloud(nova).read({**TOLD, "flavor": {"id": id}})  # as before 2.47
+    if id == "there":
+        assert pick_flavor("", [LARGE, SMALL], server) == SMALL
+        return
+    with pytest.raises(Refused, match="no flavor to be matched with the source's, which is gone") as caught:
+        pick_flavor("", [LARGE, SMALL], server)
+    assert "-f" in refusal(caught).way_out
+    assert pick_flavor("large", [LARGE, SMALL], server) == LARGE
+
+
+@pytest.mark.parametrize(("key", "told"), [
+    ("mine", ""), (None, ""), ("theirs", "the user of these credentials has no key pair 'theirs'")])
+def test_hazard_30_a_key_pair_of_extra_arguments_that_is_somebody_else_s_is_refused_before_nova_does(
+        key: str | None, told: str) -> None:
+    assert a_cloud(Nova()).refuses({"key_name": key}) == told
+    with pytest.raises(CloudError, match="show key pair"):
+        a_cloud(Nova()).refuses({"key_name": "of which Nova does not tell"})
 
 
 def test_no_flavor_is_matched_to_an_unknown_source() -> None:

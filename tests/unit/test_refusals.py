@@ -322,6 +322,16 @@ def test_a_flavor_that_is_another_is_told_in_the_plan() -> None:
     assert "of the source's" not in "\n".join(plan_lines(some_settings(), make_plan(some_settings(), source, same, "r"), source, 0.0, Report()))
 
 
+@pytest.mark.parametrize(("key", "extra", "is_told"), [
+    ("mine", {}, True), ("mine", {"key_name": None}, True), ("mine", {"key_name": "other"}, False), ("", {}, False)])
+def test_hazard_30_a_key_pair_that_the_new_instance_does_not_have_is_told_in_the_plan(
+        key: str, extra: dict[str, object], is_told: bool) -> None:
+    source, facts, settings = a_source(server=a_server(key=key)), a_destination(), some_settings(extra_args=extra)
+    assert refuse_destination(settings, source, facts) == []
+    lines = "\n".join(plan_lines(settings, make_plan(settings, source, facts, "r"), source, 0.0, Report()))
+    assert ("key pair   'mine' is the source's; the new instance has none" in lines) is is_told
+
+
 def test_what_the_destination_does_not_take_of_extra_arguments_is_told_with_all_else() -> None:
     assert refuse(some_settings(), a_source(), a_destination(refused="no x"))[0] == Reason("destination cloud: -e: no x", "leave it out")
 
