@@ -1983,9 +1983,10 @@ class Host:
         self._links: list[tuple[paramiko.SSHClient, list[paramiko.Channel]]] = []  # connections, each with what it carries
         prefix, self._prefix, self._tools = self._prefix, (), ()  # sudo would hide the variable
         try:
-            seen = self.script('echo "$SSH_CONNECTION"').split()
+            user, *seen = self.script('id -u; echo "$SSH_CONNECTION"').split()
         finally:
             self._prefix = prefix
+        self._is_root = user == "0"
         self.nbd_address = self._entry.nbd_address or (seen[2] if len(seen) == 4 else str(_transport(self._links[0][0]).getpeername()[0]))
 
     def disk_of(self, id: str) -> str:
@@ -1996,7 +1997,7 @@ class Host:
 
     def become(self, sudo: str) -> None:
         """Takes root's rights by sudo where asked for or needed; raises HostError where they are denied."""
-        if sudo == "no" or (sudo == "auto" and self.run("id", "-u").strip() == "0"):
+        if sudo == "no" or (sudo == "auto" and self._is_root):
             return
         try:
             self.run("sudo", "-n", "true")
@@ -3694,6 +3695,7 @@ class Ends:
     source_folder: str
     destination_folder: str
     client_address: str
+    device: str  # the destination's interface towards the source, empty where it is unknown
     locks: DiskLocks
 
     def folder(self, host: Host) -> str:
@@ -3709,9 +3711,8 @@ def route(host: Host, to: str) -> dict[str, str]:
 
 def received(ends: Ends) -> int:
     """Bytes that the destination's interface towards the source has received, for whomever; 0 where it cannot tell."""
-    with suppress(CommandError, ValueError, KeyError):
-        device = route(ends.destination, ends.source.nbd_address)["dev"]
-        return int(ends.destination.run("cat", f"/sys/class/net/{device}/statistics/rx_bytes"))
+    with suppress(CommandError, ValueError):
+        return int(ends.destination.run("cat", f"/sys/class/net/{ends.device}/statistics/rx_bytes")) if ends.device else 0
     return 0
 
 
@@ -5347,16 +5348,16 @@ def release_source(run: Run, arrived: Server | None) -> None:
 def bring_disk(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
     """Brings the disk into its place; gives the moment, by the monotonic clock, at which the source was asked to stop."""
     with slots(run.journal.path.parent, (run.source_host.name, host.name), run.settings.max_per_host, run.screen):
-        with both_ends(run, host, locks) as ends:
-            job = prepare(run, ends, new)
-        known = NOTHING_KNOWN
-        if run.settings.warm and run.plan.server.is_running:
-            known = copy_while_it_runs(run, host, job, locks)
-        require_still_so(run)
-        began = stop_source(run, new)
-        known = read_bitmap(run, job, known)
-        job = look_again(run, job)
-        transfer(run, host, job, known, locks)
+        with BothEnds(run, host, locks) as both:
+            job, known = prepare(run, both.ends(), new), NOTHING_KNOWN
+            locks.hold(host, job.fresh.path)
+            if run.settings.warm and run.plan.server.is_running:
+                known = copy_while_it_runs(both, job)
+            require_still_so(run)
+            began = stop_source(run, new)
+            known = read_bitmap(run, job, known)
+            job = look_again(run, job)
+            transfer(both, job, known)
         title = f"{'Rebase backing file, check' if job.whole_file and job.fresh.backing else 'Check'} and swap in the disk."
         with run.screen.step(title):
             locks.check()
@@ -5370,24 +5371,24 @@ def bring_disk(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
     return began
 
 
-def copy_while_it_runs(run: Run, host: Host, job: DiskJob, locks: DiskLocks) -> Known:
+def copy_while_it_runs(both: BothEnds, job: DiskJob) -> Known:
     """Brings over what the disk holds while the source runs, again and again, until little is left to be sent when it has stopped.
 
     Gives what is known of both ends then, where a dirty bitmap tells what becomes of it. Raises FinalError where --max-downtime is not in
     reach, and the HostError that no further attempt can help with; the source runs on.
     """
-    job, passes, known = replace(job, is_live=True), list[Pass](), NOTHING_KNOWN
-    began, settings, screen = time.monotonic(), run.settings, run.screen
+    job, passes, known, run, began = replace(job, is_live=True), list[Pass](), NOTHING_KNOWN, both.run, time.monotonic()
+    settings, screen = run.settings, run.screen
     nova, least, pause = nova_takes(run.source.actions(run.plan.server.id), screen.seconds.get(STOP_DESTINATION, 5.0)), math.inf, 0.0
     with screen.step("Copy the disk while the source runs."), run.journal.act("warm copy", new=job.new) as result:
-        screen.note(f"{run.source_host.name}:{job.source.path} -> {host.name}:{job.new}")
+        screen.note(f"{run.source_host.name}:{job.source.path} -> {both.destination.name}:{job.new}")
         has_bitmap = settings.bitmap and begin_bitmap(run, job)
         while not passes or wants_another_pass(settings, passes, nova, time.monotonic() - began):
             if pause:
                 screen.note(f"Wait {span(pause)}: the last pass gained nothing.")
                 time.sleep(pause)
                 passes[-1] = replace(passes[-1], seconds=passes[-1].seconds + pause)
-            one, known = patiently(run, host, locks, partial(one_pass, run, job, known), "runs on")
+            one, known = patiently(both, partial(one_pass, run, job, known), "runs on")
             passes.append(one)
             expected = downtime(passes, nova) if len(passes) > 1 else math.inf
             pause = pause_after(len(passes), pause, expected / least)
@@ -5653,16 +5654,34 @@ def connect_destination(run: Run, new: Server, stack: ExitStack) -> Host:
     return host
 
 
-@contextmanager
-def both_ends(run: Run, destination: Host, locks: DiskLocks) -> Iterator[Ends]:
-    """Both hosts with a private folder each, and certificates in them where TLS is wanted."""
-    source = run.source_host
-    with source.private_folder(run.plan.run) as one, destination.private_folder(run.plan.run) as other:
-        for who, files in certificates(source.nbd_address).items() if run.settings.tls else ():
+class BothEnds(ExitStack):
+    """Both hosts of a copy with a private folder each, and certificates in them where TLS is wanted."""
+
+    def __init__(self, run: Run, destination: Host, locks: DiskLocks) -> None:
+        super().__init__()
+        self.run, self.destination, self.locks = run, destination, locks
+        self._ends: Ends | None = None
+
+    def ends(self) -> Ends:
+        """The same for as long as nothing fails: what is set up while the source runs need not be set up after its stop."""
+        self._ends = self._ends or self._open()
+        return self._ends
+
+    def renew(self) -> None:
+        """Has all set up again, over connections that answer."""
+        self.close()
+        self._ends = None
+        for host in (self.run.source_host, self.destination):
+            host.revive()
+
+    def _open(self) -> Ends:
+        source, destination = self.run.source_host, self.destination
+        one, other = (self.enter_context(host.private_folder(self.run.plan.run)) for host in (source, destination))
+        for who, files in certificates(source.nbd_address).items() if self.run.settings.tls else ():
             host, folder = (source, one) if who == "server" else (destination, other)
             put_files(host, folder, files)
-        client = route(destination, source.nbd_address).get("prefsrc", destination.nbd_address)
-        yield Ends(source, destination, one, other, client, locks)
+        way = route(destination, source.nbd_address)
+        return Ends(source, destination, one, other, way.get("prefsrc", destination.nbd_address), way.get("dev", ""), self.locks)
 
 
 def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
@@ -5814,8 +5833,9 @@ def look_again(run: Run, job: DiskJob) -> DiskJob:
     return replace(job, source=top, stand=stand_of(host, path))
 
 
-def transfer(run: Run, host: Host, job: DiskJob, known: Known, locks: DiskLocks) -> Moved:
+def transfer(both: BothEnds, job: DiskJob, known: Known) -> Moved:
     """Copies and proves; raises as `patiently` does. A half-made file goes with the destination, whose whole folder Nova deletes."""
+    run, host = both.run, both.destination
     inode = host.run("stat", "-c", "%i", "--", job.fresh.path).strip()
     run.journal.write("job", new=job.new, kept=job.kept, host=host.name, stand=job.stand, inode=inode, whole_file=job.whole_file)
 
@@ -5830,13 +5850,13 @@ def transfer(run: Run, host: Host, job: DiskJob, known: Known, locks: DiskLocks)
 
     def attempt(ends: Ends) -> Moved:
         gate(run, Act.WRITE)
-        locks.hold(ends.destination, job.fresh.path)
+        ends.locks.hold(ends.destination, job.fresh.path)
         return move_disk(ends, job, witness, known)[0]
 
     with run.screen.step("Migrate disk to destination instance."), run.journal.act("copy", new=job.new, length=job.length) as result:
         run.screen.note(f"{run.source_host.name}:{job.source.path}")
         run.screen.note(f"-> {host.name}:{job.fresh.path}")
-        moved = patiently(run, host, locks, attempt, "stays stopped")
+        moved = patiently(both, attempt, "stays stopped")
         tell_moved(run, job, moved)
         result |= {"held": moved.held, "digest": moved.digest}
     return moved
@@ -5868,18 +5888,17 @@ def spaced(seconds: float, act: Callable[[], object]) -> Callable[[], None]:
     return do
 
 
-def patiently(run: Run, host: Host, locks: DiskLocks, act: Callable[[Ends], T], meanwhile: str) -> T:
+def patiently(both: BothEnds, act: Callable[[Ends], T], meanwhile: str) -> T:
     """What an act on both ends gives, tried again and again where a command, an export, a device or a connection fails.
 
     Raises the HostError that no further attempt can help with, or that of the last one.
     """
+    run = both.run
     for attempt in range(run.settings.retries + 1):
         try:
             if attempt:
-                run.source_host.revive()
-                host.revive()
-            with both_ends(run, host, locks) as ends:
-                return act(ends)
+                both.renew()
+            return act(both.ends())
         except HostError as error:
             if attempt == run.settings.retries or isinstance(error, FinalError) or any(words in str(error) for words in NO_ROOM):
                 raise

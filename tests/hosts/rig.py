@@ -22,6 +22,7 @@ from lab.hosts import Host as LabHost
 from lab.hosts import Lab
 from migrena import (
     NOTHING_KNOWN,
+    BothEnds,
     Cloud,
     Disk,
     DiskJob,
@@ -41,7 +42,6 @@ from migrena import (
     Settings,
     Undo,
     Witness,
-    both_ends,
     connect,
     disk_chain,
     move_disk,
@@ -291,8 +291,8 @@ class Copy:
     def prepared(self, source: Instance, fresh: Instance) -> Iterator[tuple[Ends, DiskJob]]:
         """Both ends and the job, refused where it must be; folders and certificates are gone with the scope."""
         run = self.run_of(survey_disk(self.source, source.id, source.path, shared=False))
-        with contextlib.closing(run.journal), DiskLocks(run.plan.run) as locks, both_ends(run, self.destination, locks) as ends:
-            yield ends, self.job_of(run, ends, fresh)
+        with contextlib.closing(run.journal), DiskLocks(run.plan.run) as locks, BothEnds(run, self.destination, locks) as both:
+            yield both.ends(), self.job_of(run, both.ends(), fresh)
 
     @contextlib.contextmanager
     def shown(self, total: int) -> Iterator[Callable[[int], None]]:
@@ -307,13 +307,12 @@ class Copy:
         """The bytes arrive and are proven, as often tried again as the settings say; nothing is swapped in."""
         run = self.run_of(survey_disk(self.source, source.id, source.path, shared=False))
         self.undo.screen.progress = self.shown  # type: ignore[method-assign]
-        with contextlib.closing(run.journal), DiskLocks(run.plan.run) as locks:
-            with both_ends(run, self.destination, locks) as ends:
-                job = self.job_of(run, ends, fresh)
+        with contextlib.closing(run.journal), DiskLocks(run.plan.run) as locks, BothEnds(run, self.destination, locks) as both:
+            job = self.job_of(run, both.ends(), fresh)
             if run.earlier and (stand := run.earlier.record.job.get("stand")):
                 job = replace(job, stand=stand)
             with unittest.mock.patch("migrena.gate", lambda *_, **__: None), unittest.mock.patch("migrena.spaced", lambda *_: check):
-                return transfer(run, self.destination, job, NOTHING_KNOWN, locks)  # there are no clouds to be asked
+                return transfer(both, job, NOTHING_KNOWN)  # there are no clouds to be asked
 
     def __call__(self, source: Instance, fresh: Instance) -> Moved:
         """The whole of it."""
