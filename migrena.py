@@ -22,17 +22,18 @@ Map of the rooms; each uses only rooms above it:
      3 Plans       facts and decisions; nothing here touches the world
      4 Screen      what the operator sees
      5 Journal     what was done, the lock on a source, and how to undo
-     6 Host        one hypervisor over SSH
-     7 Cloud       one OpenStack cloud: Nova and Glance
-     8 Disks       images, exports, attachments, ranges, digests
-     9 Gate        what is so now, and what may be done then
-    10 Image       carries images from one Glance to another
-    11 Copy        survey, refuse, execute
-    12 Status      what the journals tell of the runs
-    13 Resume      goes on with a run that was cut off
-    14 Rollback    undoes a run, with its journal or without
-    15 Spread      live-migrates instances until they are spread as a map says
-    16 Door        command line, signals, exit codes
+     6 Programs    what runs on hypervisors, sent as the source that it is here
+     7 Host        one hypervisor over SSH
+     8 Cloud       one OpenStack cloud: Nova and Glance
+     9 Disks       images, exports, attachments, ranges, digests
+    10 Gate        what is so now, and what may be done then
+    11 Image       carries images from one Glance to another
+    12 Copy        survey, refuse, execute
+    13 Status      what the journals tell of the runs
+    14 Resume      goes on with a run that was cut off
+    15 Rollback    undoes a run, with its journal or without
+    16 Spread      live-migrates instances until they are spread as a map says
+    17 Door        command line, signals, exit codes
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import re
 import runpy
@@ -62,6 +64,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -71,18 +74,22 @@ import traceback
 import urllib.parse
 import uuid
 import xml.etree.ElementTree as ElementTree
+import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, TypeVar
 
 if TYPE_CHECKING:  # `--help` must not wait for these; each is imported where it is first needed
+    import asyncio
+    import ssl
+
     import paramiko
 
 if sys.version_info < (3, 10):  # noqa: UP036  # before anything that an older one, which reads the file from 3.8 on, lacks
@@ -1647,7 +1654,522 @@ def at_once(one: Callable[[], T], other: Callable[[], S]) -> tuple[T, S]:
         return outcome(flow), outcome(side)
 
 
+# ---- 6. Programs -----------------------------------------------------------------------------------------------------
+
+# Functions and classes that are sent to hypervisors and run there, by a Python 3.6 or later without further packages.
+# Annotations and docstrings are not sent.
 PYTHON: Final = ("python3", "-ISc")  # without what the host's owner has added to it, whose import costs more than ours
+OWN_TEXT: Final = Path(__file__).read_text(encoding="utf-8")  # as it is now: the file may be replaced while a run lasts
+
+
+class Bare(ast.NodeTransformer):
+    """Code without annotations and docstrings."""
+
+    def visit(self, node: ast.AST) -> Any:
+        self.generic_visit(node)
+        if isinstance(node, ast.AnnAssign):
+            return ast.copy_location(ast.Assign([node.target], node.value), node) if node.value else None
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+        for name in {"returns", "annotation"} & set(node._fields):
+            setattr(node, name, None)
+        return node
+
+
+@cache
+def program(entry: Callable[..., None]) -> str:
+    """The text for PYTHON that calls a function of this section with the words after it; has all that it uses."""
+    section = "#" + OWN_TEXT.partition(". Programs --")[2].partition("\n# ----")[0]
+    parts = {ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else node.name: node
+             for node in Bare().visit(ast.parse(section)).body}
+    names, more = set[str](), {entry.__name__, "sys"}
+    while more:
+        names |= more
+        code = [parts[name] for name in more if name in parts]
+        more = {word.id for part in code for word in ast.walk(part) if isinstance(word, ast.Name)} - names
+    imports = ", ".join(name for name in sorted(names) if inspect.ismodule(globals().get(name)))
+    lines = (ast.unparse(node) for name, node in parts.items() if name in names)
+    return "\n".join((f"import {imports}", f"MiB = {MiB}", *lines, f"{entry.__name__}(*sys.argv[1:])\n"))
+
+
+def document_in(printed: str) -> Any:
+    """The JSON document in what a command, or a wrapper around it, has printed; raises ValueError without one."""
+    found: list[tuple[int, int, int, Any]] = []  # lines, length, which one, the document
+    end = 0
+    for begin in re.finditer(r"^[\[{]", printed, re.MULTILINE):
+        if begin.start() >= end:
+            try:
+                document, end = json.JSONDecoder().raw_decode(printed, begin.start())
+            except ValueError:
+                continue
+            found.append((printed.count("\n", begin.start(), end), end - begin.start(), len(found), document))
+    if not found:
+        raise ValueError(f"no JSON in what it printed: {printed[:300]}")
+    return max(found)[3]
+
+
+def numbers_in(printed: str, count: int) -> list[tuple[int, ...]]:
+    """The numbers of each line; raises ValueError where a line has not so many of them."""
+    found = [tuple(map(int, line.split())) for line in printed.splitlines()]
+    if any(len(numbers) != count for numbers in found):
+        raise ValueError("a line has more or fewer")
+    return found
+
+
+def joined(spans: Iterable[Sequence[int]], gap: int = 0, most: int = sys.maxsize) -> list[list[int]]:
+    """First byte and the one after the last of each: those no further apart than `gap` made one.
+
+    More than `most` are joined over larger gaps, in which `bring` makes holes of zeros again.
+    """
+    made: list[list[int]] = []
+    for start, stop in spans:
+        if made and made[-1][1] + gap >= start:
+            made[-1][1] = stop
+        else:
+            made.append([start, stop])
+        if len(made) > most:
+            gap = max(2 * gap, 1 << 12)
+            made = joined(made, gap)
+    return made
+
+
+def blocks_of(pieces: Iterable[Sequence[int]]) -> set[int]:
+    """The numbers of the blocks that pieces touch."""
+    return {block for start, count in pieces for block in range(start // MiB, -(-(start + count) // MiB))}
+
+
+def tls_of(who: str, folder: str) -> ssl.SSLContext:
+    """TLS for a run's "server" or "client", which take only each other."""
+    import ssl
+
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if who == "server" else ssl.PROTOCOL_TLS_CLIENT)
+    tls.load_cert_chain(f"{folder}/{who}-cert.pem", f"{folder}/{who}-key.pem")
+    tls.load_verify_locations(f"{folder}/ca-cert.pem")
+    tls.verify_mode = ssl.CERT_REQUIRED
+    return tls
+
+
+def map_of(node: Mapping[str, Any], *more: str) -> Any:
+    """What qemu-img map tells of an image, part by part."""
+    words = ["qemu-img", "map", "--output=json", *more, "json:" + json.dumps(node)]
+    return document_in(subprocess.check_output(words, stdin=subprocess.DEVNULL, universal_newlines=True))
+
+
+CELL: Final = 64 * 1024  # bytes, which a digest leaves out where all are zeros
+
+
+class DiskFile:
+    """A file from `begin` to `end`, with a descriptor for each thread: os.preadv came with Python 3.7.
+
+    It is read past the page cache if possible: what is proven comes from the disk, and others keep their cache.
+    """
+
+    def __init__(self, path: str, begin: int, end: int) -> None:
+        self.path, self.begin, self.end = path, begin, end
+        self.own, self.flags = threading.local(), os.O_RDONLY | os.O_DIRECT
+        try:
+            os.readv(self.descriptor(), [mmap.mmap(-1, CELL)])
+        except OSError:  # not on this file system
+            self.own, self.flags = threading.local(), os.O_RDONLY
+            os.posix_fadvise(self.descriptor(), begin, end - begin, os.POSIX_FADV_DONTNEED)
+
+    def descriptor(self) -> int:
+        if not hasattr(self.own, "descriptor"):
+            self.own.descriptor = os.open(self.path, self.flags)
+        return int(self.own.descriptor)
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """Where data is: first byte and the one after the last."""
+        if not stat.S_ISREG(os.fstat(self.descriptor()).st_mode):  # of a device SEEK_DATA tells nothing
+            raise OSError("it is not a file")
+        at = self.begin
+        while at < self.end:
+            try:
+                start = os.lseek(self.descriptor(), at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # the only one that means: no more data
+                    return
+                raise
+            at = os.lseek(self.descriptor(), start, os.SEEK_HOLE)
+            if start < self.end:
+                yield start, min(at, self.end)
+
+    def read(self, at: int, into: memoryview, count: int) -> None:
+        """Fills the first `count` bytes of `into` with those at a place."""
+        os.lseek(self.descriptor(), at, os.SEEK_SET)
+        found = os.readv(self.descriptor(), [into])
+        if found <= count - 512:
+            raise OSError(f"it ends at byte {at + found}")
+        into[found:count] = bytes(max(0, count - found))  # a raw disk that ends within a sector: qemu adds zeros
+
+    def stream(self, pieces: Iterable[Piece], room: memoryview) -> Iterator[Piece]:
+        """Gives each piece, in any order, when what it holds is in `room`."""
+        for at, count in pieces:
+            self.read(at, room, count)
+            yield at, count
+
+
+class ExportClient:
+    """An NBD export (doc/proto.md of the nbd project), by qemu's node, used as a DiskFile and as a NewFile.
+
+    Each thread has its own connection. The folder has the certificates for TLS.
+    """
+
+    def __init__(self, node: Mapping[str, str], begin: int, end: int, folder: str) -> None:
+        self.node, self.begin, self.end, self.folder = node, begin, end, folder
+        self.own = threading.local()
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        wanted = f"--start-offset={self.begin}", f"--max-length={self.end - self.begin}"
+        for part in map_of({"driver": "raw", "file": self.node}, *wanted):
+            if part["data"] and not part["zero"] and part["start"] < self.end:
+                yield max(part["start"], self.begin), min(part["start"] + part["length"], self.end)
+
+    def connect(self) -> None:
+        path, host, port = (self.node.get(f"server.{key}", "") for key in ("path", "host", "port"))
+        if path:
+            link = socket.socket(socket.AF_UNIX)
+            link.connect(path)
+        else:
+            link = socket.create_connection((host, int(port)), 60)
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        link.settimeout(None)
+        self.own.link = link
+        self.hear(18)
+        link.sendall(struct.pack(">I", 3))
+        if "tls-creds" in self.node:
+            link.sendall(struct.pack(">8sII", b"IHAVEOPT", 5, 0))
+            if struct.unpack(">12xII", self.hear(20)) != (1, 0):
+                raise OSError("it takes no TLS")
+            link = self.own.link = tls_of("client", self.folder).wrap_socket(link, server_hostname=host)
+        name = self.node.get("export", "").encode()
+        link.sendall(struct.pack(">8sII", b"IHAVEOPT", 1, len(name)) + name)
+        self.hear(10)
+
+    def hear(self, count: int) -> memoryview:
+        return self.answer(memoryview(bytearray(count)))
+
+    def answer(self, into: memoryview) -> memoryview:
+        got = 0
+        while got < len(into):
+            count = self.own.link.recv_into(into[got:])
+            if not count:
+                raise OSError("it ended")
+            got += count
+        return into
+
+    def ask(self, at: int, count: int, command: int = 0, content: bytes | memoryview = b"") -> None:
+        if not hasattr(self.own, "link"):
+            self.connect()
+        self.own.link.sendall(struct.pack(">IHHQQI", 0x25609513, 0, command, at, at, count))
+        self.own.link.sendall(content)
+
+    def told(self) -> int:
+        magic, error, at = struct.unpack(">IIQ", self.hear(16))
+        if magic != 0x67446698 or error:
+            raise OSError(f"it fails at byte {at}: error {error}")
+        return int(at)
+
+    def act(self, at: int, count: int, command: int = 0, content: bytes | memoryview = b"") -> None:
+        self.ask(at, count, command, content)
+        self.told()
+
+    def read(self, at: int, into: memoryview, count: int) -> None:
+        self.act(at, count)
+        self.answer(into[:count])
+
+    def stream(self, pieces: Iterable[Piece], room: memoryview) -> Iterator[Piece]:
+        """Asks for as many at a time as the wire may hold."""
+        asked: dict[int, int] = {}
+        rest = iter(pieces)
+        piece, most = next(rest, None), 16 * MiB
+        while piece or asked:
+            if piece and len(asked) < 256 and most > 0:
+                self.ask(*piece)
+                asked[piece[0]] = piece[1]
+                most -= piece[1]
+                piece = next(rest, None)
+            else:
+                at = self.told()
+                count = asked.pop(at)
+                most += count
+                self.answer(room[:count])
+                yield at, count
+
+    def write(self, at: int, content: memoryview) -> None:
+        self.act(at, len(content), 1, content)
+
+    def hollow(self, at: int, count: int) -> None:
+        self.act(at, count, 6)
+
+    def sync(self) -> None:
+        self.act(0, 0, 3)
+
+
+class NewFile:
+    """A file that is written to."""
+
+    def __init__(self, path: str) -> None:
+        import ctypes
+
+        self.descriptor, self.fallocate = os.open(path, os.O_RDWR), ctypes.CDLL(None).fallocate
+        self.fallocate.argtypes = ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64
+        self.unwritten = 0
+
+    def write(self, at: int, content: bytes | memoryview) -> None:
+        self.unwritten += len(content)
+        while content:
+            count = os.pwrite(self.descriptor, content, at)
+            content, at = content[count:], at + count
+        if self.unwritten > 16 * MiB:  # on its way to the disk now, and not all of it at the end
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            self.unwritten = 0
+
+    def hollow(self, at: int, count: int) -> None:
+        """Makes a hole, or where the file system has none writes zeros."""
+        if self.fallocate(self.descriptor, 3, at, count):  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+            self.write(at, bytes(count))
+
+    def sync(self) -> None:
+        os.fsync(self.descriptor)
+
+
+AnyDisk = DiskFile | ExportClient
+
+
+class Pace:
+    """No more bytes a second than `rate`, unless that is 0."""
+
+    def __init__(self, rate: int) -> None:
+        self.rate, self.began, self.passed = rate, time.monotonic(), 0
+
+    def hold_back(self, count: int) -> None:
+        """Waits until so many bytes more may have been read."""
+        self.passed += count
+        if self.rate:
+            time.sleep(max(0, self.began + self.passed / self.rate - time.monotonic()))
+
+
+def runs_of(room: memoryview, start: int, stop: int) -> list[list[int]]:
+    """The runs of cells that are not all zeros."""
+    zeros = bytes(CELL)
+    cells = ((at, min(at + CELL, stop)) for at in range(start, stop, CELL))
+    return joined((at, to) for at, to in cells if room[at] or bytes(room[at:to]) != zeros[:to - at])
+
+
+def tell_digests(disk: AnyDisk, touched: set[int] | None, rate: int) -> None:
+    """Prints the number and a sha256 of each block, or of each `touched` one, that is not all zeros.
+
+    The sha256 is of runs of cells that are not all zeros, each after its place and length: holes need not be read.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    blocks: dict[int, list[tuple[int, int]]] = {}  # each with its runs of cells that hold data
+    for start, stop in joined((start // CELL * CELL, -(-stop // CELL) * CELL) for start, stop in disk.extents()):
+        for block in range(start // MiB, -(-stop // MiB)):
+            if touched is None or block in touched:
+                blocks.setdefault(block, []).append((max(start, block * MiB), min(stop, (block + 1) * MiB)))
+    own, pace = threading.local(), Pace(rate)
+
+    def digest(block: int) -> tuple[int, str]:
+        if not hasattr(own, "room"):
+            own.room = memoryview(mmap.mmap(-1, MiB))  # begins with a page, as reading past the cache needs it
+        base, room, runs, found = block * MiB, own.room, [], hashlib.sha256()
+        for first, last in blocks[block]:
+            start, stop = first - base, min(last, disk.end) - base
+            disk.read(first, room[start:last - base], stop - start)
+            pace.hold_back(stop - start)
+            runs += runs_of(room, start, stop)
+        for start, stop in runs:
+            found.update(struct.pack(">QQ", base + start, stop - start))
+            found.update(room[start:stop])
+        return block, found.hexdigest() if runs else ""
+
+    order, turn = sorted(blocks), max(1, min(256, rate // MiB)) if rate else 256  # a sign of life a second, at any rate
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for at in range(0, len(order), turn):
+            for block, found in pool.map(digest, order[at:at + turn]):
+                if found:
+                    print(block, found)
+            print(".", flush=True)  # a sign of life, all zeros or not
+
+
+def bring(disk: AnyDisk, new: NewFile | ExportClient, wanted: Sequence[Sequence[int]], rate: int) -> None:
+    """Makes `new` equal to a disk at these pieces, to be kept by its medium; prints how far it is, as qemu-img does."""
+    pieces = ((at, min(MiB, start + count - at)) for start, count in wanted for at in range(start, start + count, MiB))
+    room, pace, total = memoryview(mmap.mmap(-1, MiB)), Pace(rate), sum(count for _, count in wanted)
+    told = pace.began
+    for at, count in disk.stream(pieces, room):
+        last = 0
+        for start, stop in [*runs_of(room, 0, count), [count, count]]:
+            if start > last:
+                new.hollow(at + last, start - last)
+            if stop > start:
+                new.write(at + start, room[start:stop])
+            last = stop
+        pace.hold_back(count)
+        if time.monotonic() - told > 0.2:
+            told = time.monotonic()
+            print(f"({100 * pace.passed / total:.2f}/100%)", flush=True)
+    new.sync()
+
+
+def unchanged_spans(disk: AnyDisk, path: str, cluster: int) -> Iterator[tuple[int, int]]:
+    """Where a qcow2 file holds a guest's data of which none was written since a dirty bitmap began.
+
+    `disk` is that bitmap's export, where what is dirty shows as no data.
+    """
+    at = 0  # of a cluster that was written to in part, the rest was moved with it:
+    clean = [(-(-start // cluster) * cluster, stop // cluster * cluster) for start, stop in disk.extents()]
+    clean = [span for span in clean if span[0] < span[1]]
+    for part in map_of({"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path}}):
+        if part["data"] and "offset" in part:  # compressed data has no place of its own
+            start, stop, shift = part["start"], part["start"] + part["length"], part["offset"] - part["start"]
+            while at < len(clean) and clean[at][0] < stop:
+                if clean[at][1] > start:
+                    yield max(start, clean[at][0]) + shift, min(stop, clean[at][1]) + shift
+                if clean[at][1] > stop:
+                    break
+                at += 1
+
+
+def work_on_blocks(verb: str, where: str, *words: str) -> None:
+    """The program of `blocks`: VERB WHERE OFFSET LENGTH RATE LIST FILE FOLDER.
+
+    WHERE and FILE are files, or NBD exports as qemu's nodes in JSON, for which FOLDER has the certificates. LIST names
+    a file with pieces. RATE is in bytes per second, or 0. `pieces` prints the pieces that hold data; `digest` the
+    digests of blocks, with LIST of those that its pieces touch. `bring` makes FILE equal to WHERE at those pieces.
+    `unchanged` prints the blocks of the qcow2 file FILE, with clusters of FOLDER bytes, that are full of data which is
+    as it was when the dirty bitmap WHERE began.
+    """
+    offset, length, rate, listed, target, folder = (*words, "", "", "", "")[:6]
+    begin, end, wanted = int(offset), int(offset) + int(length), None
+    name = "the export" if where.startswith("{") else where
+    try:
+        disk = DiskFile(where, begin, end) if name == where else ExportClient(json.loads(where), begin, end, folder)
+        if listed:
+            with open(listed) as file:
+                wanted = numbers_in(file.read(), 2)
+        if verb == "pieces":
+            for start, stop in joined(disk.extents(), most=1 << 19):
+                print(start, stop - start)
+        elif verb == "bring":
+            new = ExportClient(json.loads(target), begin, end, folder) if target.startswith("{") else NewFile(target)
+            bring(disk, new, wanted or [], int(rate or 0))
+        elif verb == "unchanged":
+            for start, stop in joined(sorted(unchanged_spans(disk, target, int(folder)))):
+                print(*range(-(-start // MiB), stop // MiB))
+        else:
+            tell_digests(disk, None if wanted is None else blocks_of(wanted), int(rate or 0))
+        sys.stdout.flush()
+    except Exception as error:
+        sys.exit(f"{name}: {error}")
+    os._exit(0)  # connections need no farewell
+
+
+def listen(address: str, port: str, client: str, *command: str) -> None:
+    """Listens, and becomes the given command, which finds the listening socket as systemd would hand it over.
+
+    Given a `client`, the kernel drops connections from other addresses: a socket filter, see bpf(4), socket(7).
+    Connections inherit TCP_NODELAY: qemu-nbd sets it since 8.1 only; without it each fragment of a disk costs 10 ms.
+    """
+    import ctypes
+
+    is_6 = ":" in address
+    listener = socket.socket(socket.AF_INET6 if is_6 else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if client:
+        code = filter_of(socket.inet_pton(listener.family, client), 8 if is_6 else 12)
+        kept = ctypes.create_string_buffer(code)
+        listener.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", len(code) // 8, ctypes.addressof(kept)))
+    listener.bind((address, int(port)))
+    listener.listen(16)
+    os.dup2(listener.fileno(), 3)
+    os.set_inheritable(3, True)
+    os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+    os.execvp(command[0], command)
+
+
+def filter_of(client: bytes, field: int) -> bytes:
+    """The code of a socket filter that lets pass what has this address in the given field of its IP header."""
+    words = struct.unpack(f">{len(client) // 4}I", client)
+    tests = (struct.pack("HBBIHBBI", 0x20, 0, 0, 0xFFF00000 + field + 4 * n, 0x15, 0, 2 * (len(words) - n) - 1, word)
+             for n, word in enumerate(words))
+    return b"".join(tests) + struct.pack("HBBIHBBI", 6, 0, 0, 0xFFFFFFFF, 6, 0, 0, 0)
+
+
+DEFLATED: Final = 1 << 31
+
+
+async def deflated(said: asyncio.StreamReader) -> bytes:
+    """What is said, as a frame: a length in 4 bytes, whose highest bit is set where zlib (RFC 1950) made it shorter."""
+    piece = await said.read(MiB)
+    short = await aside(zlib.compress, piece, 1)
+    if len(short) < len(piece):
+        return struct.pack(">I", len(short) | DEFLATED) + short
+    return struct.pack(">I", len(piece)) + piece if piece else piece
+
+
+async def inflated(said: asyncio.StreamReader) -> bytes:
+    """What the next frame holds; raises EOFError at the end."""
+    word, = struct.unpack(">I", await said.readexactly(4))
+    piece = await said.readexactly(word & ~DEFLATED)
+    return await aside(zlib.decompress, piece) if word & DEFLATED else piece
+
+
+async def aside(act: Callable[..., bytes], *words: object) -> bytes:
+    """What an act gives, in a thread: it takes long."""
+    import asyncio
+
+    return await asyncio.get_event_loop().run_in_executor(None, act, *words)
+
+
+async def pass_on(said: asyncio.StreamReader, heard: asyncio.StreamWriter,
+                  form: Callable[[asyncio.StreamReader], Awaitable[bytes]]) -> None:
+    """Hands on what is said, in another form, until one of both ends, and ends the other one."""
+    try:
+        piece = await form(said)
+        while piece:
+            heard.write(piece)
+            await heard.drain()
+            piece = await form(said)
+    finally:
+        heard.close()
+
+
+def squeeze(role: str, pidfile: str, near: str, folder: str, address: str, port: str) -> None:
+    """Carries NBD connections over a slow wire until it is ended: what the source says is deflated.
+
+    `serve` hands those that come over the wire (fd 3, see `listen`) to the socket `near`, `fetch` takes them there.
+    """
+    import asyncio
+
+    serves, loop = role == "serve", asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    tls = tls_of("server" if serves else "client", folder) if folder else None
+
+    async def carry(said: asyncio.StreamReader, heard: asyncio.StreamWriter) -> None:
+        try:
+            if serves:
+                there = await asyncio.open_unix_connection(near, limit=MiB)
+            else:
+                name = address if tls else None
+                there = await asyncio.open_connection(address, int(port), limit=MiB, ssl=tls, server_hostname=name)
+        except OSError:
+            heard.close()
+            raise
+        asked = pass_on(said, there[1], lambda said: said.read(MiB))
+        told = pass_on(there[0], heard, deflated if serves else inflated)
+        await asyncio.gather(asked, told, return_exceptions=True)  # each that ends has the other end too
+
+    if serves:
+        loop.run_until_complete(asyncio.start_server(carry, sock=socket.socket(fileno=3), limit=MiB, ssl=tls))
+    else:
+        loop.run_until_complete(asyncio.start_unix_server(carry, near, limit=MiB))
+    with open(pidfile, "w") as file:
+        print(os.getpid(), file=file)
+    loop.run_forever()
 
 
 def contained(where: str, tool: str, *words: str) -> None:
@@ -1668,12 +2190,7 @@ def contained(where: str, tool: str, *words: str) -> None:
     sys.exit(done.returncode)
 
 
-def program(entry: Callable[..., None]) -> str:  # TEMPORARY
-    text = re.sub(r": (str|list\[tuple\[str, str\]\])| -> (None|str)", "", inspect.getsource(entry))
-    return "import json, os, re, subprocess, sys\n" + text + f"{entry.__name__}(*sys.argv[1:])"
-
-
-# ---- 6. Host ---------------------------------------------------------------------------------------------------------
+# ---- 7. Host ---------------------------------------------------------------------------------------------------------
 
 # A lease ties a process to our SSH channel, its standard input: we send a dot every few seconds, and whatever ends the
 # dots (the scope, kill -9 of migrena, a cut network) ends the process by its pid; so does a command of `hold` that fails.
@@ -2342,7 +2859,7 @@ def unheard() -> suppress:
     return suppress(paramiko.SSHException, EOFError, OSError)
 
 
-# ---- 7. Cloud --------------------------------------------------------------------------------------------------------
+# ---- 8. Cloud --------------------------------------------------------------------------------------------------------
 
 # Keys in the metadata of instances.
 MARK: Final = "migrena:run"  # the source's: the run that is moving it
@@ -2833,7 +3350,7 @@ def both_clouds(settings: Settings, environment: Mapping[str, str]) -> tuple[Clo
     return opening[0].result(), opening[1].result()
 
 
-# ---- 8. Disks --------------------------------------------------------------------------------------------------------
+# ---- 9. Disks --------------------------------------------------------------------------------------------------------
 
 # Each tool with the packages that bring it: Debian's, and those of RPM distributions.
 PACKAGES: Final = {"qemu-img": ("qemu-utils", "qemu-img"), "qemu-nbd": ("qemu-utils", "qemu-img"),
@@ -2843,374 +3360,6 @@ PACKAGES: Final = {"qemu-img": ("qemu-utils", "qemu-img"), "qemu-nbd": ("qemu-ut
                    "virsh": ("libvirt-clients", "libvirt-client")}
 # On both hosts, whatever the transport.
 NEEDED: Final = ("qemu-img", "qemu-nbd", "virsh", "python3", "timeout", "flock", "ss", "ip")
-
-# For programs on hypervisors: TLS for a run's "server" or "client", which take only each other.
-TLS_OF: Final = """
-def tls_of(who, folder):
-    import ssl
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if who == "server" else ssl.PROTOCOL_TLS_CLIENT)
-    tls.load_cert_chain("%s/%s-cert.pem" % (folder, who), "%s/%s-key.pem" % (folder, who))
-    tls.load_verify_locations(folder + "/ca-cert.pem")
-    tls.verify_mode = ssl.CERT_REQUIRED
-    return tls
-"""
-
-
-def document_in(printed: str) -> Any:
-    """The JSON document in what a command, or a wrapper around it, has printed; raises ValueError without one."""
-    import json
-    import re
-
-    found: list[tuple[int, int, int, Any]] = []  # lines, length, which one, the document
-    end = 0
-    for begin in re.finditer(r"^[\[{]", printed, re.MULTILINE):
-        if begin.start() >= end:
-            try:
-                document, end = json.JSONDecoder().raw_decode(printed, begin.start())
-            except ValueError:
-                continue
-            found.append((printed.count("\n", begin.start(), end), end - begin.start(), len(found), document))
-    if not found:
-        raise ValueError(f"no JSON in what it printed: {printed[:300]}")
-    return max(found)[3]
-
-
-DOCUMENT_IN: Final = f"Any = None\n{inspect.getsource(document_in)}"  # for programs on hypervisors
-
-# Runs on a hypervisor: VERB WHERE OFFSET LENGTH RATE LIST FILE FOLDER. WHERE and FILE are files, or NBD exports as qemu's nodes in JSON, for which
-# FOLDER has the certificates; LIST names a file with pieces; RATE is in bytes per second, or 0. `pieces` prints each piece that holds data.
-# `digest` prints the number of each block of 1 MiB (with LIST, of those that its pieces touch) that is not all zeros, and a sha256: of its runs of
-# cells of 64 KiB that are not all zeros, each after its place and length, so that holes need not be read. `bring` makes FILE equal to WHERE at the
-# pieces in LIST, and leaves them on the disk. `unchanged` prints the blocks of the qcow2 file FILE, with clusters of FOLDER bytes, that are full of
-# a guest's data, none of it written since the dirty bitmap of WHERE began, in which dirty pieces show as no data.
-# Files are read past the page cache where they can be: what is proven comes from the disk, and others keep their cache.
-BLOCKS: Final = DOCUMENT_IN + TLS_OF + r"""
-import errno, hashlib, json, mmap, os, socket, stat, struct, subprocess, sys, threading, time
-CELL, BLOCK = 1 << 16, 1 << 20
-verb, where, offset, length, rate, listed, target, folder = (sys.argv[1:] + [""] * 4)[:8]
-offset, length, rate = int(offset), int(length), int(rate or 0)
-end, zeros = offset + length, bytes(CELL)
-sys.excepthook = lambda kind, error, trace: print("%s: %s" % ("the export" if where[0] == "{" else where, error), file=sys.stderr)
-
-def map_of(node, *more):  # of an image, by qemu-img: part by part
-    words = ["qemu-img", "map", "--output=json"] + list(more) + ["json:" + json.dumps(node)]
-    return document_in(subprocess.check_output(words, stdin=subprocess.DEVNULL, universal_newlines=True))
-
-def joined(spans, gap=0):  # those side by side, or no further apart than that, made one
-    made = []
-    for start, stop in spans:
-        if made and made[-1][1] + gap >= start:
-            made[-1][1] = stop
-        else:
-            made.append([start, stop])
-    return made
-
-class File:  # one descriptor a thread: os.preadv came with Python 3.7
-    def __init__(self, path):
-        self.path, self.local, self.flags = path, threading.local(), os.O_RDONLY | os.O_DIRECT
-        try:
-            os.readv(self.fd(), [mmap.mmap(-1, CELL)])
-        except OSError:  # not on this file system
-            self.local, self.flags = threading.local(), os.O_RDONLY
-            os.posix_fadvise(self.fd(), offset, length, os.POSIX_FADV_DONTNEED)
-    def fd(self):
-        if not hasattr(self.local, "fd"):
-            self.local.fd = os.open(self.path, self.flags)
-        return self.local.fd
-    def extents(self):
-        if not stat.S_ISREG(os.fstat(self.fd()).st_mode):  # of a device SEEK_DATA tells nothing
-            raise OSError("it is not a file")
-        at = offset
-        while at < end:
-            try:
-                start = os.lseek(self.fd(), at, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # the only one that means: no more data
-                    return
-                raise
-            at = os.lseek(self.fd(), start, os.SEEK_HOLE)
-            if start < end:
-                yield start, min(at, end)
-    def read(self, at, into, count):
-        os.lseek(self.fd(), at, os.SEEK_SET)
-        found = os.readv(self.fd(), [into])
-        if found <= count - 512:
-            sys.exit("%s ends at byte %d" % (where, at + found))
-        into[found:count] = bytes(max(0, count - found))  # a raw disk that ends within a sector: qemu adds zeros
-    def stream(self, pieces, room):
-        for at, count in pieces:
-            self.read(at, room, count)
-            yield at, count
-
-class Export:  # a client of the NBD protocol (doc/proto.md of the nbd project), one connection a thread
-    def __init__(self, node):
-        self.node, self.local = node, threading.local()
-    def extents(self):
-        wanted = "--start-offset=%d" % offset, "--max-length=%d" % length
-        for part in map_of({"driver": "raw", "file": self.node}, *wanted):
-            if part["data"] and not part["zero"] and part["start"] < end:
-                yield max(part["start"], offset), min(part["start"] + part["length"], end)
-    def answer(self, into):
-        got = 0
-        while got < len(into):
-            count = self.local.link.recv_into(into[got:])
-            if not count:
-                sys.exit("the export ended")
-            got += count
-        return into
-    def hear(self, count):
-        return self.answer(memoryview(bytearray(count)))
-    def connect(self):
-        path, host, port = [self.node.get("server." + key) for key in ("path", "host", "port")]
-        link = self.local.link = socket.socket(socket.AF_UNIX) if path else socket.create_connection((host, int(port)), 60)
-        if path:
-            link.connect(path)
-        else:
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        link.settimeout(None)
-        self.hear(18)
-        link.sendall(struct.pack(">I", 3))
-        if "tls-creds" in self.node:
-            link.sendall(struct.pack(">8sII", b"IHAVEOPT", 5, 0))
-            if struct.unpack(">12xII", self.hear(20)) != (1, 0):
-                sys.exit("the export takes no TLS")
-            link = self.local.link = tls_of("client", folder).wrap_socket(link, server_hostname=host)
-        name = self.node.get("export", "").encode()
-        link.sendall(struct.pack(">8sII", b"IHAVEOPT", 1, len(name)) + name)
-        self.hear(10)
-    def ask(self, at, count, command=0, data=b""):
-        if not hasattr(self.local, "link"):
-            self.connect()
-        self.local.link.sendall(struct.pack(">IHHQQI", 0x25609513, 0, command, at, at, count))
-        self.local.link.sendall(data)
-    def told(self):
-        magic, error, at = struct.unpack(">IIQ", self.hear(16))
-        if magic != 0x67446698 or error:
-            sys.exit("the export fails at byte %d: error %d" % (at, error))
-        return at
-    def read(self, at, into, count):
-        self.act(at, count)
-        self.answer(into[:count])
-    def stream(self, pieces, room):  # as many questions under way as the wire may hold; answers come in any order
-        asked, rest = {}, iter(pieces)
-        piece, most = next(rest, None), 16 * BLOCK
-        while piece or asked:
-            if piece and len(asked) < 256 and most > 0:
-                self.ask(*piece)
-                asked[piece[0]] = piece[1]
-                most -= piece[1]
-                piece = next(rest, None)
-            else:
-                at = self.told()
-                count = asked.pop(at)
-                most += count
-                self.answer(room[:count])
-                yield at, count
-    def act(self, *words):
-        self.ask(*words)
-        self.told()
-    def write(self, at, data):
-        self.act(at, len(data), 1, data)
-    def hollow(self, at, count):
-        self.act(at, count, 6)
-    def sync(self):
-        self.act(0, 0, 3)
-
-class NewFile:
-    def __init__(self, path):
-        import ctypes
-        self.fd, self.fallocate = os.open(path, os.O_RDWR), ctypes.CDLL(None).fallocate
-        self.fallocate.argtypes = ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64
-        self.unwritten = 0
-    def write(self, at, data):
-        self.unwritten += len(data)
-        while data:
-            count = os.pwrite(self.fd, data, at)
-            data, at = data[count:], at + count
-        if self.unwritten > 16 * BLOCK:  # on its way to the disk now, and not all of it at the end
-            self.unwritten = os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED) or 0
-    def hollow(self, at, count):
-        if self.fallocate(self.fd, 3, at, count):  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-            self.write(at, bytes(count))
-    def sync(self):
-        os.fsync(self.fd)
-
-def hold_back(count):  # after so many bytes were read
-    global passed
-    passed += count
-    time.sleep(max(0, began + passed / rate - time.monotonic()) if rate else 0)
-
-def runs_of(room, start, stop):  # of cells that are not all zeros
-    cells = ((at, min(at + CELL, stop)) for at in range(start, stop, CELL))
-    return joined((at, to) for at, to in cells if room[at] or bytes(room[at:to]) != zeros[:to - at])
-
-def digest(block):
-    if not hasattr(own, "room"):
-        own.room = memoryview(mmap.mmap(-1, BLOCK))  # begins with a page, as reading past the cache needs it
-    base, room, runs, found = block * BLOCK, own.room, [], hashlib.sha256()
-    for first, last in blocks[block]:
-        start, stop = first - base, min(last, end) - base
-        disk.read(first, room[start:last - base], stop - start)
-        hold_back(stop - start)
-        runs += runs_of(room, start, stop)
-    for start, stop in runs:
-        found.update(struct.pack(">QQ", base + start, stop - start))
-        found.update(room[start:stop])
-    return found.hexdigest() if runs else ""
-
-def bring(new):
-    pieces = ((at, min(BLOCK, start + count - at)) for start, count in wanted for at in range(start, start + count, BLOCK))
-    room, told, total = memoryview(mmap.mmap(-1, BLOCK)), began, sum(count for _, count in wanted)
-    for at, count in disk.stream(pieces, room):
-        last = 0
-        for start, stop in runs_of(room, 0, count) + [[count, count]]:
-            if start > last:
-                new.hollow(at + last, start - last)
-            if stop > start:
-                new.write(at + start, room[start:stop])
-            last = stop
-        hold_back(count)
-        if time.monotonic() - told > 0.2:
-            told = time.monotonic()
-            print("(%.2f/100%%)" % (100 * passed / total), flush=True)
-    new.sync()
-
-def unchanged():  # spans of the file; of a cluster that was written to in part, the rest was moved with it
-    cluster, at = int(folder), 0
-    clean = [(-(-start // cluster) * cluster, stop // cluster * cluster) for start, stop in disk.extents()]
-    clean = [span for span in clean if span[0] < span[1]]
-    for part in map_of({"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": target}}):
-        if part["data"] and "offset" in part:  # compressed data has no place of its own
-            start, stop, shift = part["start"], part["start"] + part["length"], part["offset"] - part["start"]
-            while at < len(clean) and clean[at][0] < stop:
-                if clean[at][1] > start:
-                    yield max(start, clean[at][0]) + shift, min(stop, clean[at][1]) + shift
-                if clean[at][1] > stop:
-                    break
-                at += 1
-
-began, passed, wanted, own = time.monotonic(), 0, [], threading.local()
-disk = Export(json.loads(where)) if where.startswith("{") else File(where)
-if listed:
-    with open(listed) as file:
-        wanted = [tuple(map(int, line.split())) for line in file]
-if verb == "pieces":
-    held, gap = [], 0  # millions of pieces are joined over small holes: `bring` makes holes of zeros again
-    for start, stop in disk.extents():
-        if held and start - held[-1][1] <= gap:
-            held[-1][1] = stop
-        else:
-            held.append([start, stop])
-        if len(held) > 1 << 19:
-            gap = max(2 * gap, 1 << 12)
-            held = joined(held, gap)
-    for start, stop in held:
-        print(start, stop - start)
-elif verb == "bring":
-    bring(Export(json.loads(target)) if target.startswith("{") else NewFile(target))
-elif verb == "unchanged":
-    for start, stop in joined(sorted(unchanged())):
-        print(*range(-(-start // BLOCK), stop // BLOCK))
-else:
-    from concurrent.futures import ThreadPoolExecutor
-    blocks = {}  # each with its runs of cells that hold data
-    touched = {block for start, count in wanted for block in range(start // BLOCK, -(-(start + count) // BLOCK))}
-    for start, stop in joined((start // CELL * CELL, -(-stop // CELL) * CELL) for start, stop in disk.extents()):
-        for block in range(start // BLOCK, -(-stop // BLOCK)):
-            if not listed or block in touched:
-                blocks.setdefault(block, []).append((max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)))
-    order, turn = sorted(blocks), max(1, min(256, rate // BLOCK)) if rate else 256  # a sign of life each second, however little is let through
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for at in range(0, len(order), turn):
-            for block, found in zip(order[at:], pool.map(digest, order[at:at + turn])):
-                if found:
-                    print(block, found)
-            print(".", flush=True)  # a sign of life, all zeros or not
-sys.stdout.flush()
-os._exit(0)  # connections need no farewell
-"""
-
-# Listens on ADDRESS PORT and becomes the given command, which finds the listening socket as systemd would hand it over.
-# Where CLIENT is not empty, connections from other addresses are dropped by the kernel: a socket filter, see bpf(4), socket(7).
-# Connections inherit TCP_NODELAY: qemu-nbd sets it since 8.1 only, and without it each fragment of a disk costs 10 ms.
-LISTEN: Final = r"""
-import ctypes, os, socket, struct, sys
-address, port, client = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-family = socket.AF_INET6 if ":" in address else socket.AF_INET
-listener = socket.socket(family)
-listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-if client:
-    words = struct.unpack(">%dI" % (4 if family == socket.AF_INET6 else 1), socket.inet_pton(family, client))
-    source_field = 8 if family == socket.AF_INET6 else 12
-    code = b"".join(struct.pack("HBBIHBBI", 0x20, 0, 0, 0xFFF00000 + source_field + 4 * n, 0x15, 0, 2 * (len(words) - n) - 1, word)
-                    for n, word in enumerate(words)) + struct.pack("HBBIHBBI", 6, 0, 0, 0xFFFFFFFF, 6, 0, 0, 0)
-    kept = ctypes.create_string_buffer(code)
-    listener.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", len(code) // 8, ctypes.addressof(kept)))
-listener.bind((address, port))
-listener.listen(16)
-os.dup2(listener.fileno(), 3)
-os.set_inheritable(3, True)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
-os.execvp(sys.argv[4], sys.argv[4:])
-"""
-
-# Carries NBD connections over a slow wire: `serve` hands those that come over the wire (fd 3, see LISTEN) to the socket NEAR, `fetch` takes them at
-# NEAR to the wire. What the source says goes in frames: its length in 4 bytes, whose highest bit is set where zlib made it shorter (RFC 1950).
-SQUEEZE: Final = TLS_OF + r"""
-import asyncio, os, socket, struct, sys, zlib
-role, pidfile, near, folder, address, port = sys.argv[1:]
-DEFLATED, MOST = 1 << 31, 1 << 20
-serves, loop = role == "serve", asyncio.new_event_loop()
-asyncio.set_event_loop(loop)
-tls = tls_of("server" if serves else "client", folder) if folder else None
-
-async def plain(said):
-    return await said.read(MOST)
-
-async def deflated(said):
-    piece = await said.read(MOST)
-    short = await loop.run_in_executor(None, zlib.compress, piece, 1)
-    if len(short) < len(piece):
-        return struct.pack(">I", len(short) | DEFLATED) + short
-    return struct.pack(">I", len(piece)) + piece if piece else piece
-
-async def inflated(said):
-    word, = struct.unpack(">I", await said.readexactly(4))
-    piece = await said.readexactly(word & ~DEFLATED)
-    return await loop.run_in_executor(None, zlib.decompress, piece) if word & DEFLATED else piece
-
-async def pass_on(said, heard, form=plain):
-    try:
-        while True:
-            piece = await form(said)
-            if not piece:
-                return
-            heard.write(piece)
-            await heard.drain()
-    finally:
-        heard.close()
-
-async def carry(*here):
-    try:
-        if serves:
-            there = await asyncio.open_unix_connection(near, limit=MOST)
-        else:
-            there = await asyncio.open_connection(address, int(port), limit=MOST, ssl=tls, server_hostname=address if tls else None)
-    except OSError:
-        here[1].close()
-        raise
-    ways = pass_on(here[0], there[1]), pass_on(there[0], here[1], deflated if serves else inflated)
-    await asyncio.gather(*ways, return_exceptions=True)  # each that ends has the other end too
-
-if serves:
-    loop.run_until_complete(asyncio.start_server(carry, sock=socket.socket(fileno=3), limit=MOST, ssl=tls))
-else:
-    loop.run_until_complete(asyncio.start_unix_server(carry, near, limit=MOST))
-with open(pidfile, "w") as file:
-    print(os.getpid(), file=file)
-loop.run_forever()
-"""
 
 # $1 device or empty, $2 a file for what nbd-client says, then nbd-client's words. Prints the device and holds it.
 LEASED_DEVICE: Final = HOLD + """
@@ -3597,15 +3746,7 @@ def same_digests(one: tuple[Host, str], other: tuple[Host, str], length: int, st
 
 
 def blocks(verb: str, where: str, offset: int, length: int, *more: int | str) -> tuple[str, ...]:
-    return (*PYTHON, BLOCKS, verb, where, str(offset), str(length), *map(str, more))
-
-
-def numbers_in(printed: str, count: int) -> list[tuple[int, ...]]:
-    """The numbers of each line; raises ValueError where a line has not so many of them."""
-    found = [tuple(map(int, line.split())) for line in printed.splitlines()]
-    if any(len(numbers) != count for numbers in found):
-        raise ValueError("a line has more or fewer")
-    return found
+    return (*PYTHON, program(work_on_blocks), verb, where, str(offset), str(length), *map(str, more))
 
 
 def digests(host: Host, where: str, offset: int, length: int, stall: float, *more: int | str,
@@ -3797,14 +3938,15 @@ def serving(ends: Ends, job: DiskJob, place: Export, image: Layer, stack: ExitSt
     if job.transport == "nbd" and image[1] == "raw":
         return nbd_server(ends, job, place, image[0])
     pidfile = f"{folder}/{place.port}.pid"
-    listen = (*PYTHON, LISTEN, place.address, str(place.port), "" if tls else ends.client_address)
+    listening = (*PYTHON, program(listen), place.address, str(place.port), "" if tls else ends.client_address)
     cache = ("--cache=none", "--aio=native") if job.source_direct else ("--cache=writeback",)
     words = ("-r", "-e", "8", "-x", place.name, *cache, *opened(*image, is_live=job.is_live))
     if job.compress:
         _, node = stack.enter_context(served_here(ends.source, folder, "disk", *words, before=gentle(job)))
-        return (*listen, *PYTHON, SQUEEZE, "serve", pidfile, node["server.path"], folder if tls else "", "", "")
+        words = "serve", pidfile, node["server.path"], folder if tls else "", "", ""
+        return (*listening, *PYTHON, program(squeeze), *words)
     own = (*creds(job, folder, "server"), *(("--tls-creds", "t") if tls else ()))
-    return (*gentle(job), *listen, "qemu-nbd", "-t", f"--pid-file={pidfile}", *own, *words)
+    return (*gentle(job), *listening, "qemu-nbd", "-t", f"--pid-file={pidfile}", *own, *words)
 
 
 def creds(job: DiskJob, folder: str, endpoint: str) -> tuple[str, ...]:
@@ -3830,7 +3972,7 @@ def reached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[N
     if job.compress:
         pidfile, socket_file = f"{folder}/wire.pid", f"{folder}/wire.sock"
         words = ("fetch", pidfile, socket_file, folder if job.settings.tls else "", *place)
-        with host.daemon(pidfile, *PYTHON, SQUEEZE, *words):
+        with host.daemon(pidfile, *PYTHON, program(squeeze), *words):
             yield {"driver": "nbd", "server.type": "unix", "server.path": socket_file, "export": export.name}
         return
     node = {"driver": "nbd", "server.type": "inet", "server.host": export.address, "server.port": str(export.port), "export": export.name}
@@ -3908,7 +4050,7 @@ def require_stand(source: Host, job: DiskJob) -> None:
 
 @dataclass(frozen=True)
 class Reading:
-    """The source's disk while it is read: by BLOCKS on its host, as qemu's node at the destination; and its leases."""
+    """The source's disk as it is read: by `blocks` on its host, as qemu's node at the destination; and its leases."""
 
     readable: str
     node: Node
@@ -4005,7 +4147,7 @@ def is_begun(destination: Host, job: DiskJob) -> bool:
 
 @contextmanager
 def seen_by_guest(ends: Ends, host: Host, image: DiskImage, job: DiskJob, *, is_written: bool = False) -> Iterator[str]:
-    """What BLOCKS reads, or writes to: the file itself, or an export that shows what the guest sees."""
+    """What `blocks` reads, or writes to: the file itself, or an export that shows what the guest sees."""
     if job.whole_file or image.format == "raw":
         yield image.path
         return
@@ -4245,18 +4387,10 @@ def digests_again(ends: Ends, host: Host, job: DiskJob, before: Mapping[int, str
         return found | digests(host, place, 0, job.length, stall, rate, listed, before=gently)
 
 
-def blocks_of(pieces: Iterable[Piece]) -> set[int]:
-    return {block for start, count in pieces for block in range(start // MiB, -(-(start + count) // MiB))}
-
-
 def as_pieces(changed: Iterable[int], length: int) -> list[Piece]:
-    pieces: list[Piece] = []
-    for block in sorted(changed):
-        start, count = block * MiB, min(MiB, length - block * MiB)
-        if pieces and sum(pieces[-1]) == start:
-            start, count = pieces[-1][0], pieces.pop()[1] + count
-        pieces.append((start, count))
-    return [(start, count) for start, count in pieces if count > 0]
+    """The pieces that blocks are, of a disk of `length` bytes."""
+    spans = joined((block * MiB, min((block + 1) * MiB, length)) for block in sorted(changed))
+    return [(start, stop - start) for start, stop in spans if start < stop]
 
 
 def settle_disk(host: Host, job: DiskJob) -> tuple[str, ...]:
@@ -4287,7 +4421,7 @@ def check_qcow2(host: Host, job: DiskJob) -> DiskImage:
     return top
 
 
-# ---- 9. Gate ---------------------------------------------------------------------------------------------------------
+# ---- 10. Gate --------------------------------------------------------------------------------------------------------
 
 
 class Stage(enum.IntEnum):
@@ -4592,7 +4726,7 @@ def require_same_clouds(record: RunRecord, clouds: Sequence[Cloud]) -> None:
         raise Refused.of(reasons)
 
 
-# ---- 10. Image -------------------------------------------------------------------------------------------------------
+# ---- 11. Image -------------------------------------------------------------------------------------------------------
 
 CAME_FROM: Final = ("source_uuid", "source_cloud")  # keys of a carried image's properties: which image it was, and in which cloud
 CARRIED_BY: Final = "migrena_run"  # key of a property of an image on its way: the run that carries it
@@ -4863,7 +4997,7 @@ def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Clou
             return carry(settings, journal, undo, clouds, plan)
 
 
-# ---- 11. Copy --------------------------------------------------------------------------------------------------------
+# ---- 12. Copy --------------------------------------------------------------------------------------------------------
 
 STOP_DESTINATION: Final = "Stop destination instance"  # a step that tells how long Nova takes for a stop
 POWER_BUTTON: Final = 10.0  # seconds after which Nova presses it again (shutdown_retry_interval), for a minute unless told otherwise
@@ -6048,7 +6182,7 @@ def tell_what_stays(screen: Screen, plan: Plan) -> None:
         screen.warn("the source boots by UEFI: its NVRAM (boot entries) is not copied, and Nova makes a new one")
 
 
-# ---- 12. Status ------------------------------------------------------------------------------------------------------
+# ---- 13. Status ------------------------------------------------------------------------------------------------------
 
 
 def status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
@@ -6130,7 +6264,7 @@ def detail_lines(record: RunRecord) -> Iterator[str]:
     yield from what_to_do(record)
 
 
-# ---- 13. Resume ------------------------------------------------------------------------------------------------------
+# ---- 14. Resume ------------------------------------------------------------------------------------------------------
 
 
 def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord, screen: Screen) -> Earlier:
@@ -6225,7 +6359,7 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         return see_through(Run(settings, screen, journal, undo, report, plan, cloud, earlier.cloud, host, earlier))
 
 
-# ---- 14. Rollback ----------------------------------------------------------------------------------------------------
+# ---- 15. Rollback ----------------------------------------------------------------------------------------------------
 
 # Prints what private folders a run still has on a host, those alone whose lease is alive where $2 is given.
 LEFT_FOLDERS: Final = """
@@ -6448,7 +6582,7 @@ def clean_host(undone: Undone, server: Server) -> None:
             drop_bitmap(host, server.id, path, run)
 
 
-# ---- 15. Spread ------------------------------------------------------------------------------------------------------
+# ---- 16. Spread ------------------------------------------------------------------------------------------------------
 
 GIVEN_UP: Final = ("error", "failed", "cancelled")  # how Nova calls a live migration that has not come to its end
 ROOM_LIMIT: Final = 60.0  # seconds that Nova may take to give back what an instance had on the host that it has left
@@ -6621,7 +6755,7 @@ def overdue(cloud: Cloud, move: Move, number: int, state: str, settings: Setting
         raise CloudError(told, f"see: openstack server migration list --server {move.server.id}; --keep-waiting waits on, --abort ends it")
 
 
-# ---- 16. Door --------------------------------------------------------------------------------------------------------
+# ---- 17. Door --------------------------------------------------------------------------------------------------------
 
 RUNTIME: Final = ("paramiko", "novaclient", "glanceclient", "keystoneauth1", "cryptography", "requests", "tqdm", "yaml", "oslo_utils")
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

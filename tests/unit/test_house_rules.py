@@ -14,7 +14,7 @@ import pytest
 from conftest import REPOSITORY, SCRIPT
 
 TEXT = SCRIPT.read_text(encoding="utf-8")
-FUNCTION_LINES, CLASS_LINES, FILE_BYTES = 45, 250, 372_000
+FUNCTION_LINES, CLASS_LINES, FILE_BYTES = 45, 250, 370_000
 AT_THE_TOP = {"migrena.py", "config.py", "README.md", "requirements.txt", "LICENSE", "tests"}
 # Put together here, so that this file is not where they are found.
 FORBIDDEN = ("p" + "kill", "kill" + "all", "Auto" + "AddPolicy", "StrictHost" + "KeyChecking=no")
@@ -41,17 +41,17 @@ def test_the_map_of_rooms_is_that_of_the_banners() -> None:
     assert [name for _, name in banners(TEXT)][::len(banners(TEXT)) - 1] == ["Errors", "Door"]
 
 
-@pytest.mark.parametrize(("there", "instead"), [("# ---- 6. Host -----", "# ---- 6. Guest ----"), ("     6 Host ", "     6 Hosts ")])
+@pytest.mark.parametrize(("there", "instead"), [("# ---- 7. Host -----", "# ---- 7. Guest ----"), ("     7 Host ", "     7 Hosts ")])
 def test_control_a_room_that_is_not_as_the_map_says_is_noticed(there: str, instead: str) -> None:
     assert there in TEXT
     changed = TEXT.replace(there, instead, 1)
     assert rooms_on_the_map(changed) != banners(changed)
 
 
-@pytest.mark.parametrize("banner", ["# ---- 6. Host --", "# ---- 6: Host -----"])
+@pytest.mark.parametrize("banner", ["# ---- 7. Host --", "# ---- 7: Host -----"])
 def test_control_a_banner_that_is_not_like_the_others_is_noticed(banner: str) -> None:
     with pytest.raises(AssertionError, match="a banner is"):
-        banners(re.sub(r"# ---- 6\. Host -----", banner, TEXT, count=1))
+        banners(re.sub(r"# ---- 7\. Host -----", banner, TEXT, count=1))
 
 
 def scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
