@@ -1660,6 +1660,7 @@ def at_once(one: Callable[[], T], other: Callable[[], S]) -> tuple[T, S]:
 # Annotations and docstrings are not sent.
 PYTHON: Final = ("python3", "-ISc")  # without what the host's owner has added to it, whose import costs more than ours
 OWN_TEXT: Final = Path(__file__).read_text(encoding="utf-8")  # as it is now: the file may be replaced while a run lasts
+PARSING: Final = threading.Lock()  # two threads at once: "SystemError: AST constructor recursion depth mismatch" [seen, Python 3.11]
 
 
 class Bare(ast.NodeTransformer):
@@ -1680,8 +1681,9 @@ class Bare(ast.NodeTransformer):
 def program(entry: Callable[..., None]) -> str:
     """The text for PYTHON that calls a function of this section with the words after it; has all that it uses."""
     section = "#" + OWN_TEXT.partition(". Programs --")[2].partition("\n# ----")[0]
-    parts = {ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else node.name: node
-             for node in Bare().visit(ast.parse(section)).body}
+    with PARSING:
+        tree = ast.parse(section)
+    parts = {ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else node.name: node for node in Bare().visit(tree).body}
     names, more = set[str](), {entry.__name__, "sys"}
     while more:
         names |= more

@@ -6,6 +6,7 @@ import ast
 import asyncio
 import builtins
 import errno
+import gc
 import hashlib
 import os
 import random
@@ -15,6 +16,7 @@ import subprocess
 import symtable
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -306,3 +308,34 @@ def test_a_socket_filter_drops_at_the_first_word_that_differs(address: str, fiel
     assert len(steps) == 2 * tests + 2 and [step[3] for step in steps[-2:]] == [0xFFFFFFFF, 0]
     for at in range(1, 2 * tests, 2):
         assert at + 1 + steps[at][2] == len(steps) - 1  # the last one, which drops
+
+
+class Knot:
+    """Garbage that runs code when it is collected, in the midst of whatever: another thread goes on meanwhile, as with paramiko's."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        for _ in range(50):
+            pass
+
+
+def test_programs_are_made_in_several_threads_at_once() -> None:
+    """Python 3.11 fails with "AST constructor recursion depth mismatch" where two threads parse at different depths."""
+    def made(depth: int) -> str:
+        if depth:
+            return made(depth - 1)
+        for _ in range(30):
+            Knot()
+        return program.__wrapped__(work_on_blocks)
+
+    often, threshold = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(100)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert len(set(pool.map(made, [number % 5 * 7 for number in range(40)]))) == 1
+    finally:
+        sys.setswitchinterval(often)
+        gc.set_threshold(*threshold)
