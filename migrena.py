@@ -2282,6 +2282,7 @@ option=driver=blkdebug,image.driver=null-co,image.size=512,unshare-child-perms.0
 # What the login shell runs; $1 is the command, `escaped`. What stands before BEGUN, on both streams, is a banner.
 BEGUN: Final = b"--- migrena begins ---\n"
 BEGIN: Final = 'm="--- migrena begins ---"; echo "$m"; echo "$m" >&2; eval "exec $(printf %b "$1")"'
+FAR: Final = 0.02  # seconds that a distant host takes to open a channel: there the next command's is opened ahead, a round trip less to wait for
 MOST_LINKS: Final = 16  # connections to one host: more than the commands of a copy at a time
 
 DIAL_LIMIT: Final = 15.0  # seconds; after one silence of 30 s nothing is tried again
@@ -2481,6 +2482,9 @@ def session(client: paramiko.SSHClient) -> paramiko.Channel | None:
         raise
 
 
+Link = tuple["paramiko.SSHClient", list["paramiko.Channel"]]  # a connection, and what it carries
+
+
 class Host:
     """One hypervisor: commands as words in, text out, over as many SSH connections as its sshd asks for."""
 
@@ -2490,6 +2494,7 @@ class Host:
         self.lacking: dict[Collection[str], list[str]] = {}  # tools that were looked for, and those of them that are missing
         self.stays: list[str] = []  # what a lease said that it could not undo
         self._prefix: tuple[str, ...] = ()
+        self._is_far = False
         self._tools: tuple[str, ...] = ()  # what finds the tools that are in a container
         self._tools_lease: Lease | None = None
         self._stack = ExitStack()
@@ -2499,7 +2504,8 @@ class Host:
 
     def open(self) -> None:
         """Connects to where the name leads now, and sees the address for the other hypervisor; raises HostError."""
-        self._links: list[tuple[paramiko.SSHClient, list[paramiko.Channel]]] = []  # connections, each with what it carries
+        self._links: list[Link] = []
+        self._ahead = deque[tuple[Link, "paramiko.Channel"]]()  # channels that no command has yet
         prefix, self._prefix, self._tools = self._prefix, (), ()  # sudo would hide the variable
         try:
             user, *seen = self.script('id -u; echo "$SSH_CONNECTION"').split()
@@ -2651,12 +2657,17 @@ class Host:
 
     def _session(self) -> paramiko.Channel:
         """A channel on the connection that carries least, or else on a further one."""
+        while self._ahead:
+            with suppress(IndexError):  # another thread was quicker
+                link, ready = self._ahead.popleft()
+                if link in self._links and not ready.closed:
+                    return self._carried(link, ready)
         while True:
-            links = self._links
-            for client, carried in sorted(links, key=lambda link: sum(not channel.closed for channel in link[1])):
-                if channel := session(client):
-                    carried[:] = [*(other for other in carried if not other.closed), channel]
-                    return channel
+            links, began = self._links, time.monotonic()
+            for link in sorted(links, key=lambda link: sum(not channel.closed for channel in link[1])):
+                if channel := session(link[0]):
+                    self._is_far = time.monotonic() - began > FAR
+                    return self._carried(link, channel)
             with self._dialing:
                 if links is not self._links:
                     continue  # another thread has opened one meanwhile
@@ -2669,6 +2680,19 @@ class Host:
                             return channel
                 raise HostError(f"{self.name}: sshd lets no command in on connection {len(links) + 1}",
                                 "set MaxSessions in sshd_config there to 10, its default; at least 1 is needed")
+
+    def _carried(self, link: Link, channel: paramiko.Channel) -> paramiko.Channel:
+        link[1][:] = [*(other for other in link[1] if not other.closed), channel]
+        if self._is_far:
+            threading.Thread(target=self._open_ahead, args=(link,), daemon=True).start()
+        return channel
+
+    def _open_ahead(self, link: Link) -> None:
+        import paramiko
+
+        with suppress(paramiko.SSHException, EOFError, OSError):  # the command that needs one will tell
+            if len(self._ahead) < 2 and (channel := session(link[0])):
+                self._ahead.append((link, channel))
 
     @contextmanager
     def _wall(self, words: Sequence[str]) -> Iterator[None]:
@@ -3812,7 +3836,10 @@ class DiskLocks(ExitStack):
         return can_be(partial(lease.check, is_running=True), HostError) and can_be(see_it, HostError)
 
     def check(self) -> None:
-        for host, path in itertools.filterfalse(self._holds, self._held):
+        """Raises HostError where a lock is lost; both hosts are asked at the same time."""
+        with ThreadPoolExecutor() as pool:
+            held = zip(self._held, pool.map(self._holds, self._held), strict=True)
+        for host, path in (place for place, holds in held if not holds):
             raise HostError(f"{host}: the qemu-nbd that held the lock on {path} ended by itself", "run it again")
 
     def release(self, host: str, path: str) -> None:
@@ -3892,8 +3919,9 @@ def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple
     """A file of the source, served read-only to the destination alone on a free port of the job, and its server."""
     host, name, failure = ends.source, f"migrena-{secrets.token_hex(8)}", None
     for number in job.settings.nbd_server_port:
-        if host.run("ss", "-Hltn", f"sport = :{number}").strip():
-            failure = HostError(f"{host.name}: port {number} is taken", "set NBD_SERVER_PORT to a free one, or a range as in 2666-2697")
+        taken = HostError(f"{host.name}: port {number} is taken", "set NBD_SERVER_PORT to a free one, or a range as in 2666-2697")
+        if job.transport == "nbd" and host.run("ss", "-Hltn", f"sport = :{number}").strip():  # nbd-server itself would not tell
+            failure = taken
             continue
         place = Export(host.nbd_address, number, name)
         with ExitStack() as stack:
@@ -3903,7 +3931,7 @@ def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple
             except CommandError as error:
                 if "in use" not in error.said:
                     raise
-                failure = error
+                failure = taken
                 continue
             yield place, lease
             return
@@ -4102,9 +4130,9 @@ def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Known = NOTHING
     A new file that is there already is gone on with: what differs, by the digests of both ends, is sent. What is `known` counts only where
     that file is still as it was. Raises HostError when a host, a command or the proof fails.
     """
-    began, before, destination = time.monotonic(), received(ends), ends.destination
+    began, destination = time.monotonic(), ends.destination
     is_same = bool(known.stand) and stand_of(destination, job.new) == known.stand
-    is_there = is_begun(destination, job)
+    before, is_there = at_once(partial(received, ends), partial(is_begun, destination, job))
     is_rest = is_there and job.settings.warm
     known = known if is_there and is_same else NOTHING_KNOWN
     with reading(ends, job) as disk:
