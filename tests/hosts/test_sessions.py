@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,8 +39,11 @@ def connections(lab: Lab, name: str) -> int:
     return len(lab[name].run("ss", "-Htn", "state", "established", f"sport = :{PORT}").stdout.splitlines())
 
 
+@pytest.mark.parametrize("far", [migrena.FAR, 0.0], ids=["near", "far"])
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_leases_and_commands_go_over_as_many_connections_as_they_need(lab: Lab, reach: Reach, tmp_path: Path, most: int) -> None:
+def test_leases_and_commands_go_over_as_many_connections_as_they_need(lab: Lab, reach: Reach, tmp_path: Path, most: int, far: float,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrena, "FAR", far)
     with few_sessions(lab, tmp_path, most, "src") as there:
         host = reach("src", **there)
         with contextlib.ExitStack() as stack:
@@ -127,3 +132,25 @@ def test_a_whole_copy_arrives(lab: Lab, tmp_path: Path, most: int) -> None:
         (made,) = operator.made()
         assert same_guest(operator.source, Instance(lab["dst"], f"/var/lib/nova/instances/{made['id']}/disk", "qcow2"))
         assert "attempt" not in done.stderr
+
+
+def test_a_distant_host_is_asked_little_and_has_the_next_command_s_channel_opened_ahead(lab: Lab, tmp_path: Path) -> None:
+    config = tmp_path / "ssh_config"
+    config.write_text(f"Host *\n  ProxyCommand {sys.executable} {Path(__file__).with_name('delay.py')} %h %p 0.05\n")
+    operator = an_operator(lab, tmp_path, CHUNK="1G", SSH_CONFIG=str(config))
+    done = operator.copy("--json")
+    assert done.returncode == 0, done.stderr
+    is_complete(operator, known_runs(operator.folder / "state")[0])
+    assert max(json.loads(done.stdout)["ssh_commands"].values()) <= 40
+
+
+def test_a_channel_that_was_opened_ahead_is_of_the_connections_that_there_are(lab: Lab, reach: Reach, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrena, "FAR", 0.0)
+    host = reach("src")
+    assert [host.run("echo", "a") for _ in range(5)] == ["a\n"] * 5
+    wait_for("a channel ahead", lambda: bool(host._ahead))
+    ready = [channel for _, channel in host._ahead]
+    assert host.run("echo", "b") == "b\n" and ready[0] not in [channel for _, channel in host._ahead]
+    host.unconfirmed.append("so that the connections are opened anew")
+    host.revive()
+    assert host.run("echo", "c") == "c\n" and not {id(channel) for channel in ready} & {id(channel) for _, channel in host._ahead}
