@@ -11,7 +11,7 @@ SRC_CREDS = {}
 DST_CREDS = {}
 SRC_CLOUD = ""  # a name in clouds.yaml
 DST_CLOUD = ""
-DST_GLANCE_ENDPOINT = ""  # the destination's Glance, where its catalog names an address that does not fit
+DST_GLANCE_ENDPOINT = ""  # the destination's Glance, if the address in its catalog cannot be used
 
 # --- the hypervisors --------------------------------------------------------------------------------------------------
 # Nova's host names and how each is reached: an address, or a dictionary with address, port, user, key, and nbd_address
@@ -28,7 +28,7 @@ SSH_CONFIG = "~/.ssh/config"
 KNOWN_HOSTS = ""  # empty: what ~/.ssh/config says, else ~/.ssh/known_hosts; a host key that is not in it is refused
 SUDO = "auto"  # yes, no, or auto: unless the user is root
 DISK_PATH = "/var/lib/nova/instances/%s/disk"  # %s stands for the instance's id
-# Where the two clouds differ, each of these can be told for one side alone, as in SRC_HOSTS and DST_HOSTS; it wins over the common one.
+# If the clouds differ, any of these can be set for one side alone, as SRC_HOSTS or DST_HOSTS; it overrides the common one.
 
 # --- the copy ---------------------------------------------------------------------------------------------------------
 TRANSPORT = "auto"  # nbd (nbd-server, nbd-client), qemu (qemu-nbd, qemu-img), or auto
@@ -36,19 +36,19 @@ TLS = True  # with certificates made for the run
 VERIFY = True  # compare the digests of both ends before the copy takes its place
 NBD_SERVER_PORT = "2666-2697"  # on the source's hypervisor: a port, or a range of which the first free one is taken
 NBD_DEVICE = ""  # on the destination's hypervisor, as in /dev/nbd15; empty: the first that is free
-COMPRESS = "auto"  # on, off, or auto: where the rehearsal finds the wire slower than 16 MiB/s; needs python3 on both hosts, not for nbd
+COMPRESS = "auto"  # on, off, or auto: if the rehearsal finds the network slower than 16 MiB/s; not with the transport nbd
 LIMIT_RATE = 0  # bytes per second at most, as in "50M"; 0: no limit
-CHUNK = "1G"  # on the way at once, in two halves, each of which is then proven
+CHUNK = "1G"  # copied at once, as two parallel chunks, each of which is then proven
 WARM = False  # copy while the source runs, and stop it only for what has changed since
-WARM_PASSES = 0  # passes while it runs; 0: as long as each is clearly smaller than the one before
-MAX_DOWNTIME = 0  # as in "30s": a warm copy stops the source only when it will be down no longer; 0: no limit
-WARM_TIMEOUT = "1h"  # for so long; then it gives up and leaves the source as it was
-BITMAP = False  # the source's qcow2 file notes what its guest changes meanwhile, and is put right when it has stopped
-COPY_IMAGE = False  # carry the source's image first, where the destination lacks it
+WARM_PASSES = 0  # passes while it runs; 0: while each is much smaller than the one before
+MAX_DOWNTIME = 0  # such as "30s": a warm copy stops the source only if its downtime will not exceed this; 0: no limit
+WARM_TIMEOUT = "1h"  # after this it gives up if MAX_DOWNTIME is not met; the source runs on
+BITMAP = False  # record changes in a dirty bitmap in the source's qcow2 file; it is removed once the source has stopped
+COPY_IMAGE = False  # carry the source's image first if the destination lacks it
 WORK_FOLDER = ""  # where images are converted (image --disk-format); empty: this machine's folder for temporary files
 STALL_TIMEOUT = 120  # seconds without a byte after which a copy has stalled; there is no limit on the whole
 SPACE_RESERVE = "64M"  # what has to stay free beside the copy, before it begins and while it goes on
-RETRIES = 5  # how often a copy that was cut off or has stalled goes on by itself, the source kept stopped
+RETRIES = 5  # retries of a copy that broke off or stalled; the source stays stopped
 MAX_PER_HOST = 2  # copies at a time from or to one hypervisor, of all runs on this machine; later ones wait
 
 # --- migrena itself ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 
     ./migrena.py -s SRC_UUID -d DST_NAME -f FLAVOR -i IMAGE [-e EXTRA] [-a [all|src|dst]]
 
-The data goes from hypervisor to hypervisor; this machine only steers, over SSH and the clouds' APIs:
+The data goes from hypervisor to hypervisor; this machine only controls it, over SSH and the clouds' APIs:
 
     source hypervisor                                   destination hypervisor
     disk (overlay) --read only--> nbd-server  ==TLS==>  nbd-client --> /dev/nbdN --> qemu-img --> new file
@@ -15,32 +15,32 @@ The source is opened read-only, always. The new file lies beside the destination
 only when the digests of both ends are equal. A failed run deletes the destination that it made and puts the source
 back as it was found.
 
-Map of the rooms; each uses only rooms above it:
+Sections; each uses only those above it:
 
-     1 Errors      what can go wrong, in words for the operator
+     1 Errors      exceptions, with messages for the operator
      2 Settings    one row per option: flag, variable, name in config.py, help
-     3 Plans       facts and decisions; nothing here touches the world
+     3 Plans       facts and decisions; no input, no output
      4 Screen      what the operator sees
-     5 Journal     what was done, the lock on a source, and how to undo
+     5 Journal     what was done, locks, and how to undo
      6 Programs    what runs on hypervisors, sent as the source that it is here
      7 Host        one hypervisor over SSH
      8 Cloud       one OpenStack cloud: Nova and Glance
      9 Disks       images, exports, attachments, ranges, digests
-    10 Gate        what is so now, and what may be done then
+    10 Gate        whether an act may be done now
     11 Image       carries images from one Glance to another
     12 Copy        survey, refuse, execute
-    13 Status      what the journals tell of the runs
-    14 Resume      goes on with a run that was cut off
-    15 Rollback    undoes a run, with its journal or without
-    16 Spread      live-migrates instances until they are spread as a map says
-    17 Door        command line, signals, exit codes
+    13 Status      shows the runs, from their journals
+    14 Resume      continues a run that was cut off
+    15 Rollback    undoes a run, with or without its journal
+    16 Spread      live-migrates instances to the hosts that a map names
+    17 Main        command line, signals, exit codes
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import copy as copying
+import copy
 import difflib
 import enum
 import errno
@@ -92,9 +92,9 @@ if TYPE_CHECKING:  # `--help` must not wait for these; each is imported where it
 
     import paramiko
 
-if sys.version_info < (3, 10):  # noqa: UP036  # before anything that an older one, which reads the file from 3.8 on, lacks
-    print(f"error: migrena needs Python 3.10 or later, and {sys.executable} is {sys.version.split()[0]}\n"
-          "  try: python3.11 migrena.py, or whatever later one this machine has", file=sys.stderr)
+if sys.version_info < (3, 10):  # noqa: UP036  # above anything that Python 3.8 and 3.9 lack
+    print(f"error: migrena needs Python 3.10 or later; {sys.executable} is {sys.version.split()[0]}\n"
+          "  try: python3.11 migrena.py, or any later version that is installed", file=sys.stderr)
     sys.exit(2)
 
 VERSION: Final = "1.0.0"
@@ -109,14 +109,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Reason:
-    """One thing that stands in the way, and what the operator can do about it."""
+    """One problem, and what the operator can do about it."""
 
     problem: str
     way_out: str = ""
 
 
 class MigrenaError(Exception):
-    """A run that cannot go on: what happened and where, and what to do next."""
+    """A run cannot continue: what happened and where, and what to do next."""
 
     exit_code = 1
 
@@ -126,7 +126,7 @@ class MigrenaError(Exception):
 
     @classmethod
     def of(cls, reasons: Sequence[Reason]) -> MigrenaError:
-        """One error for several reasons, of which none is left out."""
+        """One error with all these reasons."""
         error = cls(reasons[0].problem)
         error.reasons = tuple(reasons)
         return error
@@ -149,17 +149,17 @@ class HostError(MigrenaError):
 
 
 class FinalError(HostError):
-    """A failure that a further attempt would only meet again."""
+    """A failure that a retry would not get past."""
 
 
 class Kept(MigrenaError):
-    """An act was refused because of what is so now: both copies are kept."""
+    """An act was refused in the present situation: both copies are kept."""
 
     exit_code = 4
 
 
 class StateError(MigrenaError):
-    """The journal can no longer be written; nothing goes on that is not in it."""
+    """The journal cannot be written, so the run stops: every act must be in it."""
 
 
 class CommandError(HostError):
@@ -167,8 +167,8 @@ class CommandError(HostError):
 
     def __init__(self, host: str, words: Sequence[str], status: int, said: str) -> None:
         self.said = said.strip()
-        outcome = "was ended" if status < 0 else f"ended with status {status}"
-        super().__init__(f"{host}: {quoted(words)} {outcome}: {self.said or 'it said nothing'}")
+        how = "was ended" if status < 0 else f"ended with status {status}"
+        super().__init__(f"{host}: {quoted(words)} {how}: {self.said or 'no output'}")
 
 
 class CloudError(MigrenaError):
@@ -179,14 +179,14 @@ class CloudError(MigrenaError):
         self.code = code
 
     @property
-    def may_pass(self) -> bool:
-        """Whether the same question may be answered a little later."""
+    def is_temporary(self) -> bool:
+        """Whether the same request may succeed a little later."""
         return self.code in (0, 429) or self.code >= 500
 
 
 @contextmanager
-def gathering(problems: list[Reason]) -> Iterator[None]:
-    """A scope that an error ends, whose reasons are told with others; but a UsageError is told alone."""
+def collecting(problems: list[Reason]) -> Iterator[None]:
+    """A scope that an error ends: its reasons join the list. A UsageError is raised on."""
     try:
         yield
     except UsageError:
@@ -196,7 +196,7 @@ def gathering(problems: list[Reason]) -> Iterator[None]:
 
 
 class Interrupted(BaseException):
-    """SIGINT, SIGTERM or SIGHUP: unwinds the same scopes as any failure."""
+    """SIGINT, SIGTERM or SIGHUP; unwinds the same scopes as any failure."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
@@ -204,7 +204,7 @@ class Interrupted(BaseException):
 
 
 def shorten(text: str, limit: int = 300) -> str:
-    """The text, on one line, its middle left out where it is longer than `limit` characters."""
+    """The text on one line; the middle is cut out if it is longer than `limit` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else f"{line[: limit // 2]} … {line[-limit // 2 :]}"
 
@@ -217,27 +217,27 @@ def quoted(words: Sequence[str], limit: int = 300) -> str:
 # ---- 2. Settings -----------------------------------------------------------------------------------------------------
 
 
-def size(value: object) -> int:
+def parse_size(value: object) -> int:
     """Bytes from `50M`, `1.5GiB` or a plain number; the units are powers of 1024."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?(?:/s)?\s*", str(value), re.IGNORECASE)
     if not match:
-        raise ValueError("is no size; write it as 500K, 50M or 1G")
+        raise ValueError("is not a size; write it as 500K, 50M or 1G")
     return int(float(match[1]) * 1024 ** ("", "K", "M", "G", "T").index(match[2].upper()))
 
 
-def words_of(*allowed: str) -> Callable[[object], str]:
-    """A reader that lets only these words pass."""
+def one_of(*allowed: str) -> Callable[[object], str]:
+    """A parser that accepts only these words."""
 
     def read(value: object) -> str:
         if value not in allowed:
-            raise ValueError(f"is none of {', '.join(allowed)}{did_you_mean(str(value), allowed)}")
+            raise ValueError(f"is not one of {', '.join(allowed)}{did_you_mean(str(value), allowed)}")
         return str(value)
 
     return read
 
 
 def matching(form: str, complaint: str, made: Callable[[str], T]) -> Callable[[object], T]:
-    """A reader of what has this form, which is a regular expression."""
+    """A parser for values that match this regular expression."""
 
     def read(value: object) -> T:
         if not re.fullmatch(form, str(value)):
@@ -248,34 +248,34 @@ def matching(form: str, complaint: str, made: Callable[[str], T]) -> Callable[[o
 
 
 UUID_FORM: Final = r"[0-9a-fA-F]{8}-?([0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}"
-count: Final = matching(r"\d{1,9}", "is no whole number", int)
-positive: Final = matching(r"0*[1-9]\d{0,8}", "is no whole number from 1 on", int)
-nbd_device: Final = matching(r"(/dev/nbd\d+)?", "is no /dev/nbdN", str)
-instance_id: Final = matching(f"({UUID_FORM})?", "is no instance id; take it from: openstack server list --all-projects",
-                              lambda id: str(uuid.UUID(id)) if id else "")
-disk_path: Final = matching(r"/[^%\0-\x1f\x7f]*%s[^%\0-\x1f\x7f]*",
-                            "must be an absolute path with one %s in it, for the instance's id, as in /var/lib/nova/instances/%s/disk", str)
+parse_count: Final = matching(r"\d{1,9}", "is not a whole number", int)
+parse_positive: Final = matching(r"0*[1-9]\d{0,8}", "is not a whole number above 0", int)
+parse_nbd_device: Final = matching(r"(/dev/nbd\d+)?", "is not a /dev/nbdN", str)
+parse_instance_id: Final = matching(f"({UUID_FORM})?", "is not an instance id; see: openstack server list --all-projects",
+                                    lambda id: str(uuid.UUID(id)) if id else "")
+parse_disk_path: Final = matching(r"/[^%\0-\x1f\x7f]*%s[^%\0-\x1f\x7f]*",
+                                  "must be an absolute path with one %s in it, for the instance's id, as in /var/lib/nova/instances/%s/disk", str)
 
 
-def text(value: object) -> str:
+def parse_text(value: object) -> str:
     """Plain text without control characters."""
     if not isinstance(value, (str, Path)):
-        raise ValueError("is no text")
+        raise ValueError("is not text")
     if re.search(r"[\0-\x1f\x7f]", str(value)):
         raise ValueError("has control characters in it")
     return str(value)
 
 
-def name_of_new(value: object) -> str:
-    """A name that Nova and Glance take."""
-    if len(name := text(value)) > 255:
-        raise ValueError(f"has {len(name)} characters, and 255 are the most")
+def parse_new_name(value: object) -> str:
+    """A name that Nova and Glance accept."""
+    if len(name := parse_text(value)) > 255:
+        raise ValueError(f"has {len(name)} characters; the limit is 255")
     if name.strip() not in (name, ""):
         raise ValueError("begins or ends with a space")
     return name
 
 
-def yes_no(value: object) -> bool:
+def parse_yes_no(value: object) -> bool:
     """True or False, also from words."""
     word, yes = str(value).lower(), ("1", "true", "yes", "on")
     if word not in (*yes, "0", "false", "no", "off"):
@@ -283,34 +283,34 @@ def yes_no(value: object) -> bool:
     return word in yes
 
 
-def seconds(value: object) -> int:
+def parse_seconds(value: object) -> int:
     """A whole number of seconds, at least one: `30`, `30s`, `5m` or `2h`."""
     match = re.fullmatch(r"([1-9]\d{0,8})([smh]?)", str(value).strip())
     if not match:
-        raise ValueError("is no number of seconds, as in 30, 30s, 5m or 2h")
+        raise ValueError("is not a time; write it as 30, 30s, 5m or 2h")
     return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def limit(value: object) -> int:
+def parse_limit(value: object) -> int:
     """A number of seconds, or 0 for no limit."""
-    return 0 if str(value) == "0" else seconds(value)
+    return 0 if str(value) == "0" else parse_seconds(value)
 
 
-def ports(value: object) -> range:
+def parse_ports(value: object) -> range:
     """TCP ports from `2666` or `2666-2697`."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(value).strip())
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 0 < first <= last < 65536:
-        raise ValueError("is no TCP port and no range of ports as in 2666-2697")
+        raise ValueError("is not a TCP port or a range of ports such as 2666-2697")
     return range(first, last + 1)
 
 
-def port(value: object) -> int:
-    """One TCP port; 0 stands for none given."""
-    return 0 if str(value) in ("", "0") else ports(value)[0]
+def parse_port(value: object) -> int:
+    """One TCP port; 0 if none is given."""
+    return 0 if str(value) in ("", "0") else parse_ports(value)[0]
 
 
-def literal(value: object) -> dict[str, Any]:
+def parse_literal(value: object) -> dict[str, Any]:
     """A dictionary, or its text as a Python literal or JSON; nothing is evaluated."""
     if isinstance(value, str):
         try:
@@ -319,29 +319,29 @@ def literal(value: object) -> dict[str, Any]:
             with suppress(ValueError):
                 value = json.loads(str(value))
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError("is no dictionary; write it as \"{'nics': [{'net-id': 'ID'}]}\"")
+        raise ValueError("is not a dictionary; write it as \"{'nics': [{'net-id': 'ID'}]}\"")
     return value
 
 
 @dataclass(frozen=True)
 class HostEntry:
-    """A row of HOSTS: how a hypervisor is reached; what is empty comes from Settings or ~/.ssh/config."""
+    """An entry of HOSTS: how a hypervisor is reached; empty fields come from Settings or ~/.ssh/config."""
 
     address: str = ""
     port: int = 0
     user: str = ""
     key: str = ""
-    nbd_address: str = ""  # where the other hypervisor reaches it; empty: where SSH reached it
+    nbd_address: str = ""  # for the other hypervisor; empty: the address that SSH used
     prefix: str = ""  # words before virsh, qemu-img and qemu-nbd, where these are in a container
     paths: Mapping[str, str] = field(default_factory=dict)  # of folders in that container: where they lie outside
 
 
-def ip_address(value: object) -> str:
-    """An IP address, or nothing; nbd-server and the certificates take no names."""
-    return str(ipaddress.ip_address(text(value))) if value else ""
+def parse_ip_address(value: object) -> str:
+    """An IP address or nothing; nbd-server and the certificates need addresses."""
+    return str(ipaddress.ip_address(parse_text(value))) if value else ""
 
 
-def folders(value: object) -> dict[str, str]:
+def parse_paths(value: object) -> dict[str, str]:
     """Folders in a container, each with where it lies outside."""
     found = value if isinstance(value, dict) else {}
     if not found or not all(isinstance(path, str) and re.fullmatch(r"(/[^/]+)+", path) for pair in found.items() for path in pair):
@@ -349,11 +349,11 @@ def folders(value: object) -> dict[str, str]:
     return found
 
 
-def hosts(value: object) -> dict[str, HostEntry]:
-    """HOSTS: for each of Nova's host names an address or a dictionary; the entry "*" is for all hosts, and its words yield to theirs."""
-    readers: dict[str, Callable[[object], Any]] = {"address": text, "port": port, "user": text, "key": text, "nbd_address": ip_address,
-                                                   "prefix": text, "paths": folders}
-    rows = {name: given if isinstance(given, dict) else {"address": given} for name, given in literal(value).items()}
+def parse_hosts(value: object) -> dict[str, HostEntry]:
+    """HOSTS: an address or a dictionary for each of Nova's host names; the entry "*" holds for all hosts that say nothing else."""
+    readers: dict[str, Callable[[object], Any]] = {"address": parse_text, "port": parse_port, "user": parse_text, "key": parse_text,
+                                                   "nbd_address": parse_ip_address, "prefix": parse_text, "paths": parse_paths}
+    rows = {name: given if isinstance(given, dict) else {"address": given} for name, given in parse_literal(value).items()}
     entries = {}
     for name, row in rows.items():
         for key in row.keys() - readers.keys():
@@ -362,132 +362,132 @@ def hosts(value: object) -> dict[str, HostEntry]:
     return entries
 
 
-def start_words(value: object) -> str:
+def parse_start(value: object) -> str:
     """What `-a` names: all, src, dst, or both."""
     chosen = {word.strip() for word in str(value).split(",")} - {""}
     if chosen - {"all", "src", "dst"}:
-        raise ValueError("names what is none of all, src, dst")
+        raise ValueError("is not one of all, src, dst")
     return "all" if "all" in chosen or len(chosen) == 2 else "".join(chosen)
 
 
-def names(value: object) -> tuple[str, ...]:
-    """Several names, from a list or with commas between."""
-    found = tuple(map(text, value.split(",") if isinstance(value, str) else value)) if isinstance(value, (str, list, tuple)) else ()
+def parse_names(value: object) -> tuple[str, ...]:
+    """Several names: a list, or text with commas."""
+    found = tuple(map(parse_text, value.split(",") if isinstance(value, str) else value)) if isinstance(value, (str, list, tuple)) else ()
     if not all(found) or not found:
-        raise ValueError("is no list of names")
+        raise ValueError("is not a list of names")
     return found
 
 
-MOVE: Final = "copy resume"  # the subcommands that know a flag
-SEND: Final = f"{MOVE} image"
-ACT: Final = f"{SEND} rollback"
-LIVE: Final = "live-migrate"
-ALL: Final = f"{ACT} {LIVE} status"
+COPY_RESUME: Final = "copy resume"  # subcommands that take a flag
+SEND: Final = f"{COPY_RESUME} image"
+TWO_CLOUDS: Final = f"{SEND} rollback"
+LIVE_MIGRATE: Final = "live-migrate"
+ALL: Final = f"{TWO_CLOUDS} {LIVE_MIGRATE} status"
 MAP_FORM: Final = '{"compute001": ["web-0"], "compute003": ["db-0", "db-1"]}'
 
 
 def option(default: T, usage: str = "", meaning: str = "", *, read: Callable[[Any], T] | None = None, config: bool = True,
-           jobs: str = "copy", **more: Any) -> T:
-    """One row of Settings, text or yes-or-no unless it has a reader; `usage` is its flags and what follows them, `more` is argparse's."""
+           of: str = "copy", **more: Any) -> T:
+    """One row of Settings; `usage`: flags and metavar; `read`: its parser (default: text or yes/no); `more`: for argparse."""
     is_switch, words = isinstance(default, bool), usage.split()
     flags = [word for word in words if word.startswith("-")]
     if is_switch:
         more["action"] = "store_false" if default else "store_true"
     elif words != flags:
         more["metavar"] = words[-1]
-    metadata = {"flags": flags, "read": read or (yes_no if is_switch else text), "config": config, "jobs": jobs.split(),
+    metadata = {"flags": flags, "read": read or (parse_yes_no if is_switch else parse_text), "config": config, "of": of.split(),
                 "more": {"help": meaning, **more}}
     row: T = field(default_factory=lambda: default, metadata=metadata)
     return row
 
 
-per_call: Final = partial(option, config=False)  # a row for one call alone: config.py may not set it
+per_call: Final = partial(option, config=False)  # not allowed in config.py
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that was asked for; a row gives flags, MIGRENA_NAME, NAME in config.py, reader and help."""
+    """All settings; each row gives the flags, MIGRENA_NAME, NAME in config.py, parser and help."""
 
     run: str = per_call("")
     run_of: str = per_call("", "--run-of SRC_UUID",
-        "the run that is marked on this source instance, also where its journal is lost", read=instance_id, jobs="rollback")
-    keep_destination: bool = per_call(False, "--keep-destination", "stop the new instance in place of deleting it", jobs="rollback")
+        "the run whose mark this source instance has; works without its journal", read=parse_instance_id, of="rollback")
+    keep_destination: bool = per_call(False, "--keep-destination", "stop the new instance instead of deleting it", of="rollback")
     yes: bool = per_call(False, "--yes -y --y",
-        "ask nothing: also what may lose what an instance has written since; move each instance", jobs=f"{MOVE} rollback {LIVE}")
+        "do not ask; go on even if data that an instance has written since is lost", of=f"{COPY_RESUME} rollback {LIVE_MIGRATE}")
     host_map: str = per_call("", "--host-map --host_map FILE",
-        f"JSON: {MAP_FORM}, instances by name or id", jobs=LIVE)
+        f"JSON: {MAP_FORM}; instances by name or id", of=LIVE_MIGRATE)
     cloud: str = per_call("", "--cloud src|dst|NAME",
-        "the cloud: one of config.py, or a name in clouds.yaml (left out: by OS_* variables)", jobs=LIVE)
-    timeout: int = per_call(600, "--timeout TIME", "for one instance (default: 600)", read=seconds, jobs=LIVE)
-    keep_waiting: bool = per_call(False, "--keep-waiting", "after the timeout, wait on", jobs=LIVE)
-    abort: bool = per_call(False, "--abort", "after the timeout, end the migration", jobs=LIVE)
-    keep_going: bool = per_call(False, "--keep-going", "go on with the next one after a failure", jobs=LIVE)
-    src_uid: str = per_call("", "-s --src-uid --src-uuid UUID", "the source instance's id", read=instance_id)
-    dst_name: str = per_call("", "-d --dst-name NAME", "name of the new instance in the destination", read=name_of_new)
-    flavor: str = per_call("", "-f --flavor", "its flavor, name or id (left out: matched from the source)")
-    image: str = per_call("", "-i --image-id", "its image, name or id (left out: the one with the same content)")
+        "src or dst of config.py, or a name in clouds.yaml (default: OS_* variables)", of=LIVE_MIGRATE)
+    timeout: int = per_call(600, "--timeout TIME", "limit for each instance (default: 600)", read=parse_seconds, of=LIVE_MIGRATE)
+    keep_waiting: bool = per_call(False, "--keep-waiting", "after the timeout, keep waiting", of=LIVE_MIGRATE)
+    abort: bool = per_call(False, "--abort", "after the timeout, abort the migration", of=LIVE_MIGRATE)
+    keep_going: bool = per_call(False, "--keep-going", "after a failure, continue with the next one", of=LIVE_MIGRATE)
+    src_uid: str = per_call("", "-s --src-uid --src-uuid UUID", "the source instance's id", read=parse_instance_id)
+    dst_name: str = per_call("", "-d --dst-name NAME", "name of the new instance", read=parse_new_name)
+    flavor: str = per_call("", "-f --flavor", "its flavor, name or id (default: one like the source's)")
+    image: str = per_call("", "-i --image-id", "its image, name or id (default: one with the same content)")
     extra_args: dict[str, Any] = per_call({}, "-e --extra-args EXTRA",
-        "more arguments of Nova's create, a Python literal or JSON: \"{'nics': [{'net-id': 'ID'}], 'security_groups': ['default']}\"",
-        read=literal)
+        "more arguments for Nova's create, as a Python literal or JSON: \"{'nics': [{'net-id': 'ID'}], 'security_groups': ['default']}\"",
+        read=parse_literal)
     images: tuple[str, ...] = per_call((), "-i --image-id IMAGE",
-        "an image of the source, name or id; may be given more than once", read=names, jobs="image", action="append")
-    tag: str = per_call("", "--tag", "all images of the source with this tag", jobs="image")
-    new_name: str = per_call("", "--name NAME", "its name in the destination, if not the same", read=name_of_new, jobs="image")
+        "an image of the source, name or id; may be repeated", read=parse_names, of="image", action="append")
+    tag: str = per_call("", "--tag", "all images of the source with this tag", of="image")
+    new_name: str = per_call("", "--name NAME", "its name in the destination (default: the same)", read=parse_new_name, of="image")
     disk_format: str = per_call("", "--disk-format raw|qcow2|vmdk",
-        "convert it, on this machine", read=words_of("", "raw", "qcow2", "vmdk"), jobs="image")
-    work_folder: str = option("", "--work-folder PATH", "where it is converted (default: the folder for temporary files)", jobs="image")
-    copy_image: bool = option(False, "--copy-image", "carry the source's image first, where the destination lacks it")
+        "convert it on this machine", read=one_of("", "raw", "qcow2", "vmdk"), of="image")
+    work_folder: str = option("", "--work-folder PATH", "where to convert (default: the system's temporary folder)", of="image")
+    copy_image: bool = option(False, "--copy-image", "carry the source's image first if the destination lacks it")
     start_after: str = per_call("", "-a --start-after all|src|dst",
-        "start these afterwards; -a alone means all, nothing without it", read=start_words, nargs="?", const="all")
-    ignore_properties: bool = per_call(False, "--ignore-properties", "go on where the image's properties may keep the guest from booting")
-    root_only: bool = per_call(False, "--root-only", "go on although volumes, ephemeral disks or a config drive would stay behind")
+        "what to start afterwards; -a alone: all; without -a: nothing", read=parse_start, nargs="?", const="all")
+    ignore_properties: bool = per_call(False, "--ignore-properties", "go on even if the guest may not boot with the image's properties")
+    root_only: bool = per_call(False, "--root-only", "go on without the volumes, ephemeral disks and config drive")
     transport: str = option("auto", "--transport auto|nbd|qemu",
-        "nbd: nbd-server and nbd-client; qemu: qemu-nbd and qemu-img; auto picks", read=words_of("auto", "nbd", "qemu"))
-    tls: bool = option(True, "--no-tls", "send the disk in clear; only the destination's address is let in")
-    verify: bool = option(True, "--no-verify", "leave out the comparison of both ends' digests")
+        "nbd: nbd-server and nbd-client; qemu: qemu-nbd and qemu-img", read=one_of("auto", "nbd", "qemu"))
+    tls: bool = option(True, "--no-tls", "send the disk unencrypted; only the destination's address may connect")
+    verify: bool = option(True, "--no-verify", "do not compare the digests of both ends")
     compress: str = option("auto", "--compress auto|on|off",
-        "deflate what crosses the wire; auto: where the wire is measured to be slow", read=words_of("auto", "on", "off"), jobs=MOVE)
-    limit_rate: int = option(0, "--limit-rate RATE", "bytes per second at most, as in 50M", read=size, jobs=SEND)
-    warm: bool = option(False, "--warm", "copy while the source runs; it stops only for what has changed since")
+        "compress on the network; auto: only if the network is slow", read=one_of("auto", "on", "off"), of=COPY_RESUME)
+    limit_rate: int = option(0, "--limit-rate RATE", "bytes per second at most, such as 50M", read=parse_size, of=SEND)
+    warm: bool = option(False, "--warm", "copy while the source runs; stop it only for what has changed since")
     warm_passes: int = option(0, "--warm-passes N",
-        "passes while it runs, the first one included (default: as long as each is clearly smaller)", read=count, jobs=MOVE)
+        "passes while it runs, with the first (default: while each is much smaller)", read=parse_count, of=COPY_RESUME)
     max_downtime: int = option(0, "--max-downtime TIME",
-        "stop the source only when its downtime will be no longer than this, as in 30s", read=limit, jobs=MOVE)
+        "stop the source only if its downtime will not exceed this, such as 30s", read=parse_limit, of=COPY_RESUME)
     warm_timeout: int = option(3600, "--warm-timeout TIME",
-        "give up where --max-downtime was not in reach for so long, the source untouched (default: 1h)", read=seconds, jobs=MOVE)
+        "give up if --max-downtime is not met by then; the source runs on (default: 1h)", read=parse_seconds, of=COPY_RESUME)
     bitmap: bool = option(False, "--bitmap",
-        "with --warm: libvirt notes in the source's qcow2 file, until it has stopped, what changes, so that the rest need not be read again")
-    retries: int = option(5, "--retries N", "how often a copy cut off or stalled goes on (default: 5)", read=count, jobs=MOVE)
+        "with --warm: record changes in a dirty bitmap in the source's qcow2 file, so that the rest is not read again")
+    retries: int = option(5, "--retries N", "retries of a copy that broke off or stalled (default: 5)", read=parse_count, of=COPY_RESUME)
     stall_timeout: int = option(120, "--stall-timeout SECONDS",
-        "without a byte for so long a copy has stalled (default: 120)", read=seconds, jobs=MOVE)
+        "time without a byte after which a copy has stalled (default: 120)", read=parse_seconds, of=COPY_RESUME)
     max_per_host: int = option(2, "--max-per-host N",
-        "copies at a time from or to one hypervisor; later ones wait (default: 2)", read=positive, jobs=MOVE)
-    src_cloud: str = option("", "--src-cloud NAME", "the source's name in clouds.yaml", jobs=ACT)
-    dst_cloud: str = option("", "--dst-cloud NAME", "the destination's name in clouds.yaml", jobs=ACT)
-    dry_run: bool = per_call(False, "-n --dry-run", "print the plan, or what is seen and may be done; change nothing", jobs=f"{ACT} {LIVE}")
-    log_file: str = option("", "--log-file PATH", "append every line to this file too, stamped, also with -q", jobs=ALL)
-    verbose: bool = option(False, "-v --verbose", "show every remote command", jobs=ALL)
-    quiet: bool = option(False, "-q --quiet", "say nothing at all, not even the new id, unless something is wrong", jobs=ALL)
-    json: bool = option(False, "--json", "print a report as JSON on standard output", jobs=ALL)
-    debug: bool = option(False, "--debug", "show tracebacks and the libraries' logs", jobs=ALL)
-    # What follows has no flag; config.py tells what it means.
-    src_creds: dict[str, Any] = option({}, read=literal)
-    dst_creds: dict[str, Any] = option({}, read=literal)
+        "copies at a time per hypervisor; further ones wait (default: 2)", read=parse_positive, of=COPY_RESUME)
+    src_cloud: str = option("", "--src-cloud NAME", "the source's name in clouds.yaml", of=TWO_CLOUDS)
+    dst_cloud: str = option("", "--dst-cloud NAME", "the destination's name in clouds.yaml", of=TWO_CLOUDS)
+    dry_run: bool = per_call(False, "-n --dry-run", "show what would be done; change nothing", of=f"{TWO_CLOUDS} {LIVE_MIGRATE}")
+    log_file: str = option("", "--log-file PATH", "also append every line to this file, with its time, even with -q", of=ALL)
+    verbose: bool = option(False, "-v --verbose", "show every remote command", of=ALL)
+    quiet: bool = option(False, "-q --quiet", "print nothing, not even the new id, unless something is wrong", of=ALL)
+    json: bool = option(False, "--json", "print a report as JSON on standard output", of=ALL)
+    debug: bool = option(False, "--debug", "show tracebacks and the libraries' logs", of=ALL)
+    # These have no flag; config.py explains them.
+    src_creds: dict[str, Any] = option({}, read=parse_literal)
+    dst_creds: dict[str, Any] = option({}, read=parse_literal)
     dst_glance_endpoint: str = option("")
-    disk_path: str = option("/var/lib/nova/instances/%s/disk", read=disk_path)
-    nbd_device: str = option("", read=nbd_device)
-    nbd_server_port: range = option(range(2666, 2698), read=ports)
-    hosts: dict[str, HostEntry] = option({}, read=hosts)
+    disk_path: str = option("/var/lib/nova/instances/%s/disk", read=parse_disk_path)
+    nbd_device: str = option("", read=parse_nbd_device)
+    nbd_server_port: range = option(range(2666, 2698), read=parse_ports)
+    hosts: dict[str, HostEntry] = option({}, read=parse_hosts)
     ssh_user: str = option("")
-    ssh_port: int = option(0, read=port)
+    ssh_port: int = option(0, read=parse_port)
     ssh_key: str = option("")
     ssh_config: str = option("~/.ssh/config")
     known_hosts: str = option("")
-    sudo: str = option("auto", read=words_of("auto", "yes", "no"))
+    sudo: str = option("auto", read=one_of("auto", "yes", "no"))
     state_folder: str = option("")
-    space_reserve: int = option(64 * MiB, read=size)
-    chunk: int = option(GiB, read=size)
-    sided: dict[str, Any] = per_call({})  # what differs between the two clouds: values of SIDED settings, by names as src_hosts
+    space_reserve: int = option(64 * MiB, read=parse_size)
+    chunk: int = option(GiB, read=parse_size)
+    per_side: dict[str, Any] = per_call({})  # settings for one cloud, by names such as src_hosts
 
     def host(self, name: str) -> HostEntry:
         """What HOSTS says of a host."""
@@ -495,18 +495,18 @@ class Settings:
 
     def of(self, side: str) -> Settings:
         """The settings for the hypervisors of src or dst."""
-        return replace(self, **{name[4:]: value for name, value in self.sided.items() if name.startswith(side)})
+        return replace(self, **{name[4:]: value for name, value in self.per_side.items() if name.startswith(side)})
 
 
-SIDED: Final = ("hosts", "disk_path", "ssh_user", "ssh_port", "ssh_key", "ssh_config", "known_hosts", "sudo")  # as SRC_HOSTS and DST_HOSTS too
+PER_SIDE: Final = ("hosts", "disk_path", "ssh_user", "ssh_port", "ssh_key", "ssh_config", "known_hosts", "sudo")  # also SRC_HOSTS etc.
 
-# What a run is asked for that a resume goes on with; never credentials, and never -e, which may hold secrets.
-KEPT: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "compress", "limit_rate", "chunk", "root_only",
-               "warm", "warm_passes", "max_downtime", "warm_timeout", "bitmap", "src_cloud", "dst_cloud")
+# Settings of a run that resume takes from its journal; never credentials, nor -e, which may hold secrets.
+FOR_RESUME: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "compress", "limit_rate", "chunk", "root_only",
+                     "warm", "warm_passes", "max_downtime", "warm_timeout", "bitmap", "src_cloud", "dst_cloud")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` where a known word is near, else nothing."""
+    """`; did you mean X?` if a known word is similar, else nothing."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -518,12 +518,12 @@ def config_names() -> list[str]:
 
 def read_config(path: Path) -> dict[str, object]:
     """The values that a config.py sets. Raises UsageError."""
-    known = [*config_names(), *(f"{side}_{name.upper()}" for side in ("SRC", "DST") for name in SIDED)]
+    known = [*config_names(), *(f"{side}_{name.upper()}" for side in ("SRC", "DST") for name in PER_SIDE)]
     try:
         found = runpy.run_path(str(path))
     except SyntaxError as error:
         raise UsageError(f"{path}, line {error.lineno}: {error.msg}") from error
-    except (Exception, SystemExit) as error:  # whatever an operator's file does wrong is told as its fault, not as ours
+    except (Exception, SystemExit) as error:  # an error in the operator's file is not a bug of migrena
         raise UsageError(f"{path}: {type(error).__name__}: {error}") from error
     values = {name: value for name, value in found.items() if name.isupper() and not name.startswith("_")}
     for name in values.keys() - {*known}:
@@ -531,7 +531,7 @@ def read_config(path: Path) -> dict[str, object]:
     return {name.lower(): value for name, value in values.items()}
 
 
-def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: Mapping[str, object]) -> Settings:
+def merge_settings(flags: Mapping[str, object], environment: Mapping[str, str], config: Mapping[str, object]) -> Settings:
     """Settings: built-in default < config.py < MIGRENA_NAME < flag. Raises UsageError."""
     def given(row: Field[Any], name: str) -> dict[str, Any]:
         variable = f"MIGRENA_{name.upper()}"
@@ -545,41 +545,41 @@ def settle(flags: Mapping[str, object], environment: Mapping[str, str], config: 
                     raise UsageError(f"{origin}:{shown} {error}") from error
         return {}
 
-    values, sided = dict[str, Any](), dict[str, Any]()
+    values, per_side = dict[str, Any](), dict[str, Any]()
     for row in fields(Settings):
         values |= given(row, row.name)
-        for side in ("src", "dst") if row.name in SIDED else ():
-            sided |= given(row, f"{side}_{row.name}")
-    settings = Settings(**{**values, "sided": sided})
+        for side in ("src", "dst") if row.name in PER_SIDE else ():
+            per_side |= given(row, f"{side}_{row.name}")
+    settings = Settings(**{**values, "per_side": per_side})
     if settings.chunk < MiB or settings.chunk % MiB:
-        raise UsageError(f"CHUNK: {settings.chunk} is no multiple of 1 MiB")
+        raise UsageError(f"CHUNK: {settings.chunk} is not a multiple of 1 MiB")
     for flag, is_given in (("--compress on", settings.compress == "on"), ("--warm", settings.warm)):
         if is_given and settings.transport == "nbd":
-            raise UsageError(f"{flag} goes with the transport qemu alone", "leave out --transport nbd")
+            raise UsageError(f"{flag} needs the transport qemu", "leave out --transport nbd")
     return settings
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of migrena: the job, and where its settings come from, the strongest first."""
+    """One call of migrena: the subcommand and the sources of its settings, in order of precedence."""
 
-    job: str
+    subcommand: str
     flags: Mapping[str, object]
     environment: Mapping[str, str]
     config: Mapping[str, object]
 
     def settings(self, kept: Mapping[str, object] | None = None) -> Settings:
-        """The settings; what a journal has `kept` wins over all but flags. Raises UsageError."""
-        return settle({**(kept or {}), **self.flags}, self.environment, self.config)
+        """The settings; those `kept` in a journal are overridden by flags alone. Raises UsageError."""
+        return merge_settings({**(kept or {}), **self.flags}, self.environment, self.config)
 
 
-# Which keys of a credentials dictionary are not for the auth plugin, and what they mean to the session or the clients.
+# Keys of a credentials dictionary that are for the session or the clients, not for the auth plugin.
 SESSION_KEYS: Final = ("region_name", "interface", "endpoint_type", "verify", "insecure", "cacert", "cert", "key", "timeout", "auth_type")
 
 
 def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Those of src or dst (clouds.yaml by --SIDE-cloud, else SIDE_OS_* variables, else config.py), of a cloud in clouds.yaml, or, where
-    none is named, of OS_* variables. Raises UsageError."""
+    """For src or dst: clouds.yaml by --SIDE-cloud, else SIDE_OS_* variables, else config.py. Otherwise: a cloud of clouds.yaml, or OS_*
+    variables if none is named. Raises UsageError."""
     is_side = cloud in ("src", "dst")
     prefix = f"{cloud.upper()}_OS_" if is_side else "OS_"
     name = getattr(settings, f"{cloud}_cloud") if is_side else cloud or environment.get("OS_CLOUD", "")
@@ -588,16 +588,16 @@ def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) 
     if is_side and not name and "auth_url" not in found:
         found = getattr(settings, f"{cloud}_creds")
     if found.get("auth_url"):
-        return modern(found)
+        return as_v3(found)
     if is_side:
         raise UsageError(f"no credentials for the {'source' if cloud == 'src' else 'destination'} cloud",
-                         f"fill in {cloud.upper()}_CREDS in config.py, or give --{cloud}-cloud or {prefix}AUTH_URL and the like")
+                         f"fill in {cloud.upper()}_CREDS in config.py, or give --{cloud}-cloud, or set {prefix}AUTH_URL etc.")
     raise UsageError(f"cloud {name!r} has no auth_url" if name else "no cloud is named",
-                     "give --cloud src, dst or a name in clouds.yaml, or OS_AUTH_URL and the like")
+                     "give --cloud src, dst or a name in clouds.yaml, or set OS_AUTH_URL etc.")
 
 
-def modern(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Credentials as Keystone v3 wants them, without what is there for other clients."""
+def as_v3(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Credentials for Keystone v3, without entries for other clients."""
     renamed = {"tenant_name": "project_name", "tenant_id": "project_id", "api_key": "password"}
     creds = {renamed.get(key, key): value for key, value in found.items()
              if value not in (None, "") and not re.fullmatch(r"\w+_api_version|cloud|client_config_file", str(key))}
@@ -613,7 +613,7 @@ def modern(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cloud_from_yaml(name: str, environment: Mapping[str, str]) -> dict[str, Any]:
-    """One cloud of clouds.yaml and secure.yaml beside it, flattened. Raises UsageError."""
+    """One cloud of clouds.yaml and the secure.yaml beside it, as one dictionary. Raises UsageError."""
     import yaml
 
     named = environment.get("OS_CLIENT_CONFIG_FILE")
@@ -628,10 +628,10 @@ def cloud_from_yaml(name: str, environment: Mapping[str, str]) -> dict[str, Any]
             raise UsageError(f"{path} has no cloud {name!r}{did_you_mean(name, clouds)}", f"it has: {', '.join(clouds)}")
         entry = {**clouds[name], **hidden.get(name, {})}
         return {**{key: entry[key] for key in SESSION_KEYS if key in entry}, **clouds[name].get("auth", {}), **entry.get("auth", {})}
-    except (yaml.YAMLError, OSError, TypeError, ValueError, KeyError, AttributeError) as error:  # its text may hold a password
+    except (yaml.YAMLError, OSError, TypeError, ValueError, KeyError, AttributeError) as error:  # the error's text may contain a password
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}, with secure.yaml beside it, cannot be read: {type(error).__name__}{line}") from None
+        raise UsageError(f"{path} or secure.yaml beside it cannot be read: {type(error).__name__}{line}") from None
 
 
 # ---- 3. Plans --------------------------------------------------------------------------------------------------------
@@ -639,7 +639,7 @@ def cloud_from_yaml(name: str, environment: Mapping[str, str]) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class Flavor:
-    """A flavor's sizes: ram in MiB, disk and ephemeral in GiB, swap in MiB; what Nova hides is empty or None."""
+    """A flavor's sizes: ram in MiB, disk and ephemeral in GiB, swap in MiB; empty or None if Nova does not show it."""
 
     name: str
     vcpus: int
@@ -652,11 +652,11 @@ class Flavor:
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
-        """What is equal where two flavors are the same machine."""
+        """Flavors with equal sizes are the same machine."""
         return (self.vcpus, self.ram, self.disk, self.ephemeral, self.swap)
 
     def differs(self, source: Flavor) -> Iterator[tuple[str, bool]]:
-        """How it differs from the source's flavor but for disks, and whether it has less."""
+        """Each difference from the source's flavor, except disks, and whether it is less than there."""
         for unit, name in (("vCPUs", "vcpus"), ("MiB of RAM", "ram"), ("MiB of swap", "swap")) if source.vcpus else ():
             here, there = getattr(source, name), getattr(self, name)
             if here != there:
@@ -667,62 +667,62 @@ class Flavor:
                 yield f"{key} {other.get(key, 'unset')} for {one.get(key, 'unset')}", False
 
 
-# Properties for which a guest may not boot, with what Nova takes where they are unset.
-BOOTING: Final = {"architecture": "x86_64", "hw_architecture": "x86_64", "hw_disk_bus": "virtio", "hw_firmware_type": "bios",
-                  "os_secure_boot": "disabled", "hw_machine_type": "", "hw_scsi_model": "", "kernel_id": ""}
+# Properties that may prevent a guest from booting, with Nova's defaults.
+BOOT_KEYS: Final = {"architecture": "x86_64", "hw_architecture": "x86_64", "hw_disk_bus": "virtio", "hw_firmware_type": "bios",
+                    "os_secure_boot": "disabled", "hw_machine_type": "", "hw_scsi_model": "", "kernel_id": ""}
 
 
 @dataclass(frozen=True)
 class Image:
-    """A Glance image; `os_hash` is Glance's os_hash_value, empty like `checksum` where it has none."""
+    """A Glance image; `os_hash` is its os_hash_value; this and `checksum` may be empty."""
 
     id: str
     name: str
     status: str
     os_hash: str
     checksum: str
-    told: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # all that Glance tells of it
+    facts: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # all properties
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Image:
-        """An image as Glance tells it."""
+        """An image from Glance's answer."""
         return cls(told["id"], told.get("name") or "", told.get("status") or "", told.get("os_hash_value") or "", told.get("checksum") or "", told)
 
     @property
     def form(self) -> tuple[object, object]:
-        """What Nova takes the stored bytes for: disk format and container format."""
-        return self.told.get("disk_format"), self.told.get("container_format")
+        """How Nova interprets the stored bytes: disk format and container format."""
+        return self.facts.get("disk_format"), self.facts.get("container_format")
 
     @property
     def disk_size(self) -> int:
-        """Bytes of the disk that Nova makes of it where the flavor names no size; 0 where Glance does not tell."""
-        is_raw = self.told.get("disk_format") in ("raw", "iso")
-        return int(self.told.get("virtual_size") or (self.told.get("size") if is_raw else 0) or 0)
+        """Bytes of the disk that Nova makes from it if the flavor has no disk size; 0 if unknown."""
+        is_raw = self.facts.get("disk_format") in ("raw", "iso")
+        return int(self.facts.get("virtual_size") or (self.facts.get("size") if is_raw else 0) or 0)
 
     @property
     def is_hidden(self) -> bool:
-        """Whether Glance lists it only to those who ask for such."""
-        return bool(self.told.get("os_hidden"))
+        """Whether Glance lists it only on request."""
+        return bool(self.facts.get("os_hidden"))
 
     def equals(self, other: Image) -> bool:
-        """Whether Nova gets the same of both: files of one form, equal by the strongest of Glance's digests that both have."""
-        hashes, algos = (self.os_hash, other.os_hash), {image.told.get("os_hash_algo") for image in (self, other)}
+        """Whether both have the same formats and content, by the strongest digest that both have."""
+        hashes, algos = (self.os_hash, other.os_hash), {image.facts.get("os_hash_algo") for image in (self, other)}
         one, another = hashes if all(hashes) and len(algos) == 1 else (self.checksum, other.checksum)
         return self.form == other.form and one == another != ""
 
     def differs(self, source: Image) -> Iterator[tuple[str, bool]]:
-        """How its properties differ from the source's, and whether a guest may not boot for that."""
-        for key in sorted(self.told.keys() | source.told.keys()):
-            here, there = (image.told.get(key) or BOOTING.get(key) or "unset" for image in (self, source))
+        """Each difference from the source's properties, and whether it may prevent a guest from booting."""
+        for key in sorted(self.facts.keys() | source.facts.keys()):
+            here, there = (image.facts.get(key) or BOOT_KEYS.get(key) or "unset" for image in (self, source))
             if key == "kernel_id" and "unset" not in (here, there):
-                continue  # each Glance has ids of its own
-            if here != there and (key in BOOTING or re.match("(hw|os)_(?!hash_|hidden)", key)):
-                yield f"{key} {here} for {there}", key in BOOTING
+                continue  # ids differ from Glance to Glance
+            if here != there and (key in BOOT_KEYS or re.match("(hw|os)_(?!hash_|hidden)", key)):
+                yield f"{key} {here} for {there}", key in BOOT_KEYS
 
 
 @dataclass(frozen=True)
 class Server:
-    """What Nova tells of an instance; `host` only to admins."""
+    """An instance as Nova shows it; `host` is for admins only."""
 
     id: str
     name: str
@@ -744,18 +744,18 @@ class Server:
 
     @property
     def is_running(self) -> bool:
-        """Started, with nothing under way."""
+        """Running, with no task."""
         return self.status == "ACTIVE" and not self.task and self.power == 1
 
     @property
     def is_stopped(self) -> bool:
-        """Stopped, with nothing under way: SHUTOFF alone also shows while a start opens the disk."""
+        """Stopped, with no task: the status alone is still SHUTOFF while a start opens the disk."""
         return self.status == "SHUTOFF" and not self.task and self.power == 4
 
 
 @dataclass(frozen=True)
 class Action:
-    """What Nova was asked to do with an instance, by os-instance-actions."""
+    """An entry of os-instance-actions."""
 
     request: str
     name: str
@@ -772,13 +772,13 @@ def seconds_between(began: Any, ended: Any) -> float:
         return 0.0
 
 
-# Actions after which a guest has not run that did not run before; any other may have started it, also on another disk or host.
+# Actions that do not start a guest; any other may have started it, perhaps with another disk or on another host.
 HARMLESS: Final = frozenset({"create", "stop", "lock", "unlock", "createImage", "createBackup", "delete", "attach_volume", "detach_volume",
                              "attach_interface", "detach_interface"})
 
 
 def newer(actions: Sequence[Action], than: str) -> list[Action]:
-    """The actions, newest first, after this request; all where it is empty or unknown."""
+    """The actions after this request, newest first; all if it is empty or unknown."""
     return list(itertools.takewhile(lambda action: not than or action.request != than, actions))
 
 
@@ -786,18 +786,18 @@ Named = TypeVar("Named", Flavor, Image, Server)
 
 
 def pick(name: str, among: Sequence[Named], kind: str, place: str, way: str) -> Named:
-    """The one with this id, else with this name, one that is not hidden first; raises Refused with the candidates where that is not one."""
+    """The one with this id, else with this name, hidden ones last; raises Refused with the candidates unless it is exactly one."""
     found = [one for one in among if one.id == name] or [one for one in among if one.name == name]
     found = [one for one in found if not getattr(one, "is_hidden", False)] or found
     if len(found) > 1:
         raise Refused(f"{place}{len(found)} {kind}s are named {name!r}: {', '.join(one.id for one in found)}", f"give the id{way}")
     if not found:
-        raise none_such(f"{place}there is no {kind} {name!r}", name, among, way)
+        raise not_found(f"{place}there is no {kind} {name!r}", name, among, way)
     return found[0]
 
 
-def none_such(problem: str, name: str, known: Sequence[Named], way: str) -> Refused:
-    """The refusal for what is not there, with known names, those that look like it if there are any."""
+def not_found(problem: str, name: str, known: Sequence[Named], way: str) -> Refused:
+    """The refusal for a missing object, with similar or else other known names."""
     names = [one.name for one in known if one.name]
     near = ", ".join(difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]) or "none"
     return Refused(problem, f"name one{way}; nearest: {near}")
@@ -815,20 +815,20 @@ class DiskImage:
     backing: str = ""
     backing_format: str = ""
     flaws: tuple[str, ...] = ()
-    leaks: int = 0  # clusters that are taken, and nothing holds
-    lost_bitmaps: tuple[str, ...] = ()  # those in use: by a qemu that has the file open, or else by one that was killed
+    leaks: int = 0  # clusters that are allocated but not referenced
+    lost_bitmaps: tuple[str, ...] = ()  # marked "in-use": by a qemu that has the file open, or by one that was killed
 
 
 @dataclass(frozen=True)
 class Disk:
-    """An instance's root disk: its chain from the overlay down, and what else was seen beside it."""
+    """An instance's root disk: its chain from the overlay down, and other disks beside it."""
 
     chain: tuple[DiskImage, ...]
-    guest_bytes: int = 0  # what a copy of the guest's view would hold, by qemu-img measure
+    guest_bytes: int = 0  # size of a copy of the guest's view, by qemu-img measure
     beside: tuple[str, ...] = ()  # names of further disks in the instance's folder
     has_nvram: bool = False
     has_tpm: bool = False
-    direct_io: bool = True  # whether the file system can open it around the page cache
+    direct_io: bool = True  # whether O_DIRECT works on it
 
     @property
     def top(self) -> DiskImage:
@@ -837,39 +837,39 @@ class Disk:
 
     @property
     def base(self) -> DiskImage | None:
-        """The one backing file, or None where there is none or more than one."""
+        """The backing file, or None unless there is exactly one."""
         return self.chain[1] if len(self.chain) == 2 else None
 
 
-SPAN: Final = 64 * MiB  # what a chunk holds at least, unless that is all
-Piece = tuple[int, int]  # offset and length, in bytes
+LEAST_CHUNK: Final = 64 * MiB  # least bytes of data in a chunk, except the last
+Extent = tuple[int, int]  # offset and length, in bytes
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A range of the disk that is copied at once: its place and length in bytes, how many of those hold data, and where."""
+    """A range of the disk that is copied at once: offset and length, bytes of data in it, and their extents."""
 
     offset: int
     length: int
     held: int
-    pieces: tuple[Piece, ...] = field(default=(), compare=False, repr=False)
+    extents: tuple[Extent, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def is_scattered(self) -> bool:
-        """Whether it is held in so small pieces that a question about each of them costs more than what it holds."""
-        return self.held <= len(self.pieces) * MiB // 16 and len(self.pieces) > 64
+        """Whether its extents are so small that looking each one up costs more than reading it."""
+        return self.held <= len(self.extents) * MiB // 16 and len(self.extents) > 64
 
 
-def chunks(length: int, pieces: Iterable[Piece], limit: int, least: int = SPAN, hole: int = 0) -> list[Chunk]:
-    """`length` bytes as chunks that hold `limit` bytes at most and end at whole MiB; the pieces are what the disk holds, in order.
+def chunks(length: int, extents: Iterable[Extent], limit: int, least: int = LEAST_CHUNK, hole: int = 0) -> list[Chunk]:
+    """`length` bytes as chunks with at most `limit` bytes of data that end at whole MiB; `extents` are the disk's extents, in order.
 
-    Each holds at most a quarter of what is still to come, or `least`, so that little is left to be proven when the last one has arrived. The first
-    holds half as much: two that flow together then end in turn, and there is always one whose digests can be taken. A hole belongs to the chunk that
-    follows, the last one to the last; where `hole` is given, those of so many bytes or more are chunks of their own.
+    Each has at most a quarter of the data that remains, or `least`, so that little is left to verify after the last one. The first has half as much,
+    so that two that are copied in parallel end one after the other and one can always be verified. A hole belongs to the next chunk, the last hole
+    to the last chunk; if `hole` is given, holes of at least so many bytes are chunks of their own.
     """
-    made, inside, pieces = list[Chunk](), list[Piece](), list(pieces)
+    made, inside, extents = list[Chunk](), list[Extent](), list(extents)
     begin = at = gathered = 0
-    rest = total = sum(count for _, count in pieces)
+    rest = total = sum(count for _, count in extents)
 
     def cut(end: int) -> None:
         nonlocal begin, at, gathered, rest
@@ -878,7 +878,7 @@ def chunks(length: int, pieces: Iterable[Piece], limit: int, least: int = SPAN, 
         begin, at, gathered, rest = end, end, 0, rest - gathered
         inside.clear()
 
-    for start, count in pieces:
+    for start, count in extents:
         if hole and start // MiB * MiB - at >= hole:
             cut(at)
             cut(start // MiB * MiB)
@@ -900,43 +900,43 @@ def chunks(length: int, pieces: Iterable[Piece], limit: int, least: int = SPAN, 
 
 
 def bitmap_of(run: str) -> str:
-    """A run's dirty bitmap in the source's file while the source runs."""
+    """The name of a run's dirty bitmap in the source's file."""
     return f"migrena-{run}"
 
 
-def beside(path: str, run: str) -> tuple[str, str]:
-    """A run's files beside the destination's disk: the copy, and the disk that Nova made, kept until the run has succeeded."""
+def files_beside(path: str, run: str) -> tuple[str, str]:
+    """A run's files beside the destination's disk: the copy, and the disk that Nova made, kept until the run succeeds."""
     return f"{path}.migrena-{run}", f"{path}.migrena-{run}-fresh"
 
 
 @dataclass(frozen=True)
 class DiskJob:
-    """All that two hypervisors need in order to move one disk from one to the other."""
+    """All that is needed to move one disk between two hypervisors."""
 
     run: str
     settings: Settings
     source: DiskImage
     fresh: DiskImage  # the disk that Nova made in the destination and that the copy replaces
-    whole_file: bool  # True: the file's own bytes, its base being equal; False: what the guest sees
+    whole_file: bool  # True: copy the file itself, the bases are equal; False: copy what the guest sees
     transport: str  # nbd or qemu
     source_direct: bool
     fresh_direct: bool
-    compress: bool = False  # whether what crosses the wire is deflated
+    compress: bool = False  # on the network
     is_live: bool = False  # whether a guest may be writing to the source
-    stand: str = ""  # size and times of the source's file when it had been stopped: what changes it, changes them
+    stand: str = ""  # stat_of() the stopped source's file: any change of the file changes it
 
     @property
     def new(self) -> str:
         """The file the copy is written to, beside the fresh disk."""
-        return beside(self.fresh.path, self.run)[0]
+        return files_beside(self.fresh.path, self.run)[0]
 
     @property
     def kept(self) -> str:
-        return beside(self.fresh.path, self.run)[1]
+        return files_beside(self.fresh.path, self.run)[1]
 
     @property
     def length(self) -> int:
-        """Bytes that the copy goes through: the file's length, or the disk's size as the guest sees it."""
+        """Bytes to copy: the file's length, or the disk's size as the guest sees it."""
         return self.source.length if self.whole_file else self.source.size
 
     @property
@@ -945,23 +945,23 @@ class DiskJob:
 
     @property
     def new_format(self) -> str:
-        """The format of the new file while it is being written."""
+        """The new file's format while it is written."""
         return "raw" if self.whole_file else self.fresh.format
 
     @property
-    def lanes(self) -> int:
-        """How many chunks may be on their way at once: another format's tables have one writer, and a limit of the rate is one command's."""
+    def max_parallel(self) -> int:
+        """Chunks copied in parallel: one if a format's tables allow one writer only, or if the rate limit is that of one command."""
         return 2 if self.new_format == "raw" and not self.settings.limit_rate else 1
 
     @property
     def chunk(self) -> int:
-        """The most bytes of one chunk: those on their way together are what was asked for, or what the limit lets through in a minute."""
+        """Most bytes of a chunk: all parallel ones together have those of CHUNK, or what the rate limit allows in a minute."""
         most = self.settings.limit_rate * 60 or self.settings.chunk
-        return max(min(most, self.settings.chunk) // self.lanes // MiB * MiB, MiB)
+        return max(min(most, self.settings.chunk) // self.max_parallel // MiB * MiB, MiB)
 
     @property
     def may_be_compressed(self) -> bool:
-        """Whether the wire decides about that: a limit of the rate holds for the disk's bytes, however few of them cross the wire."""
+        """Whether the network's speed decides on compression; a rate limit is for the disk's bytes, compressed or not."""
         settings = self.settings
         return settings.compress == "auto" and not self.compress and settings.transport != "nbd" and not settings.limit_rate
 
@@ -972,26 +972,26 @@ class DiskJob:
 
 @dataclass(frozen=True)
 class Moved:
-    """A disk that has arrived: bytes held, those that came in the last attempt, the digest of both ends (empty without proof)."""
+    """A copied disk: bytes of data, those received in the last attempt, the digest of both ends (empty if not verified)."""
 
     held: int
     sent: int
     digest: str
     seconds: float
-    looking: float = 0.0  # seconds of finding what was to be sent
+    looking: float = 0.0  # seconds to find what to send
     sending: float = 0.0
-    is_rest: bool = False  # `held` is what had changed since a warm copy's last pass
-    unread: int = 0  # bytes that a dirty bitmap calls unchanged since both ends' digests were taken
+    is_rest: bool = False  # `held` counts only what changed since a warm copy's last pass
+    unread: int = 0  # bytes unchanged since both digests were taken, by the dirty bitmap
 
 
 def over_quota(limits: Mapping[str, int], flavor: Flavor) -> list[str]:
-    """What of a project's quota one more instance would exceed; limits as Nova names them, -1 for none."""
+    """Which quotas one more instance would exceed; limits by Nova's names, -1: none."""
     rows = (("Instances", "Instances", "instances", 1), ("Cores", "Cores", "cores", flavor.vcpus), ("RAMSize", "RAM", "MiB of RAM", flavor.ram))
     told = [(limits.get(f"maxTotal{most}", -1), limits.get(f"total{used}Used", 0), what, need) for most, used, what, need in rows]
     return [f"{used} of {most} {what} are used, {need} more are needed" for most, used, what, need in told if 0 <= most < used + need]
 
 
-def view(source: Disk, fresh: Disk, bases_equal: bool) -> tuple[bool, str]:
+def pick_view(source: Disk, fresh: Disk, bases_equal: bool) -> tuple[bool, str]:
     """Whether the file itself is copied (else the guest's view), and why."""
     source_format, fresh_format = source.top.format, fresh.top.format
     rules = (  # the first that holds
@@ -1007,34 +1007,34 @@ def view(source: Disk, fresh: Disk, bases_equal: bool) -> tuple[bool, str]:
 
 
 def pick_transport(settings: Settings, lacking: Sequence[str], top: DiskImage, whole_file: bool) -> tuple[str, str]:
-    """nbd or qemu, and why; `lacking` names what nbd would need and a host does not have."""
+    """nbd or qemu, and why; `lacking` names what nbd needs and the hosts lack."""
     rules = (  # the first that holds
         (settings.transport != "auto", settings.transport, "as asked for"),
         (settings.warm, "qemu", "--warm reads the disk of a running source through qemu-nbd"),
-        (settings.compress == "on", "qemu", "--compress on goes with qemu-nbd alone"),
+        (settings.compress == "on", "qemu", "--compress on needs qemu-nbd"),
         (lacking, "qemu", f"missing for nbd: {', '.join(lacking)}"),
         (not whole_file, "qemu", "the guest's view is read through qemu-nbd"),
-        (top.length % 512, "qemu", f"the file's {top.length:,} bytes are no multiple of 512"),
-        (top.allocated < top.length * 9 // 10, "qemu", "the file is sparse, and its holes stay off the wire"),
-        (True, "nbd", "nbd-server and nbd-client are at hand"),
+        (top.length % 512, "qemu", f"the file's {top.length:,} bytes are not a multiple of 512"),
+        (top.allocated < top.length * 9 // 10, "qemu", "the file is sparse, and holes are not sent"),
+        (True, "nbd", "nbd-server and nbd-client are available"),
     )
     return next((transport, why) for holds, transport, why in rules if holds)
 
 
 @dataclass(frozen=True)
 class ComputeHost:
-    """A compute host, with what is free and what each instance has taken there, by Placement's classes."""
+    """A compute host: what is free and what each instance has allocated, by Placement's resource classes."""
 
     name: str
     is_enabled: bool
     is_up: bool
-    free: Mapping[str, int] = field(default_factory=dict)  # empty, as the next, where Placement does not tell
+    free: Mapping[str, int] = field(default_factory=dict)  # this and the next: empty if Placement does not say
     taken: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Move:
-    """An instance, the host where it shall be, and what it takes there by Placement's classes."""
+    """An instance, its target host, and its resources by Placement's classes."""
 
     server: Server
     to: str
@@ -1042,22 +1042,22 @@ class Move:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is not there."""
+        """Whether it is on another host."""
         return self.server.host != self.to
 
 
-def lacking(move: Move, free: Mapping[str, int]) -> list[str]:
-    """What a host has too little free of for an instance; what is not told is taken to suffice."""
+def too_little(move: Move, free: Mapping[str, int]) -> list[str]:
+    """The resources of which a host has too little for an instance; unknown ones are taken to suffice."""
     return [name for name, need in move.needs.items() if free.get(name, need) < need]
 
 
 def in_order(moves: Sequence[Move], hosts: Iterable[ComputeHost]) -> list[Move]:
-    """The moves in their order, but so that room is freed before it is needed; raises Refused for a ring of full hosts."""
+    """The moves, reordered only so that room is freed before it is needed; raises Refused for a cycle of full hosts."""
     free, waiting, ordered = {host.name: dict(host.free) for host in hosts}, list(moves), list[Move]()
     while waiting:
-        if not (move := next((move for move in waiting if not lacking(move, free[move.to])), None)):
-            told = ", ".join(f"{move.server.name} to {move.to} (too little {', '.join(lacking(move, free[move.to]))})" for move in waiting)
-            raise Refused(f"no host has room for the first of these moves: {told}", "leave one out, or make room on a host")
+        if not (move := next((move for move in waiting if not too_little(move, free[move.to])), None)):
+            told = ", ".join(f"{move.server.name} to {move.to} (too little {', '.join(too_little(move, free[move.to]))})" for move in waiting)
+            raise Refused(f"none of these moves has room to begin: {told}", "leave one out, or make room on a host")
         waiting.remove(move)
         ordered.append(move)
         for host, sign in ((move.to, -1), (move.server.host, 1)):
@@ -1066,13 +1066,13 @@ def in_order(moves: Sequence[Move], hosts: Iterable[ComputeHost]) -> list[Move]:
 
 
 def human(count: float) -> str:
-    """Bytes for people: `1.8 GiB`."""
+    """Bytes as text: `1.8 GiB`."""
     power = min(max(int(count), 1).bit_length() - 1, 49) // 10
     return f"{count / 1024**power:.1f} {' KMGT'[power]}iB" if power else f"{count:.0f} B"
 
 
-def span(seconds: float) -> str:
-    """Seconds for people: `1:02:03`, or `4.2 s` below a minute."""
+def duration(seconds: float) -> str:
+    """Seconds as text: `1:02:03`, or `4.2 s` below a minute."""
     return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
@@ -1080,23 +1080,23 @@ def span(seconds: float) -> str:
 
 
 def stamp() -> str:
-    """The time of day, before a line of a log."""
+    """Date and time, before a line of a log."""
     return time.strftime("%Y-%m-%d %H:%M:%S ")
 
 
 def printable(line: str) -> str:
-    """One line for a terminal: control characters are written out."""
+    """A line with control characters escaped."""
     return "".join(sign if sign.isprintable() else " " if sign == "\n" else sign.encode("unicode_escape").decode() for sign in line)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table, its columns aligned."""
+    """A table's lines, with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 class Screen:
-    """What the operator sees on standard error: bold and bars on a terminal, stamped lines elsewhere."""
+    """Output on standard error: bold titles and bars on a terminal, lines with their time elsewhere."""
 
     quiet = verbose = False
     log: TextIO | None = None  # gets every line, whatever the screen shows
@@ -1105,21 +1105,21 @@ class Screen:
         self.stream = stream or sys.stderr
         self.is_terminal = self.stream.isatty()
         self.warnings: list[str] = []
-        self.seconds: dict[str, float] = {}  # of each step, for the report
-        self.commands: dict[str, int] = {}  # how many each host was given, for the report
+        self.seconds: dict[str, float] = {}  # by step
+        self.commands: dict[str, int] = {}  # number by host
         self._lock = threading.Lock()
-        self._wipe = ""  # what takes a status off the terminal
+        self._wipe = ""  # erases a status
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
-        """A scope for one step: says its title, and keeps its seconds."""
+        """A scope for one step: prints its title and measures its seconds."""
         self.say(title, is_title=True)
         with self.timed(title.rstrip(".")):
             yield
 
     @contextmanager
     def timed(self, what: str, told: dict[str, Any] | None = None) -> Iterator[None]:
-        """A scope whose seconds are kept for the report, or in `told`."""
+        """A scope whose seconds are recorded for the report, or in `told`."""
         began = time.monotonic()
         try:
             yield
@@ -1130,39 +1130,39 @@ class Screen:
         self.say(f"  {line}")
 
     def warn(self, line: str) -> None:
-        """What is shown even when quiet, and kept for the report."""
+        """Shown even when quiet, and kept for the report."""
         self.warnings.append(line)
         self.say(f"  warning: {line}", always=True)
 
     def trace(self, line: str) -> None:
-        """A remote command, for those who want to see each."""
+        """A remote command, shown with -v."""
         if self.verbose:
             self.say(f"    {shorten(line, 400)}")
 
     def say(self, line: str, *, always: bool = False, is_title: bool = False) -> None:
-        """One line, printable; when quiet only what is said `always`."""
+        """Prints one line; when quiet, only if `always`."""
         line = printable(line)
         self.record(line)
         if self.quiet and not always:
             return
         with self._lock:
             shown = f"\033[1m{line}\033[0m" if is_title and self.is_terminal else line
-            with suppress(OSError):  # a terminal that is gone must not keep us from undoing
+            with suppress(OSError):  # a closed terminal must not prevent undoing
                 print(f"{self._wipe}{'' if self.is_terminal else stamp()}{shown}", file=self.stream, flush=True)
                 self._wipe = ""
 
     def record(self, line: str) -> None:
-        """One line for the log file alone; if it can no longer be written, the run goes on."""
+        """Writes one line to the log file only; if that fails, the run goes on without the log."""
         with self._lock:
             try:
                 if self.log:
                     print(f"{stamp()}{line}", file=self.log, flush=True)
             except OSError as error:
                 self.log = None
-                print(f"warning: the log file can no longer be written: {error}", file=self.stream, flush=True)
+                print(f"warning: the log file cannot be written any more: {error}", file=self.stream, flush=True)
 
     def status(self, line: str) -> None:
-        """What is being waited for: overwritten on a terminal, left out elsewhere."""
+        """A line that the next one overwrites; on a terminal only."""
         if self.is_terminal and not self.quiet:
             with self._lock, suppress(OSError):
                 print(f"{self._wipe}  {printable(line)}", end="", file=self.stream, flush=True)
@@ -1170,11 +1170,11 @@ class Screen:
 
     @contextmanager
     def progress(self, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar, or a line now and then; yields what takes the bytes done so far."""
+        """A progress bar, or a line now and then; yields a function to call with the bytes done so far."""
         from tqdm import tqdm
 
         has_bar = self.is_terminal and not self.quiet
-        tell = Milestones(self.record if has_bar else self.note, total)
+        tell = LogProgress(self.record if has_bar else self.note, total)
         with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, file=self.stream, dynamic_ncols=True, disable=not has_bar,
                   bar_format="  {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} left]") as bar:
             def show(done: int) -> None:
@@ -1184,8 +1184,8 @@ class Screen:
             yield show
 
 
-class Milestones:
-    """Progress for a log: a line at each tenth, two seconds to a minute apart."""
+class LogProgress:
+    """Progress for a log: a line at each 10 %, two seconds to a minute apart."""
 
     def __init__(self, say: Callable[[str], None], total: int) -> None:
         self.say, self.total = say, max(total, 1)
@@ -1198,36 +1198,36 @@ class Milestones:
             return
         self.tenth, self.said = tenth, now
         rate = done / max(now - self.began, 0.001)
-        left = span((self.total - done) / rate) if rate else "?"
+        left = duration((self.total - done) / rate) if rate else "?"
         self.say(f"{done * 100 // self.total}% {human(done)} of {human(self.total)}, {human(rate)}/s, {left} left")
 
 
 # ---- 5. Journal ------------------------------------------------------------------------------------------------------
 
 
-PRIVATE: Final = partial(os.open, mode=0o600)  # an opener of files for this user's eyes only
+PRIVATE: Final = partial(os.open, mode=0o600)  # opens files that only this user can read
 ELSEWHERE: Final = "name another folder in STATE_FOLDER"
 
 
 def state_folder(settings: Settings, environment: Mapping[str, str], *, to_write: bool = True) -> Path:
-    """The folder of journals and locks, made for this user alone where it is missing. Raises UsageError."""
+    """The folder of journals and locks, made for this user alone if it is missing. Raises UsageError."""
     folder = Path(settings.state_folder or Path(environment.get("XDG_STATE_HOME") or "~/.local/state", "migrena")).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if to_write and not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError("it cannot be written to")
+            raise PermissionError("it is not writable")
     except OSError as error:
         raise UsageError(f"the state folder {folder} cannot be used: {error}", ELSEWHERE) from error
     return folder
 
 
 def new_run() -> str:
-    """The id of a new run; ids sort by the time of day."""
+    """The id of a new run; ids sort by time."""
     return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
 def parse_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a journal, but for a last one that was cut, and their length in bytes. Raises UsageError."""
+    """A journal's lines, without an incomplete last one, and their length in bytes. Raises UsageError."""
     content, entries, whole = path.read_bytes(), [], 0
     lines = content.splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
@@ -1238,7 +1238,7 @@ def parse_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
         except ValueError:
             if number == len(lines):
                 break
-            raise UsageError(f"{path}, line {number}: this is no journal's line, and others follow it",
+            raise UsageError(f"{path}, line {number}: this is not a journal's line, and others follow it",
                              "to undo its run without it, move the file away, then: ./migrena.py rollback --run-of SRC_UUID") from None
         entries.append(entry)
         whole += len(line)
@@ -1246,20 +1246,20 @@ def parse_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 class Journal:
-    """One run's file of JSON lines: each act's intent and result, on the disk before going on."""
+    """A run's file of JSON lines: the intent and result of each act, synced to disk before the run goes on."""
 
     def __init__(self, folder: Path, run: str) -> None:
         self.path = folder / f"{run}.jsonl"
         try:
             self._file = open(self.path, "ab", buffering=0, opener=PRIVATE)
             self.entries, whole = parse_journal(self.path)
-            os.truncate(self.path, whole)  # what follows a line that was cut would make it unreadable
+            os.truncate(self.path, whole)  # a line appended to an incomplete one would be unreadable
         except OSError as error:
             raise UsageError(f"the journal {self.path} cannot be written: {error}", ELSEWHERE) from error
         self.is_broken = False
 
     def write(self, event: str, **facts: object) -> None:
-        """One line, on the disk when this returns. Raises StateError, but once: the undoing then goes by memory."""
+        """Writes one line and syncs it. Raises StateError, but only once: undoing then goes on without it."""
         entry = {"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": event, **facts}
         self.entries.append(entry)
         if self.is_broken:
@@ -1275,20 +1275,20 @@ class Journal:
 
     @contextmanager
     def act(self, act: str, **facts: object) -> Iterator[dict[str, object]]:
-        """A scope around an act: writes its intent, and its result: done with what is in the dictionary, or failed."""
+        """A scope around an act: writes its intent, then `done` with the yielded dictionary, or `failed`."""
         self.write("intent", act=act, **facts)
         result: dict[str, object] = {}
         try:
             yield result
         except BaseException as error:
-            with suppress(StateError):  # what went wrong first is what is told
+            with suppress(StateError):  # the first error is reported
                 self.write("failed", act=act, error=str(error))
             raise
         self.write("done", act=act, **result)
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """A scope for a process's first lines; raises UsageError where there is no room for them."""
+        """A scope for a process's first lines; raises UsageError if they cannot be written."""
         is_new = not self.path.stat().st_size
         try:
             yield
@@ -1300,7 +1300,7 @@ class Journal:
 
     @contextmanager
     def ending(self, undo: Undo, done: str = "done", failed: str = "failed") -> Iterator[None]:
-        """A scope around the undoing: writes how the run ended and what is left."""
+        """A scope around the undo scope: writes the run's result and what is left."""
         result, error = done, ""
         try:
             yield
@@ -1312,7 +1312,7 @@ class Journal:
             with suppress(StateError):
                 self.write("ended", result="left" if undo.left else result, error=error, left=undo.left)
             if self.is_broken:
-                undo.screen.warn(f"the journal {self.path} does not tell how the run has ended: `status` will call it killed")
+                undo.screen.warn(f"the journal {self.path} lacks the run's end: `status` will show it as killed")
             self.close()
 
     def close(self) -> None:
@@ -1321,15 +1321,15 @@ class Journal:
 
 @contextmanager
 def flocked(path: Path, owner: str = "") -> Iterator[bool]:
-    """Whether the file could be locked, with `owner` in it, until the scope or the process ends; it is removed then."""
+    """Whether the file could be locked, with `owner` in it, until the scope or the process ends; then it is removed."""
     def free() -> None:
-        with suppress(OSError):  # where it cannot be removed any more, it is free all the same
+        with suppress(OSError):  # it is unlocked even if it cannot be removed
             path.unlink()
 
     with ExitStack() as stack:
         is_ours = False
         try:
-            while not is_ours:  # its holder may just have removed it
+            while not is_ours:  # the holder may just have removed it
                 file = stack.enter_context(open(path, "ab", buffering=0, opener=PRIVATE))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 with suppress(FileNotFoundError):
@@ -1340,29 +1340,29 @@ def flocked(path: Path, owner: str = "") -> Iterator[bool]:
         except BlockingIOError:
             pass
         except OSError as error:
-            raise UsageError(f"{path} cannot be made: {error}", ELSEWHERE) from error
+            raise UsageError(f"{path} cannot be created: {error}", ELSEWHERE) from error
         yield is_ours
 
 
 @contextmanager
 def only_run_of(folder: Path, source: str, run: str) -> Iterator[None]:
-    """Holds the lock on a source; raises Refused while another run on this machine does."""
-    if not source:  # the first line was cut before anything was done, or the file was emptied since
-        raise Refused(f"the journal of run {run} does not tell what it moved: nothing was begun, or somebody emptied it",
-                      "./migrena.py rollback --run-of SRC_UUID goes by the marks; where there are none, delete the journal")
-    for _ in range(6):  # status looks at a lock by taking it for a moment
+    """Holds the lock on a source; raises Refused while another run on this machine holds it."""
+    if not source:  # killed before its first line was complete, or the file was emptied
+        raise Refused(f"the journal of run {run} does not name a source: nothing was begun, or somebody emptied it",
+                      "./migrena.py rollback --run-of SRC_UUID uses the marks in Nova; if there are none, delete the journal")
+    for _ in range(6):  # status takes a lock for a moment to test it
         with flocked(folder / f"source-{source}.lock", f"{os.getpid()} {run}\n") as is_ours:
             if is_ours:
                 yield
                 return
         time.sleep(0.1)
-    pid, other = who_has(folder, source)
-    raise Refused(f"another run is moving {source} just now (process {pid or 'unknown'}, run {other or 'unknown'})",
-                  "wait for its end; ./migrena.py status shows how far it is")
+    pid, other = lock_holder(folder, source)
+    raise Refused(f"another run is moving {source} (process {pid or 'unknown'}, run {other or 'unknown'})",
+                  "wait until it ends; see: ./migrena.py status")
 
 
-def who_has(folder: Path, source: str) -> tuple[int, str]:
-    """The process and the run that hold the lock on a source, else (0, "")."""
+def lock_holder(folder: Path, source: str) -> tuple[int, str]:
+    """The process and the run that hold the lock on a source, or (0, "")."""
     with suppress(OSError, ValueError), open(folder / f"source-{source}.lock", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -1374,22 +1374,22 @@ def who_has(folder: Path, source: str) -> tuple[int, str]:
 
 @contextmanager
 def slots(folder: Path, hosts: Iterable[str], most: int, screen: Screen) -> Iterator[None]:
-    """A place among the copies that each of these hosts takes part in, `most` at a time; waits for one."""
+    """Waits for one of the `most` slots for copies on each of these hosts, and holds it."""
     with ExitStack() as stack:
-        for host in sorted(set(hosts)):  # in one order everywhere, so that no two runs wait for each other
+        for host in sorted(set(hosts)):  # always in the same order, to prevent deadlocks
             paths = [folder / f"slot-{urllib.parse.quote(host, safe='')}-{number}.lock" for number in range(most)]
             has_told = False
-            while not any(_is_taken(path, stack) for path in paths):
+            while not any(_try_lock(path, stack) for path in paths):
                 if not has_told:
-                    screen.note(f"Waiting: {host} takes part in {most} copies already (--max-per-host).")
+                    screen.note(f"Waiting: {host} already has {most} copies (--max-per-host).")
                 has_told = True
-                screen.status(f"Waiting for a place on {host}")
+                screen.status(f"Waiting for a slot on {host}")
                 time.sleep(0.5)
         yield
 
 
-def _is_taken(path: Path, stack: ExitStack) -> bool:
-    """Whether the lock on this file could be taken; the stack holds it then."""
+def _try_lock(path: Path, stack: ExitStack) -> bool:
+    """Whether this file could be locked; if so, the stack holds the lock."""
     with ExitStack() as trial:
         if is_ours := trial.enter_context(flocked(path)):
             stack.enter_context(trial.pop_all())
@@ -1398,7 +1398,7 @@ def _is_taken(path: Path, stack: ExitStack) -> bool:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a run; `result` is done, failed, or empty where nobody knows."""
+    """One act of a run; `result` is done, failed, or empty if unknown."""
 
     name: str
     began: str
@@ -1409,22 +1409,22 @@ class Step:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the journal of one run says, in bytes; what it does not say is empty."""
+    """A run by its journal, sizes in bytes; empty where that says nothing."""
 
     run: str
     state: str  # running, killed, done, failed (and rolled back), left, rolled back
     began: str
-    facts: Mapping[str, Any]  # of the first line: who moves what to where, as asked for how
+    facts: Mapping[str, Any]  # the first line: source, destination, settings
     acts: tuple[Step, ...] = ()
-    job: Mapping[str, Any] = field(default_factory=dict)  # of the transfer: files, and the source's file as it stood
-    arrived: tuple[tuple[int, int], ...] = ()  # stretches that were sent: offset, length
+    job: Mapping[str, Any] = field(default_factory=dict)  # files, and stat_of() the source's
+    arrived: tuple[tuple[int, int], ...] = ()  # chunks sent: offset, length
     done: int = 0
     total: int = 0
     rate: float = 0.0
     retries: int = 0
     error: str = ""
     left: tuple[str, ...] = ()
-    is_undoing: bool = False  # a rollback has begun, and has to be ended
+    is_undoing: bool = False  # a rollback was begun and must be completed
 
     @property
     def source(self) -> str:
@@ -1432,22 +1432,22 @@ class RunRecord:
 
     @property
     def destination(self) -> str:
-        """The new instance's id, empty where Nova has not told it."""
+        """The new instance's id, empty if Nova's answer was lost."""
         return self._told("create destination", "server")
 
     @property
     def was_running(self) -> bool:
-        """Whether the source ran when the run found it."""
+        """Whether the source ran when the run began."""
         return bool(self.facts.get("was_running"))
 
     @property
     def step(self) -> str:
-        """What is under way, or what came last."""
+        """The current or last act."""
         return re.sub(r" [0-9a-f-]{36}", "", self.acts[-1].name) if self.acts else "survey"
 
     @property
     def seconds_left(self) -> float:
-        """Of the copy, at its present rate."""
+        """Of the copy, at the present rate."""
         return round((self.total - self.done) / self.rate, 1) if self.rate and self.state == "running" else 0.0
 
     @property
@@ -1456,14 +1456,14 @@ class RunRecord:
 
     @property
     def stopped_at(self) -> datetime | None:
-        """When the source was first asked to stop, by this machine's clock."""
+        """When the source's first stop was requested, by this machine's clock."""
         return next((datetime.fromisoformat(act.began) for act in self.acts if act.name == "stop source"), None)
 
     def has_done(self, act: str) -> bool:
         return any(known.name == act and known.result == "done" for known in self.acts)
 
     def request(self, act: str) -> str:
-        """The last request to Nova for this act, or nothing."""
+        """The last request id of this act, or nothing."""
         return self._told(act, "request")
 
     def _told(self, act: str, fact: str) -> str:
@@ -1471,14 +1471,14 @@ class RunRecord:
 
 
 def read_run(folder: Path, run: str, *, is_ours: bool = False) -> RunRecord:
-    """What is known of a run, `is_ours` to those who hold its lock. Raises UsageError."""
-    record = recorded(run, parse_journal(folder / f"{run}.jsonl")[0])
-    is_running = not is_ours and who_has(folder, record.source)[1] == run
+    """A run by its journal and lock; `is_ours`: the caller holds the lock. Raises UsageError."""
+    record = record_of(run, parse_journal(folder / f"{run}.jsonl")[0])
+    is_running = not is_ours and lock_holder(folder, record.source)[1] == run
     return replace(record, state="running") if is_running else record
 
 
-def recorded(run: str, entries: Sequence[dict[str, Any]]) -> RunRecord:
-    """The same, of these lines, where no process is at work on it."""
+def record_of(run: str, entries: Sequence[dict[str, Any]]) -> RunRecord:
+    """A run by these lines of its journal; a run without an end is `killed`."""
     facts = next((entry for entry in entries if entry["event"] == "run"), {})
     last: dict[str, dict[str, Any]] = {entry["event"]: entry for entry in entries}
     end = next((entry for entry in _lines_since(entries, "run", "resume", "rollback") if entry["event"] == "ended"), {})
@@ -1491,12 +1491,12 @@ def recorded(run: str, entries: Sequence[dict[str, Any]]) -> RunRecord:
 
 
 def _lines_since(entries: Sequence[dict[str, Any]], *events: str) -> Sequence[dict[str, Any]]:
-    """The lines from the latest of these events on; all, where there is none."""
+    """The lines from the last of these events on; all if there is none."""
     return entries[max((number for number, entry in enumerate(entries) if entry["event"] in events), default=0) :]
 
 
 def _acts(entries: Iterable[Mapping[str, Any]]) -> tuple[Step, ...]:
-    """The acts in the order in which they began, each with its end if it has one."""
+    """The acts in the order in which they began, each with its end if any."""
     acts: list[Step] = []
     latest: dict[str, int] = {}
     for entry in entries:
@@ -1512,7 +1512,7 @@ def _acts(entries: Iterable[Mapping[str, Any]]) -> tuple[Step, ...]:
 
 
 def _rate(entries: Sequence[dict[str, Any]]) -> float:
-    """Bytes per second of the latest attempt, by its first and last line of progress."""
+    """Bytes per second of the last attempt, by its first and last line of progress."""
     told = [(datetime.fromisoformat(entry["at"]), entry["done"])
             for entry in _lines_since(entries, "job", "retry", "resume", "pass") if entry["event"] == "progress"]
     seconds = (told[-1][0] - told[0][0]).total_seconds() if told else 0.0
@@ -1520,34 +1520,34 @@ def _rate(entries: Sequence[dict[str, Any]]) -> float:
 
 
 def known_runs(folder: Path) -> list[str]:
-    """The runs on this machine, the newest first."""
+    """The ids of this machine's runs, newest first."""
     return sorted((path.stem for path in folder.glob("*.jsonl")), reverse=True)
 
 
 def find_run(folder: Path, beginning: str) -> str:
-    """The one run whose id begins so; raises Refused."""
+    """The run whose id begins like this; raises Refused unless it is exactly one."""
     found = [run for run in known_runs(folder) if run.startswith(beginning)]
     if beginning not in found and len(found) != 1:
         raise Refused(f"{len(found) or 'no'} runs in {folder} begin with {beginning!r}",
-                      f"name one of {', '.join(found)}" if found else "./migrena.py status shows those there are")
+                      f"name one of {', '.join(found)}" if found else "see: ./migrena.py status")
     return beginning if beginning in found else found[0]
 
 
 def still_to_write(folder: Path, run: str, host: str) -> int:
-    """Bytes that runs on this machine which asked for space on a host, with its cloud, before this one have yet to write there."""
-    running = {who_has(folder, path.stem.removeprefix("source-"))[1] for path in folder.glob("source-*.lock")}
+    """Bytes that earlier runs on this machine have still to write to a host (given with its cloud's URL)."""
+    running = {lock_holder(folder, path.stem.removeprefix("source-"))[1] for path in folder.glob("source-*.lock")}
     asked = {}
     for other in {run, *running} - {""}:
         with suppress(UsageError, OSError):
             entries = parse_journal(folder / f"{other}.jsonl")[0]
             need = next((entry for entry in reversed(entries) if entry["event"] == "space" and entry["host"] == host), None)
-            if need and not recorded(other, entries).has_done("copy"):
+            if need and not record_of(other, entries).has_done("copy"):
                 asked[other] = need["at"], int(need["need"]) - max((entry["done"] for entry in entries if "done" in entry), default=0)
     return sum(max(0, rest) for other, (at, rest) in asked.items() if other != run and (at, other) < (asked[run][0], run))
 
 
 def lines_of_runs(folder: Path, event: str) -> Iterator[dict[str, Any]]:
-    """The lines of this event in all journals on this machine, the latest first."""
+    """All journals' lines of this event, the last first."""
     for run in known_runs(folder):
         with suppress(UsageError):
             yield from (entry for entry in reversed(parse_journal(folder / f"{run}.jsonl")[0]) if entry["event"] == event)
@@ -1560,26 +1560,26 @@ def last_rate(folder: Path, clouds: Sequence[str]) -> float:
 
 
 class Undo:
-    """How to unmake what was made, newest first; a step that fails is kept in `left`, and the others go on."""
+    """Undo steps, run newest first; one that fails is listed in `left`, and the others still run."""
 
     def __init__(self, screen: Screen) -> None:
         self.screen = screen
         self.left: list[str] = []
-        self.ways: list[str] = []  # what an operator can do about that
-        self.doing = ""  # what is being undone, for a second Ctrl-C
-        self.has_begun = False  # once it has, a signal is only answered
+        self.ways: list[str] = []  # commands that help with them
+        self.doing = ""  # the current step, shown on a second Ctrl-C
+        self.has_begun = False  # from then on signals do not interrupt
         self._steps: list[tuple[str, Callable[[], None], bool]] = []
 
     def always(self, what: str, action: Callable[[], None]) -> None:
-        """To be done however the run ends."""
+        """A step for every end of the run."""
         self._steps.append((what, action, True))
 
     def on_failure(self, what: str, action: Callable[[], None]) -> None:
-        """To be done if the run fails, but not where both copies are kept."""
+        """A step for a failed run, but not if both copies are kept."""
         self._steps.append((what, action, False))
 
     def __enter__(self) -> Undo:
-        self.has_begun, self._steps = False, []  # images are carried one after the other, each undone for itself
+        self.has_begun, self._steps = False, []  # used once per image
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -1595,7 +1595,7 @@ class Undo:
                 self.attempt(what, action)
 
     def keep(self, kept: Kept) -> None:
-        """Keeps what is left on purpose, each reason and way once."""
+        """Lists what is kept on purpose, each reason and command once."""
         for reason in kept.reasons:
             self.left += [reason.problem] if reason.problem not in self.left else []
             self.ways += [reason.way_out] if reason.way_out and reason.way_out not in self.ways else []
@@ -1605,8 +1605,8 @@ class Undo:
         try:
             try:
                 action()
-            except StateError as mishap:  # raised once, perhaps before the step was done; the journal is silent from here on
-                self.screen.warn(f"{mishap}; the undoing goes on without it")
+            except StateError as mishap:  # raised only once, perhaps before the step was done
+                self.screen.warn(f"{mishap}; undoing goes on without it")
                 action()
         except Kept as kept:
             self.keep(kept)
@@ -1615,50 +1615,50 @@ class Undo:
         self.doing = ""
 
 
-class HeldBack(threading.local):
-    """A signal that waits for the end of what it must not cut in two, in the main thread."""
+class DeferredSignal(threading.local):
+    """A signal that is deferred by defer_signals(), in the main thread."""
 
     depth = 0
     number = 0
 
 
-HELD_BACK: Final = HeldBack()
+DEFERRED: Final = DeferredSignal()
 
 
 @contextmanager
-def unbroken() -> Iterator[None]:
-    """A signal within raises Interrupted at the end: else a lock of paramiko's or a pool's could stay locked."""
-    HELD_BACK.depth += 1
+def defer_signals() -> Iterator[None]:
+    """Defers Interrupted to the end of the scope: else a lock inside paramiko or a pool could stay locked."""
+    DEFERRED.depth += 1
     try:
         yield
     finally:
-        HELD_BACK.depth -= 1
-        if HELD_BACK.number and not HELD_BACK.depth:
-            number, HELD_BACK.number = HELD_BACK.number, 0
+        DEFERRED.depth -= 1
+        if DEFERRED.number and not DEFERRED.depth:
+            number, DEFERRED.number = DEFERRED.number, 0
             raise Interrupted(number)
 
 
-def outcome(flow: Future[T], meanwhile: Callable[[], None] = lambda: None) -> T:
-    """What another thread gives or raises; signals are heard while it is waited for."""
+def result_of(future: Future[T], meanwhile: Callable[[], None] = lambda: None) -> T:
+    """Another thread's result or exception; signals interrupt the wait."""
     while True:
-        with unbroken():
-            if wait([flow], 0.2).done:
-                return flow.result()
+        with defer_signals():
+            if wait([future], 0.2).done:
+                return future.result()
         meanwhile()
 
 
-def at_once(one: Callable[[], T], other: Callable[[], S]) -> tuple[T, S]:
-    """What two acts at the same time give; raises what the first one raises, else the other."""
+def in_parallel(one: Callable[[], T], other: Callable[[], S]) -> tuple[T, S]:
+    """The results of two functions run in parallel; raises the first one's exception, else the other's."""
     with ThreadPoolExecutor(2) as pool:
-        flow, side = pool.submit(one), pool.submit(other)
-        return outcome(flow), outcome(side)
+        first, second = pool.submit(one), pool.submit(other)
+        return result_of(first), result_of(second)
 
 
 # ---- 6. Programs -----------------------------------------------------------------------------------------------------
 
 # Functions and classes that are sent to hypervisors and run there, by a Python 3.6 or later without further packages.
 # Annotations and docstrings are not sent.
-PYTHON: Final = ("python3", "-ISc")  # without what the host's owner has added to it, whose import costs more than ours
+PYTHON: Final = ("python3", "-ISc")  # isolated mode, without site packages, which start slowly
 OWN_TEXT: Final = Path(__file__).read_text(encoding="utf-8")  # as it is now: the file may be replaced while a run lasts
 PARSING: Final = threading.Lock()  # two threads at once: "SystemError: AST constructor recursion depth mismatch" [seen, Python 3.11]
 
@@ -1695,8 +1695,8 @@ def program(entry: Callable[..., None]) -> str:
 
 
 def document_in(printed: str) -> Any:
-    """The JSON document in what a command, or a wrapper around it, has printed; raises ValueError without one."""
-    found: list[tuple[int, int, int, Any]] = []  # lines, length, which one, the document
+    """The JSON document in the output of a command or of a wrapper around it; raises ValueError without one."""
+    found: list[tuple[int, int, int, Any]] = []  # lines, length, number, document
     end = 0
     for begin in re.finditer(r"^[\[{]", printed, re.MULTILINE):
         if begin.start() >= end:
@@ -1706,12 +1706,12 @@ def document_in(printed: str) -> Any:
                 continue
             found.append((printed.count("\n", begin.start(), end), end - begin.start(), len(found), document))
     if not found:
-        raise ValueError(f"no JSON in what it printed: {printed[:300]}")
+        raise ValueError(f"no JSON in its output: {printed[:300]}")
     return max(found)[3]
 
 
 def numbers_in(printed: str, count: int) -> list[tuple[int, ...]]:
-    """The numbers of each line; raises ValueError where a line has not so many of them."""
+    """The numbers of each line; raises ValueError unless each line has `count` of them."""
     found = [tuple(map(int, line.split())) for line in printed.splitlines()]
     if any(len(numbers) != count for numbers in found):
         raise ValueError("a line has more or fewer")
@@ -1721,7 +1721,7 @@ def numbers_in(printed: str, count: int) -> list[tuple[int, ...]]:
 def joined(spans: Iterable[Sequence[int]], gap: int = 0, most: int = sys.maxsize) -> list[list[int]]:
     """First byte and the one after the last of each: those no further apart than `gap` made one.
 
-    More than `most` are joined over larger gaps, in which `bring` makes holes of zeros again.
+    More than `most` are joined over larger gaps, in which `patch` makes holes of zeros again.
     """
     made: list[list[int]] = []
     for start, stop in spans:
@@ -1735,9 +1735,9 @@ def joined(spans: Iterable[Sequence[int]], gap: int = 0, most: int = sys.maxsize
     return made
 
 
-def blocks_of(pieces: Iterable[Sequence[int]]) -> set[int]:
-    """The numbers of the blocks that pieces touch."""
-    return {block for start, count in pieces for block in range(start // MiB, -(-(start + count) // MiB))}
+def blocks_of(extents: Iterable[Sequence[int]]) -> set[int]:
+    """The numbers of the blocks that extents touch."""
+    return {block for start, count in extents for block in range(start // MiB, -(-(start + count) // MiB))}
 
 
 def tls_of(who: str, folder: str) -> ssl.SSLContext:
@@ -1771,7 +1771,7 @@ class DiskFile:
         self.own, self.flags = threading.local(), os.O_RDONLY | os.O_DIRECT
         try:
             os.readv(self.descriptor(), [mmap.mmap(-1, CELL)])
-        except OSError:  # not on this file system
+        except OSError:  # no O_DIRECT on this file system
             self.own, self.flags = threading.local(), os.O_RDONLY
             os.posix_fadvise(self.descriptor(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
@@ -1782,14 +1782,14 @@ class DiskFile:
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """Where data is: first byte and the one after the last."""
-        if not stat.S_ISREG(os.fstat(self.descriptor()).st_mode):  # of a device SEEK_DATA tells nothing
+        if not stat.S_ISREG(os.fstat(self.descriptor()).st_mode):  # SEEK_DATA is no use on a device
             raise OSError("it is not a file")
         at = self.begin
         while at < self.end:
             try:
                 start = os.lseek(self.descriptor(), at, os.SEEK_DATA)
             except OSError as error:
-                if error.errno == errno.ENXIO:  # the only one that means: no more data
+                if error.errno == errno.ENXIO:  # means: no more data
                     return
                 raise
             at = os.lseek(self.descriptor(), start, os.SEEK_HOLE)
@@ -1802,11 +1802,11 @@ class DiskFile:
         found = os.readv(self.descriptor(), [into])
         if found <= count - 512:
             raise OSError(f"it ends at byte {at + found}")
-        into[found:count] = bytes(max(0, count - found))  # a raw disk that ends within a sector: qemu adds zeros
+        into[found:count] = bytes(max(0, count - found))  # a disk that ends within a sector: qemu pads with zeros
 
-    def stream(self, pieces: Iterable[Piece], room: memoryview) -> Iterator[Piece]:
+    def stream(self, extents: Iterable[Extent], room: memoryview) -> Iterator[Extent]:
         """Gives each piece, in any order, when what it holds is in `room`."""
-        for at, count in pieces:
+        for at, count in extents:
             self.read(at, room, count)
             yield at, count
 
@@ -1880,10 +1880,10 @@ class ExportClient:
         self.act(at, count)
         self.answer(into[:count])
 
-    def stream(self, pieces: Iterable[Piece], room: memoryview) -> Iterator[Piece]:
+    def stream(self, extents: Iterable[Extent], room: memoryview) -> Iterator[Extent]:
         """Asks for as many at a time as the wire may hold."""
         asked: dict[int, int] = {}
-        rest = iter(pieces)
+        rest = iter(extents)
         piece, most = next(rest, None), 16 * MiB
         while piece or asked:
             if piece and len(asked) < 256 and most > 0:
@@ -1923,7 +1923,7 @@ class NewFile:
         while content:
             count = os.pwrite(self.descriptor, content, at)
             content, at = content[count:], at + count
-        if self.unwritten > 16 * MiB:  # on its way to the disk now, and not all of it at the end
+        if self.unwritten > 16 * MiB:  # start writing it back now, not all at the end
             os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             self.unwritten = 0
 
@@ -1966,18 +1966,18 @@ def tell_digests(disk: AnyDisk, touched: set[int] | None, rate: int) -> None:
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    blocks: dict[int, list[tuple[int, int]]] = {}  # each with its runs of cells that hold data
+    filled: dict[int, list[tuple[int, int]]] = {}  # each with its ranges of cells that hold data
     for start, stop in joined((start // CELL * CELL, -(-stop // CELL) * CELL) for start, stop in disk.extents()):
         for block in range(start // MiB, -(-stop // MiB)):
             if touched is None or block in touched:
-                blocks.setdefault(block, []).append((max(start, block * MiB), min(stop, (block + 1) * MiB)))
+                filled.setdefault(block, []).append((max(start, block * MiB), min(stop, (block + 1) * MiB)))
     own, pace = threading.local(), Pace(rate)
 
     def digest(block: int) -> tuple[int, str]:
         if not hasattr(own, "room"):
-            own.room = memoryview(mmap.mmap(-1, MiB))  # begins with a page, as reading past the cache needs it
+            own.room = memoryview(mmap.mmap(-1, MiB))  # page-aligned, for O_DIRECT
         base, room, runs, found = block * MiB, own.room, [], hashlib.sha256()
-        for first, last in blocks[block]:
+        for first, last in filled[block]:
             start, stop = first - base, min(last, disk.end) - base
             disk.read(first, room[start:last - base], stop - start)
             pace.hold_back(stop - start)
@@ -1987,21 +1987,21 @@ def tell_digests(disk: AnyDisk, touched: set[int] | None, rate: int) -> None:
             found.update(room[start:stop])
         return block, found.hexdigest() if runs else ""
 
-    order, turn = sorted(blocks), max(1, min(256, rate // MiB)) if rate else 256  # a sign of life a second, at any rate
+    order, turn = sorted(filled), max(1, min(256, rate // MiB)) if rate else 256  # a sign of life a second, at any rate
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for at in range(0, len(order), turn):
             for block, found in pool.map(digest, order[at:at + turn]):
                 if found:
                     print(block, found)
-            print(".", flush=True)  # a sign of life, all zeros or not
+            print(".", flush=True)  # shows progress, even for zeros
 
 
 def bring(disk: AnyDisk, new: NewFile | ExportClient, wanted: Sequence[Sequence[int]], rate: int) -> None:
-    """Makes `new` equal to a disk at these pieces, to be kept by its medium; prints how far it is, as qemu-img does."""
-    pieces = ((at, min(MiB, start + count - at)) for start, count in wanted for at in range(start, start + count, MiB))
+    """Makes `new` equal to a disk at these extents, to be kept by its medium; prints how far it is, as qemu-img does."""
+    extents = ((at, min(MiB, start + count - at)) for start, count in wanted for at in range(start, start + count, MiB))
     room, pace, total = memoryview(mmap.mmap(-1, MiB)), Pace(rate), sum(count for _, count in wanted)
     told = pace.began
-    for at, count in disk.stream(pieces, room):
+    for at, count in disk.stream(extents, room):
         last = 0
         for start, stop in [*runs_of(room, 0, count), [count, count]]:
             if start > last:
@@ -2025,7 +2025,7 @@ def unchanged_spans(disk: AnyDisk, path: str, cluster: int) -> Iterator[tuple[in
     clean = [(-(-start // cluster) * cluster, stop // cluster * cluster) for start, stop in disk.extents()]
     clean = [span for span in clean if span[0] < span[1]]
     for part in map_of({"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path}}):
-        if part["data"] and "offset" in part:  # compressed data has no place of its own
+        if part["data"] and "offset" in part:  # compressed data has no offset
             start, stop, shift = part["start"], part["start"] + part["length"], part["offset"] - part["start"]
             while at < len(clean) and clean[at][0] < stop:
                 if clean[at][1] > start:
@@ -2039,8 +2039,8 @@ def work_on_blocks(verb: str, where: str, *words: str) -> None:
     """The program of `blocks`: VERB WHERE OFFSET LENGTH RATE LIST FILE FOLDER.
 
     WHERE and FILE are files, or NBD exports as qemu's nodes in JSON, for which FOLDER has the certificates. LIST names
-    a file with pieces. RATE is in bytes per second, or 0. `pieces` prints the pieces that hold data; `digest` the
-    digests of blocks, with LIST of those that its pieces touch. `bring` makes FILE equal to WHERE at those pieces.
+    a file with extents. RATE is in bytes per second, or 0. `extents` prints the extents that hold data; `digest` the
+    digests of blocks, with LIST of those that its extents touch. `patch` makes FILE equal to WHERE at those extents.
     `unchanged` prints the blocks of the qcow2 file FILE, with clusters of FOLDER bytes, that are full of data which is
     as it was when the dirty bitmap WHERE began.
     """
@@ -2052,10 +2052,10 @@ def work_on_blocks(verb: str, where: str, *words: str) -> None:
         if listed:
             with open(listed) as file:
                 wanted = numbers_in(file.read(), 2)
-        if verb == "pieces":
+        if verb == "extents":
             for start, stop in joined(disk.extents(), most=1 << 19):
                 print(start, stop - start)
-        elif verb == "bring":
+        elif verb == "patch":
             new = ExportClient(json.loads(target), begin, end, folder) if target.startswith("{") else NewFile(target)
             bring(disk, new, wanted or [], int(rate or 0))
         elif verb == "unchanged":
@@ -2066,7 +2066,7 @@ def work_on_blocks(verb: str, where: str, *words: str) -> None:
         sys.stdout.flush()
     except Exception as error:
         sys.exit(f"{name}: {error}")
-    os._exit(0)  # connections need no farewell
+    os._exit(0)  # without closing connections
 
 
 def listen(address: str, port: str, client: str, *command: str) -> None:
@@ -2151,7 +2151,7 @@ def squeeze(role: str, pidfile: str, near: str, folder: str, address: str, port:
     asyncio.set_event_loop(loop)
     tls = tls_of("server" if serves else "client", folder) if folder else None
 
-    async def carry(said: asyncio.StreamReader, heard: asyncio.StreamWriter) -> None:
+    async def relay(said: asyncio.StreamReader, heard: asyncio.StreamWriter) -> None:
         try:
             if serves:
                 there = await asyncio.open_unix_connection(near, limit=MiB)
@@ -2163,12 +2163,12 @@ def squeeze(role: str, pidfile: str, near: str, folder: str, address: str, port:
             raise
         asked = pass_on(said, there[1], lambda said: said.read(MiB))
         told = pass_on(there[0], heard, deflated if serves else inflated)
-        await asyncio.gather(asked, told, return_exceptions=True)  # each that ends has the other end too
+        await asyncio.gather(asked, told, return_exceptions=True)  # if one ends, so does the other
 
     if serves:
-        loop.run_until_complete(asyncio.start_server(carry, sock=socket.socket(fileno=3), limit=MiB, ssl=tls))
+        loop.run_until_complete(asyncio.start_server(relay, sock=socket.socket(fileno=3), limit=MiB, ssl=tls))
     else:
-        loop.run_until_complete(asyncio.start_unix_server(carry, near, limit=MiB))
+        loop.run_until_complete(asyncio.start_unix_server(relay, near, limit=MiB))
     with open(pidfile, "w") as file:
         print(os.getpid(), file=file)
     loop.run_forever()
@@ -2194,28 +2194,28 @@ def contained(where: str, tool: str, *words: str) -> None:
 
 # ---- 7. Host ---------------------------------------------------------------------------------------------------------
 
-# A lease ties a process to our SSH channel, its standard input: we send a dot every few seconds, and whatever ends the
-# dots (the scope, kill -9 of migrena, a cut network) ends the process by its pid; so does a command of `hold` that fails.
-# A lease that ends by itself prints a zero byte and waits for the end of the dots: if one crossed the end of the channel,
-# sshd would end the whole connection ("packet referred to nonexistent channel").
+# A lease ties a process to our SSH channel, its standard input: we send a dot every few seconds, and when the dots end (end
+# of the scope, kill -9 of migrena, a lost network) the process is killed by its pid; also when a command of `hold` fails.
+# A lease that ends by itself prints a zero byte and waits until the dots end: a dot sent to a closed channel would make
+# sshd close the whole connection ("packet referred to nonexistent channel").
 HOLD: Final = """
 hold() { while [ "$(timeout 60 head -c 1)" = . ]; do "$@" || return; done; }
 trap 'status=$?; printf "\\000"; hold; exit "$status"' EXIT
 """
-BEAT: Final = 5.0  # seconds between dots
-DEAF_AFTER: Final = 30.0  # seconds after which a host that starts no command is given up
-LEFT_BEHIND: Final = 9  # exit status of a lease that could not undo what it did
+HEARTBEAT: Final = 5.0  # seconds between dots
+START_TIMEOUT: Final = 30.0  # seconds for a host to start a command
+CLEANUP_FAILED: Final = 9  # exit status of a lease whose cleanup failed
 
 LEASED_COMMAND: Final = HOLD + """
 exec 3<&0
 setsid "$@" </dev/null 3<&- & child=$!
-{ hold <&3; kill -- "-$child"; sleep 3; kill -s KILL -- "-$child"; } >/dev/null 2>&1 & watch=$!
+{ hold <&3; kill -- "-$child"; sleep 3; kill -s KILL -- "-$child"; } >/dev/null 2>&1 & watcher=$!
 wait "$child"; status=$?
-kill "$watch" 2>/dev/null
+kill "$watcher" 2>/dev/null
 exit "$status"
 """
 
-# $1 is the pid file: the daemon serves when it is there. nbd-server forks away from us, qemu-nbd stays our child.
+# $1 is the pid file: once it exists, the daemon serves. nbd-server forks away, qemu-nbd stays our child.
 LEASED_DAEMON: Final = HOLD + """
 pidfile=$1; shift
 rm -f -- "$pidfile"
@@ -2228,7 +2228,7 @@ while [ ! -s "$pidfile" ]; do
   sleep 0.05
 done
 read -r pid < "$pidfile"
-trap '' PIPE  # what we say may reach nobody any more: we go on and tidy up
+trap '' PIPE  # even if nobody reads our output, we must clean up
 echo ready
 hold kill -0 "$pid" 2>/dev/null || { kill -s KILL -- "-$pid" 2>/dev/null; echo "ended by itself" >&2; exit 1; }
 kill "$pid" 2>/dev/null
@@ -2237,14 +2237,14 @@ for n in $(seq 80); do
   [ "$n" != 40 ] || kill -9 "$pid" 2>/dev/null
   sleep 0.05
 done
-kill -s KILL -- "-$pid" 2>/dev/null  # nbd-server's group: before 3.27 a child spins for ever when a TLS client goes away without a word
+kill -s KILL -- "-$pid" 2>/dev/null  # nbd-server's group: before 3.27 a child loops forever when a TLS client disconnects
 exit 0
 """
 
 LEASED_FOLDER: Final = HOLD + """
 umask 077
 for place in /run /tmp; do folder=$(mktemp -d "$place/migrena-$1-XXXXXX" 2>/dev/null) && break; done
-[ -n "$folder" ] || { echo "no private folder can be made in /run or /tmp" >&2; exit 1; }
+[ -n "$folder" ] || { echo "no private folder can be created in /run or /tmp" >&2; exit 1; }
 exec 9>"$folder/lease"
 flock -n 9
 trap '' PIPE
@@ -2269,42 +2269,42 @@ echo "none of its processes is seen" >&2
 exit 1
 """
 
-FED: Final = '"$@"; status=$?; cat >/dev/null; exit "$status"'  # a command that does not end before its input does
+READ_ALL_INPUT: Final = '"$@"; status=$?; cat >/dev/null; exit "$status"'  # a command whose input is read to its end
 PRIVATE_FILES: Final = 'umask 077; cd -- "$1" || exit; shift; while [ $# -gt 0 ]; do head -c "$2" > "$1" || exit; shift 2; done'
 LACKING: Final = """
 has() { command -v "$1" >/dev/null; }
 for tool; do has "$tool" || echo "$tool"; done
 ! has python3 || python3 -c 'import sys; sys.exit(sys.version_info < (3, 6))' || echo "python3 3.6"
-option=driver=blkdebug,image.driver=null-co,image.size=512,unshare-child-perms.0=write  # see locked()
+option=driver=blkdebug,image.driver=null-co,image.size=512,unshare-child-perms.0=write  # see locked_opts()
 ! has qemu-img || qemu-img info --image-opts "$option" >/dev/null 2>&1 || echo "qemu 5.0"
 """
 
-# What the login shell runs; $1 is the command, `escaped`. What stands before BEGUN, on both streams, is a banner.
-BEGUN: Final = b"--- migrena begins ---\n"
-BEGIN: Final = 'm="--- migrena begins ---"; echo "$m"; echo "$m" >&2; eval "exec $(printf %b "$1")"'
+# What the login shell runs; $1 is the command, `escaped`. Output before BEGIN_MARK, on both streams, is a banner.
+BEGIN_MARK: Final = b"--- migrena begins ---\n"
+BEGIN_COMMAND: Final = 'm="--- migrena begins ---"; echo "$m"; echo "$m" >&2; eval "exec $(printf %b "$1")"'
 FAR: Final = 0.02  # seconds that a distant host takes to open a channel: there the next command's is opened ahead, a round trip less to wait for
-MOST_LINKS: Final = 16  # connections to one host: more than the commands of a copy at a time
+MAX_CONNECTIONS: Final = 16  # connections to one host; a copy runs fewer commands at a time
 
-DIAL_LIMIT: Final = 15.0  # seconds; after one silence of 30 s nothing is tried again
-DROPPED: Final = ("SSH protocol banner", "kex_exchange_identification", "Connection reset by peer")  # ours, a jump host's, the kernel's
+DIAL_LIMIT: Final = 15.0  # seconds for retries, less than one timeout
+DROPPED: Final = ("SSH protocol banner", "kex_exchange_identification", "Connection reset by peer")  # by paramiko, a jump host, the kernel
 RSA_SHA2: Final = ("rsa-sha2-512", "rsa-sha2-256")
 
 
 def connect(name: str, settings: Settings, screen: Screen) -> Host:
-    """A hypervisor by Nova's name for it. Raises HostError."""
+    """A connected hypervisor, by Nova's name for it. Raises HostError."""
     logging.getLogger("paramiko").setLevel(logging.DEBUG if settings.debug else logging.CRITICAL)
     with ExitStack() as stack:
         host = Host(name, settings, screen)
         stack.callback(host.close)
         host.open()
-        host.become(settings.sudo)
+        host.become_root(settings.sudo)
         host.enter_container()
         stack.pop_all()
     return host
 
 
 def dial(target: Target) -> tuple[paramiko.SSHClient, ExitStack]:
-    """An SSH connection, and what closes it. One that sshd drops unheard (MaxStartups) is tried again."""
+    """An SSH connection, and what closes it. Retries if sshd drops it at once (MaxStartups)."""
     limit = time.monotonic() + DIAL_LIMIT
     while True:
         try:
@@ -2316,7 +2316,7 @@ def dial(target: Target) -> tuple[paramiko.SSHClient, ExitStack]:
 
 
 def dial_once(target: Target) -> tuple[paramiko.SSHClient, ExitStack]:
-    """The same, tried once."""
+    """The same, without retries."""
     import paramiko
 
     name = target.name
@@ -2329,8 +2329,8 @@ def dial_once(target: Target) -> tuple[paramiko.SSHClient, ExitStack]:
         raise HostError(f"{name}: {target.host} does not resolve", f"add HOSTS = {{'{name}': 'ADDRESS'}} to config.py") from error
     except paramiko.BadHostKeyException as error:
         known = shlex.join(["-f", target.known_hosts[0], "-R", error.hostname])
-        raise HostError(f"{name}: the host key of {target} is another than the known one",
-                        f"find out why; if that is right: ssh-keygen {known}") from error
+        raise HostError(f"{name}: the host key of {target} has changed",
+                        f"find out why; if it is legitimate: ssh-keygen {known}") from error
     except (paramiko.SSHException, EOFError, OSError, subprocess.TimeoutExpired) as error:
         if isinstance(error, paramiko.AuthenticationException) or "No authentication methods" in str(error):
             raise HostError(f"{name}: {target} refuses the key of user {target.user}: {error}",
@@ -2340,9 +2340,9 @@ def dial_once(target: Target) -> tuple[paramiko.SSHClient, ExitStack]:
 
 @contextmanager
 def proxied(command: str) -> Iterator[socket.socket]:
-    """A socket to a command's standard input and output; raises HostError with what it said when it fails."""
+    """A socket to a command's standard input and output; raises HostError with its error output if it fails."""
     ours, theirs = socket.socketpair()
-    words = shlex.split(command)  # in a session of its own: a Ctrl-C is for us, and the connection is still needed to undo
+    words = shlex.split(command)  # in its own session: Ctrl-C must not end the connection, which undoing needs
     pipe = theirs.fileno()
     with tempfile.TemporaryFile() as said, subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=said, start_new_session=True) as process:
         theirs.close()
@@ -2356,12 +2356,12 @@ def proxied(command: str) -> Iterator[socket.socket]:
             raise
         finally:
             ours.close()
-            with suppress(ProcessLookupError):  # the hops before the last one are its children
+            with suppress(ProcessLookupError):  # with its children, the hops before the last
                 os.killpg(process.pid, signal.SIGTERM)
 
 
 class Target:
-    """Where the SSH connection to a hypervisor goes: our settings win over ~/.ssh/config, which wins over the defaults."""
+    """The SSH parameters of a hypervisor: our settings, else ~/.ssh/config, else the defaults."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         entry, path = settings.host(name), Path(settings.ssh_config).expanduser()
@@ -2374,9 +2374,9 @@ class Target:
         self.use_agent = not key and found.get("identitiesonly", "no") != "yes"
         self.known_hosts = [str(Path(path).expanduser()) for path in ([settings.known_hosts] if settings.known_hosts else known)]
         self.disabled: Any = None  # algorithms, as paramiko takes them
-        self.proxy = found.get("proxycommand", "none")  # the command whose standard input and output stand for the connection
-        if (jumps := found.get("proxyjump", "none")) != "none":  # OpenSSH itself knows best how its hops are reached
-            _refuse_circle(path, alias)
+        self.proxy = found.get("proxycommand", "none")  # a command that replaces the TCP connection
+        if (jumps := found.get("proxyjump", "none")) != "none":  # left to ssh itself
+            _refuse_loop(path, alias)
             *before, last = jumps.split(",")
             self.proxy = shlex.join(["ssh", "-F", str(path), "-o", "BatchMode=yes", *(["-J", ",".join(before)] if before else []),
                                      "-W", f"[{self.host}]:{self.port}", f"ssh://{last.removeprefix('ssh://')}"])
@@ -2385,7 +2385,7 @@ class Target:
         return f"{self.host} port {self.port}"
 
     def open(self, stack: ExitStack) -> paramiko.SSHClient:
-        """A connection, closed by the stack; raises what paramiko and sockets raise."""
+        """A connection, closed by the stack; raises paramiko's and sockets' exceptions."""
         import paramiko
 
         through: Any = stack.enter_context(proxied(self.proxy)) if self.proxy != "none" else None
@@ -2393,7 +2393,7 @@ class Target:
         for path in self.known_hosts:
             with suppress(FileNotFoundError):
                 client.load_host_keys(path)
-        client.set_missing_host_key_policy(self)  # type: ignore[arg-type]  # paramiko asks for the one method below
+        client.set_missing_host_key_policy(self)  # type: ignore[arg-type]  # only the method below is needed
         try:
             client.connect(self.host, self.port, self.user, key_filename=self.keys or None, look_for_keys=not self.keys,
                            timeout=20, banner_timeout=30, auth_timeout=30, allow_agent=self.use_agent, sock=through,
@@ -2407,7 +2407,7 @@ class Target:
         transport = _transport(client)
         transport.set_keepalive(15)
         if isinstance(link := transport.sock, socket.socket) and link.family != socket.AF_UNIX:
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each short command waits 40 ms for an acknowledgement
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each command waits 40 ms for an acknowledgement
         return client
 
     def _takes_only_sha1(self, client: paramiko.SSHClient, error: Exception) -> bool:
@@ -2432,7 +2432,7 @@ class Target:
         return False
 
     def missing_host_key(self, client: object, hostname: str, key: paramiko.PKey) -> NoReturn:
-        """Refuses an unknown host key, for paramiko, with the command that accepts it."""
+        """Called by paramiko for an unknown host key: refuses it and names the command that accepts it."""
         raise HostError(f"{self}: the host key ({key.get_name()} {key.fingerprint}) is not known", "compare it on the host, then: "
                         f"ssh-keyscan -p {self.port} {shlex.quote(self.host)} >> {shlex.quote(self.known_hosts[0])}")
 
@@ -2448,13 +2448,13 @@ def _ssh_lookup(path: Path, alias: str) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read: {error}", "name another one in SSH_CONFIG") from error
 
 
-def _refuse_circle(path: Path, alias: str) -> None:
-    passed = [alias]  # else ssh would start itself again and again
+def _refuse_loop(path: Path, alias: str) -> None:
+    passed = [alias]  # else ssh would start itself endlessly
     while (jumps := _ssh_lookup(path, passed[-1]).get("proxyjump", "none")) != "none":
         first = jumps.split(",")[0].removeprefix("ssh://").rpartition("@")[2]
         passed.append(first if first.startswith("[") else first.partition(":")[0])
         if passed[-1] in passed[:-1]:
-            raise UsageError(f"{path}: ProxyJump goes in a circle: {' -> '.join(passed)}", "have one of them reached without a jump host")
+            raise UsageError(f"{path}: ProxyJump is circular: {' -> '.join(passed)}", "one of them must be reached without a jump host")
 
 
 def _transport(client: paramiko.SSHClient) -> paramiko.Transport:
@@ -2465,18 +2465,18 @@ def _transport(client: paramiko.SSHClient) -> paramiko.Transport:
 
 
 def escaped(command: str) -> bytes:
-    """A command for printf's %b, without what a shell, be it csh or fish, minds within single quotes."""
+    """A command for printf's %b, without characters that csh or fish interpret within single quotes."""
     return re.sub(rb"[\0-\x1f\x7f'!\\]", lambda sign: b"\\0%03o" % ord(sign[0]), command.encode("utf-8", "surrogateescape"))
 
 
-def session(client: paramiko.SSHClient) -> paramiko.Channel | None:
-    """A channel for one command; None where sshd takes no more of them on this connection (MaxSessions)."""
+def open_channel(client: paramiko.SSHClient) -> paramiko.Channel | None:
+    """A channel for one command; None if sshd allows no more on this connection (MaxSessions)."""
     import paramiko
 
     transport = _transport(client)
     try:
-        return transport.open_session(timeout=DEAF_AFTER)
-    except paramiko.SSHException as error:  # of two that are refused at once, paramiko tells only one why
+        return transport.open_session(timeout=START_TIMEOUT)
+    except paramiko.SSHException as error:  # if two are refused at once, paramiko gives the reason to one only
         if isinstance(error, paramiko.ChannelException) or (str(error) == "Unable to open channel." and transport.is_active()):
             return None
         raise
@@ -2486,13 +2486,13 @@ Link = tuple["paramiko.SSHClient", list["paramiko.Channel"]]  # a connection, an
 
 
 class Host:
-    """One hypervisor: commands as words in, text out, over as many SSH connections as its sshd asks for."""
+    """One hypervisor: runs commands (argv in, text out) over as many SSH connections as its sshd requires."""
 
     def __init__(self, name: str, settings: Settings, screen: Screen) -> None:
         self.name, self._settings, self._screen, self._entry = name, settings, screen, settings.host(name)
-        self.unconfirmed: list[str] = []  # leases whose end the host did not confirm; they end with their connection
-        self.lacking: dict[Collection[str], list[str]] = {}  # tools that were looked for, and those of them that are missing
-        self.stays: list[str] = []  # what a lease said that it could not undo
+        self.unconfirmed: list[str] = []  # leases whose end is unconfirmed; they end with their connection
+        self.lacking: dict[Collection[str], list[str]] = {}  # tools looked for: those missing
+        self.not_cleaned: list[str] = []  # what leases failed to clean up
         self._prefix: tuple[str, ...] = ()
         self._is_far = False
         self._tools: tuple[str, ...] = ()  # what finds the tools that are in a container
@@ -2503,10 +2503,10 @@ class Host:
         threading.Thread(target=self._beat, name=f"dots to {name}", daemon=True).start()
 
     def open(self) -> None:
-        """Connects to where the name leads now, and sees the address for the other hypervisor; raises HostError."""
+        """Connects, and finds out the address for the other hypervisor; raises HostError."""
         self._links: list[Link] = []
         self._ahead = deque[tuple[Link, "paramiko.Channel"]]()  # channels that no command has yet
-        prefix, self._prefix, self._tools = self._prefix, (), ()  # sudo would hide the variable
+        prefix, self._prefix, self._tools = self._prefix, (), ()  # sudo removes the variable
         try:
             user, *seen = self.script('id -u; echo "$SSH_CONNECTION"').split()
         finally:
@@ -2520,15 +2520,15 @@ class Host:
         inside = next((folder for folder in self._entry.paths if path.startswith(f"{folder}/")), "")
         return self._entry.paths.get(inside, "") + path.removeprefix(inside)
 
-    def become(self, sudo: str) -> None:
-        """Takes root's rights by sudo where asked for or needed; raises HostError where they are denied."""
+    def become_root(self, sudo: str) -> None:
+        """Uses sudo if SUDO says so or if it is needed; raises HostError if it is denied."""
         if sudo == "no" or (sudo == "auto" and self._is_root):
             return
         try:
             self.run("sudo", "-n", "true")
         except CommandError as error:
             user = self.run("id", "-un").strip()
-            raise HostError(f"{self.name}: user {user} may not use sudo without a password: {error.said}",
+            raise HostError(f"{self.name}: user {user} has no passwordless sudo: {error.said}",
                             f"add a line to sudoers there: {user} ALL=(root) NOPASSWD: ALL") from error
         self._prefix = ("sudo", "-n")
 
@@ -2549,13 +2549,13 @@ class Host:
             raise HostError(f"{self.name}: the container is not reached by {entry.prefix!r}: {error.said}", "correct prefix in HOSTS") from error
         self._tools = tools
 
-    def revive(self) -> None:
-        """Opens the connections anew if one does not or did not answer; what they held ends within a minute."""
-        with suppress(HostError), self._wall(("true",)):
-            if not self.unconfirmed:  # else the way to be sure of their end is to end the connection
+    def reconnect(self) -> None:
+        """Reconnects if a connection does not answer; the old connections' leases end within a minute."""
+        with suppress(HostError), self._translating(("true",)):
+            if not self.unconfirmed:  # else only closing the connection makes sure that they end
                 self.run("true", seconds=10.0)
                 for client, _ in self._links[1:]:
-                    if channel := session(client):
+                    if channel := open_channel(client):
                         channel.close()
                 return
         self._stack.close()
@@ -2565,8 +2565,8 @@ class Host:
         self.unconfirmed.clear()
 
     def run(self, *words: str, stdin: bytes = b"", seconds: float = 60.0) -> Answer:
-        """What a short command prints; raises CommandError, and HostError after `seconds` of silence."""
-        fed = ("sh", "-c", FED, "migrena") if stdin else ()
+        """A short command's output; raises CommandError, and HostError after `seconds` without output."""
+        fed = ("sh", "-c", READ_ALL_INPUT, "migrena") if stdin else ()
         process = self._start(words, (*fed, "timeout", "-k", "5", str(seconds)), form="{}" if stdin else "{} </dev/null")
         if stdin:
             process.feed(stdin)
@@ -2575,22 +2575,22 @@ class Host:
         return answer
 
     def script(self, script: str, *values: str, stdin: bytes = b"") -> Answer:
-        """What one of our constant scripts prints; the values reach it as "$@"."""
+        """The output of a constant script that gets the values as "$@"."""
         return self.run("sh", "-c", script, "migrena", *values, stdin=stdin)
 
     def succeeds(self, *words: str) -> bool:
-        return can_be(lambda: self.run(*words))
+        return does_succeed(lambda: self.run(*words))
 
-    def work(self, *words: str, stall: float, heard: Callable[[str], None] = lambda said: None, given: Sequence[str] = ()) -> Answer:
-        """The same of a long command under a lease, no zero bytes; `heard` gets each piece. Ends it after `stall` s of silence."""
+    def work(self, *words: str, stall: float, on_output: Callable[[str], None] = lambda said: None, given: Sequence[str] = ()) -> Answer:
+        """A long command's output (no zero bytes), under a lease; `on_output` gets it as it comes. Killed after `stall` s without output."""
         with self.lease(LEASED_COMMAND, *words, given=given) as lease:
-            return lease.answer(stall, heard)
+            return lease.answer(stall, on_output)
 
     @contextmanager
     def lease(self, script: str, *words: str, given: Sequence[str] = ()) -> Iterator[Lease]:
-        """A script that holds a command while the scope and our channel last; `given` reaches it before the words."""
+        """A script that keeps a command running while the scope and our channel last; its arguments are `given`, then the words."""
         with ExitStack() as stack:
-            with unbroken():
+            with defer_signals():
                 lease = self._start(words, ("sh", "-c", script, "migrena", *given), is_held=True)
                 stack.callback(self._leases.discard, lease)
                 stack.callback(lease.close)
@@ -2601,62 +2601,62 @@ class Host:
 
     @contextmanager
     def private_folder(self, run: str) -> Iterator[str]:
-        """A folder that only root reads, gone when the scope or migrena ends."""
+        """A folder that only root can read, removed when the scope or migrena ends."""
         with self.lease(LEASED_FOLDER, "mktemp", "-d", given=(run,)) as lease:
             yield lease.line(15.0)
 
     @contextmanager
     def daemon(self, pidfile: str, *words: str) -> Iterator[Lease]:
-        """A daemon that writes its pid when it serves, held while the scope lasts; raises CommandError."""
+        """A daemon that writes its pid when it is ready, kept while the scope lasts; raises CommandError."""
         with self.lease(LEASED_DAEMON, *words, given=(pidfile,)) as lease:
             lease.line(180.0)
             yield lease
 
     def end_work(self, *, is_silent: bool = False) -> None:
-        """Ends every lease at once, for threads that wait on one; a silent host is read no longer."""
+        """Ends all leases, to free threads that wait for one; `is_silent`: without waiting for output."""
         for lease in self._leases - {self._tools_lease}:
             lease.release()
             if is_silent:
                 lease.drop()
 
     def confirm_all_ended(self) -> None:
-        """Raises HostError where the end of something of ours was not confirmed."""
-        if self.unconfirmed or self.stays:
-            raise HostError("; ".join([*self.stays, *self.unconfirmed]))
+        """Raises HostError if something of ours may still be there."""
+        if self.unconfirmed or self.not_cleaned:
+            raise HostError("; ".join([*self.not_cleaned, *self.unconfirmed]))
 
     def close(self) -> None:
-        """Ends the connections, and with them every lease."""
+        """Closes the connections, which ends all leases."""
         self._closing.set()
         self._stack.close()
 
-    @unbroken()
+    @defer_signals()
     def _start(self, words: Sequence[str], before: Sequence[str], form: str = "{}", *, is_held: bool = False) -> Lease:
-        """Starts a command that nothing holds yet; messages do not show what is before its words."""
+        """Starts a command; messages do not show what is `before` its words."""
         import paramiko
 
-        with self._wall(words):
+        with self._translating(words):
             self._screen.trace(f"{self.name}$ {shlex.join(words)}")
             self._screen.commands[self.name] = self._screen.commands.get(self.name, 0) + 1
             began = time.monotonic()
             try:
                 channel = self._session()
-                channel.settimeout(75.0)  # for what is written to it
+                channel.settimeout(75.0)  # for writing
                 command = form.format(shlex.join((*self._prefix, *self._tools, *before, *words)))
-                alarm = threading.Timer(DEAF_AFTER, channel.close)  # paramiko waits as long as the connection seems to live
+                alarm = threading.Timer(START_TIMEOUT, channel.close)  # paramiko has no timeout of its own here
                 alarm.daemon = True
                 alarm.start()
                 try:
-                    channel.exec_command(b"exec sh -c '%s' migrena '%s'" % (BEGIN.encode(), escaped(command)))
+                    channel.exec_command(b"exec sh -c '%s' migrena '%s'" % (BEGIN_COMMAND.encode(), escaped(command)))
                 finally:
                     alarm.cancel()
             except (paramiko.SSHException, EOFError) as error:
-                if time.monotonic() - began < DEAF_AFTER:
+                if time.monotonic() - began < START_TIMEOUT:
                     raise
-                raise TimeoutError from error  # it did not break: nobody answers
+                raise TimeoutError from error  # no answer
         return Lease(self, channel, words, is_held)
 
     def _session(self) -> paramiko.Channel:
-        """A channel on the connection that carries least, or else on a further one."""
+        """A channel on the least used connection, or on a new one."""
         while self._ahead:
             with suppress(IndexError):  # another thread was quicker
                 link, ready = self._ahead.popleft()
@@ -2665,21 +2665,21 @@ class Host:
         while True:
             links, began = self._links, time.monotonic()
             for link in sorted(links, key=lambda link: sum(not channel.closed for channel in link[1])):
-                if channel := session(link[0]):
+                if channel := open_channel(link[0]):
                     self._is_far = time.monotonic() - began > FAR
                     return self._carried(link, channel)
             with self._dialing:
                 if links is not self._links:
-                    continue  # another thread has opened one meanwhile
-                if len(links) < MOST_LINKS and not self._closing.is_set():
+                    continue  # another thread has opened one
+                if len(links) < MAX_CONNECTIONS and not self._closing.is_set():
                     client, scope = dial(Target(self.name, self._settings))
                     with scope:
-                        if channel := session(client):
+                        if channel := open_channel(client):
                             self._stack.enter_context(scope.pop_all())
                             self._links = [*links, (client, [channel])]
                             return channel
-                raise HostError(f"{self.name}: sshd lets no command in on connection {len(links) + 1}",
-                                "set MaxSessions in sshd_config there to 10, its default; at least 1 is needed")
+                raise HostError(f"{self.name}: sshd accepts no command on connection {len(links) + 1}",
+                                "set MaxSessions in its sshd_config to 10, the default; the least is 1")
 
     def _carried(self, link: Link, channel: paramiko.Channel) -> paramiko.Channel:
         link[1][:] = [*(other for other in link[1] if not other.closed), channel]
@@ -2691,11 +2691,11 @@ class Host:
         import paramiko
 
         with suppress(paramiko.SSHException, EOFError, OSError):  # the command that needs one will tell
-            if len(self._ahead) < 2 and (channel := session(link[0])):
+            if len(self._ahead) < 2 and (channel := open_channel(link[0])):
                 self._ahead.append((link, channel))
 
     @contextmanager
-    def _wall(self, words: Sequence[str]) -> Iterator[None]:
+    def _translating(self, words: Sequence[str]) -> Iterator[None]:
         import paramiko
 
         try:
@@ -2706,13 +2706,13 @@ class Host:
             raise HostError(f"{self.name}: the SSH connection broke at {quoted(words)}: {error}") from error
 
     def _beat(self) -> None:
-        while not self._closing.wait(BEAT):
+        while not self._closing.wait(HEARTBEAT):
             for lease in list(self._leases):
                 lease.beat()
 
 
 class Answer(str):
-    """What a command on a hypervisor printed."""
+    """A remote command's output."""
 
     def __new__(cls, printed: str, host: str, words: Sequence[str]) -> Answer:
         answer = super().__new__(cls, printed)
@@ -2722,57 +2722,57 @@ class Answer(str):
     asked: tuple[str, Sequence[str]]
 
     def read(self, how: Callable[[str], T]) -> T:
-        """What `how` makes of it; raises HostError that shows an answer of another form."""
+        """The output parsed by `how`; raises HostError with the output if that fails."""
         try:
             return how(self)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             host, words = self.asked
-            raise HostError(f"{host}: what {quoted(words)} answers cannot be understood: {shorten(self) or 'nothing'}",
-                            "see what runs there in place of that command, a wrapper or another version") from error
+            raise HostError(f"{host}: unexpected output of {quoted(words)}: {shorten(self) or 'nothing'}",
+                            "find out whether a wrapper or another version is installed there") from error
 
 
 class Lease:
-    """A process on a hypervisor; one that is held, by Host.lease(), lives only as long as our channel to it."""
+    """A process on a hypervisor; one held by Host.lease() ends with our channel to it."""
 
     def __init__(self, host: Host, channel: paramiko.Channel, words: Sequence[str], is_held: bool) -> None:
         self._host, self._channel, self._words, self._is_held = host, channel, words, is_held
-        self._said = bytearray()
-        self._banner, self._ahead = b"", b""  # the login shell's; what came with BEGUN
+        self._stderr = bytearray()
+        self._banner, self._first_output = b"", b""  # of the login shell; output that came with BEGIN_MARK
         self._has_begun = self._has_ended = False
-        self._speaking = threading.Lock()
+        self._send_lock = threading.Lock()
         self._reader = threading.Thread(target=self._drain, daemon=True)
         self._reader.start()
 
     def _drain(self) -> None:
-        with unheard():  # standard error that nobody reads would block standard output too
+        with ignoring_lost_host():  # unread standard error would block standard output
             while True:
                 try:
-                    piece = self._channel.recv_stderr(8192)
-                except TimeoutError:  # the one that is set for its output
+                    part = self._channel.recv_stderr(8192)
+                except TimeoutError:  # set for the output
                     continue
-                if not piece:
+                if not part:
                     return
-                self._said += piece
-                del self._said[:-16384]
+                self._stderr += part
+                del self._stderr[:-16384]
 
-    @unbroken()
+    @defer_signals()
     def beat(self) -> None:
-        """One more dot: go on."""
-        with unheard(), self._speaking:
-            self._channel.send(b".")  # which is not sent after the end of the dots
+        """Sends one more dot, which keeps it running."""
+        with ignoring_lost_host(), self._send_lock:
+            self._channel.send(b".")  # fails after shutdown_write()
 
     def begin(self, seconds: float) -> None:
-        """Waits until the login shell has said all."""
-        while not self._has_begun and (piece := self._received(seconds)):
-            self._banner, begun, self._ahead = (self._banner + piece).partition(BEGUN)
+        """Reads past the login shell's banner."""
+        while not self._has_begun and (part := self._received(seconds)):
+            self._banner, begun, self._first_output = (self._banner + part).partition(BEGIN_MARK)
             self._has_begun = bool(begun)
 
     def _received(self, seconds: float) -> bytes:
-        """What comes next, empty at the end; signals are heard meanwhile. Raises HostError after `seconds` of silence."""
+        """The next output, empty at the end; signals interrupt it. Raises HostError after `seconds` without output."""
         until = time.monotonic() + seconds
-        with self._host._wall(self._words):
+        with self._host._translating(self._words):
             while True:
-                with unbroken():
+                with defer_signals():
                     self._channel.settimeout(min(0.5, max(0.01, until - time.monotonic())))
                     try:
                         return self._channel.recv(65536)
@@ -2784,102 +2784,102 @@ class Lease:
         if self._has_ended:
             return b""
         self.begin(seconds)
-        piece, self._ahead = self._ahead or self._received(seconds), b""
+        part, self._first_output = self._first_output or self._received(seconds), b""
         if self._is_held:
-            piece, end, _ = piece.partition(b"\0")
+            part, end, _ = part.partition(b"\0")
             self._has_ended = bool(end)
-        return piece
+        return part
 
-    def answer(self, seconds: float, heard: Callable[[str], None] = lambda said: None) -> Answer:
-        """All that it prints, `heard` gets each piece; raises CommandError, and HostError after `seconds` of silence."""
+    def answer(self, seconds: float, on_output: Callable[[str], None] = lambda said: None) -> Answer:
+        """All its output, `on_output` gets it as it comes; raises CommandError, and HostError after `seconds` without output."""
         printed = bytearray()
-        while piece := self._read(seconds):
-            printed += piece
-            heard(piece.decode(errors="replace"))
+        while part := self._read(seconds):
+            printed += part
+            on_output(part.decode(errors="replace"))
         if self._is_held:
             self.release()
         self.check()
         return Answer(printed.decode("utf-8", "surrogateescape"), self._host.name, self._words)
 
     def line(self, seconds: float) -> Answer:
-        """The line by which it is ready; raises CommandError if it ends without one."""
+        """The line that says it is ready; raises CommandError if it ends without one."""
         said = b""
         while not said.endswith(b"\n"):
-            said += (piece := self._read(seconds))
-            if not piece:
+            said += (part := self._read(seconds))
+            if not part:
                 self.release()
                 self.check()
-                raise CommandError(self._host.name, self._words, 0, "it ended without a word")
+                raise CommandError(self._host.name, self._words, 0, "it ended without output")
         return Answer(said.decode("utf-8", "surrogateescape").strip(), self._host.name, self._words)
 
-    @unbroken()
+    @defer_signals()
     def feed(self, content: bytes) -> None:
-        """Gives it its standard input."""
-        with self._host._wall(self._words):
+        """Sends its standard input."""
+        with self._host._translating(self._words):
             self._channel.sendall(content)
             self._channel.shutdown_write()
 
-    def _complaint(self) -> str:
+    def _error_output(self) -> str:
         banner = b"" if self._has_begun else self._banner
-        return (banner + self._said.rpartition(BEGUN)[2]).decode(errors="replace").strip()
+        return (banner + self._stderr.rpartition(BEGIN_MARK)[2]).decode(errors="replace").strip()
 
     def check(self, *, is_running: bool = False) -> None:
-        """Raises CommandError if it failed, or ended and should not have; HostError if it was given up or the connection broke."""
+        """Raises CommandError if it failed, or ended although it `is_running`; HostError if it timed out or the connection broke."""
         if is_running:
             if not self._channel.exit_status_ready() and not self._channel.recv_ready():
                 return
             self.release()
-        with self._host._wall(self._words), unbroken():
+        with self._host._translating(self._words), defer_signals():
             has_told, status = self._channel.status_event.wait(30.0), self._channel.exit_status
             if not has_told or (status in (124, 137) and not self._is_held):  # by timeout
                 raise TimeoutError
         self._reader.join(5.0)
-        if status < 0 and not self._channel.eof_received:  # of a command that was killed, sshd tells at least that it says no more
-            with self._host._wall(self._words):
+        if status < 0 and not self._channel.eof_received:  # even for a killed command sshd sends EOF
+            with self._host._translating(self._words):
                 raise EOFError(getattr(self._channel.transport, "saved_exception", None) or "the other side ended it")
-        said = self._complaint()
+        said = self._error_output()
         if not self._has_begun:
-            raise HostError(f"{self._host.name}: the login shell did not run {quoted(self._words)} but said: {shorten(said) or 'nothing'}",
+            raise HostError(f"{self._host.name}: the login shell did not run {quoted(self._words)}, output: {shorten(said) or 'nothing'}",
                             "name a user whose shell runs commands, in HOSTS or SSH_USER")
         if status != 0 or is_running:
             raise CommandError(self._host.name, self._words, status, said)
 
-    @unbroken()
+    @defer_signals()
     def release(self) -> None:
-        """No more dots: it ends by itself."""
-        with unheard(), self._speaking:
+        """Ends the dots, so that it ends."""
+        with ignoring_lost_host(), self._send_lock:
             self._channel.shutdown_write()
 
-    @unbroken()
+    @defer_signals()
     def drop(self) -> None:
-        """Listens no longer: whoever reads is told that this is the end."""
-        with unheard():
+        """Closes the channel: readers get the end of its output."""
+        with ignoring_lost_host():
             self._channel.close()
 
-    @unbroken()
+    @defer_signals()
     def close(self) -> None:
-        """Ends it; what the host does not confirm is kept in Host.unconfirmed."""
+        """Ends it; an unconfirmed end is kept in Host.unconfirmed."""
         self.release()
         host, channel = self._host, self._channel
-        patience = 1.0 if host.unconfirmed else 15.0  # a silent host is not waited for once a lease
-        if channel.status_event.wait(patience) and channel.exit_status == LEFT_BEHIND:
-            host.stays.append(f"{host.name}: {self._complaint()}")
-        elif channel.exit_status == -1 and self in host._leases:  # else it ended with a connection that was given up
+        patience = 1.0 if host.unconfirmed else 15.0  # wait for a silent host only once
+        if channel.status_event.wait(patience) and channel.exit_status == CLEANUP_FAILED:
+            host.not_cleaned.append(f"{host.name}: {self._error_output()}")
+        elif channel.exit_status == -1 and self in host._leases:  # else it ended with an abandoned connection
             host.unconfirmed.append(f"{host.name} did not confirm the end of {quoted(self._words, 120)}"
-                                    " (it ends by itself when the connection does)")
+                                    " (it ends with the connection)")
         self.drop()
 
 
-def can_be(act: Callable[[], object], failing: type[HostError] = CommandError) -> bool:
-    """Whether an act succeeds; False where it raises such an error."""
+def does_succeed(act: Callable[[], object], failing: type[HostError] = CommandError) -> bool:
+    """Whether a function succeeds; False if it raises such an error."""
     with suppress(failing):
         act()
         return True
     return False
 
 
-def unheard() -> suppress:
-    """A scope for what is said to a host that may be away."""
+def ignoring_lost_host() -> suppress:
+    """A scope that ignores a lost connection."""
     import paramiko
 
     return suppress(paramiko.SSHException, EOFError, OSError)
@@ -2888,25 +2888,25 @@ def unheard() -> suppress:
 # ---- 8. Cloud --------------------------------------------------------------------------------------------------------
 
 # Keys in the metadata of instances.
-MARK: Final = "migrena:run"  # the source's: the run that is moving it
-MADE: Final = "migrena:made"  # the destination's: the run that makes it
-DONE: Final = "migrena:done"  # the same, of the run that has completed it
-ORIGIN: Final = "migrena:source"  # the destination's: the id of the instance that it was copied from
-WAS: Final = "migrena:was"  # of both: the status in which the run found the source
-LOCKED_BY: Final = "migrena run "  # how the reason of our lock on an instance begins; the run's id follows
-UNCHANGED_LIMIT: Final = 1800.0  # seconds without a change in Nova after which a wait ends; a big image loads slowly
-MUTE_AFTER: Final = 30.0  # seconds after which a silent Keystone is given up
-OUTAGE_LIMIT: Final = 120.0  # seconds of errors from an API after which it is given up
-OUTAGE_TOLD: Final = 7.0  # seconds of errors after which they are told
+MARK: Final = "migrena:run"  # source: the run that is moving it
+MADE: Final = "migrena:made"  # destination: the run that makes it
+DONE: Final = "migrena:done"  # destination: the run that completed it
+ORIGIN: Final = "migrena:source"  # destination: the source's id
+WAS: Final = "migrena:was"  # both: the source's status before the run
+LOCKED_BY: Final = "migrena run "  # begins our locked_reason; the run's id follows
+UNCHANGED_LIMIT: Final = 1800.0  # seconds to wait without a change in Nova; a large image takes long
+KEYSTONE_TIMEOUT: Final = 30.0  # seconds
+OUTAGE_LIMIT: Final = 120.0  # seconds of API errors before giving up
+OUTAGE_TOLD: Final = 7.0  # seconds of API errors before the operator is told
 OWN_ARGUMENTS: Final = frozenset({"self", "name", "image", "flavor", "reservation_id", "min_count", "max_count",
-                                  "block_device_mapping", "block_device_mapping_v2"})  # not for -e: ours, or not one instance
+                                  "block_device_mapping", "block_device_mapping_v2"})  # not for -e
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) < 256
 
 
-def _is_nic(nic: object) -> bool:  # novaclient silently omits keys that it does not know
+def _is_nic(nic: object) -> bool:  # novaclient silently drops unknown keys
     return (isinstance(nic, dict) and nic.keys() <= {"net-id", "port-id", "tag", "v4-fixed-ip", "v6-fixed-ip"}
             and all(map(_is_text, nic.values())) and any(re.fullmatch(UUID_FORM, nic.get(key, "")) for key in ("net-id", "port-id")))
 
@@ -2915,31 +2915,31 @@ def _is_list(value: object, of: Callable[[object], bool] = _is_text) -> bool:
     return isinstance(value, (list, tuple)) and all(map(of, value))
 
 
-# What Nova takes as arguments of create, and the same in words: see its nova/api/openstack/compute/schemas/servers.py.
+# What Nova accepts as arguments of create, and a description: see its nova/api/openstack/compute/schemas/servers.py.
 EXTRA_FORMS: Final[Mapping[tuple[str, ...], tuple[Callable[[Any], bool], str]]] = {
     ("nics",): (lambda value: value in ("auto", "none") or _is_list(value, _is_nic),
-                "'auto', 'none' or a list as [{'net-id': 'ID'}]; port-id, v4-fixed-ip, v6-fixed-ip and tag are known too"),
+                "'auto', 'none' or a list as [{'net-id': 'ID'}]; also port-id, v4-fixed-ip, v6-fixed-ip and tag"),
     ("meta",): (lambda value: isinstance(value, dict) and _is_list([*value, *filter(None, value.values())]),
-                "a dictionary of texts, up to 255 long"),
-    ("userdata",): (lambda value: isinstance(value, str) and len(value.encode()) < 49150, "a text of up to 49149 bytes"),
+                "a dictionary of strings of up to 255 characters"),
+    ("userdata",): (lambda value: isinstance(value, str) and len(value.encode()) < 49150, "a string of up to 49149 bytes"),
     ("security_groups", "tags"): (_is_list, "a list of names"),
-    ("key_name", "availability_zone", "host", "hypervisor_hostname", "hostname"): (_is_text, "a text, up to 255 long"),
+    ("key_name", "availability_zone", "host", "hypervisor_hostname", "hostname"): (_is_text, "a string of up to 255 characters"),
     ("scheduler_hints", "files"): (lambda value: isinstance(value, dict), "a dictionary"),
 }
 
-SHOWN: Final = ("nics", "security_groups", "availability_zone", "key_name", "config_drive", "host", "hypervisor_hostname")  # of -e: no secrets
+SHOWN: Final = ("nics", "security_groups", "availability_zone", "key_name", "config_drive", "host", "hypervisor_hostname")  # no secrets
 
 
 def check_extra(extra: Mapping[str, Any]) -> None:
-    """Raises UsageError where `-e` names what Nova's create does not take, or what would break the copy."""
+    """Raises UsageError if Nova's create does not accept what `-e` says, or if it would break the copy."""
     from novaclient.v2.servers import ServerManager
 
     known = set(inspect.signature(ServerManager.create).parameters) - OWN_ARGUMENTS
     for name, value in extra.items():
         if name in OWN_ARGUMENTS:
-            raise UsageError(f"-e: {name} cannot be given: migrena makes one instance from one image")
+            raise UsageError(f"-e: {name} is not allowed: migrena makes one instance from one image")
         if name not in known:
-            raise UsageError(f"-e: Nova's create knows no argument {name!r}{did_you_mean(name, known)}", f"known: {', '.join(sorted(known))}")
+            raise UsageError(f"-e: Nova's create has no argument {name!r}{did_you_mean(name, known)}", f"known: {', '.join(sorted(known))}")
         for names, (is_taken, form) in EXTRA_FORMS.items():
             if name in names and value is not None and not is_taken(value):
                 raise UsageError(f"-e: {name} must be {form}")
@@ -2947,7 +2947,7 @@ def check_extra(extra: Mapping[str, Any]) -> None:
 
 @contextmanager
 def ignoring(*codes: int) -> Iterator[None]:
-    """A scope that a CloudError with one of these HTTP statuses ends, and nothing more."""
+    """A scope that ignores a CloudError with one of these HTTP statuses."""
     try:
         yield
     except CloudError as error:
@@ -2956,37 +2956,37 @@ def ignoring(*codes: int) -> Iterator[None]:
 
 
 class ImageStore:
-    """The Glance of a cloud. Every method raises CloudError."""
+    """A cloud's Glance. Every method raises CloudError."""
 
     def __init__(self, cloud: Cloud, glance: Any) -> None:
-        self._wall, self._images = cloud.wall, glance.images
+        self._translating, self._images = cloud.translating, glance.images
 
     def all(self, *ids: str) -> list[Image]:
-        """All images that Glance lists, hidden ones too, and those of these ids: a community's, or not yet accepted."""
-        with self._wall("list images"):
+        """All images that Glance lists, also hidden ones, and those with these ids, which it may not list."""
+        with self._translating("list images"):
             found = {raw["id"]: Image.of(dict(raw)) for only in ({}, {"os_hidden": "true"}) for raw in self._images.list(filters=only)}
         further = (self.one(id) for id in ids if id not in found and re.fullmatch(UUID_FORM, id))
         return [*found.values(), *filter(None, further)]
 
     def one(self, id: str) -> Image | None:
-        """An image by its id, or None where it is gone."""
-        with ignoring(404), self._wall(f"show image {id}"):
+        """An image by its id, or None."""
+        with ignoring(404), self._translating(f"show image {id}"):
             return Image.of(dict(self._images.get(id)))
         return None
 
-    def pieces(self, id: str) -> Iterator[bytes]:
-        """What an image holds, 64 KiB after 64 KiB; its digests are taken by who reads it."""
-        with self._wall(f"read image {id}"):
+    def download(self, id: str) -> Iterator[bytes]:
+        """An image's content, 64 KiB at a time; the caller verifies it."""
+        with self._translating(f"read image {id}"):
             yield from self._images.data(id, do_checksum=False) or ()
 
     def make(self, **facts: object) -> str:
-        """The id of a new image that holds nothing yet."""
-        with self._wall(f"create image {facts.get('name')}"):
+        """The id of a new image without content."""
+        with self._translating(f"create image {facts.get('name')}"):
             return str(self._images.create(**facts).id)
 
     def describe(self, id: str, facts: Mapping[str, Any], *left_out: str) -> list[str]:
-        """Sets these facts of an image, takes properties out, and gives the names of the facts that Glance refused."""
-        with ignoring(*(400, 403, 409, 413) if facts else ()), self._wall(f"describe image {id}"):
+        """Sets these properties of an image and removes others; returns the names of those that Glance refused."""
+        with ignoring(*(400, 403, 409, 413) if facts else ()), self._translating(f"describe image {id}"):
             self._images.update(id, remove_props=list(left_out), **facts)
             return []
         if left_out:
@@ -2996,23 +2996,23 @@ class ImageStore:
         return [name for key, value in facts.items() for name in self.describe(id, {key: value})]
 
     def send(self, id: str, content: object, size: int) -> None:
-        """Gives a new image its content, so many bytes, by the method `read`."""
-        with self._wall(f"upload image {id}"):
+        """Uploads an image's content, `size` bytes, from an object with `read`."""
+        with self._translating(f"upload image {id}"):
             self._images.upload(id, content, image_size=size)
 
     def delete(self, id: str) -> None:
-        """Deletes an image; one that is gone is no failure."""
-        with ignoring(404), self._wall(f"delete image {id}"):
+        """Deletes an image unless it is gone."""
+        with ignoring(404), self._translating(f"delete image {id}"):
             self._images.delete(id)
 
 
 class Service:
-    """What all questions to a cloud share: its name, errors as CloudError, patience with APIs that do not answer."""
+    """Common parts of requests to a cloud: its label, errors as CloudError, retries."""
 
     label, url = "", ""
-    calls = 0  # that were answered
-    tell: Callable[[str], None] = staticmethod(lambda line: None)  # takes a line about an API that does not answer
-    _away = 0.0  # since when it has not
+    calls = 0  # that got an answer
+    tell: Callable[[str], None] = staticmethod(lambda line: None)  # called with a line about API errors
+    _failing_since = 0.0  # when they began
 
     def _count(self, *_: object, **__: object) -> None:
         self.calls += 1
@@ -3021,7 +3021,7 @@ class Service:
         return CloudError(f"{self.label} cloud: {said}", way_out, code)
 
     @contextmanager
-    def wall(self, act: str) -> Iterator[None]:
+    def translating(self, act: str) -> Iterator[None]:
         """A scope that turns the OpenStack libraries' exceptions into CloudError."""
         import requests
         from glanceclient import exc as glance
@@ -3038,37 +3038,37 @@ class Service:
                 raise self.error(said, "check region_name and interface in the credentials") from error
             if not isinstance(code, int):
                 code = 0 if isinstance(error, (auth.ConnectionError, glance.CommunicationError)) else 400
-            way_out = "check auth_url, and whether this machine reaches it" if act == "sign in" else ""
+            way_out = "check auth_url, and that this machine can reach it" if act == "sign in" else ""
             raise self.error(f"{act}: {said}", way_out, code) from error
 
-    def insist(self, act: str, do: Callable[[], T]) -> T:
-        """What an act gives that may be repeated: through an outage, and while a task is under way."""
+    def retrying(self, act: str, do: Callable[[], T]) -> T:
+        """The result of a request that may be repeated; retried during an outage and while a task conflicts with it."""
         conflict = told = 0.0
         for _ in self.polls():
             try:
-                with self.wall(act):
+                with self.translating(act):
                     answer = do()
-                self._away = 0.0
+                self._failing_since = 0.0
                 return answer
             except CloudError as error:
                 now = time.monotonic()
                 if error.code == 409:
                     conflict = conflict or now
-                elif error.may_pass:
-                    self._away = self._away or now
+                elif error.is_temporary:
+                    self._failing_since = self._failing_since or now
                 else:
                     raise
-                since = conflict or self._away
+                since = conflict or self._failing_since
                 if now - since > OUTAGE_LIMIT:
                     raise
                 if now - max(since, told) > OUTAGE_TOLD:
                     told = now
-                    self.tell(f"{error}; it is tried again for {span(OUTAGE_LIMIT - now + since)}")
+                    self.tell(f"{error}; retrying for {duration(OUTAGE_LIMIT - now + since)}")
         raise AssertionError("polls never end")
 
     @staticmethod
     def polls() -> Iterator[float]:
-        """Turns of a loop, 0.2 s apart at first, 2 s in the end."""
+        """Endless iterations, at first 0.2 s and later 2 s apart."""
         pause = 0.2
         while True:
             yield pause
@@ -3076,24 +3076,24 @@ class Service:
             pause = min(pause * 1.3, 2.0)
 
 
-class Fleet(Service):
-    """The instances and compute hosts of a cloud as Nova tells of them, and live migration. Every method raises CloudError."""
+class Compute(Service):
+    """A cloud's instances and compute hosts, and live migration. Every method raises CloudError."""
 
     _nova: Any
-    _calm: Any  # before 2.88, which waits for each hypervisor
+    _nova_2_87: Any  # from 2.88 on, listing hypervisors asks each of them
     _placement: Callable[[str], Any]
 
     def server(self, id: str) -> Server:
-        with self.wall(f"show server {id}"):
+        with self.translating(f"show server {id}"):
             return self.read(self._nova.servers.get(id).to_dict())
 
-    def steady_server(self, id: str) -> Server:
-        """An instance by its id, with patience."""
-        return self.insist(f"show server {id}", lambda: self.server(id))
+    def server_retrying(self, id: str) -> Server:
+        """An instance by its id, with retries."""
+        return self.retrying(f"show server {id}", lambda: self.server(id))
 
     def servers(self, **search: object) -> list[Server]:
-        """The instances of this project that Nova finds so."""
-        found = self.insist("list servers", lambda: self._nova.servers.list(search_opts=search, limit=-1))  # else the first page alone
+        """The project's instances that match this search."""
+        found = self.retrying("list servers", lambda: self._nova.servers.list(search_opts=search, limit=-1))  # -1: all pages
         return [self.read(raw.to_dict()) for raw in found]
 
     @cached_property
@@ -3101,7 +3101,7 @@ class Fleet(Service):
         return {flavor.id: flavor for flavor in self.flavors()}
 
     def read(self, raw: Mapping[str, Any]) -> Server:
-        told = {key.rpartition(":")[2]: value for key, value in raw.items() if value}  # no OS-EXT-STS: and the like
+        told = {key.rpartition(":")[2]: value for key, value in raw.items() if value}  # without OS-EXT-STS: etc.
         return Server(
             id=raw["id"], name=raw["name"], status=raw["status"], task=told.get("task_state", ""), power=int(told.get("power_state", 0)),
             host=told.get("host", ""), hypervisor=told.get("hypervisor_hostname", ""), locked="locked" in told,
@@ -3114,23 +3114,23 @@ class Fleet(Service):
         )
 
     def _flavor_of(self, raw: Mapping[str, Any]) -> Flavor:
-        if "vcpus" not in raw:  # before microversion 2.47 a server names only its flavor's id, which may be gone by now
+        if "vcpus" not in raw:  # before microversion 2.47 there is only the flavor's id, and the flavor may be deleted
             return self._flavors.get(str(raw.get("id", "")), Flavor("", 0, 0, 0, 0, 0))
         return Flavor(name=raw.get("original_name") or raw.get("name", ""), id=str(raw.get("id") or ""), vcpus=raw["vcpus"], ram=raw["ram"],
                       disk=raw["disk"], ephemeral=raw.get("ephemeral", raw.get("OS-FLV-EXT-DATA:ephemeral")) or 0, swap=int(raw.get("swap") or 0),
                       extra_specs=raw.get("extra_specs"))
 
     def flavors(self) -> list[Flavor]:
-        with self.wall("list flavors"):
+        with self.translating("list flavors"):
             return [self._flavor_of(flavor.to_dict()) for flavor in self._nova.flavors.list(is_public=None)]
 
     def hosts(self) -> list[ComputeHost]:
-        """The compute hosts, with what is free and taken there where Placement tells it."""
-        with self.wall("list compute services"):
-            services = self._calm.services.list(binary="nova-compute")
-            node_of = {node.service["host"]: node.hypervisor_hostname for node in self._calm.hypervisors.list()}
+        """The compute hosts, with resources free and allocated if Placement shows them."""
+        with self.translating("list compute services"):
+            services = self._nova_2_87.services.list(binary="nova-compute")
+            node_of = {node.service["host"]: node.hypervisor_hostname for node in self._nova_2_87.hypervisors.list()}
         known: dict[str, tuple[dict[str, int], dict[str, dict[str, int]]]] = {}
-        with suppress(CloudError), self.wall("see what is free"):
+        with suppress(CloudError), self.translating("show free resources"):
             for provider in self._placement("/resource_providers")["resource_providers"]:
                 path = f"/resource_providers/{provider['uuid']}"
                 taken = {id: one["resources"] for id, one in self._placement(f"{path}/allocations")["allocations"].items()}
@@ -3141,17 +3141,17 @@ class Fleet(Service):
         return [ComputeHost(one.host, one.status == "enabled", one.state == "up", *known.get(node_of.get(one.host, ""), ())) for one in services]
 
     def move(self, id: str, host: str) -> None:
-        """Asks Nova to live-migrate an instance to a host, with its local disks where they are not shared."""
+        """Requests a live migration to a host, with the local disks unless they are shared."""
         try:
-            with self.wall(f"live-migrate server {id}"):
-                self._calm.servers.live_migrate(id, host=host, block_migration="auto")
+            with self.translating(f"live-migrate server {id}"):
+                self._nova_2_87.servers.live_migrate(id, host=host, block_migration="auto")
         except CloudError as error:
-            if not error.may_pass or not self.steady_server(id).task:  # else it is the answer that was lost
+            if not error.is_temporary or not self.server_retrying(id).task:  # else only the answer was lost
                 raise
 
     def progress(self, id: str) -> tuple[int, int] | None:
-        """Bytes that the migration under way has carried, and has to; None where none is."""
-        records = self.insist(f"show migrations of server {id}", lambda: self._calm.server_migrations.list(id))
+        """Bytes done and in total of the current migration; None if there is none."""
+        records = self.retrying(f"show migrations of server {id}", lambda: self._nova_2_87.server_migrations.list(id))
         if not records:
             return None
         record = records[0].to_dict()
@@ -3159,23 +3159,23 @@ class Fleet(Service):
         return min(done, total), total
 
     def last_migration(self, id: str, after: int = 0) -> tuple[int, str]:
-        """The number and the state of an instance's latest live migration; (0, "") where none is higher than `after`."""
-        found = self.insist(f"list migrations of server {id}",
-                                   lambda: self._calm.migrations.list(instance_uuid=id, migration_type="live-migration"))
+        """Number and status of an instance's last live migration with a number above `after`, or (0, "")."""
+        found = self.retrying(f"list migrations of server {id}",
+                                   lambda: self._nova_2_87.migrations.list(instance_uuid=id, migration_type="live-migration"))
         return max(((int(one.id), str(one.status)) for one in found if int(one.id) > after), default=(0, ""))
 
     def abort(self, id: str, migration: int) -> None:
-        """Asks Nova to end a migration."""
-        with self.wall(f"abort migration {migration} of server {id}"):
-            self._calm.server_migrations.live_migration_abort(id, migration)
+        """Requests the end of a migration."""
+        with self.translating(f"abort migration {migration} of server {id}"):
+            self._nova_2_87.server_migrations.live_migration_abort(id, migration)
 
 
-class Cloud(Fleet):
+class Cloud(Compute):
     """One OpenStack cloud. Every method raises CloudError."""
 
     def __init__(self, label: str, creds: Mapping[str, Any], glance_endpoint: str = "") -> None:
         self.label, self.url = label, str(creds["auth_url"])
-        with self.wall("sign in"):
+        with self.translating("sign in"):
             self._open(dict(creds), glance_endpoint)
 
     def _open(self, creds: dict[str, Any], glance_endpoint: str) -> None:
@@ -3186,7 +3186,7 @@ class Cloud(Fleet):
 
         own = {key: creds.pop(key) for key in SESSION_KEYS if key in creds}
         loader: Any = loading.get_plugin_loader(own.get("auth_type", "password"))
-        known = {option.dest for option in loader.get_options()}
+        known = {one.dest for one in loader.get_options()}
         for key in creds.keys() - known:
             raise UsageError(f"credentials of the {self.label} cloud: unknown entry {key!r}{did_you_mean(key, known)}",
                              f"known: {', '.join(sorted(known))}")
@@ -3195,74 +3195,74 @@ class Cloud(Fleet):
         auth, patience = loader.load_from_options(**creds), float(own.get("timeout", 60))
         opened = session.Session(auth=auth, verify=verify, cert=cert, timeout=patience, app_name="migrena")
         opened.session.hooks["response"].append(self._count)
-        opened.get(self.url, authenticated=False, raise_exc=False, timeout=min(MUTE_AFTER, patience))
-        auth.get_access(opened)  # a wrong password shows here, and not in the middle
+        opened.get(self.url, authenticated=False, raise_exc=False, timeout=min(KEYSTONE_TIMEOUT, patience))
+        auth.get_access(opened)  # detects a wrong password now
         region, interface = own.get("region_name"), str(own.get("interface", own.get("endpoint_type", "public"))).removesuffix("URL")
         where: Any = {"region_name": region, "interface": interface}
         nova: Any = partial(nova_client.Client, session=opened, region_name=region, endpoint_type=interface)
         newest = api_versions.discover_version(nova("2.1"), api_versions.APIVersion("2.latest"))
         self._nova, self._version = nova(newest), (newest.ver_major, newest.ver_minor)
-        self._calm = nova(min(newest, api_versions.APIVersion("2.87")))
+        self._nova_2_87 = nova(min(newest, api_versions.APIVersion("2.87")))
         self._placement = lambda path: opened.get(path, endpoint_filter={"service_type": "placement", **where}).json()
         self.store = ImageStore(self, GlanceClient("2", session=opened, endpoint=glance_endpoint or None, **where))
         self.identity = {"nova": str(opened.get_endpoint(service_type="compute", **where)), "region": region or "",
                          "project": str(opened.get_project_id() or "")}
 
-    def look(self, id: str, *, is_patient: bool = True) -> Server | None:
-        """An instance as it is now, None where it does not exist; raises CloudError where credentials might only not see it."""
+    def find_server(self, id: str, *, is_patient: bool = True) -> Server | None:
+        """An instance as it is now, None if it does not exist; raises CloudError if these credentials may just not see it."""
         with ignoring(404):
-            return self.steady_server(id) if is_patient else self.server(id)
+            return self.server_retrying(id) if is_patient else self.server(id)
         if self.sees_hosts():
             return None
-        raise self.error(f"server {id} is not there, or not shown to these credentials", code=403)
+        raise self.error(f"server {id} does not exist, or these credentials may not see it", code=403)
 
     def actions(self, id: str) -> list[Action]:
-        """What Nova was asked to do with an instance, the newest first."""
-        found = self.insist(f"show actions of server {id}", lambda: self._nova.instance_action.list(id))
+        """An instance's actions, newest first."""
+        found = self.retrying(f"show actions of server {id}", lambda: self._nova.instance_action.list(id))
         return [Action(one.request_id, one.action, str(one.start_time), getattr(one, "message", None) == "Error",
                        seconds_between(one.start_time, getattr(one, "updated_at", None))) for one in found]
 
     def _request(self, id: str, answer: object) -> str:
-        """The request of an answer; where that was lost, the latest one about this instance."""
+        """The request id of an answer; if that was lost, the instance's last one."""
         known = [action.request for action in self.actions(id)]
         return next((request for request in (*getattr(answer, "request_ids", ()), *known) if request in known), "")
 
     def servers_named(self, name: str) -> list[Server]:
-        """The instances of this project that have exactly this name."""
+        """The project's instances with exactly this name."""
         return [server for server in self.servers(name=f"^{re.escape(name)}$") if server.name == name]
 
     def made_by(self, run: str, origin: str) -> list[Server]:
-        """The instances that a run has made, by its marks; without a run all that were made of `origin`; never that itself."""
+        """The instances that a run made, by its marks, or without a run all made from `origin`; never `origin` itself."""
         return [server for server in self.servers() if server.id != origin and (runs := {MADE, DONE} & server.metadata.keys()) and (
             run in {server.metadata[key] for key in runs} if run else server.metadata.get(ORIGIN) == origin)]
 
     def sees_hosts(self) -> bool:
-        """Whether these credentials are an admin's, who is told on which host an instance is."""
-        with ignoring(401, 403), self.wall("list hypervisors"):
+        """Whether these are admin credentials, which show an instance's host."""
+        with ignoring(401, 403), self.translating("list hypervisors"):
             self._nova.hypervisors.list(detailed=False)
             return True
         return False
 
     def limits(self) -> dict[str, int]:
-        """The project's quota and what is used of it, by Nova's names."""
-        with self.wall("show limits"):
+        """The project's quota and its use, by Nova's names."""
+        with self.translating("show limits"):
             return {limit.name: limit.value for limit in self._nova.limits.get().absolute}
 
     def create(self, name: str, image: str, flavor: str, extra: Mapping[str, Any], marks: Mapping[str, str]) -> str:
-        """The id of a new instance that is being built, with these marks in its metadata."""
-        with self.wall(f"create server {name}"):
+        """Requests a new instance with these marks in its metadata; returns its id."""
+        with self.translating(f"create server {name}"):
             return str(self._nova.servers.create(name, image, flavor, **self._arguments(extra, marks)).id)
 
     def refuses(self, extra: Mapping[str, Any]) -> str:
         """Why Nova cannot be asked for such an instance: its version, or a key pair; empty where it can."""
-        trial = copying.copy(self._nova.servers)
-        trial._create = lambda *body, **more: None  # all is done but the sending
+        trial = copy.copy(self._nova.servers)
+        trial._create = lambda *body, **more: None  # does everything but send
         try:
             trial.create("", "", "", **self._arguments(extra, {}))
         except (AttributeError, TypeError, ValueError) as error:
             return shorten(str(error))
         if key := extra.get("key_name"):
-            with ignoring(404), self.wall(f"show key pair {key}"):
+            with ignoring(404), self.translating(f"show key pair {key}"):
                 self._nova.keypairs.get(key)
                 return ""
             return f"the user of these credentials has no key pair {key!r}"
@@ -3274,77 +3274,77 @@ class Cloud(Fleet):
         return {**default, **given, "meta": {**given.get("meta", {}), **marks}}
 
     def delete(self, id: str) -> None:
-        """Deletes an instance and waits until it is gone; raises CloudError when Nova fails five times or for half an hour."""
+        """Deletes an instance and waits until it is gone; raises CloudError after five failures or half an hour."""
         refused, asked, limit = 0, 0.0, time.monotonic() + UNCHANGED_LIMIT
         for _ in self.polls():
-            server = self.look(id)
+            server = self.find_server(id)
             if not server or server.status == "DELETED":
                 return
             is_deleting = server.task == "deleting"
             if time.monotonic() > limit or (refused == 5 and not is_deleting):
-                raise self.error(f"server {id} is not deleted: {server.fault or 'Nova gives no reason'}")
-            if not is_deleting or time.monotonic() > asked + 30:  # Nova ignores a repeated request, until it takes the host for dead
-                is_kept = server.status == "SOFT_DELETED"  # with its disk, for a while
+                raise self.error(f"server {id} was not deleted: {server.fault or 'Nova gives no reason'}")
+            if not is_deleting or time.monotonic() > asked + 30:  # Nova ignores repeated requests until the host counts as down
+                is_kept = server.status == "SOFT_DELETED"  # its disk still exists
                 ask = self._nova.servers.force_delete if is_kept else self._nova.servers.delete
                 with ignoring(404):
-                    self.insist(f"delete server {id}", partial(ask, id))
+                    self.retrying(f"delete server {id}", partial(ask, id))
                 refused, asked = refused + (not is_deleting), time.monotonic()
 
     def stop(self, id: str, changed: Callable[[Server], None]) -> str:
-        """Stops an instance that is not stopped already, and gives the request that did."""
-        answer = self.insist(f"stop server {id}", lambda: self.server(id).is_stopped or self._nova.servers.stop(id))
+        """Stops an instance unless it is stopped; returns the request id."""
+        answer = self.retrying(f"stop server {id}", lambda: self.server(id).is_stopped or self._nova.servers.stop(id))
         self.wait(id, lambda server: server.is_stopped, changed)
         return self._request(id, answer)
 
     def start(self, id: str, changed: Callable[[Server], None]) -> Server:
-        """An instance that was started; raises CloudError with the reason from os-instance-actions."""
+        """Starts an instance; raises CloudError with the reason from os-instance-actions."""
         def is_started(server: Server) -> bool:
             if server.is_stopped and (why := self.why_failed(id, "start")):
                 raise self.error(f"server {id} did not start: {why}")
             return server.is_running
 
-        self.insist(f"start server {id}", lambda: self.server(id).is_running or self._nova.servers.start(id))
+        self.retrying(f"start server {id}", lambda: self.server(id).is_running or self._nova.servers.start(id))
         return self.wait(id, is_started, changed)
 
     def restart(self, id: str, changed: Callable[[Server], None]) -> None:
-        """Starts an instance, be it in the middle of a stop."""
+        """Starts an instance, even one that is being stopped."""
         self.wait(id, lambda server: not server.task, changed)
         self.start(id, changed)
 
     def why_failed(self, id: str, action: str) -> str:
-        """Why the latest such action failed; empty where it did not, or not yet."""
+        """Why the last such action failed; empty if it did not, or not yet."""
         latest = next((known.request for known in self.actions(id) if known.name == action), "")
-        shown = latest and self.insist(f"show actions of server {id}", lambda: self._nova.instance_action.get(id, latest))
+        shown = latest and self.retrying(f"show actions of server {id}", lambda: self._nova.instance_action.get(id, latest))
         for event in getattr(shown, "events", None) or ():
             if event.get("result") == "Error":
                 return str(event.get("details") or event.get("traceback") or "Nova gives no details")
         return ""
 
     def lock(self, id: str, reason: str) -> str:
-        """Locks an instance against its users (not admins), and gives the request that did."""
+        """Locks an instance against its users (not admins); returns the request id."""
         reasons = {"reason": reason} if self._version >= (2, 73) else {}
-        return self._request(id, self.insist(f"lock server {id}", lambda: self._nova.servers.lock(id, **reasons)))
+        return self._request(id, self.retrying(f"lock server {id}", lambda: self._nova.servers.lock(id, **reasons)))
 
     def unlock(self, id: str) -> None:
-        self.insist(f"unlock server {id}", lambda: self._nova.servers.unlock(id))
+        self.retrying(f"unlock server {id}", lambda: self._nova.servers.unlock(id))
 
     def mark(self, id: str, marks: Mapping[str, str]) -> None:
-        self.insist(f"mark server {id}", lambda: self._nova.servers.set_meta(id, dict(marks)))
+        self.retrying(f"mark server {id}", lambda: self._nova.servers.set_meta(id, dict(marks)))
 
     def unmark(self, id: str, run: str, *keys: str) -> None:
-        """Takes a run's marks of these keys off an instance; where another run's mark is, all stays."""
+        """Removes a run's marks with these keys from an instance, or none if another run's mark is there."""
         def take() -> None:
             there = self.server(id).metadata
             if all(there.get(key, run) == run for key in keys if key != WAS) and (found := [key for key in keys if key in there]):
                 self._nova.servers.delete_meta(id, found)
 
-        self.insist(f"unmark server {id}", take)
+        self.retrying(f"unmark server {id}", take)
 
     def wait(self, id: str, ready: Callable[[Server], bool], changed: Callable[[Server], None]) -> Server:
-        """The instance when `ready`; raises CloudError when it goes to ERROR or nothing changes for half an hour."""
+        """The instance once it is `ready`; raises CloudError if it goes to ERROR or does not change for half an hour."""
         last, since = "", time.monotonic()
         for _ in self.polls():
-            server = self.steady_server(id)
+            server = self.server_retrying(id)
             if ready(server):
                 return server
             changed(server)
@@ -3353,13 +3353,13 @@ class Cloud(Fleet):
             if last != (last := f"{server.status} {server.task}"):
                 since = time.monotonic()
             if time.monotonic() - since > UNCHANGED_LIMIT:
-                raise self.error(f"server {id} has been {last} for {span(UNCHANGED_LIMIT)}")
+                raise self.error(f"server {id} has been {last} for {duration(UNCHANGED_LIMIT)}")
         raise AssertionError("polls never end")
 
 
 @contextmanager
-def nothing_touched() -> Iterator[None]:
-    """A scope that only looks at clouds: a CloudError is a refusal."""
+def refusing() -> Iterator[None]:
+    """A scope that changes nothing: a CloudError is a refusal."""
     try:
         yield
     except CloudError as error:
@@ -3367,7 +3367,7 @@ def nothing_touched() -> Iterator[None]:
 
 
 def both_clouds(settings: Settings, environment: Mapping[str, str]) -> tuple[Cloud, Cloud]:
-    """Source and destination; raises Refused with every reason why one cannot be reached."""
+    """Source and destination; raises Refused with all reasons if one cannot be reached."""
     creds = [credentials(side, settings, environment) for side in ("src", "dst")]
     with ThreadPoolExecutor(2) as pool:
         opening = [pool.submit(Cloud, "source", creds[0]), pool.submit(Cloud, "destination", creds[1], settings.dst_glance_endpoint)]
@@ -3378,28 +3378,28 @@ def both_clouds(settings: Settings, environment: Mapping[str, str]) -> tuple[Clo
 
 # ---- 9. Disks --------------------------------------------------------------------------------------------------------
 
-# Each tool with the packages that bring it: Debian's, and those of RPM distributions.
+# Each tool with its packages: Debian's, and those of RPM distributions.
 PACKAGES: Final = {"qemu-img": ("qemu-utils", "qemu-img"), "qemu-nbd": ("qemu-utils", "qemu-img"),
                    "nbd-server": ("nbd-server", "nbd"), "nbd-client": ("nbd-client", "nbd"), "modprobe": ("kmod", "kmod"),
                    "python3": ("python3", "python3"), "timeout": ("coreutils", "coreutils"), "ss": ("iproute2", "iproute"),
                    "ip": ("iproute2", "iproute"), "flock": ("util-linux", "util-linux"),
                    "virsh": ("libvirt-clients", "libvirt-client")}
-# On both hosts, whatever the transport.
+# On both hosts, for any transport.
 NEEDED: Final = ("qemu-img", "qemu-nbd", "virsh", "python3", "timeout", "flock", "ss", "ip")
 
-# $1 device or empty, $2 a file for what nbd-client says, then nbd-client's words. Prints the device and holds it.
+# $1 device or empty, $2 a file for nbd-client's output, then nbd-client's words. Prints the device and keeps it attached.
 LEASED_DEVICE: Final = HOLD + """
 device=$1; said=$2; shift 2
 state=/sys/block/${device#/dev/}
 [ -e /sys/block/nbd0 ] || modprobe nbd || exit
 if [ -n "$device" ]; then
   [ -b "$device" ] || { echo "$device does not exist" >&2; exit 1; }
-  [ "$(cat "$state/size")" = 0 ] && [ ! -e "$state/pid" ] || { echo "$device is in use by someone else" >&2; exit 1; }
+  [ "$(cat "$state/size")" = 0 ] && [ ! -e "$state/pid" ] || { echo "$device is in use" >&2; exit 1; }
 fi
 connect() { timeout 60 "$@" ${device:+"$device"} </dev/null >"$said" 2>&1; }
 connect "$@" || connect "$@" || { cat "$said" >&2; echo "nbd-client did not connect" >&2; exit 1; }
 [ -n "$device" ] || device=$(sed -n 's,.*Connected \\(/dev/nbd[0-9]*\\).*,\\1,p' "$said")
-[ -b "$device" ] || { cat "$said" >&2; echo "nbd-client connected, but to no device that is there" >&2; exit 1; }
+[ -b "$device" ] || { cat "$said" >&2; echo "nbd-client connected, but its device does not exist" >&2; exit 1; }
 state=/sys/block/${device#/dev/}
 trap '' PIPE
 echo "$device $(cat "$state/size")"
@@ -3410,7 +3410,7 @@ while [ "$(cat "$state/size")" != 0 ] && [ "$n" -lt 100 ]; do n=$((n + 1)); slee
 [ "$n" -lt 100 ] || { echo "$device stays attached" >&2; exit 9; }
 """
 
-# $1 the disk, $2 the new file, $3 where the old one is kept. There is a disk at $1 at every moment.
+# $1 the disk, $2 the new file, $3 where to keep the old one. At every moment a disk is at $1.
 SWAP_IN: Final = """
 set -e
 chown --reference="$1" -- "$2"
@@ -3423,8 +3423,8 @@ sync "$(dirname "$1")"
 """
 
 
-# Ends with 0 where nobody writes to $1 any more: by the lock that our own writers share, and by qemu's, which $2 asks for.
-UNWRITTEN: Final = """
+# Succeeds if nobody writes to $1: tests the lock that our own writers share, and qemu's by opening $2.
+NO_WRITER: Final = """
 flock -n -- "$1" true || { echo "an earlier attempt still writes to $1" >&2; exit 1; }
 exec qemu-img info --image-opts "$2"
 """
@@ -3433,9 +3433,9 @@ VIRSH: Final = """
 virsh() { LC_ALL=C command virsh -q --connect qemu:///system "$@"; }
 """
 
-# All that libvirt says of the instance $1 whose disk is $2 by Nova, with a zero byte between its parts: the domain's XML,
-# of the running qemu while there is one; its state; names of checkpoints and snapshots; each disk's target, whether it is
-# that very file, and its block job (told on standard error); then the file's disk.info, and whether the file is there.
+# What libvirt knows of the instance $1 whose disk should be $2, parts separated by zero bytes: the domain's XML (the
+# live one if it runs); its state; names of checkpoints and snapshots; each disk's target, whether it is that
+# file, and its block job (printed on standard error); then Nova's disk.info, and whether the file exists.
 DOMAIN: Final = VIRSH + """
 part() { printf "\\000"; "$@" 2>/dev/null </dev/null; }
 virsh dumpxml "$1" || exit
@@ -3454,23 +3454,23 @@ exit 0
 """
 DOMAIN_STATE: Final = VIRSH + 'virsh domstate --reason "$1"'
 
-# What qemu-img check finds in the qcow2 file $1, whatever that is; it reads the tables alone, in 2.5 s those of 1 TiB.
+# qemu-img check of the qcow2 file $1, also if it finds errors; it reads only the tables, 2.5 s for 1 TiB.
 CHECK: Final = 'qemu-img check --output=json -f qcow2 -- "$1" || case $? in 2|3) ;; *) exit 1; esac'
 
 TARGET: Final = VIRSH + """
 target_of() { virsh domblklist "$1" | while read -r name file; do [ "$file" != "$2" ] || echo "$name"; done; }
 """
 
-# $1 the instance, $2 its disk, $3 the bitmap. Nova cannot undefine a domain of which libvirt knows a checkpoint: the bitmap alone stays.
+# $1 the instance, $2 its disk, $3 the bitmap. Nova cannot undefine a domain with a checkpoint, so only the bitmap is kept.
 ADD_BITMAP: Final = TARGET + """
 target=$(target_of "$1" "$2")
-[ -n "$target" ] || { echo "libvirt knows no disk $2 of $1" >&2; exit 1; }
+[ -n "$target" ] || { echo "libvirt has no disk $2 of $1" >&2; exit 1; }
 virsh checkpoint-create-as "$1" "$3" --diskspec "$target,checkpoint=bitmap,bitmap=$3" >&2 || exit
 virsh checkpoint-delete "$1" "$3" --metadata >&2
 """
 
-# $1 the instance, $2 its disk, $3 the bitmap, which need not be there. Of a running instance libvirt takes it out, told of the checkpoint again;
-# one that broke when qemu was killed has to wait until it is stopped.
+# $1 the instance, $2 its disk, $3 the bitmap, if any. In a running instance libvirt removes it, after the checkpoint is defined again;
+# one that broke when qemu was killed can be removed only once the instance is stopped.
 DROP_BITMAP: Final = TARGET + """
 domain=$1; disk=$2; bitmap=$3
 drop_from_file() {
@@ -3496,19 +3496,19 @@ drop() {
   return 1
 }
 n=0
-until said=$(drop 2>&1); do  # it may be starting or stopping just then
+until said=$(drop 2>&1); do  # it may be starting or stopping
   n=$((n + 1))
   [ "$n" -lt 15 ] || { echo "$said" >&2; exit 1; }
   sleep 1
 done
 """
 
-SAMPLE: Final = 8 * MiB  # what a rehearsal sends
-SLOW_WIRE: Final = 16 * MiB  # bytes per second; up to here zlib, with 30 to 50 MiB/s on one core, is not what the copy waits for
+SAMPLE: Final = 8 * MiB  # for the rehearsal
+SLOW_WIRE: Final = 16 * MiB  # bytes per second; below this zlib, at 30 to 50 MiB/s on one core, is not the bottleneck
 
 
 def tools_lacking(host: Host, tools: Collection[str] = tuple(PACKAGES)) -> list[str]:
-    """Which of these tools a host does not have, or only of too old a version."""
+    """Which of these tools a host lacks or has in too old a version."""
     if tools not in host.lacking:
         host.lacking[tools] = host.script(LACKING, *tools).splitlines()
     return host.lacking[tools]
@@ -3520,42 +3520,42 @@ Node = dict[str, str]  # one of qemu's block nodes, option by option
 
 
 def image_opts(node: Node) -> str:
-    """A node as one word for --image-opts, where a comma within a value is written twice."""
+    """A node as a word for --image-opts; commas in values are doubled."""
     return ",".join(f"{key}={value.replace(',', ',,')}" for key, value in node.items())
 
 
-def locked(path: str) -> str:
-    """A file for --image-opts that opens only while nobody writes to it, and that nobody can write to while it is open.
+def locked_opts(path: str) -> str:
+    """A file for --image-opts that can be opened only while nobody writes to it, and not be written to while it is open.
 
-    A raw node asks for no such lock by itself, so that blkdebug does: see `unshare-child-perms` in qemu's block-core.json.
+    A raw node takes no such lock itself, but blkdebug does: see `unshare-child-perms` in qemu's block-core.json.
     """
     return image_opts({"driver": "blkdebug", "image.driver": "file", "image.filename": path, "unshare-child-perms.0": "write",
                        "unshare-child-perms.1": "resize"})
 
 
-Layer = tuple[str, str]  # a file of a disk's chain, or what else it lies on, and its format
+Layer = tuple[str, str]  # a file or other storage of a disk's chain, and its format
 ENDED: Final = {"crashed": "the source's qemu was killed or crashed",
                 "destroyed": "the guest did not shut down in time and was powered off hard"}
 
 
 @dataclass(frozen=True)
 class Domain:
-    """What libvirt says of an instance: the truth about the file that should be its root disk."""
+    """What libvirt says about an instance and the file that should be its root disk; it overrides other sources."""
 
     id: str
     path: str  # of the root disk, by DISK_PATH
     xml: ElementTree.Element
-    disk: ElementTree.Element  # of the XML: the disk that is this file or stands on it, else the first
-    chain: tuple[Layer, ...]  # of that disk, from what the guest writes to down; of a running one to its end
-    state: str  # as "shut off (destroyed)"
-    metadata: Mapping[str, Sequence[str]]  # names of what libvirt keeps with the domain, by "checkpoint" and "snapshot"
-    job: str  # the block job that is under way on that disk
-    info: str  # the file's format by disk.info, as far as that tells
-    is_there: bool  # whether there is a file
+    disk: ElementTree.Element  # in the XML: the disk that is this file or has it as a base, else the first
+    chain: tuple[Layer, ...]  # of that disk, from the top down; complete if it runs
+    state: str  # such as "shut off (destroyed)"
+    metadata: Mapping[str, Sequence[str]]  # names by "checkpoint" and "snapshot"
+    job: str  # that disk's active block job
+    info: str  # the file's format by disk.info, if known
+    is_there: bool  # whether the file exists
 
     @property
     def format(self) -> str:
-        """The format in which the guest has the file."""
+        """The file's format as the guest's qemu opens it."""
         return dict(self.chain).get(self.path, "")
 
     @property
@@ -3568,7 +3568,7 @@ class Domain:
 
     @property
     def ended(self) -> str:
-        """What is to be known about the way in which its qemu ended."""
+        """A remark on how its qemu ended, or nothing."""
         return next((words for reason, words in ENDED.items() if reason in self.state), "")
 
 
@@ -3578,7 +3578,7 @@ def target_of(disk: ElementTree.Element) -> str:
 
 
 def chain_in(disk: ElementTree.Element) -> Iterator[Layer]:
-    """A disk's chain by its domain."""
+    """A disk's chain, from the domain's XML."""
     layer, format = disk, disk.find("driver")
     while (source := layer.find("source")) is not None:
         lies = source.get("file") or source.get("dev") or source.get("name") or ""
@@ -3589,12 +3589,12 @@ def chain_in(disk: ElementTree.Element) -> Iterator[Layer]:
 
 
 def domain_of(host: Host, id: str, path: str) -> Domain:
-    """What libvirt on a host says of an instance and of the file that should be its root disk."""
+    """What libvirt on a host says about an instance and the file that should be its root disk."""
     try:
         return host.script(DOMAIN, id, path).read(partial(domain_in, id, path))
     except CommandError as error:
-        raise HostError(f"{host.name}: libvirt tells nothing of {id}: {error.said}",
-                        "see there: virsh list --all; start a stopped instance that is not listed once") from error
+        raise HostError(f"{host.name}: libvirt gives no information on {id}: {error.said}",
+                        "see there: virsh list --all; an instance that is not listed must be started once") from error
 
 
 def in_its_folder(path: str) -> str:
@@ -3603,7 +3603,7 @@ def in_its_folder(path: str) -> str:
 
 
 def domain_in(id: str, path: str, printed: str) -> Domain:
-    """The same from what DOMAIN has printed; raises ValueError where that is something else."""
+    """A Domain from the output of DOMAIN; raises ValueError if it is something else."""
     xml, state, checkpoints, snapshots, disks, info, there = printed.split("\0")
     try:
         tree = ElementTree.fromstring(xml[xml.index("<domain"):])
@@ -3618,7 +3618,7 @@ def domain_in(id: str, path: str, printed: str) -> Domain:
     chain, known = tuple(chain_in(root)), None
     with suppress(ValueError, AttributeError):
         known = next((told for file, told in json.loads(info).items() if file.endswith(in_its_folder(path))), None)
-    names = {kind: [name for name in told.split("\n") if name and not name.startswith("migrena-")]  # ours come and go
+    names = {kind: [name for name in told.split("\n") if name and not name.startswith("migrena-")]  # not ours
              for kind, told in (("checkpoint", checkpoints), ("snapshot", snapshots))}
     under_way = job[1] if job else "" if mirror is None else f"block {mirror.get('job')}"
     return Domain(id, path, tree, root, ((path, chain[0][1]), *chain[1:]) if same else chain, state.strip(), names,
@@ -3626,37 +3626,37 @@ def domain_in(id: str, path: str, printed: str) -> Domain:
 
 
 def refuse_domain(host: Host, domain: Domain) -> list[Reason]:
-    """Why the file may not be copied as the instance's root disk, by what libvirt says."""
+    """Why libvirt's information forbids copying the file as the instance's root disk."""
     reasons, path = [], domain.path
     if other := misplaced(host, domain):
         reasons.append(other)
     elif domain.info not in ("", domain.format):
         reasons.append(Reason(
-            f"{host.name}: {path} is {domain.format} to its guest, says libvirt; {path}.info says {domain.info}",
-            "if the guest works, correct that file: whether Nova goes by it is a matter of the host"))
+            f"{host.name}: the format of {path} is {domain.format} by libvirt, {domain.info} by {path}.info",
+            "if the guest works, correct that file"))
     if domain.job:
         end = f"domjobabort {domain.id}" if domain.job == "Backup" else f"blockjob {domain.id} {domain.target} --abort"
-        reasons.append(Reason(f"{host.name}: a job is under way on the disk: {domain.job}",
-                              f"wait for its end, or: virsh {end}"))
+        reasons.append(Reason(f"{host.name}: a block job is active on the disk: {domain.job}",
+                              f"wait until it ends, or: virsh {end}"))
     return reasons + refuse_metadata(host, domain)
 
 
 def refuse_metadata(host: Host, domain: Domain) -> list[Reason]:
-    """What libvirt keeps with the domain, and Nova, which writes that anew at each start, cannot remove."""
+    """Checkpoints and snapshots: Nova redefines the domain at each start, which fails while it has any."""
     return [Reason(f"{host.name}: libvirt has a {kind} of the instance, {', '.join(names)}: "
-                   "once it is stopped, Nova cannot start it",
+                   "once stopped, Nova cannot start it",
                    "; ".join(f"virsh {kind}-delete {domain.id} {shlex.quote(name)} --metadata" for name in names))
             for kind, names in domain.metadata.items() if names]
 
 
 def misplaced(host: Host, domain: Domain) -> Reason | None:
-    """What the instance's root disk is where it is not the file that it should be."""
+    """What the instance's root disk is, if not the expected file."""
     path, way = domain.path, "make a snapshot of the instance and carry the image"
     if not domain.chain:
-        return Reason(f"{host.name}: the instance has no disk, says libvirt", "see there: virsh domblklist")
+        return Reason(f"{host.name}: by libvirt the instance has no disk", "see there: virsh domblklist")
     top, format = domain.chain[0]
     if top == path:
-        lost = Reason(f"{host.name}: there is no file {path}, though libvirt names it", "find out where it went")
+        lost = Reason(f"{host.name}: {path} is the disk by libvirt, but does not exist", "find out what happened to it")
         return None if domain.is_there else lost
     if domain.disk.get("type") == "network":
         return Reason(f"{host.name}: the disk is on Ceph ({top}), which migrena does not copy yet",
@@ -3664,21 +3664,21 @@ def misplaced(host: Host, domain: Domain) -> Reason | None:
     if domain.disk.get("type") == "block":
         return Reason(f"{host.name}: the disk is an LVM volume ({top}), which migrena does not copy yet", way)
     files = [file for file, _ in domain.chain]
-    with suppress(CommandError):  # of a stopped one libvirt need not know what lies below
+    with suppress(CommandError):  # libvirt may not list the bases of a stopped one
         files += [image.path for image in disk_chain(host, top, format, shared=True)]
     if path not in files:
         return Reason(f"{host.name}: the disk is {top}, not {path}",
                       "set DISK_PATH in config.py to that, with %s for the id")
     merge = f"virsh blockcommit {domain.id} {domain.target} --base {shlex.quote(path)} --active --pivot"
-    if domain.is_off:  # without --base it would go down into what Nova shares among instances
+    if domain.is_off:  # without -b it would commit into the base that instances share
         merge = (f"qemu-img commit -f {format} -b {shlex.quote(path)} {shlex.quote(top)}; "
-                 f"then start and stop it, so that Nova names {path} again")
-    return Reason(f"{host.name}: the guest writes to {top}, an external snapshot; {path} is what it was before",
+                 f"then start and stop it, so that Nova uses {path} again")
+    return Reason(f"{host.name}: the guest writes to {top}, an external snapshot; {path} is the state before it",
                   merge)
 
 
 def disk_chain(host: Host, path: str, format: str, *, shared: bool) -> tuple[DiskImage, ...]:
-    """A disk and its bases, by qemu-img info; raises CommandError where a guest runs on it, unless `shared`."""
+    """A disk and its bases, by qemu-img info; raises CommandError if a guest uses it, unless `shared`."""
     force = ("-U",) if shared else ()
     try:
         answer = host.run("qemu-img", "info", "--output=json", "--backing-chain", *force, "-f", format, path)
@@ -3686,8 +3686,8 @@ def disk_chain(host: Host, path: str, format: str, *, shared: bool) -> tuple[Dis
         lost = re.search(r"open '([^']+)': No such file", error.said)
         if not lost or lost[1] == path:
             raise
-        raise HostError(f"{host.name}: {path} stands on {lost[1]}, which is not there",
-                        "bring that file back first: Nova would put its image in that place, whatever was there") from error
+        raise HostError(f"{host.name}: {path} has the backing file {lost[1]}, which does not exist",
+                        "restore that file first: Nova would put its own image there") from error
     images = answer.read(lambda said: [_disk_image(node) for node in document_in(said) or [{}]])
     lengths = host.run("stat", "-L", "-c", "%s", "--", *(image.path for image in images)).read(
         lambda said: [int(length) for _, length in zip(images, said.split(), strict=True)])
@@ -3697,7 +3697,7 @@ def disk_chain(host: Host, path: str, format: str, *, shared: bool) -> tuple[Dis
 def _disk_image(node: Mapping[str, Any]) -> DiskImage:
     details = node.get("format-specific", {}).get("data", {})
     flaws = {"internal snapshots": node.get("snapshots"), "encryption": node.get("encrypted") or details.get("encrypt"),
-             "an external data file": details.get("data-file"), "the mark that it is corrupt": details.get("corrupt")}
+             "an external data file": details.get("data-file"), "the corrupt flag": details.get("corrupt")}
     return DiskImage(path=node["filename"], format=node["format"], size=int(node["virtual-size"]), length=0, allocated=int(node["actual-size"]),
                      backing=node.get("full-backing-filename", node.get("backing-filename", "")),
                      backing_format=node.get("backing-filename-format", ""),
@@ -3706,24 +3706,24 @@ def _disk_image(node: Mapping[str, Any]) -> DiskImage:
 
 
 def survey_disk(host: Host, instance: str, path: str, *, shared: bool) -> Disk:
-    """What can be seen of an instance's root disk; raises HostError for LVM, Ceph and disks that are not there."""
+    """Facts about an instance's root disk; raises HostError for LVM, Ceph and missing disks."""
     domain = domain_of(host, instance, path)
     reasons = refuse_domain(host, domain)
     if shared and domain.is_off:
-        reasons.append(Reason(f"{host.name}: the instance runs, says Nova; it is {domain.state}, says libvirt",
+        reasons.append(Reason(f"{host.name}: the instance runs by Nova, but is {domain.state} by libvirt",
                               f"openstack server reboot --hard {instance}, or openstack server stop {instance}"))
     if reasons:
         raise HostError.of(reasons)
     if not shared:
-        host.run("qemu-img", "info", "--image-opts", locked(path))
+        host.run("qemu-img", "info", "--image-opts", locked_opts(path))
     chain = disk_chain(host, path, domain.format, shared=shared)
     require_chain(host, domain, chain)
     top = chain[0] if shared else checked(host, chain[0])
-    if domain.disk.find(".//encryption") is not None and not top.flaws:  # of a raw file, which does not show it
+    if domain.disk.find(".//encryption") is not None and not top.flaws:  # a raw file does not show it
         top = replace(top, flaws=("encryption",))
     chain, guest_bytes = (top, *chain[1:]), 0
     names = host.run("ls", "-A", "--", path.rpartition("/")[0]).split("\n")
-    if not any(image.flaws for image in chain):  # what is flawed may not even open
+    if not any(image.flaws for image in chain):  # else it may not even open
         words = ("qemu-img", "measure", "--output=json", "-U", "-O", "qcow2", "-f", top.format, path)
         measured = host.run(*words, seconds=600)
         guest_bytes = measured.read(lambda said: int(document_in(said)["required"]))
@@ -3736,17 +3736,17 @@ def survey_disk(host: Host, instance: str, path: str, *, shared: bool) -> Disk:
 
 
 def require_chain(host: Host, domain: Domain, chain: Sequence[DiskImage]) -> None:
-    """Raises HostError where the file names other bases than the running qemu has open below it."""
-    if any(not len(below) for below in domain.disk.iter("backingStore")):  # told to its end
+    """Raises HostError if the file names other bases than the running qemu has open."""
+    if any(not len(below) for below in domain.disk.iter("backingStore")):  # a complete chain
         has, names = [[(os.path.normpath(file), format) for file, format in below]
                       for below in (domain.chain[1:], [(image.path, image.format) for image in chain[1:]])]
         if has != names:
-            raise HostError(f"{host.name}: below {domain.path} the guest's qemu has {has}, the file names {names}",
-                            "find out who changed that (qemu-img rebase, virsh blockpull)")
+            raise HostError(f"{host.name}: {domain.path} has the bases {has} in the guest's qemu, but {names} in the file",
+                            "find out what changed them (qemu-img rebase, virsh blockpull)")
 
 
 def checked(host: Host, image: DiskImage) -> DiskImage:
-    """A file that nobody writes to, with what qemu-img check finds wrong with it."""
+    """A file that nobody writes to, with the errors that qemu-img check finds."""
     if image.format != "qcow2" or image.flaws:
         return image
     found = host.work("sh", "-c", CHECK, "migrena", image.path, stall=3600).read(document_in)
@@ -3755,19 +3755,19 @@ def checked(host: Host, image: DiskImage) -> DiskImage:
 
 
 def free_space(host: Host, path: str) -> int:
-    blocks, block = host.run("stat", "-f", "-c", "%a %S", "--", path).read(lambda said: numbers_in(said, 2)[0])
-    return blocks * block
+    free, block = host.run("stat", "-f", "-c", "%a %S", "--", path).read(lambda said: numbers_in(said, 2)[0])
+    return free * block
 
 
 def same_content(one: tuple[Host, DiskImage], other: tuple[Host, DiskImage], stall: float) -> bool:
-    """Whether two files hold the same bytes, by the digests of all their blocks."""
+    """Whether two files have the same content, by the digests of all blocks."""
     (here, image), (there, known) = one, other
     return (image.length, image.format) == (known.length, known.format) and same_digests(
         (here, image.path), (there, known.path), image.length, stall)
 
 
 def same_digests(one: tuple[Host, str], other: tuple[Host, str], length: int, stall: float) -> bool:
-    here, there = at_once(*(partial(digests, host, path, 0, length, stall) for host, path in (one, other)))
+    here, there = in_parallel(*(partial(digests, host, path, 0, length, stall) for host, path in (one, other)))
     return here == there
 
 
@@ -3777,12 +3777,12 @@ def blocks(verb: str, where: str, offset: int, length: int, *more: int | str) ->
 
 def digests(host: Host, where: str, offset: int, length: int, stall: float, *more: int | str,
             before: Sequence[str] = ()) -> dict[int, str]:
-    """The digest of each block that is not all zeros, by its number; `where` is a file, or qemu's node in JSON."""
+    """The digests of the blocks that are not all zeros, by number; `where`: a file, or a node in JSON."""
     return host.work(*before, *blocks("digest", where, offset, length, *more), stall=stall).read(_digests_in)
 
 
 def _digests_in(printed: str) -> dict[int, str]:
-    """The digests, without the signs of life between them."""
+    """The digests, without the lines that show progress."""
     lines = printed.replace(".\n", "")
     if not re.fullmatch(r"(?:\d+ [0-9a-f]{64}\n)*", lines):
         raise ValueError("a line is not a block and its digest")
@@ -3796,19 +3796,19 @@ def lines_of(found: Mapping[int, str]) -> bytes:
 @contextmanager
 def served_here(host: Host, folder: str, name: str, *words: str,
                 before: Sequence[str] = ()) -> Iterator[tuple[Lease, Node]]:
-    """A qemu-nbd on a socket in our private folder, and its node; raises CommandError where it does not serve."""
+    """A qemu-nbd on a socket in our private folder, and its node; raises CommandError if it does not start."""
     socket_file, pidfile = f"{folder}/{name}.sock", f"{folder}/{name}.pid"
     with host.daemon(pidfile, *before, "qemu-nbd", "-t", "-k", socket_file, f"--pid-file={pidfile}", *words) as lease:
         yield lease, {"driver": "nbd", "server.type": "unix", "server.path": socket_file}
 
 
 def held(host: Host, path: str, folder: str) -> AbstractContextManager[tuple[Lease, Node]]:
-    """Holds qemu's lock on a disk by a qemu-nbd: nobody writes to it; raises CommandError where somebody does."""
-    return served_here(host, folder, "hold", "-r", "--image-opts", locked(path))
+    """Holds qemu's lock on a disk with a qemu-nbd, so that nobody writes to it; raises CommandError if somebody does."""
+    return served_here(host, folder, "hold", "-r", "--image-opts", locked_opts(path))
 
 
 class DiskLocks(ExitStack):
-    """qemu's locks on both disks of a copy, each held by a qemu-nbd until it is released: no guest starts on either."""
+    """qemu's locks on both disks of a copy, each held by a qemu-nbd until released: no guest can start on them."""
 
     def __init__(self, run: str) -> None:
         super().__init__()
@@ -3816,7 +3816,7 @@ class DiskLocks(ExitStack):
         self._held: dict[tuple[str, str], tuple[ExitStack, Lease, Callable[[], object]]] = {}
 
     def hold(self, host: Host, path: str) -> Lease:
-        """Holds a disk, again where a connection has lost it. Raises FinalError where somebody has it open."""
+        """Locks a disk, or again after a lost connection. Raises FinalError if somebody has it open."""
         place = host.name, path
         if place in self._held and self._holds(place):
             return self._held[place][1]
@@ -3827,20 +3827,20 @@ class DiskLocks(ExitStack):
                 lease, _ = stack.enter_context(held(host, path, folder))
             except CommandError as error:
                 raise FinalError(f"{host.name}: {path} is in use: {error.said}", "find out who has it open (virsh list, lsof)") from error
-            alive = 'readlink "/proc/$(cat "$1")/exe"'  # kill -0 would also find one that has ended and was not waited for yet
+            alive = 'readlink "/proc/$(cat "$1")/exe"'  # kill -0 would also find a zombie
             self._held[place] = self.enter_context(stack.pop_all()), lease, partial(host.script, alive, f"{folder}/hold.pid")
         return lease
 
     def _holds(self, place: tuple[str, str]) -> bool:
         _, lease, see_it = self._held[place]
-        return can_be(partial(lease.check, is_running=True), HostError) and can_be(see_it, HostError)
+        return does_succeed(partial(lease.check, is_running=True), HostError) and does_succeed(see_it, HostError)
 
     def check(self) -> None:
         """Raises HostError where a lock is lost; both hosts are asked at the same time."""
         with ThreadPoolExecutor() as pool:
-            held = zip(self._held, pool.map(self._holds, self._held), strict=True)
-        for host, path in (place for place, holds in held if not holds):
-            raise HostError(f"{host}: the qemu-nbd that held the lock on {path} ended by itself", "run it again")
+            asked = {place: pool.submit(self._holds, place) for place in self._held}
+        for host, path in (place for place, holds in asked.items() if not holds.result()):
+            raise HostError(f"{host}: the qemu-nbd that locked {path} ended", "run it again")
 
     def release(self, host: str, path: str) -> None:
         if place := self._held.pop((host, path), None):
@@ -3849,7 +3849,7 @@ class DiskLocks(ExitStack):
 
 @dataclass(frozen=True)
 class Export:
-    """Where a disk is served over NBD, and under which name."""
+    """An NBD export: address, port and name."""
 
     address: str
     port: int
@@ -3858,7 +3858,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Ends:
-    """Both hosts of a copy, each with its private folder, and the address the destination comes from."""
+    """Both hosts of a copy, their private folders, and the destination's address as the source sees it."""
 
     source: Host
     destination: Host
@@ -3873,21 +3873,21 @@ class Ends:
 
 
 def route(host: Host, to: str) -> dict[str, str]:
-    """How a host reaches another, as `ip route get` tells it: "dev", "prefsrc"; empty where it does not."""
+    """A host's route to an address, by `ip route get`: "dev", "prefsrc"; empty if unknown."""
     with suppress(CommandError, ValueError, LookupError):
         return dict(document_in(host.run("ip", "-json", "route", "get", to))[0])
     return {}
 
 
 def received(ends: Ends) -> int:
-    """Bytes that the destination's interface towards the source has received, for whomever; 0 where it cannot tell."""
+    """Bytes received by the destination's interface towards the source, of all connections; 0 if unknown."""
     with suppress(CommandError, ValueError):
         return int(ends.destination.run("cat", f"/sys/class/net/{ends.device}/statistics/rx_bytes")) if ends.device else 0
     return 0
 
 
 def certificates(server: str) -> dict[str, dict[str, bytes]]:
-    """PEM files for `server` and `client`, for this run alone: a CA and a certificate each, valid for any copy."""
+    """PEM files for `server` and `client`, for this run alone: a CA and a certificate each."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -3916,10 +3916,10 @@ def certificates(server: str) -> dict[str, dict[str, bytes]]:
 
 @contextmanager
 def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple[Export, Lease]]:
-    """A file of the source, served read-only to the destination alone on a free port of the job, and its server."""
+    """A file of the source, served read-only to the destination alone on a free port, and its server."""
     host, name, failure = ends.source, f"migrena-{secrets.token_hex(8)}", None
     for number in job.settings.nbd_server_port:
-        taken = HostError(f"{host.name}: port {number} is taken", "set NBD_SERVER_PORT to a free one, or a range as in 2666-2697")
+        taken = HostError(f"{host.name}: port {number} is taken", "set NBD_SERVER_PORT to a free one, or a range such as 2666-2697")
         if job.transport == "nbd" and host.run("ss", "-Hltn", f"sport = :{number}").strip():  # nbd-server itself would not tell
             failure = taken
             continue
@@ -3939,7 +3939,7 @@ def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple
 
 
 def nbd_server(ends: Ends, job: DiskJob, place: Export, path: str) -> tuple[str, ...]:
-    """The words that start nbd-server on a file, for which its configuration is written: see nbd-server(5)."""
+    """Writes nbd-server's configuration for a file, see nbd-server(5); returns the command that starts it."""
     folder = ends.source_folder
     lines = ["[generic]", f"listenaddr = {place.address}", f"port = {place.port}", "allowlist = false"]
     if job.settings.tls:
@@ -3950,52 +3950,52 @@ def nbd_server(ends: Ends, job: DiskJob, place: Export, path: str) -> tuple[str,
     return ("nbd-server", "-C", f"{folder}/{place.port}.conf", "-p", f"{folder}/{place.port}.pid")
 
 
-def gentle(job: DiskJob) -> tuple[str, ...]:
-    """The words before a command on the source's host: a guest that runs there comes first with CPU and disk."""
+def low_priority(job: DiskJob) -> tuple[str, ...]:
+    """Words before a command on a running source's host: low priority for CPU and disk."""
     return ("nice", "-n", "15", "ionice", "-c", "2", "-n", "7") if job.is_live else ()
 
 
-def opened(path: str, format: str, *, is_live: bool) -> tuple[str, ...]:
-    """qemu-nbd's words for a disk; one that a guest has open is read without qemu's locks, and may be torn."""
+def disk_options(path: str, format: str, *, is_live: bool) -> tuple[str, ...]:
+    """qemu-nbd's arguments for a disk; one that a guest has open is read without locks, and may be inconsistent."""
     if not is_live:
         return ("-f", format, path)
     return ("--image-opts", image_opts({"driver": format, "file.driver": "file", "file.filename": path, "file.locking": "off"}))
 
 
 def serving(ends: Ends, job: DiskJob, place: Export, image: Layer, stack: ExitStack) -> tuple[str, ...]:
-    """The words that start what serves a disk: nbd-server, qemu-nbd, or what deflates for a qemu-nbd."""
+    """The command that serves a disk: nbd-server, qemu-nbd, or the compressor before a qemu-nbd."""
     folder, tls = ends.source_folder, job.settings.tls
     if job.transport == "nbd" and image[1] == "raw":
         return nbd_server(ends, job, place, image[0])
     pidfile = f"{folder}/{place.port}.pid"
     listening = (*PYTHON, program(listen), place.address, str(place.port), "" if tls else ends.client_address)
     cache = ("--cache=none", "--aio=native") if job.source_direct else ("--cache=writeback",)
-    words = ("-r", "-e", "8", "-x", place.name, *cache, *opened(*image, is_live=job.is_live))
+    words = ("-r", "-e", "8", "-x", place.name, *cache, *disk_options(*image, is_live=job.is_live))
     if job.compress:
-        _, node = stack.enter_context(served_here(ends.source, folder, "disk", *words, before=gentle(job)))
+        _, node = stack.enter_context(served_here(ends.source, folder, "disk", *words, before=low_priority(job)))
         words = "serve", pidfile, node["server.path"], folder if tls else "", "", ""
         return (*listening, *PYTHON, program(squeeze), *words)
-    own = (*creds(job, folder, "server"), *(("--tls-creds", "t") if tls else ()))
-    return (*gentle(job), *listening, "qemu-nbd", "-t", f"--pid-file={pidfile}", *own, *words)
+    own = (*tls_options(job, folder, "server"), *(("--tls-creds", "t") if tls else ()))
+    return (*low_priority(job), *listening, "qemu-nbd", "-t", f"--pid-file={pidfile}", *own, *words)
 
 
-def creds(job: DiskJob, folder: str, endpoint: str) -> tuple[str, ...]:
-    """The words that give qemu the run's certificates, under the name t; none where TLS is not wanted."""
+def tls_options(job: DiskJob, folder: str, endpoint: str) -> tuple[str, ...]:
+    """qemu's arguments for the run's certificates, with the id t; none without TLS."""
     words = "--object", f"tls-creds-x509,id=t,dir={folder},endpoint={endpoint},verify-peer=yes"
     return words if job.settings.tls else ()
 
 
 @contextmanager
 def reached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[Node]:
-    """The export, `length` bytes long, as qemu's node at the destination."""
+    """The export of `length` bytes as a node at the destination."""
     host, folder, place = ends.destination, ends.destination_folder, (export.address, str(export.port))
-    if job.transport == "nbd":  # the device is detached, and its end awaited, with the scope
+    if job.transport == "nbd":  # detached at the scope's end
         tls = ("-certfile", f"{folder}/client-cert.pem", "-keyfile", f"{folder}/client-key.pem",
                "-cacertfile", f"{folder}/ca-cert.pem", "-tlshostname", export.address) if job.settings.tls else ()
         words = ("nbd-client", "-N", export.name, "-R", "-timeout", "30", *tls, *place)
         with host.lease(LEASED_DEVICE, *words, given=(job.settings.nbd_device, f"{folder}/attached")) as lease:
             device, size = lease.line(150.0).read(lambda said: (said.split()[0], int(said.split()[1]) * 512))
-            if size != length // 512 * 512:  # an unconnected device has size 0, and reading it succeeds
+            if size != length // 512 * 512:  # an unconnected device has size 0, and reads succeed
                 raise HostError(f"{host.name}: {device} shows {size:,} bytes of the export's {length:,}")
             yield {"driver": "host_device", "filename": device, "cache.direct": "on"}
         return
@@ -4010,13 +4010,13 @@ def reached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[N
 
 
 def rehearse(ends: Ends, job: DiskJob) -> float:
-    """Sends random bytes the whole way while the source still runs, which proves ports, certificates, tools and device.
+    """Sends random bytes the same way as the disk, while the source still runs, to test ports, certificates, tools and device.
 
-    Gives the bytes per second; where they are few and decide about compression, those of the wire alone.
+    Returns bytes per second, for a slow network that decides on compression without the command's start.
     """
     sample, arrived = f"{ends.source_folder}/sample", f"{ends.destination_folder}/sample"
     ends.source.script('umask 077; head -c "$2" /dev/urandom > "$1"', sample, str(SAMPLE))
-    trial, options = replace(job, source_direct=False), creds(job, ends.destination_folder, "client")
+    trial, options = replace(job, source_direct=False), tls_options(job, ends.destination_folder, "client")
     try:
         with exported(ends, trial, sample, "raw") as (export, _), reached(ends, trial, export, SAMPLE) as node:
             def fetch(length: int) -> float:
@@ -4026,16 +4026,16 @@ def rehearse(ends: Ends, job: DiskJob) -> float:
                 return time.monotonic() - began
 
             rate = SAMPLE / fetch(SAMPLE)
-            if rate < SLOW_WIRE and job.may_be_compressed:  # or a host was busy just then: once more, without what the command's start takes
+            if rate < SLOW_WIRE and job.may_be_compressed:  # or the host was busy: measure again, without the command's start
                 start = fetch(SAMPLE // 1024)
                 rate = SAMPLE / max(fetch(SAMPLE) - start, 0.01)
     except CommandError as error:
         raise HostError(f"{ends.destination.name} cannot read from {ends.source.name} at {ends.source.nbd_address}: {error}",
-                        "see that the port is open between the hosts (NBD_SERVER_PORT), and set nbd_address in HOSTS if the "
-                        "traffic takes another network") from error
+                        "open the port between the hosts (NBD_SERVER_PORT), and set nbd_address in HOSTS if the "
+                        "traffic uses another network") from error
     sides = (ends.source, sample), (ends.destination, arrived)
     if not same_digests(*sides, SAMPLE, 90):
-        raise HostError(f"what {ends.source.name} sends is not what arrives at {ends.destination.name}: the rehearsal's digests differ")
+        raise HostError(f"data from {ends.source.name} arrives altered at {ends.destination.name}: the rehearsal's digests differ")
     for host, path in sides:
         host.run("rm", "-f", "--", path)
     return rate
@@ -4046,36 +4046,36 @@ def _cut(node: Node, offset: int, length: int) -> str:
 
 
 def _whole_sectors(length: int) -> int:
-    """The length as qemu sees it: rounded up to 512."""
+    """The length rounded up to 512, as qemu does."""
     return -(-length // 512) * 512
 
 
-Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]  # a scope for so many bytes; gives what takes those done so far
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]  # total bytes -> scope of a function that takes the bytes done
 
 
 @dataclass(frozen=True)
-class Witness:
-    """Who is told how far a disk has moved."""
+class Callbacks:
+    """Functions called during a copy."""
 
     progress: Progress
-    arrived: Callable[[Chunk, int], None] = lambda tile, done: None  # of each chunk, and of the bytes done so far
+    arrived: Callable[[Chunk, int], None] = lambda chunk, done: None  # with each chunk, and the bytes done so far
     check: Callable[[], object] = lambda: None  # called between chunks; may raise
 
 
-def stand_of(host: Host, path: str) -> str:
-    """Size, times and inode of a file, which every change of it changes; empty if it is gone."""
+def stat_of(host: Host, path: str) -> str:
+    """Size, times and inode of a file, to detect any change; empty if it is gone."""
     return host.script('[ ! -e "$1" ] || stat -c "%s %.Y %.Z %i" -- "$1"', path).strip()
 
 
-def require_stand(source: Host, job: DiskJob) -> None:
-    """Raises FinalError when the source's file is no longer as it stood when it had been stopped."""
-    stand = stand_of(source, job.source.path)
+def require_unchanged(source: Host, job: DiskJob) -> None:
+    """Raises FinalError if the source's file has changed since the source was stopped."""
+    stand = stat_of(source, job.source.path)
     if not stand:
         raise FinalError(f"{source.name}: {job.source.path} was deleted while it was being copied",
-                         "find out by whom; the copy that was begun is not whole")
+                         "find out by whom; the copy is incomplete")
     if stand != job.stand:
         raise FinalError(f"{source.name}: {job.source.path} was changed while it was being copied",
-                         "find out who has started the source, or has written to its disk or replaced it, and run migrena again")
+                         "find out who has started the source, or written to or replaced its disk, and run migrena again")
 
 
 @dataclass(frozen=True)
@@ -4093,77 +4093,77 @@ class Reading:
 
 @contextmanager
 def reading(ends: Ends, job: DiskJob) -> Iterator[Reading]:
-    """The source's disk, served to the destination; of a stopped source it is locked.
+    """The source's disk, served to the destination, and locked if the source is stopped.
 
-    Raises FinalError where somebody has it open, or has changed it by the scope's end.
+    Raises FinalError if somebody has it open, or has changed it by the scope's end.
     """
     with ExitStack() as stack:
         if not job.is_live:
-            require_stand(ends.source, job)
+            require_unchanged(ends.source, job)
         holds = () if job.is_live else (ends.locks.hold(ends.source, job.source.path),)
-        export, serving = stack.enter_context(exported(ends, job, job.source.path, job.export_format))
+        export, server = stack.enter_context(exported(ends, job, job.source.path, job.export_format))
         readable = stack.enter_context(seen_by_guest(ends, ends.source, job.source, job))
         node = stack.enter_context(reached(ends, job, export, job.length))
-        yield Reading(readable, node, (*holds, serving))
+        yield Reading(readable, node, (*holds, server))
         if not job.is_live:
-            require_stand(ends.source, job)
+            require_unchanged(ends.source, job)
             ends.locks.check()
-        serving.release()
+        server.release()
 
 
 @dataclass(frozen=True)
 class Known:
-    """What a pass of a warm copy tells: the digests of both ends, and the new file as it stood when they had been taken."""
+    """The result of a warm copy's pass: the digests of both ends, and stat_of() the new file after that."""
 
     here: Mapping[int, str]
     there: Mapping[int, str]
     stand: str = ""
-    unchanged: frozenset[int] = frozenset()  # blocks that no guest has written to since, by a dirty bitmap
+    unchanged: frozenset[int] = frozenset()  # blocks not written to since, by the dirty bitmap
 
 
 NOTHING_KNOWN: Final = Known({}, {})
 
 
-def move_disk(ends: Ends, job: DiskJob, witness: Witness, known: Known = NOTHING_KNOWN) -> tuple[Moved, Known]:
-    """Makes the new file equal to the source's disk, and proves it; of a source that runs, only tells what is known of both ends then.
+def move_disk(ends: Ends, job: DiskJob, callbacks: Callbacks, known: Known = NOTHING_KNOWN) -> tuple[Moved, Known]:
+    """Makes the new file equal to the source's disk and verifies it; while the source runs, returns both digests for the next pass.
 
-    A new file that is there already is gone on with: what differs, by the digests of both ends, is sent. What is `known` counts only where
-    that file is still as it was. Raises HostError when a host, a command or the proof fails.
+    If the new file exists already, only blocks whose digests differ are sent. `known` counts only if that file has not changed since.
+    Raises HostError if a host, a command or the verification fails.
     """
     began, destination = time.monotonic(), ends.destination
-    is_same = bool(known.stand) and stand_of(destination, job.new) == known.stand
-    before, is_there = at_once(partial(received, ends), partial(is_begun, destination, job))
+    is_same = bool(known.stand) and stat_of(destination, job.new) == known.stand
+    before, is_there = in_parallel(partial(received, ends), partial(is_begun, destination, job))
     is_rest = is_there and job.settings.warm
     known = known if is_there and is_same else NOTHING_KNOWN
     with reading(ends, job) as disk:
         here, there = compared(ends, job, disk, known) if is_there else ({}, {})
-        end = job.length if job.transport == "nbd" else _whole_sectors(job.length)  # a block device ends with its last whole sector
-        changed = as_pieces(differing(here, there), end)
-        held = changed if is_rest else pieces_held(ends.source, disk.readable, job)
+        end = job.length if job.transport == "nbd" else _whole_sectors(job.length)  # a block device has whole sectors only
+        changed = as_extents(differing(here, there), end)
+        extents = changed if is_rest else find_extents(ends.source, disk.readable, job)
         looked = time.monotonic()
-        digest = Flow(ends, job, disk, witness, there, is_new=not is_there).send(changed if is_there else held)
+        digest = ChunkSender(ends, job, disk, callbacks, there, is_new=not is_there).send(changed if is_there else extents)
         if is_there and digest and not job.is_live:
             require_equal(Chunk(0, job.length, 0), here, there)
             digest = hashlib.sha256(lines_of(here)).hexdigest()
-    moved = Moved(sum(count for _, count in held), received(ends) - before, digest, time.monotonic() - began, looked - began,
+    moved = Moved(sum(count for _, count in extents), received(ends) - before, digest, time.monotonic() - began, looked - began,
                   time.monotonic() - looked, is_rest, len(known.unchanged) * MiB)
-    return moved, Known(here, there, stand_of(destination, job.new)) if job.is_live else NOTHING_KNOWN
+    return moved, Known(here, there, stat_of(destination, job.new)) if job.is_live else NOTHING_KNOWN
 
 
 def compared(ends: Ends, job: DiskJob, disk: Reading, known: Known) -> tuple[dict[int, str], dict[int, str]]:
-    """The digests of the source's disk and of the new file; those of unchanged blocks stand, and the file's of the pass before."""
-    asked = as_pieces(set(range(-(-job.length // MiB))) - known.unchanged, job.length)
+    """The digests of the source's disk and of the new file; those known for unchanged blocks and from the last pass are used again."""
+    asked = as_extents(set(range(-(-job.length // MiB))) - known.unchanged, job.length)
     with threads_for(ends.destination, 1) as pool:
         again = [] if job.is_live and known.stand else asked
-        with unbroken():
+        with defer_signals():
             proving = pool.submit(digests_again, ends, ends.destination, job, known.there, again)
-        return digests_again(ends, ends.source, job, known.here, asked, disk.readable), outcome(proving)
+        return digests_again(ends, ends.source, job, known.here, asked, disk.readable), result_of(proving)
 
 
 def is_begun(destination: Host, job: DiskJob) -> bool:
-    """Whether there is a new file to go on with; else makes it. Raises CommandError while an earlier attempt writes."""
+    """Whether a new file exists to continue with; else makes one. Raises CommandError while an earlier attempt writes."""
     if destination.succeeds("test", "-f", job.new):
-        destination.script(UNWRITTEN, job.new, locked(job.new))
+        destination.script(NO_WRITER, job.new, locked_opts(job.new))
         with suppress(HostError):
             if job.new_format == "raw":
                 destination.run("truncate", "-s", str(_whole_sectors(job.length)), "--", job.new)
@@ -4181,7 +4181,7 @@ def seen_by_guest(ends: Ends, host: Host, image: DiskImage, job: DiskJob, *, is_
     if job.whole_file or image.format == "raw":
         yield image.path
         return
-    words = opened(image.path, image.format, is_live=job.is_live and host is ends.source)
+    words = disk_options(image.path, image.format, is_live=job.is_live and host is ends.source)
     words = (*(("--discard=unmap",) if is_written else ("-r", "-e", "8")), *words)
     with served_here(host, ends.folder(host), "guest", *words) as (_, node):
         yield json.dumps(node)
@@ -4194,62 +4194,62 @@ def make_new(destination: Host, job: DiskJob) -> None:
     destination.script('umask 077; rm -f -- "$1"; shift; "$@"', job.new, *create)
 
 
-def copy_chunk(ends: Ends, job: DiskJob, node: Node, tile: Chunk, show: Callable[[int], None]) -> None:
-    """One chunk from the export into the same place of a new file; raises HostError when nothing moves for the job's stall time."""
+def copy_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Callable[[int], None]) -> None:
+    """Copies a chunk from the export to the same offset of the new file; raises HostError if it stalls."""
     available = job.length // 512 * 512 if job.transport == "nbd" and job.whole_file else _whole_sectors(job.length)
-    length = min(_whole_sectors(tile.length), available - tile.offset)
+    length = min(_whole_sectors(chunk.length), available - chunk.offset)
     if length <= 0:
         return
-    node_of_new = {"driver": "file", "filename": job.new, "locking": "off"}  # qemu's own lock is for one writer; flock's is for all of ours
+    node_of_new = {"driver": "file", "filename": job.new, "locking": "off"}  # instead of qemu's lock for one writer, flock for all of ours
     if job.new_format != "raw":
         node_of_new = {"driver": job.new_format, "file.driver": "file", "file.filename": job.new}
-    options = creds(job, ends.destination_folder, "client")
+    options = tls_options(job, ends.destination_folder, "client")
     limit = job.settings.limit_rate
     rate = ("-r", str(limit)) if limit else ()
-    at_once = max(1, min(16, limit // (2 * MiB))) if limit else 16  # of 2 MiB, told as done when begun: no more than a second's worth
+    requests = max(1, min(16, limit // (2 * MiB))) if limit else 16  # requests of 2 MiB count as done when they begin: at most a second's worth
     cache = ("-T", "none", "-t", "none") if job.fresh_direct else ()
-    ends.destination.work("qemu-img", "convert", "-p", "-n", "-m", str(at_once), "-W", *cache, *rate, *options,
+    ends.destination.work("qemu-img", "convert", "-p", "-n", "-m", str(requests), "-W", *cache, *rate, *options,
                           "--image-opts", "--target-image-opts",
-                          _cut(node, tile.offset, length), _cut(node_of_new, tile.offset, length),
-                          stall=job.settings.stall_timeout, heard=share_of(tile.held, show), given=("flock", "-s", job.new))
+                          _cut(node, chunk.offset, length), _cut(node_of_new, chunk.offset, length),
+                          stall=job.settings.stall_timeout, on_output=progress_of(chunk.held, show), given=("flock", "-s", job.new))
 
 
-def share_of(total: int, show: Callable[[int], None]) -> Callable[[str], None]:
-    def heard(said: str) -> None:
+def progress_of(total: int, show: Callable[[int], None]) -> Callable[[str], None]:
+    def on_output(said: str) -> None:
         if shares := re.findall(r"\((\d+\.\d+)/100%\)", said):
             show(int(total * float(shares[-1]) / 100))
 
-    return heard
+    return on_output
 
 
-def pieces_held(source: Host, readable: str, job: DiskJob) -> list[Piece]:
-    printed = source.work(*gentle(job), *blocks("pieces", readable, 0, job.length), stall=600)
+def find_extents(source: Host, readable: str, job: DiskJob) -> list[Extent]:
+    printed = source.work(*low_priority(job), *blocks("extents", readable, 0, job.length), stall=600)
     return [(start, count) for start, count in printed.read(lambda said: numbers_in(said, 2))]
 
 
-def bring_chunk(ends: Ends, job: DiskJob, node: Node, tile: Chunk, show: Callable[[int], None]) -> None:
-    """Makes the new file equal to the export where the chunk has its pieces, whatever is there; raises HostError as `copy_chunk` does."""
+def patch_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Callable[[int], None]) -> None:
+    """Makes the new file equal to the export at the chunk's extents; raises HostError as `copy_chunk` does."""
     where, folder = node["filename"] if "filename" in node else json.dumps(node), ends.destination_folder
     with seen_by_guest(ends, ends.destination, job.new_image, job, is_written=True) as target:
-        listed = put_list(ends.destination, folder, tile.pieces)
-        words = blocks("bring", where, 0, job.length, job.settings.limit_rate, listed, target, folder)
-        ends.destination.work(*words, stall=job.settings.stall_timeout, heard=share_of(tile.held, show), given=("flock", "-s", job.new))
+        listed = put_list(ends.destination, folder, chunk.extents)
+        words = blocks("patch", where, 0, job.length, job.settings.limit_rate, listed, target, folder)
+        ends.destination.work(*words, stall=job.settings.stall_timeout, on_output=progress_of(chunk.held, show), given=("flock", "-s", job.new))
 
 
-def put_list(host: Host, folder: str, pieces: Sequence[Piece]) -> str:
-    name = f"{secrets.token_hex(8)}.pieces"
-    put_files(host, folder, {name: "".join(f"{start} {count}\n" for start, count in pieces).encode()})
+def put_list(host: Host, folder: str, extents: Sequence[Extent]) -> str:
+    name = f"{secrets.token_hex(8)}.extents"
+    put_files(host, folder, {name: "".join(f"{start} {count}\n" for start, count in extents).encode()})
     return f"{folder}/{name}"
 
 
 def put_files(host: Host, folder: str, files: Mapping[str, bytes]) -> None:
-    """Writes files, in this order, into a host's private folder."""
+    """Writes files into a host's private folder, in this order."""
     sizes = (word for name, content in files.items() for word in (name, str(len(content))))
     host.script(PRIVATE_FILES, folder, *sizes, stdin=b"".join(files.values()))
 
 
 def copy_tail(ends: Ends, job: DiskJob) -> None:
-    """Gives a new file that ends within a sector its exact length, and the last bytes, which no block device shows."""
+    """Sets the exact length of a new file that ends within a sector, and copies the last bytes, which a block device lacks."""
     tail = job.length % 512
     if job.new_format != "raw" or not tail:
         return
@@ -4265,12 +4265,12 @@ Digests = Future[dict[int, str]]
 
 @contextmanager
 def threads_for(host: Host, count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for commands on a host. A scope that fails ends all that the host does for us, and waits for none."""
+    """Threads for commands on a host. If the scope fails, all leases on the host are ended."""
     pool = ThreadPoolExecutor(count)
     try:
         yield pool
     except BaseException:
-        with unbroken():
+        with defer_signals():
             ending = threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": True})
             ending.start()
             for turn in itertools.takewhile(lambda _: ending.is_alive(), itertools.count()):
@@ -4281,98 +4281,98 @@ def threads_for(host: Host, count: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown()
 
 
-class Flow:
-    """Chunks on their way, the next while one ends: the source digests those of a new file meanwhile, the destination each afterwards."""
+class ChunkSender:
+    """Copies chunks in parallel; the source digests a new file's chunks meanwhile, the destination afterwards."""
 
-    def __init__(self, ends: Ends, job: DiskJob, disk: Reading, witness: Witness, there: dict[int, str], *, is_new: bool) -> None:
-        self._ends, self._job, self._disk, self._witness, self._there, self._is_new = ends, job, disk, witness, there, is_new
-        self._is_proven = job.settings.verify or job.settings.warm  # what is read of a running source proves nothing by itself
-        self._done: dict[Chunk, int] = {}  # how many bytes of each have arrived
-        self._open = deque[tuple[Chunk, Digests | None, Digests | None]]()  # those to be compared: of the source, and of the new file
+    def __init__(self, ends: Ends, job: DiskJob, disk: Reading, callbacks: Callbacks, there: dict[int, str], *, is_new: bool) -> None:
+        self._ends, self._job, self._disk, self._callbacks, self._there, self._is_new = ends, job, disk, callbacks, there, is_new
+        self._is_proven = job.settings.verify or job.settings.warm  # of a running source only digests count
+        self._done: dict[Chunk, int] = {}  # bytes arrived of each
+        self._unproven = deque[tuple[Chunk, Digests | None, Digests | None]]()  # to be compared: digests of source and new file
         self._whole = hashlib.sha256()
 
-    def send(self, pieces: Sequence[Piece]) -> str:
-        """The digest of both ends of a new file, when these pieces have arrived and are compared; empty where no proof was asked for."""
+    def send(self, extents: Sequence[Extent]) -> str:
+        """Copies and compares these extents; returns the digest of both ends of a new file, or nothing without verification."""
         job, (source, destination) = self._job, (self._ends.source, self._ends.destination)
-        for block in blocks_of(pieces):
+        for block in blocks_of(extents):
             self._there.pop(block, None)
-        least = max(SPAN, job.settings.limit_rate * 5 // MiB * MiB)  # between two that are held back nothing flows
-        hole = SPAN if job.transport == "nbd" else 0  # a block device has none, and its reader would be sent zeros
-        tiles = [tile for tile in chunks(job.length, pieces, job.chunk, least, hole) if tile.held or self._is_new]
+        least = max(LEAST_CHUNK, job.settings.limit_rate * 5 // MiB * MiB)  # no data flows between two rate-limited chunks
+        hole = LEAST_CHUNK if job.transport == "nbd" else 0  # a block device has none, and zeros would be sent
+        split = [chunk for chunk in chunks(job.length, extents, job.chunk, least, hole) if chunk.held or self._is_new]
         on_way = deque[tuple[Chunk, Digests | None, Future[None]]]()
-        with threads_for(source, 1) as reader, threads_for(destination, 1) as prover, threads_for(destination, job.lanes) as senders, \
-                self._witness.progress(sum(tile.held for tile in tiles)) as show:
-            for tile in tiles:
-                if len(on_way) == job.lanes:
+        with threads_for(source, 1) as reader, threads_for(destination, 1) as prover, threads_for(destination, job.max_parallel) as senders, \
+                self._callbacks.progress(sum(chunk.held for chunk in split)) as show:
+            for chunk in split:
+                if len(on_way) == job.max_parallel:
                     self._arrive(*on_way.popleft(), prover, show)
-                with unbroken():
-                    here = reader.submit(self._take, source, self._disk.readable, tile) if self._is_new and not job.is_live else None
-                    on_way.append((tile, here, senders.submit(self._bring, tile)))
+                with defer_signals():
+                    here = reader.submit(self._digests, source, self._disk.readable, chunk) if self._is_new and not job.is_live else None
+                    on_way.append((chunk, here, senders.submit(self._copy, chunk)))
             while on_way:
                 self._arrive(*on_way.popleft(), prover, show)
             copy_tail(self._ends, job)
             if not self._is_proven:
                 return ""
-            with seen_by_guest(self._ends, destination, job.new_image, job) if self._open else nullcontext("") as place:
-                for tile, known, found in self._open:
-                    with unbroken():
-                        there = found or prover.submit(self._take, destination, place, tile)
-                    self._compare(tile, known, there)
+            with seen_by_guest(self._ends, destination, job.new_image, job) if self._unproven else nullcontext("") as place:
+                for chunk, known, found in self._unproven:
+                    with defer_signals():
+                        there = found or prover.submit(self._digests, destination, place, chunk)
+                    self._compare(chunk, known, there)
         return self._whole.hexdigest()
 
-    def _bring(self, tile: Chunk) -> None:
-        """Copies what a chunk holds."""
-        self._done[tile] = 0
-        copy_it = bring_chunk if not self._is_new or (tile.is_scattered and self._job.new_format == "raw") else copy_chunk
-        if tile.held:
-            copy_it(self._ends, self._job, self._disk.node, tile, partial(self._done.__setitem__, tile))
-        self._done[tile] = tile.held
+    def _copy(self, chunk: Chunk) -> None:
+        """Copies a chunk's data."""
+        self._done[chunk] = 0
+        copy_it = patch_chunk if not self._is_new or (chunk.is_scattered and self._job.new_format == "raw") else copy_chunk
+        if chunk.held:
+            copy_it(self._ends, self._job, self._disk.node, chunk, partial(self._done.__setitem__, chunk))
+        self._done[chunk] = chunk.held
 
-    def _arrive(self, tile: Chunk, here: Digests | None, flow: Future[None], prover: ThreadPoolExecutor, show: Callable[[int], None]) -> None:
-        """Returns when a chunk has arrived, and those before it are compared where their digests are there. Raises HostError."""
-        outcome(flow, lambda: show(sum(self._done.values())))
+    def _arrive(self, chunk: Chunk, here: Digests | None, future: Future[None], prover: ThreadPoolExecutor, show: Callable[[int], None]) -> None:
+        """Waits until a chunk has arrived, and compares earlier ones whose digests are ready. Raises HostError."""
+        result_of(future, lambda: show(sum(self._done.values())))
         show(done := sum(self._done.values()))
-        if tile.held:
-            self._witness.arrived(tile, done)
-            self._witness.check()
-        # A file that ends within a sector gets its length later; an image cannot be read while it is written.
-        is_whole = tile.offset + tile.length < self._job.length or self._job.length % 512 == 0
-        with unbroken():
+        if chunk.held:
+            self._callbacks.arrived(chunk, done)
+            self._callbacks.check()
+        # Not for a file whose exact length is set later, nor for an image that is being written.
+        is_whole = chunk.offset + chunk.length < self._job.length or self._job.length % 512 == 0
+        with defer_signals():
             can_be_read = self._job.new_format == "raw" and is_whole
-            there = prover.submit(self._take, self._ends.destination, self._job.new, tile) if can_be_read else None
-            self._open.append((tile, here, there))
-        while self._open and (found := self._open[0][2]) and found.done() and (not self._open[0][1] or self._open[0][1].done()):
-            first, known, _ = self._open.popleft()
+            there = prover.submit(self._digests, self._ends.destination, self._job.new, chunk) if can_be_read else None
+            self._unproven.append((chunk, here, there))
+        while self._unproven and (found := self._unproven[0][2]) and found.done() and (not self._unproven[0][1] or self._unproven[0][1].done()):
+            first, known, _ = self._unproven.popleft()
             self._compare(first, known, found)
         if not self._job.is_live:
-            require_stand(self._ends.source, self._job)
+            require_unchanged(self._ends.source, self._job)
         self._disk.check()
 
-    def _compare(self, tile: Chunk, here: Digests | None, there: Digests) -> None:
-        """Compares a chunk of a new file, of which no more is kept than its share in the digest of the whole."""
-        found = outcome(there)
+    def _compare(self, chunk: Chunk, here: Digests | None, there: Digests) -> None:
+        """Compares a chunk of a new file, and adds its digests to the digest of the whole."""
+        found = result_of(there)
         if here:
-            known = outcome(here)
-            require_equal(tile, known, found)
+            known = result_of(here)
+            require_equal(chunk, known, found)
             self._whole.update(lines_of(known))
         else:
             self._there.update(found)
 
-    def _take(self, host: Host, place: str, tile: Chunk) -> dict[int, str]:
+    def _digests(self, host: Host, place: str, chunk: Chunk) -> dict[int, str]:
         if not self._is_proven:
             return {}
         if self._is_new:
-            return digests(host, place, tile.offset, tile.length, self._job.settings.stall_timeout)
-        return digests_again(self._ends, host, self._job, {}, tile.pieces, place)
+            return digests(host, place, chunk.offset, chunk.length, self._job.settings.stall_timeout)
+        return digests_again(self._ends, host, self._job, {}, chunk.extents, place)
 
 
-def require_equal(tile: Chunk, one: Mapping[int, str], other: Mapping[int, str]) -> None:
-    """Raises FinalError where the digests of a chunk differ."""
+def require_equal(chunk: Chunk, one: Mapping[int, str], other: Mapping[int, str]) -> None:
+    """Raises FinalError if a chunk's digests differ."""
     if one != other:
         changed = differing(one, other)
-        raise FinalError(f"the copy is not the source: {len(changed)} blocks of 1 MiB differ between byte {tile.offset:,} and "
-                         f"{tile.offset + tile.length:,}, the first one at {changed[0] * MiB:,}",
-                         "nothing was put in place; run it again, and have disks and network of both hosts checked")
+        raise FinalError(f"the copy differs from the source: {len(changed)} blocks of 1 MiB differ between byte {chunk.offset:,} and "
+                         f"{chunk.offset + chunk.length:,}, the first one at {changed[0] * MiB:,}",
+                         "the copy was not put in place; run it again, and check disks and network of both hosts")
 
 
 def differing(one: Mapping[int, str], other: Mapping[int, str]) -> list[int]:
@@ -4390,9 +4390,9 @@ class Pass:
 
 
 def unchanged_since(source: Host, folder: str, job: DiskJob, known: Known) -> frozenset[int]:
-    """The blocks of the stopped source's file that are in the new one, by digests that were taken since its dirty bitmap began.
+    """The blocks of the stopped source's file that did not change since its dirty bitmap began and have equal digests at both ends.
 
-    Raises CommandError where the file has no such bitmap, or one that a killed qemu did not keep to the end.
+    Raises CommandError if the file has no such bitmap, or if a killed qemu left it incomplete.
     """
     bitmap = bitmap_of(job.run)
     with served_here(source, folder, "bitmap", "-r", "-B", bitmap, "-f", "qcow2", job.source.path) as (_, node):
@@ -4404,21 +4404,21 @@ def unchanged_since(source: Host, folder: str, job: DiskJob, known: Known) -> fr
     return frozenset(block for block in found if block in known.here and known.here[block] == known.there.get(block))
 
 
-def digests_again(ends: Ends, host: Host, job: DiskJob, before: Mapping[int, str], pieces: Sequence[Piece],
+def digests_again(ends: Ends, host: Host, job: DiskJob, before: Mapping[int, str], extents: Sequence[Extent],
                   where: str = "") -> dict[int, str]:
-    """The digests of the new file, or of `where`: taken of the blocks that these pieces touch, the others as before."""
-    touched = blocks_of(pieces)
+    """The digests of the new file, or of `where`: new ones for the blocks that these extents touch, else those of `before`."""
+    touched = blocks_of(extents)
     found = {block: digest for block, digest in before.items() if block not in touched and block * MiB < job.length}
-    if not pieces:
+    if not extents:
         return found
-    rate, gently = (job.settings.limit_rate, gentle(job)) if job.is_live and host is ends.source else (0, ())
-    listed, stall = put_list(host, ends.folder(host), pieces), job.settings.stall_timeout
+    rate, priority = (job.settings.limit_rate, low_priority(job)) if job.is_live and host is ends.source else (0, ())
+    listed, stall = put_list(host, ends.folder(host), extents), job.settings.stall_timeout
     with nullcontext(where) if where else seen_by_guest(ends, host, job.new_image, job) as place:
-        return found | digests(host, place, 0, job.length, stall, rate, listed, before=gently)
+        return found | digests(host, place, 0, job.length, stall, rate, listed, before=priority)
 
 
-def as_pieces(changed: Iterable[int], length: int) -> list[Piece]:
-    """The pieces that blocks are, of a disk of `length` bytes."""
+def as_extents(changed: Iterable[int], length: int) -> list[Extent]:
+    """The extents that blocks are, of a disk of `length` bytes."""
     spans = joined((block * MiB, min((block + 1) * MiB, length)) for block in sorted(changed))
     return [(start, stop - start) for start, stop in spans if start < stop]
 
@@ -4426,7 +4426,7 @@ def as_pieces(changed: Iterable[int], length: int) -> list[Piece]:
 def settle_disk(host: Host, job: DiskJob) -> tuple[str, ...]:
     """Rebases the new file onto the destination's base, checks it, grows it to the fresh disk's size and swaps it in.
 
-    Gives the names of dirty bitmaps that it lost: with those that a killed qemu had in use, no file can be resized.
+    Returns the names of removed dirty bitmaps: a file cannot be resized with those that a killed qemu had in use.
     """
     if job.whole_file and job.fresh.backing:
         host.run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", job.fresh.backing_format, "-b", job.fresh.backing, job.new)
@@ -4440,13 +4440,13 @@ def settle_disk(host: Host, job: DiskJob) -> tuple[str, ...]:
 
 
 def check_qcow2(host: Host, job: DiskJob) -> DiskImage:
-    """The new file; raises HostError unless it is sound, stands on the right base and shows the source's size."""
+    """The new file; raises HostError unless it is without errors, on the right base and of the source's size."""
     top, *below = disk_chain(host, job.new, "qcow2", shared=False)
     for flaw in checked(host, top).flaws:
         raise HostError(f"{host.name}: {job.new} has {flaw}")
     wanted = job.fresh.backing if job.whole_file else ""
     if top.size != job.source.size or top.backing != wanted or len(below) != bool(wanted):
-        raise HostError(f"{host.name}: {job.new} shows {top.size:,} bytes on base {top.backing or 'none'}; "
+        raise HostError(f"{host.name}: {job.new} has {top.size:,} bytes on base {top.backing or 'none'}; "
                         f"{job.source.size:,} on {wanted or 'none'} were expected")
     return top
 
@@ -4455,68 +4455,68 @@ def check_qcow2(host: Host, job: DiskJob) -> DiskImage:
 
 
 class Stage(enum.IntEnum):
-    """How far a run has come. Without its journal it counts as SWAPPED: the destination may hold the copy."""
+    """How far a run has come. Without its journal it counts as SWAPPED: the destination may have the copy."""
 
     NOTHING = 0
-    MADE = 1  # the destination was asked for
+    MADE = 1  # Nova was asked for the destination
     COPYING = 2
     PROVEN = 3
-    SWAPPED = 4  # or about to be, as the next
+    SWAPPED = 4  # this and the next: or about to be
     STARTED = 5
     DONE = 6
 
 
 class Act(enum.Enum):
-    """What cannot be taken back."""
+    """An act that cannot be taken back."""
 
     STOP_SOURCE = "stop the source"
     WRITE = "write to the destination's disk"
     SWAP = "put the copy in its place"
     START_DESTINATION = "start the destination"
-    GIVE_BACK = "give the source back"  # unlocked, and started where it ran
+    GIVE_BACK = "give the source back"  # unlocked, and started if it ran
     UNMARK = "take the mark off the source"
     STOP_DESTINATION = "stop the destination"
     DELETE = "delete the destination"
     CLEAN = "remove the copy beside the destination's disk"
-    GO_ON = "go on with the run"
+    GO_ON = "resume the run"
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One instance as its cloud and its host show it now; `id` is empty where none was made."""
+    """One instance as its cloud and its host show it now; `id` is empty if none was made."""
 
     id: str = ""
-    server: Server | None = None  # None: it does not exist, or is unseen
-    unseen: str = ""  # why it could not be looked at
-    starts: tuple[Action, ...] = ()  # what may have started its guest since the run stopped it
-    relocks: tuple[Action, ...] = ()  # what was done to its lock since then
-    disk: str = ""  # what is wrong with it; empty where nothing is, or where nobody asked
-    since: str | None = None  # the request since which it was not to run, where one is known
+    server: Server | None = None  # None: it does not exist, or could not be looked up
+    unseen: str = ""  # why it could not be looked up
+    starts: tuple[Action, ...] = ()  # actions since the run's stop that may have started it
+    relocks: tuple[Action, ...] = ()  # lock and unlock actions since then
+    disk: str = ""  # what is wrong with it, if anything is known
+    since: str | None = None  # the request since which it should not have run, if known
 
     @property
     def is_gone(self) -> bool:
-        """Whether there is none, or none any more."""
+        """Whether it does not exist."""
         return not self.server and not self.unseen
 
     @property
     def is_idle(self) -> bool:
-        """Whether it is stopped, and was since the run stopped it."""
+        """Whether it has been stopped ever since the run stopped it."""
         return bool(self.server and self.server.is_stopped and not self.starts)
 
     @property
     def other_disk(self) -> str:
-        """What may have given it another disk since then, if anything has."""
+        """The action that may have given it another disk since then, if any."""
         return next((action.name for action in self.starts if action.name in ("rebuild", "evacuate")), "")
 
     def is_locked_by(self, run: str) -> bool:
-        """Whether the lock that is on it is the run's. Nova before 2.73 tells no reason: then its mark decides."""
+        """Whether it has the run's lock. Before microversion 2.73 locks have no reason: then the mark decides."""
         server = self.server
         if not server or not server.locked or self.relocks:
             return False
         return run in ((lock_of(server),) if server.lock_reason else (server.metadata.get(MARK), server.metadata.get(MADE)))
 
-    def told(self, run: str) -> str:
-        """What is seen, in words."""
+    def describe(self, run: str) -> str:
+        """A description."""
         if not (server := self.server):
             return f"not seen ({self.unseen})" if self.unseen else "gone" if self.id else "none"
         lock = f"locked by run {run}" if self.is_locked_by(run) else f"locked ({server.lock_reason or 'no reason'})"
@@ -4527,71 +4527,71 @@ class Seen:
 
 @dataclass(frozen=True)
 class Situation:
-    """All that decides about an act: how far the run has come, and both sides as they are seen now."""
+    """The facts that judge() decides by: the run's stage, and both sides as they are now."""
 
     run: str
     stage: Stage
     source: Seen
     destination: Seen
-    is_in_place: bool = False  # whether the copy is known to have taken its place
-    was_running: bool = False  # whether the source ran when the run found it
-    others: tuple[Server, ...] = ()  # further instances that were made of the source
-    alive: str = ""  # where another machine's process of this run is at work
+    is_in_place: bool = False  # whether the copy is known to be swapped in
+    was_running: bool = False  # whether the source ran when the run began
+    others: tuple[Server, ...] = ()  # other instances made from the source
+    alive: str = ""  # where the run is active on another machine
 
     @property
     def has_copy(self) -> bool:
-        """Whether the destination may hold the copy."""
+        """Whether the destination may have the copy."""
         return self.is_in_place or self.stage >= Stage.SWAPPED
 
     def __str__(self) -> str:
-        return (f"run {self.run}, {self.stage.name.lower()}; source {self.source.id}: {self.source.told(self.run)}; "
-                f"destination {self.destination.id}: {self.destination.told(self.run)}".replace("destination : none", "no destination"))
+        return (f"run {self.run}, {self.stage.name.lower()}; source {self.source.id}: {self.source.describe(self.run)}; "
+                f"destination {self.destination.id}: {self.destination.describe(self.run)}".replace("destination : none", "no destination"))
 
 
 @dataclass(frozen=True)
 class Asked:
     """What the operator wants."""
 
-    yes: bool = False  # also what may lose what an instance has written
-    both: bool = False  # both instances are to run
-    starts: bool = False  # the source is to be started
-    is_live: bool = False  # the source runs while it is copied
-    is_held: bool = False  # qemu's locks are on both disks, so that an API may be away
+    yes: bool = False  # --yes: data that an instance has written may be lost
+    both: bool = False  # both instances shall run
+    starts: bool = False  # the source shall be started
+    is_live: bool = False  # the source runs during the copy
+    is_held: bool = False  # qemu's locks are on both disks: an API outage is tolerable
 
 
 def lock_of(server: Server) -> str:
-    """The run whose lock is on an instance, empty where there is none."""
+    """The run that locked an instance, or nothing."""
     is_ours = server.locked and server.lock_reason.startswith(LOCKED_BY)
     return server.lock_reason[len(LOCKED_BY) :].partition(":")[0] if is_ours else ""
 
 
-TAKING: Final = (Act.STOP_DESTINATION, Act.DELETE)
+REMOVING: Final = (Act.STOP_DESTINATION, Act.DELETE)
 WRITING: Final = (Act.WRITE, Act.SWAP)
 
 
 def rule_ours(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
-    """Only what this run made is changed, and the source only as long as this run has it."""
+    """Only what this run made is changed, and the source only while this run has it."""
     if act not in (Act.GIVE_BACK, Act.UNMARK, Act.STOP_SOURCE) and now.destination.id == now.source.id:
-        yield "the destination would be the source itself"
+        yield "the destination is the source itself"
     made = now.destination.server
-    if act in (*TAKING, *WRITING, Act.START_DESTINATION) and made and made.locked and not now.destination.is_locked_by(now.run):
+    if act in (*REMOVING, *WRITING, Act.START_DESTINATION) and made and made.locked and not now.destination.is_locked_by(now.run):
         yield f"the destination is locked by somebody else: {made.lock_reason or 'no reason is given'}"
     if not (source := now.source.server) or act not in (Act.GIVE_BACK, Act.STOP_SOURCE, Act.GO_ON):
         return
     mark, is_ours = source.metadata.get(MARK), now.source.is_locked_by(now.run)
     if mark not in (None, now.run):
         yield f"run {mark} is moving the source now"
-    elif act is Act.GO_ON and now.is_in_place:  # a complete one has given the source back
+    elif act is Act.GO_ON and now.is_in_place:  # a completed run has given the source back
         return
     elif source.locked and not is_ours and (act is not Act.GIVE_BACK or now.was_running or asked.starts):
         yield f"the source is locked by somebody else: {source.lock_reason or 'no reason is given'}"
     elif not mark and not is_ours and (act is not Act.GIVE_BACK or (
             now.was_running and not source.is_running and (now.stage < Stage.DONE or now.others))):
-        yield f"the source carries no mark of run {now.run}" + "".join(f", and {one.name} {one.id} was made of it" for one in now.others)
+        yield f"the source carries no mark of run {now.run}" + "".join(f", and {one.name} {one.id} was made from it" for one in now.others)
 
 
 def rule_one_machine(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
-    """Of two machines with the same data one is started only where the other is seen stopped, unchanged, and locked by the run."""
+    """Of two machines with the same data, one is started only if the other is stopped, unchanged and locked by the run."""
     source, other = now.source, now.destination
     if act is Act.START_DESTINATION and not source.is_gone and not source.unseen:
         if not source.is_idle:
@@ -4599,130 +4599,130 @@ def rule_one_machine(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
         elif source.disk:
             yield f"the source's disk {source.disk}"
         elif not source.is_locked_by(now.run):
-            yield "the lock of this run on the source was taken off, so that somebody may be about to start it"
+            yield "this run's lock on the source was removed, so somebody may be about to start it"
     if act is Act.GIVE_BACK and now.has_copy and other.server and not (asked.yes or asked.both or other.is_idle):
         yield "the destination has the same data, and runs or has run"
     if act is Act.GIVE_BACK and not asked.yes and (now.was_running or now.source.is_locked_by(now.run)):
-        yield from (f"{one.name} {one.id} was made of it, and is {one.status}" for one in now.others if not one.is_stopped)
+        yield from (f"{one.name} {one.id} was made from it, and is {one.status}" for one in now.others if not one.is_stopped)
 
 
 def rule_own_data(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     """An instance that may have written data of its own is neither overwritten nor deleted without --yes."""
-    if asked.yes or act not in (*TAKING, *WRITING, Act.GO_ON) or not (server := now.destination.server):
+    if asked.yes or act not in (*REMOVING, *WRITING, Act.GO_ON) or not (server := now.destination.server):
         return
-    if act in TAKING and now.stage is Stage.DONE:
+    if act in REMOVING and now.stage is Stage.DONE:
         fate = "stopped" if act is Act.STOP_DESTINATION else "deleted"
-        yield f"run {now.run} was successful: {server.name} {server.id} ({server.status}) would be {fate}, and it may hold newer data"
+        yield f"run {now.run} was successful: {server.name} {server.id} ({server.status}) would be {fate}, and it may have newer data"
     elif (now.destination.starts or (now.has_copy and not server.is_stopped)) and not (act is Act.GO_ON and now.is_in_place):
-        yield f"the destination {server.id} ({server.status}) runs or has run since it was made, and it may hold newer data"
+        yield f"the destination {server.id} ({server.status}) runs or has run since it was made, and it may have newer data"
 
 
 def rule_one_copy(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
-    """A destination that holds the proven copy is deleted only while the source is seen to exist, with its disk."""
+    """A destination with the proven copy is deleted only while the source and its disk are seen to exist."""
     source = now.source
     if act not in (Act.DELETE, Act.CLEAN) or not now.destination.server or now.stage < Stage.PROVEN:
         return
     if source.is_gone:
-        yield "the source is gone, and this is the only copy of it"
+        yield "the source is gone: this is its only copy"
     elif source.disk.startswith(DISK_UNSEEN):
-        yield f"the source's disk {source.disk}, and this may be the only copy of it"
+        yield f"the source's disk {source.disk}: this may be its only copy"
     elif not asked.yes and (lost := source.other_disk or (source.disk if source.is_idle else "")):
-        yield f"the source may have lost what was copied from it ({lost}), and this may be the only copy of that"
+        yield f"the source may have lost the copied data ({lost}): this may be its only copy"
 
 
 def rule_nobody_inside(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
-    """Disks are written and swapped only while the destination is stopped and locked by the run, and the source is as it was copied."""
+    """Disks are written and swapped only while the destination is stopped and locked by the run and the source is unchanged."""
     source, other = now.source, now.destination
     if act in (*WRITING, Act.START_DESTINATION, Act.GO_ON) and other.is_gone:
-        yield "the destination is gone" if other.id else f"the instance that run {now.run} was about to make never came to be"
+        yield "the destination is gone" if other.id else f"the instance that run {now.run} was about to make does not exist"
     if act in (Act.START_DESTINATION, Act.GO_ON) and other.other_disk:
-        yield f"the destination was given another disk since ({other.other_disk})"
+        yield f"the destination has got another disk ({other.other_disk})"
     if act in WRITING and other.server and not (other.is_idle and other.is_locked_by(now.run)):
         yield "the destination is not stopped and locked by this run"
     if act in (*WRITING, Act.GO_ON) and other.disk and not now.is_in_place:
         yield f"the disk of {other.id} {other.disk}"
     if act in WRITING and not asked.is_live and source.server and not source.is_idle:
-        yield f"the source is {source.server.status} {source.server.task}".rstrip() + " in the middle of the copy: somebody started it"
+        yield f"the source is {source.server.status} {source.server.task}".rstrip() + " during the copy: somebody started it"
     if act in (*WRITING, Act.STOP_SOURCE, Act.GO_ON) and source.is_gone:
         yield "the source is gone"
     if act in (Act.SWAP, Act.GO_ON) and source.server and not now.is_in_place and (source.disk or source.starts):
-        yield f"the source has been started, or its disk was changed, since run {now.run} had it: what was copied is old"
+        yield f"the source was started or its disk changed after run {now.run}: the copy is outdated"
 
 
 def rule_seen(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
-    """What could not be looked at is not taken to be as it should be."""
+    """Both sides that an act depends on must have been looked up."""
     source, made = (now.source,), (now.destination,)
     needed = {Act.STOP_SOURCE: source, Act.UNMARK: source, Act.STOP_DESTINATION: made,
               Act.GIVE_BACK: source + made if now.has_copy else source}
     if now.stage < Stage.PROVEN:
         needed |= {Act.DELETE: made, Act.CLEAN: made}
     if not (act in WRITING and asked.is_held):
-        yield from (f"{seen.id} could not be looked at: {seen.unseen}" for seen in needed.get(act, source + made) if seen.unseen)
+        yield from (f"{seen.id} could not be looked up: {seen.unseen}" for seen in needed.get(act, source + made) if seen.unseen)
 
 
 def rule_alive(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
-    """Nothing is done to a run that is at work on another machine."""
+    """Nothing is done to a run that is active on another machine."""
     if now.alive:
-        yield f"run {now.run} is at work on another machine: {now.alive}"
+        yield f"run {now.run} is active on another machine: {now.alive}"
 
 
 RULES: Final = (rule_alive, rule_seen, rule_ours, rule_one_machine, rule_own_data, rule_one_copy, rule_nobody_inside)
 
 
 def judge(act: Act, now: Situation, asked: Asked) -> list[Reason]:
-    """Why an act must not be done now, each reason with the ways on; none: it may be done."""
-    return [Reason(problem, ways_on(act, now)) for rule in RULES for problem in rule(act, now, asked)]
+    """Why an act must not be done now, each reason with the next commands; none: it may be done."""
+    return [Reason(problem, next_commands(act, now)) for rule in RULES for problem in rule(act, now, asked)]
 
 
 def allow(act: Act, now: Situation, asked: Asked, error: type[MigrenaError] = Kept) -> None:
-    """Lets an act be done; raises the error, with what was seen, where it must not be."""
+    """Raises the error, with what was seen, if an act must not be done."""
     if reasons := judge(act, now, asked):
-        raise error(f"it was not done to {act.value}: {'; '.join(why.problem for why in reasons)}. Seen: {now}", reasons[0].way_out)
+        raise error(f"refused to {act.value}: {'; '.join(why.problem for why in reasons)}. Seen: {now}", reasons[0].way_out)
 
 
-def ways_on(act: Act, now: Situation) -> str:
-    """The commands that go on after an act was not done."""
+def next_commands(act: Act, now: Situation) -> str:
+    """The commands to use after an act was refused."""
     run, source, made, ways = now.run, now.source, now.destination, list[str]()
     if now.alive:
-        return f"wait for its end; ./migrena.py status {run} on that machine shows how far it is"
+        return f"wait until it ends; on that machine: ./migrena.py status {run}"
     least = Stage.PROVEN if act in (Act.START_DESTINATION, Act.SWAP) else Stage.SWAPPED
     if act is not Act.GO_ON and now.stage >= least and made.server and source.server and source.is_idle and source.server.metadata.get(MARK) == run:
         ways.append(f"./migrena.py resume {run} completes the move")
-    if act in (*TAKING, Act.GO_ON) and made.server and not (source.is_gone or source.unseen):
-        ways.append(f"./migrena.py {'rollback' if act in TAKING else 'resume'} {run} --yes, if what {made.id} has written may go")
+    if act in (*REMOVING, Act.GO_ON) and made.server and not (source.is_gone or source.unseen):
+        ways.append(f"./migrena.py {'rollback' if act in REMOVING else 'resume'} {run} --yes, if data written by {made.id} may be lost")
     if made.server and made.server.locked and not made.is_locked_by(run):
-        ways.append(f"openstack server unlock {made.id}, if who has locked it agrees")
+        ways.append(f"openstack server unlock {made.id}, if whoever locked it agrees")
     if act is Act.GIVE_BACK and source.server:
         ways.append(f"if the source shall run: openstack server unlock {source.id}; openstack server start {source.id}")
-    if act not in TAKING:
+    if act not in REMOVING:
         ways.append(f"./migrena.py rollback {run} undoes the run")
     return "; ".join(ways) or f"see both instances, then ./migrena.py rollback {run}"
 
 
-DISK_UNSEEN: Final = ("is gone", "cannot be looked at")
+DISK_UNSEEN: Final = ("is gone", "cannot be read")
 
 
 def disk_now(host: Host, path: str, record: RunRecord) -> str:
-    """What is wrong with a source's file, by how it stood when it was copied; empty where nothing is."""
+    """What is wrong with a source's file, compared with when it was copied, or nothing."""
     try:
-        now, stand = stand_of(host, path), str(record.job.get("stand", ""))
+        now, stand = stat_of(host, path), str(record.job.get("stand", ""))
     except HostError as error:
-        return f"cannot be looked at: {shorten(str(error))}"
+        return f"cannot be read: {shorten(str(error))}"
     return "is gone" if not now else "was changed" if stand and not same_file(now, stand) else ""
 
 
 def same_file(now: str, stand: str) -> bool:
-    """Whether a file is the one that stood so and was not written to: a start that failed changes the time of its owner (%Z) alone."""
+    """Whether a file is the same by two results of stat_of(); the ctime is ignored, since a failed start changes it."""
     one, other = now.split(), stand.split()
     return one[:2] + one[3:] == other[:2] + other[3:]
 
 
 def see(cloud: Cloud, id: str, since: str | None, *, is_patient: bool = True) -> Seen:
-    """One instance as its cloud shows it now, with what was done to it since a request; ever since it was made where that is empty."""
+    """One instance as it is now, with its actions since a request, or all its actions if that is empty."""
     if not id:
         return Seen()
     try:
-        server = cloud.look(id, is_patient=is_patient)
+        server = cloud.find_server(id, is_patient=is_patient)
         done = newer(cloud.actions(id), since) if server and since is not None else []
     except CloudError as error:
         return Seen(id, unseen=str(error), since=since)
@@ -4731,47 +4731,47 @@ def see(cloud: Cloud, id: str, since: str | None, *, is_patient: bool = True) ->
 
 
 def situation(record: RunRecord, source: Seen, destination: Seen, is_in_place: bool = False) -> Situation:
-    """What is so with a run, by its journal and by what is seen."""
+    """A run's Situation, by its journal and both sides."""
     was_running = bool(record.was_running and record.stopped_at)
     return Situation(record.run, stage_of(record), source, destination, is_in_place, was_running)
 
 
 def stage_of(record: RunRecord) -> Stage:
-    """How far a run has come, by its journal; a step that was begun counts where it may have been done."""
+    """A run's stage by its journal; acts count once begun if they may have been done."""
     begun, done = {act.name for act in record.acts}, {act.name for act in record.acts if act.result == "done"}
-    reached = {Stage.MADE: "create destination" in begun, Stage.COPYING: bool({"copy", "warm copy"} & begun), Stage.PROVEN: "copy" in done,
-               Stage.SWAPPED: "swap in" in begun, Stage.STARTED: "start destination" in begun, Stage.DONE: "mark destination done" in done}
-    return max((stage for stage, is_so in reached.items() if is_so), default=Stage.NOTHING)
+    signs = {Stage.MADE: "create destination" in begun, Stage.COPYING: bool({"copy", "warm copy"} & begun), Stage.PROVEN: "copy" in done,
+             Stage.SWAPPED: "swap in" in begun, Stage.STARTED: "start destination" in begun, Stage.DONE: "mark destination done" in done}
+    return max((stage for stage, is_so in signs.items() if is_so), default=Stage.NOTHING)
 
 
 def require_same_clouds(record: RunRecord, clouds: Sequence[Cloud]) -> None:
-    """Raises Refused where a run was about other clouds, regions or projects."""
+    """Raises Refused if a run was about other clouds, regions or projects."""
     reasons = []
     for cloud, was in zip(clouds, record.facts.get("where") or [{"url": url} for url in record.facts.get("clouds", ())], strict=False):
         now = {"url": cloud.url, **cloud.identity}
         if other := [f"{key} {now.get(key)}, not {value}" for key, value in was.items() if now.get(key) != value]:
-            reasons.append(Reason(f"run {record.run} had another {cloud.label} cloud: these credentials are for {', '.join(other)}",
-                                  "give those that the run had, in config.py, by --src-cloud and --dst-cloud or by variables"))
+            reasons.append(Reason(f"run {record.run} used another {cloud.label} cloud: these credentials are for {', '.join(other)}",
+                                  "give the run's, in config.py, with --src-cloud and --dst-cloud or as variables"))
     if reasons:
         raise Refused.of(reasons)
 
 
 # ---- 11. Image -------------------------------------------------------------------------------------------------------
 
-CAME_FROM: Final = ("source_uuid", "source_cloud")  # keys of a carried image's properties: which image it was, and in which cloud
-CARRIED_BY: Final = "migrena_run"  # key of a property of an image on its way: the run that carries it
-GLANCES_OWN: Final = frozenset({  # what another Glance is not told, or is told otherwise
+CAME_FROM: Final = ("source_uuid", "source_cloud")  # properties of a carried image: the source's id, its cloud
+CARRIED_BY: Final = "migrena_run"  # property of an incomplete image: the run that carries it
+NOT_CARRIED: Final = frozenset({  # not carried as properties
     "id", "status", "checksum", "os_hash_algo", "os_hash_value", "size", "virtual_size", "created_at", "updated_at", "owner", "self", "file",
     "schema", "direct_url", "locations", "stores", "name", "container_format", "disk_format", "min_disk", "min_ram", "tags", "visibility",
     "protected", *CAME_FROM, CARRIED_BY})
-QEMUS: Final = {"raw": "raw", "iso": "raw", "qcow2": "qcow2", "vmdk": "vmdk", "vdi": "vdi", "vhd": "vpc", "vhdx": "vhdx", "ploop": "parallels"}
-BOUND: Final = {"img_signature": "is signed: its signature would not be accepted there", "os_encrypt_key_id": "is encrypted: its key stays behind",
-                "cinder_encryption_key_id": "is encrypted: its key stays behind", "kernel_id": "needs its kernel image by its id"}
+QEMU_FORMATS: Final = {"raw": "raw", "iso": "raw", "qcow2": "qcow2", "vmdk": "vmdk", "vdi": "vdi", "vhd": "vpc", "vhdx": "vhdx", "ploop": "parallels"}
+NOT_PORTABLE: Final = {"img_signature": "is signed, and the signature is invalid there", "os_encrypt_key_id": "is encrypted: its key is not copied",
+                       "cinder_encryption_key_id": "is encrypted: its key is not copied", "kernel_id": "refers to a kernel image by its id"}
 
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """One image to be carried: the source's, what it will be, and the id of the same content in the destination."""
+    """An image to carry: the source's, its new name and format, and the id of an equal one in the destination."""
 
     source: Image
     name: str
@@ -4780,61 +4780,61 @@ class ImagePlan:
 
     @property
     def is_converted(self) -> bool:
-        """Whether its format changes on the way."""
-        return self.disk_format != str(self.source.told["disk_format"])
+        """Whether its format changes."""
+        return self.disk_format != str(self.source.facts["disk_format"])
 
     @property
     def size(self) -> int:
-        """Bytes to be read."""
-        return int(self.source.told.get("size") or 0)
+        """Bytes to read."""
+        return int(self.source.facts.get("size") or 0)
 
 
 class Stream:
-    """Bytes on their way to a reader: counted, held to `rate` bytes per second (0: as they come), shown, and digested."""
+    """A readable stream that counts and digests its bytes, shows progress and keeps to `rate` bytes per second (0: no limit)."""
 
-    def __init__(self, pieces: Iterator[bytes], wanted: Image, rate: int = 0, show: Callable[[int], None] = lambda done: None) -> None:
-        self._pieces, self._rate, self._show = pieces, rate, show
+    def __init__(self, parts: Iterator[bytes], wanted: Image, rate: int = 0, show: Callable[[int], None] = lambda done: None) -> None:
+        self._parts, self._rate, self._show = parts, rate, show
         self._began, self.done = time.monotonic(), 0
-        known = {"md5", "sha512", str(wanted.told.get("os_hash_algo"))} & hashlib.algorithms_available
+        known = {"md5", "sha512", str(wanted.facts.get("os_hash_algo"))} & hashlib.algorithms_available
         self._digests = {name: hashlib.new(name, usedforsecurity=False) for name in known}
 
     def read(self, size: int = -1) -> bytes:
-        """The next piece, as long as it comes; empty at the end."""
-        piece = next(self._pieces, b"")
+        """The next part, of any length; empty at the end."""
+        part = next(self._parts, b"")
         for digest in self._digests.values():
-            digest.update(piece)
-        self.done += len(piece)
+            digest.update(part)
+        self.done += len(part)
         self._show(self.done)
         if self._rate:
             time.sleep(max(0.0, self._began + self.done / self._rate - time.monotonic()))
-        return piece
+        return part
 
     def prove(self, image: Image, side: str) -> str:
-        """The digest that Glance tells of an image; raises FinalError where that of these bytes is another, or where it tells none."""
-        for name, value in ((image.told.get("os_hash_algo"), image.os_hash), ("md5", image.checksum)):
+        """The digest of these bytes; raises FinalError if Glance has another one for the image, or none."""
+        for name, value in ((image.facts.get("os_hash_algo"), image.os_hash), ("md5", image.checksum)):
             if name in self._digests and value:
                 if self._digests[name].hexdigest() != value:
-                    raise FinalError(f"{side} cloud: image {image.id} is not what was read: its {name} differs", "run it again")
+                    raise FinalError(f"{side} cloud: the {name} of image {image.id} differs from that of the bytes read", "run it again")
                 return value
-        raise FinalError(f"{side} cloud: Glance tells no digest of image {image.id} that could be compared", "use Glance of 2018 or later")
+        raise FinalError(f"{side} cloud: Glance has no usable digest of image {image.id}", "use Glance 17 (2018) or later")
 
 
 def wanted_images(settings: Settings, here: Sequence[Image]) -> tuple[list[Image], list[Reason]]:
-    """The images of the source that were named, by id, name or tag; and the reasons why some cannot be told."""
+    """The source's images with the given ids, names or tag, and reasons why some are not found."""
     if settings.tag:
-        found = [one for one in here if settings.tag in one.told.get("tags", ()) and not one.is_hidden]
+        found = [one for one in here if settings.tag in one.facts.get("tags", ()) and not one.is_hidden]
         return found, [] if found else [Reason(f"source cloud: no image has the tag {settings.tag!r}", "see: openstack image list --tag TAG")]
     chosen, reasons = dict[Image, None](), list[Reason]()
     for name in settings.images:
-        with gathering(reasons):
+        with collecting(reasons):
             chosen[pick(name, here, "image", "source cloud: ", " with -i")] = None
     return list(chosen), reasons
 
 
 def plan_image(settings: Settings, wanted: Image, there: Sequence[Image], known: Collection[tuple[str, str]] = ()) -> ImagePlan:
-    """What will become of one image of the source, when the destination has these; `known` are digests of images and of their conversions."""
-    plan = ImagePlan(wanted, settings.new_name or wanted.name or wanted.id, settings.disk_format or str(wanted.told.get("disk_format")))
-    same = [other for other in there if other.status == "active" and not other.told.get(CARRIED_BY) and
+    """The plan for one image, given the destination's images; `known`: digests of images and of their conversions."""
+    plan = ImagePlan(wanted, settings.new_name or wanted.name or wanted.id, settings.disk_format or str(wanted.facts.get("disk_format")))
+    same = [other for other in there if other.status == "active" and not other.facts.get(CARRIED_BY) and
             ((wanted.os_hash or wanted.checksum, other.os_hash or other.checksum) in known and
              other.form == (plan.disk_format, wanted.form[1]) if plan.is_converted else other.equals(wanted))]
     best = min(same, key=lambda other: (other.is_hidden, other.name != plan.name), default=None)
@@ -4842,35 +4842,35 @@ def plan_image(settings: Settings, wanted: Image, there: Sequence[Image], known:
 
 
 def refuse_reading(plan: ImagePlan, source: Cloud) -> Iterator[Reason]:
-    """What Glance says where these credentials may not read an image that has to be carried."""
+    """Glance's error if these credentials may not read an image that must be carried."""
     try:
         if not plan.there and plan.source.status == "active":
-            next(source.store.pieces(plan.source.id), b"")
+            next(source.store.download(plan.source.id), b"")
     except CloudError as error:
-        yield Reason(f"image {plan.source.name!r} cannot be read: {error}", "use an account that may download it")
+        yield Reason(f"image {plan.source.name!r} cannot be read: {error}", "use credentials that may download it")
 
 
 def carrying(half: Image, wanted: Image) -> str:
-    """The run that brings an image to a cloud where it is half there; empty where this is no half of it."""
-    return str(half.told.get(CARRIED_BY, "")) if half.told.get(CAME_FROM[0]) == wanted.id else ""
+    """The run that is carrying `wanted` to the incomplete image `half`; empty if this is not such an image."""
+    return str(half.facts.get(CARRIED_BY, "")) if half.facts.get(CAME_FROM[0]) == wanted.id else ""
 
 
 def refuse_image(settings: Settings, plan: ImagePlan, there: Sequence[Image]) -> Iterator[Reason]:
-    """What forbids to carry an image."""
+    """Why an image cannot be carried."""
     wanted, name = plan.source, plan.source.name
     if wanted.status != "active":
-        yield Reason(f"image {name!r} is {wanted.status}, not active", "wait until it is, or name another one")
-    for key, why in BOUND.items():
-        if wanted.told.get(key):
-            yield Reason(f"image {name!r} {why} ({key})", "make an image without that first")
+        yield Reason(f"image {name!r} is {wanted.status}, not active", "wait until it is, or choose another one")
+    for key, why in NOT_PORTABLE.items():
+        if wanted.facts.get(key):
+            yield Reason(f"image {name!r} {why} ({key})", "make an image without it first")
     if plan.there:
         return
     if plan.is_converted:
         yield from refuse_conversion(settings, plan)
     for other in there:
         if run := carrying(other, wanted):
-            yield Reason(f"run {run} is carrying it, or was cut off while it did",
-                         f"if it is over: ./migrena.py rollback {run}, or openstack image delete {other.id}")
+            yield Reason(f"run {run} is carrying it, or was interrupted",
+                         f"if it has ended: ./migrena.py rollback {run}, or openstack image delete {other.id}")
         elif other.name == plan.name and not other.is_hidden:
             doubt = ", or no journal here proves that it was converted from this one" if plan.is_converted else ""
             yield Reason(f"destination cloud: image {plan.name!r} has other content or another format ({other.id}){doubt}",
@@ -4878,29 +4878,29 @@ def refuse_image(settings: Settings, plan: ImagePlan, there: Sequence[Image]) ->
 
 
 def refuse_conversion(settings: Settings, plan: ImagePlan) -> Iterator[Reason]:
-    """What forbids to convert an image on this machine, whose folder has to have room for both forms."""
-    told, folder, inspecting = plan.source.told, work_folder(settings), importlib.util.find_spec("oslo_utils.imageutils")
+    """Why an image cannot be converted on this machine, which needs space for both formats."""
+    told, folder, inspecting = plan.source.facts, work_folder(settings), importlib.util.find_spec("oslo_utils.imageutils")
     container, given, need = told.get("container_format"), told.get("disk_format"), plan.size + max(plan.size, int(told.get("virtual_size") or 0))
     try:
         free = shutil.disk_usage(folder).free
         lack = f"{human(free)} are free in {folder}, {human(need)} are needed" if free < need else ""
     except OSError as error:
         lack = f"{folder} cannot be used: {error.strerror}"
-    rules = ((container != "bare", f"it is in a container ({container})", "leave out --disk-format"),
-             (given not in QEMUS, f"qemu-img does not read {given}", "leave out --disk-format"),
+    rules = ((container != "bare", f"its container format is {container}", "leave out --disk-format"),
+             (given not in QEMU_FORMATS, f"qemu-img does not read {given}", "leave out --disk-format"),
              (not shutil.which("qemu-img"), "this machine has no qemu-img", f"install {' or '.join(PACKAGES['qemu-img'])}"),
-             (not (inspecting and inspecting.submodule_search_locations), "oslo.utils is older than 7.3", "pip install -r requirements.txt"),
+             (not (inspecting and inspecting.submodule_search_locations), "oslo.utils 7.3 is needed", "pip install -r requirements.txt"),
              (lack, lack, "name another folder with --work-folder"))
     yield from (Reason(f"image {plan.source.name!r} cannot be converted: {why}", way_out) for holds, why, way_out in rules if holds)
 
 
 def work_folder(settings: Settings) -> str:
-    """The folder of this machine where images are converted."""
+    """The folder where images are converted."""
     return settings.work_folder or tempfile.gettempdir()
 
 
 def locally(*words: str) -> str:
-    """What a command on this machine prints; raises MigrenaError where it fails."""
+    """The output of a local command; raises MigrenaError if it fails."""
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         raise MigrenaError(f"{quoted(words)} ended with status {done.returncode}: {done.stderr.strip()}")
@@ -4909,9 +4909,9 @@ def locally(*words: str) -> str:
 
 @contextmanager
 def converted(stream: Stream, plan: ImagePlan, folder: str) -> Iterator[Path]:
-    """The image in the other format, as a file that is gone with the scope; raises FinalError for an unsafe one."""
+    """The converted image, a file that is removed with the scope; raises FinalError for an unsafe image."""
     with tempfile.TemporaryDirectory(prefix="migrena-", dir=folder) as place:
-        given, made, format = Path(place) / "given", Path(place) / "made", QEMUS[plan.source.told["disk_format"]]
+        given, made, format = Path(place) / "given", Path(place) / "made", QEMU_FORMATS[plan.source.facts["disk_format"]]
         with given.open("wb") as file:
             shutil.copyfileobj(stream, file)
         refuse_unsafe(given, format)
@@ -4922,25 +4922,25 @@ def converted(stream: Stream, plan: ImagePlan, folder: str) -> Iterator[Path]:
 
 
 def refuse_unsafe(path: Path, format: str) -> None:
-    """Raises FinalError for an image of more than this file: with a base, a file of data, extents. Hazard: CVE-2024-32498."""
+    """Raises FinalError for an image that refers to other files: a base, a data file, extents. See CVE-2024-32498."""
     from oslo_utils.imageutils import format_inspector as formats
 
     logging.getLogger("oslo_utils").addHandler(logging.NullHandler())
-    try:  # qemu's drivers for VHD and Parallels open no further file
+    try:  # qemu's drivers for VHD and Parallels open no other file
         found = formats.ALL_FORMATS.get(format, formats.RawFileInspector).from_file(str(path))
         found.safety_check()
-        if format == "vmdk" and not found.virtual_size:  # qemu then reads extents from the descriptor, otherwise than the library does
+        if format == "vmdk" and not found.virtual_size:  # then qemu reads extents from the descriptor, but the library does not
             raise formats.SafetyViolation("no capacity")
         if "backing-filename" in document_in(locally("qemu-img", "info", "--output=json", "-f", format, str(path))):
             raise formats.SafetyViolation("a backing file")
     except (formats.ImageFormatError, formats.SafetyCheckFailed, formats.SafetyViolation) as error:
-        raise FinalError(f"the image is not safe to convert, it may name files of this machine: {error}", "do not trust it") from error
+        raise FinalError(f"the image is unsafe to convert, it may refer to files of this machine: {error}", "do not trust it") from error
 
 
 def carry(settings: Settings, journal: Journal, undo: Undo, clouds: tuple[Cloud, Cloud], plan: ImagePlan) -> str:
-    """The id of a new image in the destination, active, and proven by both Glances' digests; a failure deletes it."""
+    """Carries an image, verified by both Glances' digests; returns the new id. A failure deletes the new image."""
     (source, destination), began, run, screen = clouds, time.monotonic(), journal.path.stem, undo.screen
-    store, wanted, told = destination.store, plan.source, plan.source.told
+    store, wanted, told = destination.store, plan.source, plan.source.facts
     undo.on_failure(f"delete image {plan.name}", lambda: delete_carried(destination, run))
     with journal.act("create image", name=plan.name) as result:
         result["image"] = id = store.make(
@@ -4950,10 +4950,10 @@ def carry(settings: Settings, journal: Journal, undo: Undo, clouds: tuple[Cloud,
     if others := [mark for other in store.all() if (mark := carrying(other, wanted)) not in ("", run)]:
         raise Refused(f"run {others[0]} has begun to carry image {wanted.name!r} at the same time", "wait for its end, then run it again")
     if plan.is_converted:
-        screen.note(f"It is read, converted to {plan.disk_format} in {work_folder(settings)}, and sent.")
-    refused = store.describe(id, {key: value for key, value in told.items() if key not in GLANCES_OWN and value is not None})
+        screen.note(f"Converting it to {plan.disk_format} in {work_folder(settings)}.")
+    refused = store.describe(id, {key: value for key, value in told.items() if key not in NOT_CARRIED and value is not None})
     with journal.act("copy image", image=id, size=plan.size), screen.progress(plan.size) as show:
-        stream = sent = Stream(source.store.pieces(wanted.id), wanted, settings.limit_rate, show)
+        stream = sent = Stream(source.store.download(wanted.id), wanted, settings.limit_rate, show)
         if plan.is_converted:
             with converted(stream, plan, work_folder(settings)) as made, made.open("rb") as file:
                 sent = Stream(iter(lambda: file.read(MiB), b""), wanted)
@@ -4965,33 +4965,33 @@ def carry(settings: Settings, journal: Journal, undo: Undo, clouds: tuple[Cloud,
     journal.write("proven image", source=proven, digest=digest)
     refused += store.describe(id, {key: told.get(key) for key in ("visibility", "protected")}, CARRIED_BY)
     arrived = f", as {plan.disk_format} {human(sent.done)}" if plan.is_converted else ""
-    screen.note(f"Done. {human(stream.done)} in {span(time.monotonic() - began)}{arrived}; both Glances agree, digest {digest[:16]}…")
+    screen.note(f"Done. {human(stream.done)} in {duration(time.monotonic() - began)}{arrived}; both Glances agree, digest {digest[:16]}…")
     if refused:
         screen.warn(f"the destination's Glance does not accept {', '.join(refused)}")
     return id
 
 
 def delete_carried(cloud: Cloud, run: str) -> None:
-    """Deletes what this run was carrying to a cloud."""
+    """Deletes the incomplete images of a run."""
     for one in cloud.store.all():
-        if one.told.get(CARRIED_BY) == run:
+        if one.facts.get(CARRIED_BY) == run:
             cloud.store.delete(one.id)
 
 
-def image(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
+def carry_images(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     """The subcommand `image`: carries images from the source's Glance to the destination's, one after the other."""
     if bool(settings.images) == bool(settings.tag):
-        raise UsageError("name either images or a tag", "./migrena.py image -i IMAGE [-i IMAGE], or ./migrena.py image --tag TAG")
+        raise UsageError("give either images or a tag", "./migrena.py image -i IMAGE [-i IMAGE], or ./migrena.py image --tag TAG")
     if settings.new_name and len(settings.images) != 1:
-        raise UsageError("--name is for one image", "leave it out")
+        raise UsageError("--name is for a single image", "leave it out")
     folder, screen = state_folder(settings, call.environment), undo.screen
-    with screen.timed("Survey"), nothing_touched():
+    with screen.timed("Survey"), refusing():
         source, destination = both_clouds(settings, call.environment)
-        here, there = at_once(lambda: source.store.all(*settings.images), destination.store.all)
+        here, there = in_parallel(lambda: source.store.all(*settings.images), destination.store.all)
     chosen, reasons = wanted_images(settings, here)
     known = {(entry["source"], entry["digest"]) for entry in lines_of_runs(folder, "proven image")} if settings.disk_format else ()
     plans = [plan_image(settings, wanted, there, known) for wanted in chosen]
-    reasons += [Reason(f"several of these images are named {name!r}", "carry them one by one, with --name")
+    reasons += [Reason(f"several of these images have the name {name!r}", "carry them one by one, with --name")
                 for name, count in Counter(plan.name for plan in plans).items() if count > 1]
     reasons += [why for plan in plans for why in (*refuse_image(settings, plan, there), *refuse_reading(plan, source))]
     if reasons:
@@ -5016,7 +5016,7 @@ def image(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
 
 
 def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Cloud, Cloud], plan: ImagePlan) -> str:
-    """The id of an image that is carried by a run of its own, with a lock and a journal."""
+    """Carries an image in a run of its own, with lock and journal; returns the new id."""
     run, wanted = new_run(), plan.source
     with only_run_of(folder, wanted.id, run):
         journal = Journal(folder, run)
@@ -5029,35 +5029,35 @@ def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Clou
 
 # ---- 12. Copy --------------------------------------------------------------------------------------------------------
 
-STOP_DESTINATION: Final = "Stop destination instance"  # a step that tells how long Nova takes for a stop
+STOP_DESTINATION: Final = "Stop destination instance"  # a step; also measures how long Nova takes to stop
 POWER_BUTTON: Final = 10.0  # seconds after which Nova presses it again (shutdown_retry_interval), for a minute unless told otherwise
 START_TAKES: Final = 3.0  # seconds, where Nova has not started the source before
-SETTING_UP: Final = 2.0  # seconds that a stopped source waits for more than its bytes
+SETTING_UP: Final = 2.0  # seconds of downtime besides Nova and the copy
 LONGEST_PAUSE: Final = 60.0  # seconds between passes that gain nothing
-LOOK_LIMIT: Final = 20.0  # seconds after which a look at both sides is taken again
-LOOKS: Final = 3  # before one that always takes longer counts as none
-LOST_ANSWER: Final = 10.0  # seconds in which an instance shows up although Nova answered with an error
-LATE_ANSWER: Final = 60.0  # the same for one that has to be deleted
-CLAIM_PAUSE: Final = 1.0  # seconds in which a run elsewhere that saw no mark of ours writes its own
+LOOK_LIMIT: Final = 20.0  # seconds after which a look at both sides is out of date
+LOOKS: Final = 3  # attempts to look at both sides in less than that
+LOST_ANSWER: Final = 10.0  # seconds for an instance to appear although Nova answered with an error
+LATE_ANSWER: Final = 60.0  # the same for one that must be deleted
+CLAIM_PAUSE: Final = 1.0  # seconds in which another run that did not see our mark writes its own
 
-STATE_WAYS: Final = {  # the words after `openstack server`
+STATE_WAYS: Final = {  # arguments of `openstack server`
     "PAUSED": "unpause", "SUSPENDED": "resume", "SHELVED": "unshelve", "SHELVED_OFFLOADED": "unshelve", "RESCUE": "unrescue",
     "VERIFY_RESIZE": "resize confirm", "ERROR": "set --state active",
 }
-NO_HOSTS: Final = "these credentials are not told on which host"
-NO_ROOM: Final = ("No space left on device", "Read-only file system", "Disk quota exceeded")  # no further attempt finds any
+NO_HOSTS: Final = "these credentials do not show on which host"
+DISK_FULL: Final = ("No space left on device", "Read-only file system", "Disk quota exceeded")  # a retry is no use
 FLAW_WAYS: Final = {
     "internal snapshots": "they would be lost: delete them with qemu-img snapshot -d, or copy a snapshot of the instance",
     "encryption": "its key is not in the disk: carry it as an image with its secret",
     "an external data file": "convert the disk to a plain qcow2 first",
-    "the mark that it is corrupt": "repair it with qemu-img check -r all after taking a backup",
+    "the corrupt flag": "repair it with qemu-img check -r all after taking a backup",
     BROKEN: "some data is lost already; repair it with qemu-img check -r all after taking a backup",
 }
 
 
 @dataclass
 class SourceFacts:
-    """The source as far as it was found; `problems` tell why something is missing."""
+    """What was found of the source; `problems`: why something is missing."""
 
     cloud: Cloud | None = None
     server: Server | None = None
@@ -5069,15 +5069,15 @@ class SourceFacts:
 
     @property
     def whole(self) -> tuple[Cloud, Server, Host, Disk]:
-        """What a copy needs; raises Refused where something of it is missing."""
+        """What a copy needs; raises Refused if something is missing."""
         if not (self.cloud and self.server and self.host and self.disk):
-            raise Refused("the source's disk cannot be read as it is", "see the state of the source instance")
+            raise Refused("the source's disk cannot be read", "check the state of the source instance")
         return self.cloud, self.server, self.host, self.disk
 
 
 @dataclass
 class DestinationFacts:
-    """The destination as far as it was found; `problems` tell why there is no cloud."""
+    """What was found of the destination; `problems`: why there is no cloud."""
 
     cloud: Cloud | None
     same_name: Sequence[Server] = ()
@@ -5085,46 +5085,46 @@ class DestinationFacts:
     images: Sequence[Image] = ()
     sees_hosts: bool = True
     limits: Mapping[str, int] = field(default_factory=dict)
-    refused: str = ""  # why it does not take what -e says
-    made: Sequence[Server] = ()  # of the source, by runs before this one
+    refused: str = ""  # why -e is not accepted
+    made: Sequence[Server] = ()  # from the source, by earlier runs
     problems: Sequence[Reason] = ()
 
 
 def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, stack: ExitStack) -> SourceFacts:
-    """Looks at the source instance, its host and its disk; connections are closed by the stack."""
+    """Surveys the source instance, its host and its disk; the stack closes connections."""
     found, server = SourceFacts(), None
-    with gathering(found.problems):
+    with collecting(found.problems):
         found.cloud = cloud = Cloud("source", creds)
         with ignoring(404):
             server = cloud.server(settings.src_uid)
         if not server:
             raise Refused(f"source cloud: there is no server {settings.src_uid}", "see: openstack server list --all-projects")
-        if settings.run and server.task == "powering-off":  # the stop of the run that is gone on with
+        if settings.run and server.task == "powering-off":  # the resumed run's own stop
             server = cloud.wait(server.id, lambda now: not now.task, lambda now: None)
         found.server = server
-        with suppress(*[CloudError] if settings.image else []):  # only to be compared with the one that was named
+        with suppress(*[CloudError] if settings.image else []):  # only for the comparison
             found.image = cloud.store.one(server.image) if server.image else None
         if server.host:
             settings = settings.of("src")
             found.host = host = stack.enter_context(host_of(server, settings, screen))
             found.lacking = tools_lacking(host)
-            found.disk = look_at_disk(host, server, found.lacking)
+            found.disk = survey_source_disk(host, server, found.lacking)
     return found
 
 
 def host_name(server: Server, settings: Settings) -> str:
-    """Nova's name for an instance's host: the one that HOSTS knows."""
+    """An instance's host by the one of its names that is in HOSTS."""
     return server.host if server.host in settings.hosts else server.hypervisor
 
 
 def host_of(server: Server, settings: Settings, screen: Screen) -> closing[Host]:
-    """An instance's host, for a scope."""
+    """A scope with an instance's host."""
     return closing(connect(host_name(server, settings), settings, screen))
 
 
-def look_at_disk(host: Host, server: Server, lacking: Sequence[str]) -> Disk | None:
-    """The source's disk, None where other reasons forbid to read it; a stopped one must not be in use."""
-    if {"qemu-img", "virsh"} & set(lacking) or not server.image or server.status not in ("ACTIVE", "SHUTOFF"):
+def survey_source_disk(host: Host, server: Server, missing: Sequence[str]) -> Disk | None:
+    """The source's disk, None if other reasons prevent reading it; a stopped one must not be in use."""
+    if {"qemu-img", "virsh"} & set(missing) or not server.image or server.status not in ("ACTIVE", "SHUTOFF"):
         return None
     path = host.disk_of(server.id)
     try:
@@ -5137,7 +5137,7 @@ def look_at_disk(host: Host, server: Server, lacking: Sequence[str]) -> Disk | N
 
 
 def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> DestinationFacts:
-    """Looks at what the destination cloud has."""
+    """Surveys the destination cloud."""
     try:
         cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
         return DestinationFacts(cloud, cloud.servers_named(settings.dst_name), cloud.flavors(), cloud.store.all(settings.image),
@@ -5147,39 +5147,39 @@ def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> Destinat
 
 
 def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -> Flavor:
-    """The flavor that was named, else the only one of the source's name, else of its sizes; raises Refused."""
+    """The given flavor, else the one with the source's name, else with its sizes; raises Refused."""
     if wanted:
         return pick(wanted, flavors, "flavor", "destination cloud: ", " with -f")
     if not source:
-        raise Refused("no flavor can be matched while the source is unknown", "name one with -f")
+        raise Refused("no flavor can be chosen while the source is unknown", "name one with -f")
     name, sizes = source.flavor.name, source.flavor.vcpus and source.flavor.sizes
     found = [one for one in flavors if one.name == name] or [one for one in flavors if one.sizes == sizes]
     if len(found) == 1:
         return found[0]
     what = f"flavor like the source's {name!r}" if name else "flavor to be matched with the source's, which is gone"
     if not found:
-        raise none_such(f"destination cloud: there is no {what}", name, flavors, " with -f")
+        raise not_found(f"destination cloud: there is no {what}", name, flavors, " with -f")
     raise Refused(f"destination cloud: more than one {what}: {', '.join(f'{one.name} ({one.id})' for one in found)}", "give its id with -f")
 
 
 def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Image:
-    """The image that was named, else one whose digest proves it the source's; raises Refused."""
+    """The given image, else one with the same digest as the source's; raises Refused."""
     if wanted:
         image = pick(wanted, images, "image", "destination cloud: ", " with -i")
         if image.status != "active":
             raise Refused(f"destination cloud: image {image.name!r} is {image.status}, not active", "name another one with -i")
         return image
     if not source:
-        raise Refused("the source's image is gone, so that none can be matched", "name one with -i")
+        raise Refused("the source's image is gone, so none can be matched", "name one with -i")
     name = source.name
     same = [image for image in images if image.status == "active" and image.equals(source)]
     if not same:
-        raise none_such(f"destination cloud: there is no image with the content of the source's {name!r}", name, images, " with -i")
+        raise not_found(f"destination cloud: there is no image with the content of the source's {name!r}", name, images, " with -i")
     return min(same, key=lambda image: (image.is_hidden, image.name != name))
 
 
 def refuse(settings: Settings, source: SourceFacts, destination: DestinationFacts, known: Collection[str] = ()) -> list[Reason]:
-    """Everything that is known to stand in the way; `known` are the runs with a journal here."""
+    """All reasons to refuse; `known`: the runs with a journal here."""
     reasons = [*source.problems, *destination.problems]
     if source.server:
         reasons += refuse_server(source.server, settings, known)
@@ -5192,78 +5192,78 @@ def refuse(settings: Settings, source: SourceFacts, destination: DestinationFact
     return reasons
 
 
-def those_that_hold(*rules: tuple[object, str, str]) -> list[Reason]:
-    """The reasons of the rules of which the condition holds."""
+def reasons_from(*rules: tuple[object, str, str]) -> list[Reason]:
+    """The reasons of the rules whose condition is true."""
     return [Reason(problem, way_out) for holds, problem, way_out in rules if holds]
 
 
-def ways_on_with(run: str, source: str, known: Collection[str]) -> str:
-    """What an operator does about a run that was cut off."""
+def next_commands_for(run: str, source: str, known: Collection[str]) -> str:
+    """The commands for a run that was interrupted."""
     if run in known:
-        return f"if it is over: ./migrena.py resume {run}, or ./migrena.py rollback {run}"
-    return f"its journal is not on this machine; if it is over: ./migrena.py rollback --run-of {source}"
+        return f"if it has ended: ./migrena.py resume {run}, or ./migrena.py rollback {run}"
+    return f"its journal is not on this machine; if it has ended: ./migrena.py rollback --run-of {source}"
 
 
 def refuse_server(server: Server, settings: Settings, known: Collection[str] = ()) -> list[Reason]:
-    """What of the source instance stands in the way."""
+    """Reasons to refuse in the source instance."""
     id, status, reason, ephemeral, whole = server.id, server.status, server.lock_reason, server.flavor.ephemeral, not settings.root_only
     run = server.metadata.get(MARK) or lock_of(server)
-    ways, left = ways_on_with(run, id, known), "--root-only goes on and leaves it behind"
+    ways, left = next_commands_for(run, id, known), "--root-only goes on without it"
     was_moved = run and MARK not in server.metadata and " takes its place" in reason
-    return those_that_hold(
-        (status not in ("ACTIVE", "SHUTOFF"), f"the source is {status}; only ACTIVE or SHUTOFF can be copied",
-         f"openstack server {STATE_WAYS[status]} {id}" if status in STATE_WAYS else "bring it to one of them"),
-        (server.task, f"the source has a task under way: {server.task}", "wait for its end"),
+    return reasons_from(
+        (status not in ("ACTIVE", "SHUTOFF"), f"the source is {status}; it must be ACTIVE or SHUTOFF",
+         f"openstack server {STATE_WAYS[status]} {id}" if status in STATE_WAYS else "bring it to one of these states"),
+        (server.task, f"the source has a task: {server.task}", "wait until it ends"),
         (server.locked and lock_of(server) != (run or None), f"the source is locked{reason and f': {reason}'}",
          f"openstack server unlock {id}"),
-        (was_moved, f"the source was moved already, or is being moved: {reason}",
-         f"{ways}; openstack server unlock {id} frees it to be moved once more"),
-        (run and not was_moved, f"run {run} is moving the source, or was cut off while it did", ways),
+        (was_moved, f"the source was or is being moved: {reason}",
+         f"{ways}; openstack server unlock {id} allows another move"),
+        (run and not was_moved, f"run {run} is moving the source, or was interrupted", ways),
         (not server.host, f"source cloud: {NO_HOSTS} the instance is", "use an admin's credentials"),
-        (not server.image, "the source boots from a volume, which no hypervisor's disk holds",
+        (not server.image, "the source boots from a volume, which migrena does not copy",
          "move the volume with Cinder, as a backup or an image"),
         (whole and server.image and server.volumes, f"volumes are attached: {', '.join(server.volumes)}", f"detach them, or {left}"),
-        (whole and ephemeral, f"the source has an ephemeral disk of {ephemeral} GiB, and only the root disk is copied", left),
-        (whole and server.config_drive, "the source has a config drive, and only the root disk is copied",
+        (whole and ephemeral, f"the source has an ephemeral disk of {ephemeral} GiB; only the root disk is copied", left),
+        (whole and server.config_drive, "the source has a config drive; only the root disk is copied",
          f"give 'config_drive': True in -e for a new one; {left}"))
 
 
 def refuse_tools(host: str, lacking: Sequence[str], settings: Settings, nbd_tool: str) -> list[Reason]:
-    """Which tools a host would have to have."""
+    """The required tools that a host lacks."""
     needed = (*NEEDED, nbd_tool) if settings.transport == "nbd" else NEEDED
-    old = [Reason(f"{host}: {tool} or later is needed, and what is there is older", "upgrade it") for tool in lacking if " " in tool]
+    old = [Reason(f"{host}: {tool} or later is needed", "upgrade it") for tool in lacking if " " in tool]
     return old + [Reason(f"{host}: {tool} is missing", "install {} (Debian: {}, RPM: {})".format(tool, *PACKAGES[tool]))
                   for tool in needed if tool in lacking]
 
 
 def refuse_disk(disk: Disk, settings: Settings) -> list[Reason]:
-    """What of the source's disk stands in the way."""
+    """Reasons to refuse in the source's disk."""
     top, stays = disk.top, [name for name in disk.beside if not name.endswith(("swap", "config"))]
-    return [Reason(f"{image.path} has {flaw}", FLAW_WAYS[flaw]) for image in disk.chain for flaw in image.flaws] + those_that_hold(
-        (disk.has_tpm, "the source has a TPM, whose secrets stay behind", "move what they protect first, then remove hw:tpm_version"),
+    return [Reason(f"{image.path} has {flaw}", FLAW_WAYS[flaw]) for image in disk.chain for flaw in image.flaws] + reasons_from(
+        (disk.has_tpm, "the source has a TPM, whose secrets are not copied", "move what it protects first, then remove hw:tpm_version"),
         (top.format not in ("qcow2", "raw"), f"{top.path} is {top.format}; only qcow2 and raw can be copied", ""),
-        (stays and not settings.root_only, f"further disks lie beside the root disk: {', '.join(stays)}",
-         "--root-only goes on and leaves them behind"))
+        (stays and not settings.root_only, f"there are other disks beside the root disk: {', '.join(stays)}",
+         "--root-only goes on without them"))
 
 
 def refuse_destination(settings: Settings, source: SourceFacts, destination: DestinationFacts, known: Collection[str] = ()) -> list[Reason]:
-    """What of the destination cloud stands in the way."""
+    """Reasons to refuse in the destination cloud."""
     reasons = list[Reason]()
     for server in destination.same_name:
         run, taken = server.metadata.get(MADE), f"destination cloud: the name {settings.dst_name!r} is taken by {server.id}"
-        reasons.append(Reason(f"{taken}, which run {run} was making",
-                              ways_on_with(run, server.metadata.get(ORIGIN, settings.src_uid), known))
+        reasons.append(Reason(f"{taken}, made by run {run}",
+                              next_commands_for(run, server.metadata.get(ORIGIN, settings.src_uid), known))
                        if run else Reason(taken, "choose another one with -d"))
-    reasons += [Reason(f"destination cloud: {server.name} {server.id} ({server.status}) was made of this source by run "
+    reasons += [Reason(f"destination cloud: {server.name} {server.id} ({server.status}) was made from this source by run "
                        f"{server.metadata.get(DONE) or server.metadata.get(MADE)}",
-                       "undo that run, or delete the instance; --yes makes another one all the same")
+                       "undo that run or delete the instance; --yes makes another one anyway")
                 for server in destination.made if not settings.yes and server not in destination.same_name]
-    reasons += those_that_hold((destination.refused, f"destination cloud: -e: {destination.refused}", "leave it out"),
-                               (not destination.sees_hosts, f"destination cloud: {NO_HOSTS} an instance is", "use an admin's credentials"))
+    reasons += reasons_from((destination.refused, f"destination cloud: -e: {destination.refused}", "leave it out"),
+                            (not destination.sees_hosts, f"destination cloud: {NO_HOSTS} an instance is", "use an admin's credentials"))
     flavor = image = None
-    with gathering(reasons):
+    with collecting(reasons):
         flavor = pick_flavor(settings.flavor, destination.flavors, source.server)
-    with gathering(reasons):
+    with collecting(reasons):
         if source.cloud and (carried := image_to_carry(settings, source, destination)):
             image = carried.source
             reasons += (*refuse_image(settings, carried, destination.images), *refuse_reading(carried, source.cloud))
@@ -5274,13 +5274,13 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
                            "name another one with -i, or --ignore-properties") for what, is_fatal in image.differs(source.image) if is_fatal]
     if flavor:
         reasons += refuse_flavor(settings, flavor, image, source)
-        reasons += [Reason(f"destination cloud: the quota is exceeded: {exceeded}", "delete what is not needed, or have the quota raised")
+        reasons += [Reason(f"destination cloud: the quota is exceeded: {exceeded}", "delete unused resources, or have the quota raised")
                     for exceeded in over_quota(destination.limits, flavor)]
     return reasons
 
 
 def refuse_flavor(settings: Settings, flavor: Flavor, image: Image | None, source: SourceFacts) -> Iterator[Reason]:
-    """What of a flavor of the destination stands in the way, with the image that the disk is made of."""
+    """Reasons to refuse a flavor of the destination, with the image that the disk is made from."""
     server, size = source.server, source.disk.top.size if source.disk else 0
     for what, is_less in flavor.differs(server.flavor) if server and not settings.flavor else ():
         if is_less:
@@ -5288,12 +5288,12 @@ def refuse_flavor(settings: Settings, flavor: Flavor, image: Image | None, sourc
     if 0 < flavor.disk * GiB < size:
         yield Reason(f"flavor {flavor.name} has a disk of {flavor.disk} GiB, the source's has {human(size)}", "name a larger one with -f")
     if not flavor.disk and server and image and image.disk_size < size and (image.disk_size or server.flavor.disk):
-        yield Reason(f"flavor {flavor.name} names no disk size, and image {image.name!r} has {human(image.disk_size)}, or does not tell; "
+        yield Reason(f"flavor {flavor.name} has no disk size, and image {image.name!r} has {human(image.disk_size)} or no known size; "
                      f"the source's disk has {human(size)}", "name a larger flavor with -f")
 
 
 def image_to_carry(settings: Settings, source: SourceFacts, destination: DestinationFacts) -> ImagePlan | None:
-    """With --copy-image, the source's image where the destination lacks it."""
+    """With --copy-image, the source's image if the destination lacks it."""
     if not settings.copy_image or settings.image or not source.image:
         return None
     plan = plan_image(settings, source.image, destination.images)
@@ -5301,13 +5301,13 @@ def image_to_carry(settings: Settings, source: SourceFacts, destination: Destina
 
 
 def already_there(settings: Settings, destination: DestinationFacts) -> Server | None:
-    """The complete instance of this name that an earlier run has made of this source."""
+    """The completed instance of this name that an earlier run made from this source."""
     return next((one for one in destination.same_name if one.metadata.get(ORIGIN) == settings.src_uid and DONE in one.metadata), None)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done, and with what."""
+    """What will be done."""
 
     run: str
     server: Server
@@ -5316,15 +5316,15 @@ class Plan:
     image: Image
     left_behind: tuple[str, ...]
     was_running: bool = False
-    carried: ImagePlan | None = None  # the image, where it has to be carried first
+    carried: ImagePlan | None = None  # the image, if it must be carried first
 
     def marks(self, key: str) -> dict[str, str]:
-        """What an instance's metadata say while the run is under way, by the key of its role."""
+        """An instance's metadata during the run; `key`: MARK or MADE."""
         return {key: self.run, WAS: "ACTIVE" if self.was_running else "SHUTOFF"}
 
 
 def make_plan(settings: Settings, source: SourceFacts, destination: DestinationFacts, run: str) -> Plan:
-    """The plan for facts that nothing was refused for."""
+    """The plan, for facts without reasons to refuse."""
     _, server, _, disk = source.whole
     left = (*(f"volume {id}" for id in server.volumes), *(f"ephemeral disk {name}" for name in disk.beside if re.search("local|eph", name)),
             *(["the config drive"] if server.config_drive else ()))
@@ -5335,7 +5335,7 @@ def make_plan(settings: Settings, source: SourceFacts, destination: DestinationF
 
 @dataclass
 class Report:
-    """What happened, for --json: sizes in bytes, durations in seconds."""
+    """The report of --json: sizes in bytes, durations in seconds."""
 
     run: str = ""
     result: str = "failed"
@@ -5345,35 +5345,35 @@ class Report:
     started: list[str] = field(default_factory=list)
     downtime_seconds: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    api_calls: dict[str, int] = field(default_factory=dict)  # of each cloud
-    ssh_commands: dict[str, int] = field(default_factory=dict)  # of each host
-    images: list[dict[str, object]] = field(default_factory=list)  # of `image`: what became of each
+    api_calls: dict[str, int] = field(default_factory=dict)  # by cloud
+    ssh_commands: dict[str, int] = field(default_factory=dict)  # by host
+    images: list[dict[str, object]] = field(default_factory=list)  # of `image`: the result for each
     moves: list[dict[str, object]] = field(default_factory=list)  # of `live-migrate`: the same
     warnings: list[str] = field(default_factory=list)
-    left_behind: list[str] = field(default_factory=list)  # of the instance, in the source cloud: volumes and the like
+    left_behind: list[str] = field(default_factory=list)  # parts of the instance that are not copied: volumes etc.
     not_undone: list[str] = field(default_factory=list)
     error: list[dict[str, str]] = field(default_factory=list)
 
 
 def reported(cloud: Cloud, server: Server) -> dict[str, object]:
-    """An instance as the report names it."""
+    """An instance for the report."""
     return {"cloud": cloud.url, "id": server.id, "name": server.name, "host": server.hypervisor}
 
 
 @dataclass
 class Earlier:
-    """A run that was cut off: its journal, and what was found of the instance that it was making."""
+    """An interrupted run: its journal, and what was found of its destination."""
 
     record: RunRecord
     seen: Seen = field(default_factory=Seen)
-    is_in_place: bool = False  # whether the copy has taken its place
+    is_in_place: bool = False  # whether the copy is swapped in
     cloud: Cloud | None = None
     problems: list[Reason] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One copy under way: everything its steps share."""
+    """A run in execution: what its steps share."""
 
     settings: Settings
     screen: Screen
@@ -5388,26 +5388,26 @@ class Run:
 
     @property
     def record(self) -> RunRecord:
-        """What its journal tells by now."""
-        return recorded(self.plan.run, self.journal.entries)
+        """Its journal so far."""
+        return record_of(self.plan.run, self.journal.entries)
 
     @property
     def made(self) -> str:
-        """The new instance's id, empty while Nova has not told it."""
+        """The new instance's id, empty until Nova's answer."""
         return self.record.destination or (self.earlier.seen.id if self.earlier else "")
 
     @property
     def is_in_place(self) -> bool:
-        """Whether an earlier process has put the copy in its place."""
+        """Whether an earlier process has swapped the copy in."""
         return bool(self.earlier and self.earlier.is_in_place)
 
     def changed(self, server: Server) -> None:
-        """Shows what Nova is doing."""
+        """Shows an instance's status."""
         self.screen.status(f"Current status: {server.status} {server.task}")
 
 
-def look(run: Run, made: str = "", *, with_disk: bool = False, is_patient: bool = True) -> Situation:
-    """Both sides of a run as they are now; the source's disk too where it is asked for."""
+def situation_now(run: Run, made: str = "", *, with_disk: bool = False, is_patient: bool = True) -> Situation:
+    """Both sides of a run as they are now, on request with the source's disk."""
     for _ in range(LOOKS):
         began, record = time.monotonic(), run.record
         source = see(run.source, run.plan.server.id, record.request("stop source") or None, is_patient=is_patient)
@@ -5416,39 +5416,39 @@ def look(run: Run, made: str = "", *, with_disk: bool = False, is_patient: bool 
         destination = see(run.destination, made or run.made, record.request("stop destination"), is_patient=is_patient)
         if (took := time.monotonic() - began) <= LOOK_LIMIT or source.unseen or destination.unseen:
             break
-    else:  # what was seen first is old by now
-        source = Seen(source.id, unseen=f"a look at both clouds and hosts took {span(took)}, {LOOKS} times")
+    else:  # the first result is out of date
+        source = Seen(source.id, unseen=f"looking at both clouds and hosts took {duration(took)}, {LOOKS} times")
     return situation(record, source, destination, run.is_in_place)
 
 
 def gate(run: Run, act: Act, *, is_live: bool = False, is_held: bool = False) -> Situation:
-    """Lets an act be done, by what is seen now. Raises FinalError where it must not be, Kept where a copy is proven."""
-    after, now = run.settings.start_after, look(run, with_disk=act in (Act.SWAP, Act.START_DESTINATION), is_patient=not is_held)
+    """Looks at both sides now; if an act must not be done, raises FinalError, or Kept once the copy is proven."""
+    after, now = run.settings.start_after, situation_now(run, with_disk=act in (Act.SWAP, Act.START_DESTINATION), is_patient=not is_held)
     asked = Asked(run.settings.yes, after == "all", after in ("all", "src"), is_live, is_held)
     allow(act, now, asked, Kept if now.stage >= Stage.PROVEN else FinalError)
     return now
 
 
 @contextmanager
-def proven_is_kept(run: Run) -> Iterator[None]:
-    """A scope out of which an outage of an API comes as Kept once the copy is proven."""
+def keeping_proven(run: Run) -> Iterator[None]:
+    """A scope that turns an API outage into Kept once the copy is proven."""
     try:
         yield
     except CloudError as error:
-        if not error.may_pass or stage_of(run.record) < Stage.PROVEN:
+        if not error.is_temporary or stage_of(run.record) < Stage.PROVEN:
             raise
-        raise Kept(f"{error}; the copy is whole and proven, and both instances are kept as they are",
+        raise Kept(f"{error}; the copy is complete and proven, and both instances are kept as they are",
                    f"./migrena.py resume {run.plan.run} completes the move, ./migrena.py rollback {run.plan.run} undoes it") from error
 
 
-def see_through(run: Run) -> int:
-    """Executes the run, undoes it where it fails; gives the exit code."""
+def execute_or_undo(run: Run) -> int:
+    """Executes the run, undoes it if it fails; returns the exit code."""
     run.source.tell = run.destination.tell = run.screen.note
     try:
-        with run.journal.ending(run.undo), ExitStack() as stack, run.undo, proven_is_kept(run):
-            stack.enter_context(run.source_host.private_folder(run.plan.run))  # tells other machines that this run is at work
+        with run.journal.ending(run.undo), ExitStack() as stack, run.undo, keeping_proven(run):
+            stack.enter_context(run.source_host.private_folder(run.plan.run))  # shows other machines that this run is active
             id = execute(run, stack)
-    except (UsageError, Refused) as error:  # of a run that has touched something this is no refusal any more
+    except (UsageError, Refused) as error:  # too late to count as a refusal
         if isinstance(error, Refused) and not run.earlier:
             raise
         raise MigrenaError.of(error.reasons) from error
@@ -5461,46 +5461,46 @@ def see_through(run: Run) -> int:
 
 
 def execute(run: Run, stack: ExitStack) -> str:
-    """The id of the new instance, its disk copied, proven and in place. Raises MigrenaError; what was done is in `run.undo`.
+    """Executes the plan; returns the new instance's id. Raises MigrenaError; `run.undo` has the undo steps.
 
-    Every step does only what an earlier process of the same run has not done already.
+    Steps that an earlier process of the same run has done are not repeated.
     """
     began, plan, cloud = time.monotonic(), run.plan, run.destination
     claim_source(run)
-    new = bring_destination(run)
+    new = ensure_destination(run)
     host = connect_destination(run, new, stack)
     with DiskLocks(plan.run) as locks:
         if not run.is_in_place:
-            began = bring_disk(run, host, new, locks)
-        elif (source := look(run).source).is_idle and not source.is_locked_by(plan.run) and run.settings.start_after in ("all", "dst"):
-            stop_source(run, new)  # somebody took its lock off: it is held again while the destination is started
+            began = copy_and_swap(run, host, new, locks)
+        elif (source := situation_now(run).source).is_idle and not source.is_locked_by(plan.run) and run.settings.start_after in ("all", "dst"):
+            stop_source(run, new)  # somebody unlocked it: lock it again before the destination is started
         arrived = start_named(run, "dst", new.id)
         if plan.was_running:
             stopped = run.earlier.record.stopped_at if run.earlier else None
-            downtime = (datetime.now(timezone.utc) - stopped).total_seconds() if stopped else time.monotonic() - began
-            run.report.downtime_seconds = round(downtime, 2)
+            elapsed = (datetime.now(timezone.utc) - stopped).total_seconds() if stopped else time.monotonic() - began
+            run.report.downtime_seconds = round(elapsed, 2)
     with run.journal.act("mark destination done", server=new.id):
-        cloud.mark(new.id, {DONE: plan.run, ORIGIN: plan.server.id})  # somebody may have wiped them
+        cloud.mark(new.id, {DONE: plan.run, ORIGIN: plan.server.id})  # somebody may have removed them
         cloud.unmark(new.id, plan.run, MADE)
     run.undo.attempt(f"unlock destination {new.id}", lambda: release_destination(run, new.id))
     run.undo.attempt(f"give source {plan.server.id} back", lambda: release_source(run, arrived))
-    host.run("rm", "-f", "--", beside(host.disk_of(new.id), plan.run)[1])
+    host.run("rm", "-f", "--", files_beside(host.disk_of(new.id), plan.run)[1])
     return new.id
 
 
 def release_destination(run: Run, id: str) -> None:
-    """After a success: the destination without the run's lock; somebody else's stays."""
-    if (seen := look(run).destination).unseen:
+    """After a success: removes the run's lock from the destination, but no one else's."""
+    if (seen := situation_now(run).destination).unseen:
         raise CloudError(seen.unseen)
     if seen.is_locked_by(run.plan.run):
         run.destination.unlock(id)
 
 
 def release_source(run: Run, arrived: Server | None) -> None:
-    """After a success: the source without the run's mark, and given back, unless the destination was started alone."""
+    """After a success: removes the run's mark from the source and gives it back, unless only the destination was started."""
     id = run.plan.server.id
     if run.settings.start_after != "dst":
-        give(run.source, replace(gate(run, Act.GIVE_BACK), was_running=False), run.journal, run.changed)
+        give_back(run.source, replace(gate(run, Act.GIVE_BACK), was_running=False), run.journal, run.changed)
         other = start_named(run, "src", id)
         if arrived and other and (shared := arrived.fixed_addresses & other.fixed_addresses):
             run.screen.warn(f"source and destination both run with address {', '.join(sorted(shared))}")
@@ -5509,18 +5509,18 @@ def release_source(run: Run, arrived: Server | None) -> None:
     run.source.unmark(id, run.plan.run, MARK, WAS)
 
 
-def bring_disk(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
-    """Brings the disk into its place; gives the moment, by the monotonic clock, at which the source was asked to stop."""
+def copy_and_swap(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
+    """Copies the disk and swaps it in; returns when the source was asked to stop, by the monotonic clock."""
     with slots(run.journal.path.parent, (run.source_host.name, host.name), run.settings.max_per_host, run.screen):
         with BothEnds(run, host, locks) as both:
             job, known = prepare(run, both.ends(), new), NOTHING_KNOWN
             locks.hold(host, job.fresh.path)
             if run.settings.warm and run.plan.server.is_running:
-                known = copy_while_it_runs(both, job)
-            require_still_so(run)
+                known = warm_copy(both, job)
+            require_safe_stop(run)
             began = stop_source(run, new)
             known = read_bitmap(run, job, known)
-            job = look_again(run, job)
+            job = recheck_source(run, job)
             transfer(both, job, known)
         title = f"{'Rebase backing file, check' if job.whole_file and job.fresh.backing else 'Check'} and swap in the disk."
         with run.screen.step(title):
@@ -5530,16 +5530,16 @@ def bring_disk(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
                 lost = settle_disk(host, job)
         locks.release(host.name, job.fresh.path)
         for name in lost:
-            run.screen.warn(f"the dirty bitmap {name}, which a killed qemu had in use, is not in the new disk: "
-                            "its next backup is a full one")
+            run.screen.warn(f"the new disk lacks the dirty bitmap {name}, which a killed qemu had in use: "
+                            "the next backup will be a full one")
     return began
 
 
-def copy_while_it_runs(both: BothEnds, job: DiskJob) -> Known:
-    """Brings over what the disk holds while the source runs, again and again, until little is left to be sent when it has stopped.
+def warm_copy(both: BothEnds, job: DiskJob) -> Known:
+    """Copies the disk in passes while the source runs, until little is left to send after its stop.
 
-    Gives what is known of both ends then, where a dirty bitmap tells what becomes of it. Raises FinalError where --max-downtime is not in
-    reach, and the HostError that no further attempt can help with; the source runs on.
+    Returns the digests of both ends, if a dirty bitmap shows what changes after them. Raises FinalError if --max-downtime cannot be met,
+    and HostError as `with_retries` does; the source runs on.
     """
     job, passes, known, run, began = replace(job, is_live=True), list[Pass](), NOTHING_KNOWN, both.run, time.monotonic()
     settings, screen = run.settings, run.screen
@@ -5549,17 +5549,17 @@ def copy_while_it_runs(both: BothEnds, job: DiskJob) -> Known:
         has_bitmap = settings.bitmap and begin_bitmap(run, job)
         while not passes or wants_another_pass(settings, passes, nova, time.monotonic() - began):
             if pause:
-                screen.note(f"Wait {span(pause)}: the last pass gained nothing.")
+                screen.note(f"Wait {duration(pause)}: the last pass gained nothing.")
                 time.sleep(pause)
                 passes[-1] = replace(passes[-1], seconds=passes[-1].seconds + pause)
-            one, known = patiently(both, partial(one_pass, run, job, known), "runs on")
+            one, known = with_retries(both, partial(one_pass, run, job, known), "runs on")
             passes.append(one)
             expected = downtime(passes, nova) if len(passes) > 1 else math.inf
             pause = pause_after(len(passes), pause, expected / least)
             least = min(least, expected)
-            more = f", found in {span(one.looking)}; stopped now, it would be down for about {span(expected)}" if len(passes) > 1 else ""
+            more = f", found in {duration(one.looking)}; stopped now, it would be down for about {duration(expected)}" if len(passes) > 1 else ""
             screen.note(f"Pass {len(passes)}: {human(one.changed)} {'sent' if len(passes) == 1 else 'had changed, sent'} in "
-                        f"{span(one.sending)}{more}")
+                        f"{duration(one.sending)}{more}")
             run.journal.write("pass", number=len(passes), **asdict(one))
         result["passes"] = len(passes)
     run.report.copy["passes"] = [asdict(one) for one in passes]
@@ -5567,7 +5567,7 @@ def copy_while_it_runs(both: BothEnds, job: DiskJob) -> Known:
 
 
 def begin_bitmap(run: Run, job: DiskJob) -> bool:
-    """Whether the source's file notes what its guest changes from now on; a warning where it cannot."""
+    """Adds a dirty bitmap to the source's file; returns False, with a warning, if that is not possible."""
     host, path, bitmap = run.source_host, job.source.path, bitmap_of(job.run)
     why = "" if job.whole_file else "what the guest sees is copied, not the file"
     if job.source.format == "raw" or why:
@@ -5576,28 +5576,28 @@ def begin_bitmap(run: Run, job: DiskJob) -> bool:
     drop_bitmap_on_failure(run)
     try:
         with run.journal.act("add bitmap", path=path, bitmap=bitmap):
-            drop_bitmap(host, run.plan.server.id, path, job.run)  # an earlier process's, begun before what this one has read
+            drop_bitmap(host, run.plan.server.id, path, job.run)  # from an earlier process
             host.script(ADD_BITMAP, run.plan.server.id, path, bitmap)
     except CommandError as error:
         run.screen.warn(f"no dirty bitmap: {error}")
         return False
-    run.screen.note(f"{host.name}:{path} carries the dirty bitmap {bitmap} until the source has stopped.")
+    run.screen.note(f"{host.name}:{path} has the dirty bitmap {bitmap} until the source has stopped.")
     return True
 
 
 def drop_bitmap_on_failure(run: Run) -> None:
-    """If the run fails, the source's file does not keep the dirty bitmap; a run that goes on takes it out when the source has stopped."""
+    """Registers the removal of the source's dirty bitmap if the run fails; otherwise read_bitmap() removes it."""
     host, path = run.source_host, run.plan.disk.top.path
-    run.undo.on_failure(f"take the dirty bitmap out of {host.name}:{path}", lambda: drop_bitmap(host, run.plan.server.id, path, run.plan.run))
+    run.undo.on_failure(f"remove the dirty bitmap from {host.name}:{path}", lambda: drop_bitmap(host, run.plan.server.id, path, run.plan.run))
 
 
 def drop_bitmap(host: Host, source: str, path: str, run: str) -> None:
-    """Takes a run's dirty bitmap out of a source's file, whether the source runs or not; nothing happens where there is none."""
+    """Removes a run's dirty bitmap, if any, from a source's file, whether the source runs or not."""
     host.script(DROP_BITMAP, source, path, bitmap_of(run))
 
 
 def read_bitmap(run: Run, job: DiskJob, known: Known) -> Known:
-    """What is known, with what the stopped source's dirty bitmap tells; it is taken out. Without one, nothing counts as unchanged."""
+    """Adds the unchanged blocks by the stopped source's dirty bitmap, if any, to what is known, and removes the bitmap."""
     if not run.settings.bitmap:
         return known
     host = run.source_host
@@ -5606,35 +5606,35 @@ def read_bitmap(run: Run, job: DiskJob, known: Known) -> Known:
             with host.private_folder(job.run) as folder:
                 known = replace(known, unchanged=unchanged_since(host, folder, job, known))
         except CommandError as error:
-            run.screen.warn(f"the dirty bitmap tells nothing, and both disks are read whole: {error}")
+            run.screen.warn(f"the dirty bitmap is unusable, so both disks are read completely: {error}")
     with run.journal.act("drop bitmap", path=job.source.path):
         drop_bitmap(host, run.plan.server.id, job.source.path, job.run)
     return known
 
 
 def one_pass(run: Run, job: DiskJob, known: Known, ends: Ends) -> tuple[Pass, Known]:
-    """One pass over the source's file, as long as it is by now."""
+    """One pass over the source's file with its present length."""
     require_it_runs(run, gate(run, Act.WRITE, is_live=True).source.server)
     ends.locks.hold(ends.destination, job.fresh.path)
     length, state = ends.source.script(f'stat -c %s -- "$2"; {DOMAIN_STATE}', run.plan.server.id, job.source.path).split("\n", 1)
     require_running(ends.source, state.strip())
     job = replace(job, source=replace(job.source, length=int(length)))
-    moved, known = move_disk(ends, job, Witness(partial(told_progress, run)), known)
+    moved, known = move_disk(ends, job, Callbacks(partial(journaled_progress, run)), known)
     return Pass(moved.held, moved.looking, moved.sending, moved.seconds), known
 
 
 def require_it_runs(run: Run, server: Server | None) -> None:
-    """Raises CloudError when the source is no longer where it was, or does not run."""
+    """Raises CloudError if the source has moved to another host or does not run."""
     was = run.plan.server
     if not server or (server.host, server.hypervisor) != (was.host, was.hypervisor):
         place = f" to {server.hypervisor}" if server else ""
-        raise CloudError(f"the source has moved{place} while it was being copied", "run it again", 400)
+        raise CloudError(f"the source has moved{place} during the copy", "run it again", 400)
     if server.status != "ACTIVE" or server.power != 1:
-        why = "somebody has stopped it"
+        why = "somebody stopped it"
         with suppress(HostError):
             why = ENDED["crashed"] if "crashed" in run.source_host.script(DOMAIN_STATE, server.id) else why
-        raise CloudError(f"the source is {server.status} in the middle of the copy: {why}",
-                         "find out who; run it again, without --warm if it is to stay stopped", 400)
+        raise CloudError(f"the source is {server.status} during the copy: {why}",
+                         "find out who; run it again, without --warm if it stays stopped", 400)
 
 
 def nova_takes(actions: Sequence[Action], stop: float) -> float:
@@ -5654,44 +5654,44 @@ def pause_after(passes: int, before: float, share: float) -> float:
 
 
 def downtime(passes: Sequence[Pass], nova: float) -> float:
-    """Seconds that the source would be down, were it stopped now: Nova's stop and start, finding what has changed and sending it."""
+    """Seconds of downtime if the source were stopped now: Nova's stop and start, finding and sending what changed."""
     return nova + SETTING_UP + passes[-1].looking + left_after(passes) / rate_of(passes)
 
 
 def left_after(passes: Sequence[Pass]) -> float:
-    """Bytes that will have changed again, as fast as they did before."""
+    """Bytes that will have changed in the meantime, at the rate before."""
     return passes[-1].changed / passes[-2].seconds * passes[-1].seconds
 
 
 def rate_of(passes: Sequence[Pass]) -> float:
-    """Bytes per second, as in the pass that sent the most."""
+    """Bytes per second of the pass that sent the most."""
     most = max(passes, key=lambda one: one.changed)
     return max(most.changed, 1) / max(most.sending, 0.01)
 
 
 def wants_another_pass(settings: Settings, passes: Sequence[Pass], nova: float, elapsed: float) -> bool:
-    """Whether to go on while the source runs. Raises FinalError where --max-downtime is not in reach."""
+    """Whether to do another pass. Raises FinalError if --max-downtime cannot be met."""
     is_last = 0 < settings.warm_passes <= len(passes)
     if settings.max_downtime:
         if len(passes) == 1:
-            return True  # what changes is seen by the second
+            return True  # the second one shows what changes
         if (expected := downtime(passes, nova)) <= settings.max_downtime:
             return False
         if is_last or elapsed > settings.warm_timeout:
-            raise FinalError(f"after {len(passes)} passes in {span(elapsed)} the source would still be down for about {span(expected)}",
+            raise FinalError(f"after {len(passes)} passes in {duration(elapsed)} the source would still be down for about {duration(expected)}",
                              f"allow more than --max-downtime {settings.max_downtime}, or try again when the guest writes less")
         return True
     return not is_last and (len(passes) == 1 or (left_after(passes) < passes[-1].changed / 2 and left_after(passes) > rate_of(passes) / 2))
 
 
 def claim_source(run: Run) -> None:
-    """Marks the source in Nova, for runs on other machines to see. Raises Refused where one was quicker.
+    """Marks the source in Nova, to exclude runs on other machines. Raises Refused if one was quicker.
 
-    From the first moment on, a failure also undoes what an earlier process of this run has done, as far as that may be undone.
+    From here on, a failure also undoes what an earlier process of this run did, if that is allowed.
     """
     id, plan = run.plan.server.id, run.plan
     run.undo.always(f"check that nothing of ours is left on {run.source_host.name}", run.source_host.confirm_all_ended)
-    run.undo.on_failure(f"take the mark off source {id}", lambda: take_mark_off(run.source, look(run)))
+    run.undo.on_failure(f"take the mark off source {id}", lambda: take_mark_off(run.source, situation_now(run)))
     if run.earlier:
         delete_on_failure(run)
         undo_stop(run)
@@ -5706,26 +5706,26 @@ def claim_source(run: Run) -> None:
 
 
 def take_mark_off(cloud: Cloud, now: Situation) -> None:
-    """Takes a run's mark off its source once that is as it was found; until then, which raises Kept, the mark tells whose it is."""
+    """Removes a run's mark from its source if that is in its old state; else raises Kept, since the mark is still needed."""
     source, way = now.source, f"./migrena.py rollback {now.run}"
     if source.unseen:
-        raise Kept(f"source {source.id} may keep the mark of run {now.run}: {source.unseen}", way)
+        raise Kept(f"source {source.id} may still have the mark of run {now.run}: {source.unseen}", way)
     if source.server and now.was_running and not source.server.is_running:
-        raise Kept(f"source {source.id} is {source.server.status}, and keeps the mark of run {now.run}", f"{way}, once it may run")
+        raise Kept(f"source {source.id} is {source.server.status}, and still has the mark of run {now.run}", f"{way}, once it may run")
     if source.server:
         cloud.unmark(source.id, now.run, MARK, WAS)
 
 
 def require_mark(run: Run, mark: str | None) -> None:
-    """Raises Refused when the source carries another mark than ours, or than this."""
-    there = run.source.steady_server(run.plan.server.id).metadata.get(MARK)
+    """Raises Refused unless the source has this mark or ours."""
+    there = run.source.server_retrying(run.plan.server.id).metadata.get(MARK)
     if there not in (mark, run.plan.run):
         raise Refused(f"another run ({there or 'one that has ended'}) has taken the source {run.plan.server.id} at the same time",
-                      "wait for its end, and see what it made")
+                      "wait until it ends, and see what it made")
 
 
-def bring_destination(run: Run) -> Server:
-    """The new instance, ACTIVE; one that an earlier process has made may be stopped too. A carried image stays in any case."""
+def ensure_destination(run: Run) -> Server:
+    """The new instance: ACTIVE, or stopped if an earlier process made it. A carried image is kept in any case."""
     made = run.earlier and run.earlier.seen.id
     if run.plan.carried:
         with run.screen.step("Carry the source's image, which the destination lacks."):
@@ -5743,7 +5743,7 @@ def bring_destination(run: Run) -> Server:
 
 
 def create_destination(run: Run) -> Server:
-    """A new instance, ACTIVE. A failure deletes it, even one in the middle of the request that makes it."""
+    """Makes an instance and waits until it is ACTIVE. A failure deletes it, even if Nova's answer was lost."""
     plan, settings = run.plan, run.settings
     for line in (f"Name: {settings.dst_name}", f"Flavor: {plan.flavor.name}, ID: {plan.flavor.id}",
                  f"Image: {plan.image.name}, ID: {plan.image.id}",
@@ -5756,48 +5756,48 @@ def create_destination(run: Run) -> Server:
 
 
 def ask_for_destination(run: Run) -> str:
-    """The id of the new instance, also where the answer is lost: it is never asked for twice."""
+    """Requests the new instance once; returns its id even if the answer is lost."""
     plan, settings, limit = run.plan, run.settings, time.monotonic() + LOST_ANSWER
     try:
-        with unbroken():  # an instance of which nobody knows the id would be hard to undo
+        with defer_signals():  # an instance without a known id is hard to undo
             run.journal.write("asked")
             try:
                 return run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, settings.extra_args,
                                               plan.marks(MADE) | {ORIGIN: plan.server.id})
             except CloudError as error:
-                if error.code not in (0, 502, 504):  # else a proxy may have kept the request
+                if error.code not in (0, 502, 504):  # else a proxy may still forward the request
                     run.journal.write("refused")
                 raise
     except CloudError as error:
-        if not (error.may_pass and (made := await_made(run, limit))):
+        if not (error.is_temporary and (made := await_made(run, limit))):
             raise
         return made[0]
 
 
 def await_made(run: Run, limit: float) -> list[str]:
-    """The ids of what a run has made, by its marks, as soon as there are any; none where there are not by that moment."""
+    """The ids of what a run made, by its marks; waits for the first one until `limit`."""
     while not (made := run.destination.made_by(run.plan.run, run.plan.server.id)) and time.monotonic() <= limit:
         time.sleep(CLAIM_PAUSE)
     return [server.id for server in made]
 
 
 def made_late(run: Run) -> list[str]:
-    """The ids of what a run has made whose answer was lost; raises Kept where it may still be made."""
+    """The ids of what a run made although Nova's answer was lost; raises Kept if it may still be made."""
     told = {entry["event"] for entry in run.journal.entries}
     is_open = "asked" in told and "refused" not in told and not run.journal.is_broken
     made = await_made(run, time.monotonic() + LATE_ANSWER if is_open else float("-inf"))
     if is_open and not made:
-        raise Kept(f"Nova did not answer when it was asked for {run.settings.dst_name}, and may still make it",
+        raise Kept(f"Nova did not answer the request for {run.settings.dst_name}, and may still make it",
                    f"openstack server list --name {shlex.quote(run.settings.dst_name)}; ./migrena.py rollback {run.plan.run} deletes it")
     return made
 
 
 def delete_on_failure(run: Run) -> None:
-    """If the run fails, what it made is deleted: by its id, or by its marks where Nova's answer was lost."""
+    """Registers the deletion of the destination if the run fails: by its id, or by its marks if Nova's answer was lost."""
     def delete() -> None:
-        is_proven = stage_of(run.record) >= Stage.PROVEN  # until then the source's host may be away
+        is_proven = stage_of(run.record) >= Stage.PROVEN  # until then the source's host need not be reachable
         for id in [run.made] if run.made else made_late(run):
-            now = look(run, id, with_disk=is_proven)
+            now = situation_now(run, id, with_disk=is_proven)
             if not now.destination.is_gone:
                 allow(Act.DELETE, now, Asked(run.settings.yes))
                 with run.journal.act("delete destination", server=id):
@@ -5807,7 +5807,7 @@ def delete_on_failure(run: Run) -> None:
 
 
 def connect_destination(run: Run, new: Server, stack: ExitStack) -> Host:
-    """The hypervisor that Nova chose, with all the tools a copy needs."""
+    """Connects to the hypervisor that Nova chose; raises HostError if it lacks tools."""
     if not new.host:
         raise CloudError(f"destination cloud: {NO_HOSTS} the instance is", "use an admin's credentials")
     host = stack.enter_context(host_of(new, run.settings.of("dst"), run.screen))
@@ -5836,7 +5836,7 @@ class BothEnds(ExitStack):
         self.close()
         self._ends = None
         for host in (self.run.source_host, self.destination):
-            host.revive()
+            host.reconnect()
 
     def _open(self) -> Ends:
         source, destination = self.run.source_host, self.destination
@@ -5849,7 +5849,7 @@ class BothEnds(ExitStack):
 
 
 def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
-    """The plan of the transfer, rehearsed, with the destination stopped, while the source still runs."""
+    """Stops the destination, plans the transfer and rehearses it, while the source still runs."""
     screen, cloud = run.screen, run.destination
     with screen.step(f"{STOP_DESTINATION}."), run.journal.act("stop destination", server=new.id) as result:
         fresh = survey_disk(ends.destination, new.id, ends.destination.disk_of(new.id), shared=not new.is_stopped)
@@ -5863,17 +5863,17 @@ def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
         run.journal.write("space", host=host, need=space_needed(job.source, run.plan.disk, job.whole_file, 0))
         refuse_job(ends, job, run.plan.disk, still_to_write(run.journal.path.parent, run.plan.run, host))
         rate = rehearse(ends, job)
-        screen.note(f"Done. {human(SAMPLE)} went from {ends.source.nbd_address} to {ends.client_address} and were proven.")
+        screen.note(f"Done. {human(SAMPLE)} went from {ends.source.nbd_address} to {ends.client_address} and were verified.")
         if rate < SLOW_WIRE and job.may_be_compressed:
             job = replace(job, transport="qemu", compress=True)
-            screen.note(f"The wire carries {human(rate)}/s: what crosses it is compressed.")
+            screen.note(f"The network carries {human(rate)}/s: compression is on.")
             run.report.copy |= {"transport": job.transport, "compressed": True}
             rehearse(ends, job)
     return job
 
 
 def plan_job(run: Run, ends: Ends, fresh: Disk) -> DiskJob:
-    """What will be copied and how, from both disks; says it on the screen and in the report."""
+    """Decides what is copied and how, from both disks; shows and reports it."""
     settings, disk, host = run.settings, run.plan.disk, ends.destination
     missing = {end: set(tools_lacking(end)) for end in (ends.source, host)}
     for_nbd = (ends.source, "nbd-server"), (host, "nbd-client"), (host, "modprobe")
@@ -5882,11 +5882,11 @@ def plan_job(run: Run, ends: Ends, fresh: Disk) -> DiskJob:
         lacking = [f"the module nbd on {host.name}"]
     equal = bool(disk.base and fresh.base and disk.top.backing_format
                  and same_content((ends.source, disk.base), (host, fresh.base), settings.stall_timeout))
-    whole_file, why_view = view(disk, fresh, equal)
+    whole_file, why_view = pick_view(disk, fresh, equal)
     compress = settings.compress == "on"
     transport, why_transport = pick_transport(settings, lacking, disk.top, whole_file)
     if transport == "nbd" and lacking:
-        raise HostError(f"--transport nbd cannot work: missing is {', '.join(lacking)}", "use --transport qemu, or install what is missing")
+        raise HostError(f"--transport nbd is impossible, missing: {', '.join(lacking)}", "use --transport qemu, or install what is missing")
     run.screen.note(f"Copy {'the file' if whole_file else 'what the guest sees'}: {why_view}.")
     run.screen.note(f"Transport {transport}{', compressed,' if compress else ''}{' with TLS' if settings.tls else ' in clear'}: {why_transport}.")
     run.report.copy |= {"view": "file" if whole_file else "guest", "why_view": why_view, "transport": transport,
@@ -5896,29 +5896,29 @@ def plan_job(run: Run, ends: Ends, fresh: Disk) -> DiskJob:
 
 
 def refuse_job(ends: Ends, job: DiskJob, disk: Disk, others: int = 0) -> None:
-    """Raises HostError where the destination's host or disk cannot take the copy, besides so many bytes of other runs."""
+    """Raises HostError if the copy does not fit the destination's disk, or its host besides the bytes of `others`."""
     host, fresh = ends.destination, job.fresh
     if fresh.format not in ("qcow2", "raw"):
-        raise HostError(f"{host.name}: {fresh.path} is {fresh.format}; only qcow2 and raw can be copied to")
+        raise HostError(f"{host.name}: {fresh.path} is {fresh.format}; only qcow2 and raw can be written")
     if fresh.size < job.source.size:
         raise HostError(f"the new instance's disk of {human(fresh.size)} is smaller than the source's {human(job.source.size)}",
                         "name a larger flavor with -f")
     need = space_needed(job.source, disk, job.whole_file, job.settings.space_reserve)
-    there = host.script('[ ! -f "$1" ] || stat -c %b -- "$1"', job.new)  # a run that goes on has its place already
+    there = host.script('[ ! -f "$1" ] || stat -c %b -- "$1"', job.new)  # a resumed run has some already
     free = free_space(host, fresh.path) + there.read(lambda said: int(said or 0)) * 512
     if free - others < need:
-        taken = f", {human(others)} of which other runs have yet to write" if others else ""
+        taken = f", of which other runs still need {human(others)}" if others else ""
         raise HostError(f"{host.name}: {human(free)} are free beside {fresh.path}{taken}, {human(need)} are needed",
-                        "free space there, or have Nova choose another host with availability_zone in -e")
+                        "free space there, or choose another host with availability_zone in -e")
 
 
 def space_needed(top: DiskImage, disk: Disk, whole_file: bool, reserve: int) -> int:
-    """Bytes that have to be free for the new file, with room for a running source to grow a little, and so many that stay free."""
+    """Bytes needed for the new file, 2 % more because a running source grows, and `reserve`."""
     return (top.allocated if whole_file else disk.guest_bytes) * 102 // 100 + reserve
 
 
 def stop_source(run: Run, new: Server) -> float:
-    """Locks the source against its users and stops it; gives the moment, by the monotonic clock, before it was asked to."""
+    """Locks the source against its users and stops it; returns when it was asked to stop, by the monotonic clock."""
     cloud, plan, id = run.source, run.plan, run.plan.server.id
     with run.screen.step("Stop source instance."), run.journal.act("stop source", server=id, was_running=plan.was_running) as result:
         gate(run, Act.STOP_SOURCE)
@@ -5933,19 +5933,19 @@ def stop_source(run: Run, new: Server) -> float:
 
 
 def undo_stop(run: Run) -> None:
-    """If the run fails, the source is unlocked, and started if it ran when the run found it."""
+    """Registers that a failed run unlocks the source, and starts it if it ran before."""
     id = run.plan.server.id
 
     def undo() -> None:
-        now = look(run)
+        now = situation_now(run)
         allow(Act.GIVE_BACK, now, Asked(run.settings.yes, run.settings.start_after == "all"))
-        give(run.source, now, run.journal, run.changed)
+        give_back(run.source, now, run.journal, run.changed)
 
     run.undo.on_failure(f"start source {id} again" if run.plan.was_running else f"unlock source {id}", undo)
 
 
-def give(cloud: Cloud, now: Situation, journal: Journal, changed: Callable[[Server], None]) -> None:
-    """Unlocks the source where the lock is the run's, and starts it where it ran."""
+def give_back(cloud: Cloud, now: Situation, journal: Journal, changed: Callable[[Server], None]) -> None:
+    """Unlocks the source if the lock is the run's, and starts it if it ran before."""
     if not (server := now.source.server):
         return
     if now.source.is_locked_by(now.run):
@@ -5956,10 +5956,10 @@ def give(cloud: Cloud, now: Situation, journal: Journal, changed: Callable[[Serv
             cloud.restart(server.id, changed)
 
 
-def require_still_so(run: Run) -> None:
-    """Raises HostError where a stop of the running source could lose something, says libvirt."""
+def require_safe_stop(run: Run) -> None:
+    """Raises HostError if, by libvirt, stopping the running source could lose something."""
     plan, host = run.plan, run.source_host
-    if not run.source.steady_server(plan.server.id).is_running:  # a run that is gone on with may find its own stop under way
+    if not run.source.server_retrying(plan.server.id).is_running:  # a resumed run may find it stopping
         return
     domain = domain_of(host, plan.server.id, plan.disk.top.path)
     if reasons := refuse_domain(host, domain):
@@ -5969,14 +5969,14 @@ def require_still_so(run: Run) -> None:
 
 
 def require_running(host: Host, state: str) -> None:
-    """Raises FinalError where the source's qemu has ended, says libvirt; Nova may see that ten minutes later."""
+    """Raises FinalError if, by libvirt, the source's qemu has ended; Nova may notice ten minutes later."""
     if state.startswith(("shut off", "crashed")):
-        raise FinalError(f"{host.name}: the source's qemu has ended in the middle of the copy: {state}, says libvirt",
+        raise FinalError(f"{host.name}: by libvirt, the source's qemu ended during the copy: {state}",
                          "find out why (/var/log/libvirt/qemu there); run it again")
 
 
-def look_again(run: Run, job: DiskJob) -> DiskJob:
-    """The job for the disk as it is now that the source has stopped and nobody has it open; its domain is as before."""
+def recheck_source(run: Run, job: DiskJob) -> DiskJob:
+    """The job with the stopped source's disk as it is now; raises HostError if it was replaced or has errors."""
     host, path, warn = run.source_host, job.source.path, run.screen.warn
     domain = domain_of(host, run.plan.server.id, path)
     if other := misplaced(host, domain):
@@ -5984,21 +5984,21 @@ def look_again(run: Run, job: DiskJob) -> DiskJob:
     chain = disk_chain(host, path, domain.format, shared=False)
     planned = run.plan.disk.chain
     if [(image.path, image.format, image.size) for image in chain] != [(image.path, image.format, image.size) for image in planned]:
-        raise HostError(f"{host.name}: {path} was replaced since it was looked at")
+        raise HostError(f"{host.name}: {path} was replaced since the survey")
     top = checked(host, chain[0])
     for flaw in top.flaws:
         raise HostError(f"{path} has {flaw}", FLAW_WAYS[flaw])
     if top.leaks:
-        warn(f"{host.name}: {path} has {top.leaks:,} leaked clusters: they only waste space, and are copied too")
+        warn(f"{host.name}: {path} has {top.leaks:,} leaked clusters, which waste space and are copied too")
     for reason in refuse_metadata(host, domain):
         warn(f"{reason.problem}; {reason.way_out}")
     if run.plan.was_running and domain.ended:
-        warn(f"{domain.ended}: its file systems are as after a power cut")
-    return replace(job, source=top, stand=stand_of(host, path))
+        warn(f"{domain.ended}: its file systems are as after a power failure")
+    return replace(job, source=top, stand=stat_of(host, path))
 
 
 def transfer(both: BothEnds, job: DiskJob, known: Known) -> Moved:
-    """Copies and proves; raises as `patiently` does. A half-made file goes with the destination, whose whole folder Nova deletes."""
+    """Copies and verifies; raises as `with_retries` does. An incomplete file is deleted with the destination's folder."""
     run, host = both.run, both.destination
     inode = host.run("stat", "-c", "%i", "--", job.fresh.path).strip()
     run.journal.write("job", new=job.new, kept=job.kept, host=host.name, stand=job.stand, inode=inode, whole_file=job.whole_file)
@@ -6006,41 +6006,41 @@ def transfer(both: BothEnds, job: DiskJob, known: Known) -> Moved:
     def check() -> None:
         gate(run, Act.WRITE, is_held=True)
         if (free := free_space(host, job.fresh.path)) < run.settings.space_reserve:
-            raise FinalError(f"{host.name}: only {human(free)} are free by now beside {job.fresh.path}: guests there would be paused",
+            raise FinalError(f"{host.name}: only {human(free)} are left beside {job.fresh.path}: a full disk pauses its guests",
                              "free space there, and run it again; the limit is SPACE_RESERVE")
 
-    witness = Witness(partial(told_progress, run), lambda tile, done: run.journal.write(
-        "chunk", offset=tile.offset, length=tile.length, done=done), spaced(10.0, check))
+    callbacks = Callbacks(partial(journaled_progress, run), lambda chunk, done: run.journal.write(
+        "chunk", offset=chunk.offset, length=chunk.length, done=done), at_intervals(10.0, check))
 
     def attempt(ends: Ends) -> Moved:
         gate(run, Act.WRITE)
         ends.locks.hold(ends.destination, job.fresh.path)
-        return move_disk(ends, job, witness, known)[0]
+        return move_disk(ends, job, callbacks, known)[0]
 
     with run.screen.step("Migrate disk to destination instance."), run.journal.act("copy", new=job.new, length=job.length) as result:
         run.screen.note(f"{run.source_host.name}:{job.source.path}")
         run.screen.note(f"-> {host.name}:{job.fresh.path}")
-        moved = patiently(both, attempt, "stays stopped")
-        tell_moved(run, job, moved)
+        moved = with_retries(both, attempt, "stays stopped")
+        report_moved(run, job, moved)
         result |= {"held": moved.held, "digest": moved.digest}
     return moved
 
 
-def tell_moved(run: Run, job: DiskJob, moved: Moved) -> None:
-    """Says what has arrived, and how it was proven."""
+def report_moved(run: Run, job: DiskJob, moved: Moved) -> None:
+    """Shows and reports what was copied, and how it was verified."""
     rate = moved.held / max(moved.seconds, 0.001)
-    proof = f"both ends have digest {moved.digest[:16]}…" if moved.digest else "not proven, as asked for with --no-verify"
-    proof += f", of {human(moved.unread)} since before the stop: by the dirty bitmap they have not changed" if moved.unread else ""
+    proof = f"both ends have digest {moved.digest[:16]}…" if moved.digest else "not verified (--no-verify)"
+    proof += f", {human(moved.unread)} of it from before the stop, unchanged by the dirty bitmap" if moved.unread else ""
     what = f"{human(moved.held)} that had changed, in" if moved.is_rest else f"{human(moved.held)} in"
-    run.screen.note(f"Done. {what} {span(moved.seconds)}{'' if moved.is_rest else f', {human(rate)}/s'}; {proof}")
+    run.screen.note(f"Done. {what} {duration(moved.seconds)}{'' if moved.is_rest else f', {human(rate)}/s'}; {proof}")
     run.report.copy |= {"verified": bool(moved.digest), "digest": moved.digest, "proven_by_bitmap": moved.unread, "bytes": moved.held,
                         "length": job.length, "sent": moved.sent, "sent_per_held": round(moved.sent / max(moved.held, 1), 4),
                         "seconds": round(moved.seconds, 2), "rate": round(rate)}
     run.journal.write("finished", clouds=[run.source.url, run.destination.url], rate=round(rate) if moved.held > MiB and not moved.is_rest else 0)
 
 
-def spaced(seconds: float, act: Callable[[], object]) -> Callable[[], None]:
-    """Does an act when it is called, but not before so many seconds have passed since the last time, or since now."""
+def at_intervals(seconds: float, act: Callable[[], object]) -> Callable[[], None]:
+    """A function that calls `act`, but only if so many seconds have passed since the last time or since now."""
     last = time.monotonic()
 
     def do() -> None:
@@ -6052,10 +6052,10 @@ def spaced(seconds: float, act: Callable[[], object]) -> Callable[[], None]:
     return do
 
 
-def patiently(both: BothEnds, act: Callable[[Ends], T], meanwhile: str) -> T:
-    """What an act on both ends gives, tried again and again where a command, an export, a device or a connection fails.
+def with_retries(both: BothEnds, act: Callable[[Ends], T], meanwhile: str) -> T:
+    """The result of a function on both ends, with retries if a command, an export, a device or a connection fails.
 
-    Raises the HostError that no further attempt can help with, or that of the last one.
+    Raises a HostError that a retry cannot help with, or that of the last attempt.
     """
     run = both.run
     for attempt in range(run.settings.retries + 1):
@@ -6064,7 +6064,7 @@ def patiently(both: BothEnds, act: Callable[[Ends], T], meanwhile: str) -> T:
                 both.renew()
             return act(both.ends())
         except HostError as error:
-            if attempt == run.settings.retries or isinstance(error, FinalError) or any(words in str(error) for words in NO_ROOM):
+            if attempt == run.settings.retries or isinstance(error, FinalError) or any(words in str(error) for words in DISK_FULL):
                 raise
             pause = min(2 ** (attempt + 1), 60)
             run.journal.write("retry", attempt=attempt + 1, error=str(error), pause=pause)
@@ -6074,8 +6074,8 @@ def patiently(both: BothEnds, act: Callable[[Ends], T], meanwhile: str) -> T:
 
 
 @contextmanager
-def told_progress(run: Run, total: int) -> Iterator[Callable[[int], None]]:
-    """Progress on the screen, and in the journal every five seconds, from where `status` tells it."""
+def journaled_progress(run: Run, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress on the screen, and every five seconds in the journal, for `status`."""
     told = 0.0
     with run.screen.progress(total) as show:
         def both(done: int) -> None:
@@ -6089,7 +6089,7 @@ def told_progress(run: Run, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def start_named(run: Run, side: str, id: str) -> Server | None:
-    """The instance of `src` or `dst`, started because -a names it, or None because it does not."""
+    """Starts the instance of `src` or `dst` if -a says so, else returns None."""
     if run.settings.start_after not in ("all", side):
         return None
     name, cloud = ("destination", run.destination) if side == "dst" else ("source", run.source)
@@ -6104,7 +6104,7 @@ def start_named(run: Run, side: str, id: str) -> Server | None:
 
 
 def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known_rate: float, report: Report) -> Iterator[str]:
-    """The plan in words, for the dry run; what they say goes into the report."""
+    """The plan's lines for the dry run; puts the same into the report."""
     server, disk, top = plan.server, plan.disk, plan.disk.top
     report.source |= {"status": server.status, "flavor": server.flavor, "chain": disk.chain}
     yield f"source       {server.name} {server.id}, {server.status}, on {server.hypervisor}"
@@ -6117,53 +6117,53 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known_rate: 
     report.destination |= {"name": settings.dst_name, "flavor": plan.flavor, "image": image}
     yield from (f"  image      has {what} of the source's" for what in differs or ())
     if differs is None:
-        yield "  image      is not compared: that of the source is gone, or was not looked at"
+        yield "  image      was not compared: the source's is gone, or could not be read"
     yield from (f"  flavor     has {what} of the source's" for what, _ in plan.flavor.differs(server.flavor))
     transport, why = pick_transport(settings, ["nbd-server"] if "nbd-server" in source.lacking else [], top, True)
-    yield f"transport    {transport}{' with TLS' if settings.tls else ' in clear'}: {why} (the destination's host may lack something)"
+    yield f"transport    {transport}{' with TLS' if settings.tls else ' in clear'}: {why} (if the destination's host has the tools)"
     if plan.carried:
         yield f"to move      {human(plan.carried.size)}: the image, before anything is stopped"
     views = {"file": top.allocated} | ({} if top.format == "raw" or not disk.base else {"guest": disk.guest_bytes})
     rates = {f"{human(settings.limit_rate)}/s, the limit": float(settings.limit_rate)} if settings.limit_rate else {
         f"{human(known_rate)}/s, as in the last run": known_rate} if known_rate else {"1 Gbit/s": 1.25e8, "10 Gbit/s": 1.25e9}
     is_warm = settings.warm and plan.was_running
-    kind, also = ("downtime", ", and the time to stop and start") if plan.was_running and not is_warm else ("duration", "")
+    kind, also = ("downtime", ", plus the time to stop and start") if plan.was_running and not is_warm else ("duration", "")
     report.copy = {"transport": transport, "why_transport": why, "estimates": [],
                    **{key: getattr(settings, key) for key in ("tls", "warm", "bitmap", "start_after")}}
-    for view, amount in views.items():
-        space = space_needed(top, disk, view == "file", settings.space_reserve)
-        yield f"to move      {human(amount)}: {'the file' if view == 'file' else 'what the guest sees, if the bases differ'}"
+    for which, amount in views.items():
+        space = space_needed(top, disk, which == "file", settings.space_reserve)
+        yield f"to move      {human(amount)}: {'the file' if which == 'file' else 'what the guest sees, if the bases differ'}"
         yield f"  space      {human(space)} at the destination"
         for name, rate in rates.items():
-            report.copy["estimates"].append({"view": view, "bytes": amount, "space": space, "rate": rate, "why_rate": name,
+            report.copy["estimates"].append({"view": which, "bytes": amount, "space": space, "rate": rate, "why_rate": name,
                                              "seconds": round(amount / rate, 1)})
-            yield f"  {kind}   about {span(amount / rate)} at {name}{also}"
+            yield f"  {kind}   about {duration(amount / rate)} at {name}{also}"
     if is_warm:
-        yield "downtime     for finding and sending what changes meanwhile, and the time to stop and start"
+        yield "downtime     to find and send what changes meanwhile, and to stop and start"
         if settings.bitmap:
-            yield f"bitmap       {top.path} carries a dirty bitmap meanwhile"
-    yield "guest        with cloud-init it takes the new instance id for a first boot: new SSH host keys, perhaps passwords (see README)"
+            yield f"bitmap       {top.path} has a dirty bitmap meanwhile"
+    yield "guest        cloud-init treats the new instance id as a first boot: new SSH host keys, perhaps passwords (see README)"
     if server.key and not settings.extra_args.get("key_name"):
         yield (f"  key pair   {server.key!r} is the source's; the new instance has none, unless key_name in -e names "
                "one of the destination's user")
     yield f"afterwards   {'start ' + settings.start_after if settings.start_after else 'nothing is started'}"
 
 
-def copy(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
-    """The job without a subcommand: survey, refuse, and then the plan is printed or executed."""
+def copy_instance(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
+    """migrena without a subcommand: survey, refuse, then print or execute the plan."""
     check_extra(settings.extra_args)
     if not settings.warm and {"max_downtime", "warm_passes", "warm_timeout", "bitmap"} & set(call.flags):
-        raise UsageError("--max-downtime, --warm-passes, --warm-timeout and --bitmap mean something with --warm alone", "give --warm too")
+        raise UsageError("--max-downtime, --warm-passes, --warm-timeout and --bitmap need --warm", "give --warm too")
     creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
     folder, screen, run = state_folder(settings, call.environment), undo.screen, new_run()
     with ExitStack() as stack:
-        if not settings.dry_run:  # before the survey, so that what was seen stays so
+        if not settings.dry_run:  # before the survey, so that its results stay valid
             stack.enter_context(only_run_of(folder, settings.src_uid, run))
         with screen.timed("Survey"):
-            source, destination = at_once(lambda: survey_source(settings, creds["src"], screen, stack),
-                                          lambda: survey_destination(settings, creds["dst"]))
+            source, destination = in_parallel(lambda: survey_source(settings, creds["src"], screen, stack),
+                                              lambda: survey_destination(settings, creds["dst"]))
         if there := already_there(settings, destination):
-            return tell_already(settings, there, screen, report)
+            return report_already_moved(settings, there, screen, report)
         reasons = refuse(settings, source, destination, known_runs(folder))
         if reasons or not destination.cloud:
             raise Refused.of(reasons)
@@ -6171,29 +6171,29 @@ def copy(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         clouds = cloud, destination.cloud
         report.run, report.left_behind, report.source = run, list(plan.left_behind), reported(cloud, plan.server)
         report.destination["cloud"] = destination.cloud.url
-        tell_what_stays(screen, plan)
+        warn_left_behind(screen, plan)
         if settings.dry_run:
             report.result, report.api_calls = "planned", {cloud.label: cloud.calls for cloud in clouds}
             for line in plan_lines(settings, plan, source, last_rate(folder, [cloud.url for cloud in clouds]), report):
                 screen.say(line, always=True)
             return 0
-        return see_through(Run(settings, screen, begin_journal(folder, settings, plan, clouds), undo, report, plan, *clouds, host))
+        return execute_or_undo(Run(settings, screen, begin_journal(folder, settings, plan, clouds), undo, report, plan, *clouds, host))
 
 
 def begin_journal(folder: Path, settings: Settings, plan: Plan, clouds: Sequence[Cloud]) -> Journal:
-    """The run's journal with its first line: what resume and rollback need, and no secret. Raises UsageError."""
+    """A new journal with its first line: what resume and rollback need, without secrets. Raises UsageError."""
     journal = Journal(folder, plan.run)
     with journal.beginning():
         journal.write("run", pid=os.getpid(), source=plan.server.id, source_name=plan.server.name, source_host=plan.server.hypervisor,
                       name=settings.dst_name, clouds=[cloud.url for cloud in clouds], where=[cloud.identity for cloud in clouds],
                       was_running=plan.was_running, flavor=plan.flavor.id, image=plan.image.id,
-                      settings={**{name: getattr(settings, name) for name in KEPT},
+                      settings={**{name: getattr(settings, name) for name in FOR_RESUME},
                                 **{f"{side}_disk_path": settings.of(side).disk_path for side in ("src", "dst")}})
     return journal
 
 
-def tell_already(settings: Settings, there: Server, screen: Screen, report: Report) -> int:
-    """Success without any work."""
+def report_already_moved(settings: Settings, there: Server, screen: Screen, report: Report) -> int:
+    """Reports success where nothing is to do."""
     screen.say(f"already migrated: {settings.src_uid} is {there.name} {there.id}, by run {there.metadata[DONE]}")
     report.run, report.result = there.metadata[DONE], "already"
     report.destination = {"id": there.id, "name": there.name, "host": there.hypervisor}
@@ -6202,21 +6202,21 @@ def tell_already(settings: Settings, there: Server, screen: Screen, report: Repo
     return 0
 
 
-def tell_what_stays(screen: Screen, plan: Plan) -> None:
-    """Warns of what the new instance will not have."""
+def warn_left_behind(screen: Screen, plan: Plan) -> None:
+    """Warns about what the new instance will lack."""
     for what in plan.left_behind:
-        screen.warn(f"{what} stays behind, as asked for with --root-only")
+        screen.warn(f"{what} is not copied (--root-only)")
     if plan.server.flavor.swap or "disk.swap" in plan.disk.beside:
         screen.note("The swap disk is not copied: Nova makes a new one.")
     if plan.disk.has_nvram:
-        screen.warn("the source boots by UEFI: its NVRAM (boot entries) is not copied, and Nova makes a new one")
+        screen.warn("the source uses UEFI: its NVRAM (boot entries) is not copied, Nova makes a new one")
 
 
 # ---- 13. Status ------------------------------------------------------------------------------------------------------
 
 
-def status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
-    """The job `status`: what the journals tell of all runs, or of one."""
+def show_status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
+    """The subcommand `status`: shows all runs, or one, from the journals."""
     folder = state_folder(settings, call.environment, to_write=False)
     records = []
     for run in [find_run(folder, settings.run)] if settings.run else known_runs(folder):
@@ -6238,7 +6238,7 @@ def status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
 
 
 def as_json(record: RunRecord) -> dict[str, Any]:
-    """All that is known of a run, by the names that its report has for it."""
+    """A run as JSON, with the report's names."""
     facts, told, clouds = record.facts, asdict(record), [*record.facts.get("clouds", ()), "", ""]
     told["copy"] = {key: told.pop(key) for key in ("done", "rate", "retries")}
     told["copy"] |= {"bytes": told.pop("total"), "seconds_left": record.seconds_left}
@@ -6249,11 +6249,11 @@ def as_json(record: RunRecord) -> dict[str, Any]:
 
 
 def table_lines(records: Sequence[RunRecord]) -> Iterator[str]:
-    """One aligned line for each run, and below it what is left behind."""
+    """An aligned line for each run, followed by what is left behind."""
     rows = [("RUN", "STATE", "STEP", "BYTES", "%", "RATE", "LEFT", "SOURCE -> DESTINATION"), *(
         (record.run, record.state, "-" if record.state == "done" else record.step, human(record.done) if record.total else "-",
          str(record.done * 100 // record.total) if record.total else "-", f"{human(record.rate)}/s" if record.rate else "-",
-         span(record.seconds_left) if record.seconds_left else "-",
+         duration(record.seconds_left) if record.seconds_left else "-",
          f"{record.facts.get('source_name') or record.source or '?'} -> {record.facts.get('name') or '?'}") for record in records)]
     head, *lines = aligned(rows)
     yield head
@@ -6263,17 +6263,17 @@ def table_lines(records: Sequence[RunRecord]) -> Iterator[str]:
 
 
 def what_to_do(record: RunRecord) -> Iterator[str]:
-    """What a run that ended badly has left behind, and the ways on."""
+    """What a failed run has left behind, and the next commands."""
     yield from (f"left behind: {line}" for line in record.left)
     if record.state == "killed":
-        yield "it may have left " + ("half an image" if record.carries_image else "the new instance, and the mark and the lock on the source")
+        yield "it may have left " + ("an incomplete image" if record.carries_image else "the new instance, and the mark and the lock on the source")
     if record.state in ("killed", "left"):
         can_go_on = not record.is_undoing and any(act.name == "create destination" for act in record.acts)
-        yield f"{f'go on: ./migrena.py resume {record.run}    ' if can_go_on else ''}undo: ./migrena.py rollback {record.run}"
+        yield f"{f'continue: ./migrena.py resume {record.run}    ' if can_go_on else ''}undo: ./migrena.py rollback {record.run}"
 
 
 def detail_lines(record: RunRecord) -> Iterator[str]:
-    """One run with its steps and the seconds they took."""
+    """One run with its acts and their seconds."""
     told = as_json(record)
     yield f"run          {record.run}, {record.state}"
     for side in ("source", "destination"):
@@ -6282,13 +6282,13 @@ def detail_lines(record: RunRecord) -> Iterator[str]:
     yield f"began        {record.began}, the source was {'running' if record.was_running else 'stopped'}"
     if record.total:
         yield (f"copy         {human(record.done)} of {human(record.total)}, {record.done * 100 // record.total}%, {human(record.rate)}/s"
-               f"{f', {span(record.seconds_left)} left' if record.seconds_left else ''}; {len(record.arrived)} chunks, {record.retries} retries")
+               f"{f', {duration(record.seconds_left)} left' if record.seconds_left else ''}; {len(record.arrived)} chunks, {record.retries} retries")
     for act in record.acts:
         took = (datetime.fromisoformat(act.ended) - datetime.fromisoformat(act.began)).total_seconds() if act.ended else 0.0
-        seconds_taken = f"in {span(took)}" if took >= 0 else "(the clock was set back meanwhile)"
-        outcome = {"done": f"done {seconds_taken}", "failed": f"failed: {act.facts.get('error', '')}"}.get(
-            act.result, "under way" if record.state == "running" else "cut off")
-        yield f"  {act.began[:19].replace('T', ' ')}  {act.name}: {outcome}"
+        seconds_taken = f"in {duration(took)}" if took >= 0 else "(the clock was set back)"
+        result = {"done": f"done {seconds_taken}", "failed": f"failed: {act.facts.get('error', '')}"}.get(
+            act.result, "under way" if record.state == "running" else "interrupted")
+        yield f"  {act.began[:19].replace('T', ' ')}  {act.name}: {result}"
     if record.error:
         yield f"error        {record.error}"
     yield from what_to_do(record)
@@ -6298,9 +6298,9 @@ def detail_lines(record: RunRecord) -> Iterator[str]:
 
 
 def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord, screen: Screen) -> Earlier:
-    """Looks at what the run had made, by its id or its mark, and at the files beside its disk."""
+    """Surveys what the run had made, by its id or its mark, and the files beside its disk."""
     found = Earlier(record)
-    with gathering(found.problems):
+    with collecting(found.problems):
         found.cloud = cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
         id = record.destination or next((server.id for server in cloud.made_by(record.run, record.source)), "")
         found.seen = seen = see(cloud, id, record.request("stop destination"))
@@ -6308,40 +6308,40 @@ def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord,
             settings = settings.of("dst")
             with host_of(seen.server, settings, screen) as host:
                 path = host.disk_of(id)
-                new, kept = beside(path, record.run)
+                new, kept = files_beside(path, record.run)
                 was_swapped = host.succeeds("test", "-e", kept) and not host.succeeds("test", "-e", new)
                 found.is_in_place = was_swapped or record.has_done("swap in")
-                inode = host.script('[ ! -e "$1" ] || stat -c %i -- "$1"', path).strip()  # Nova may be about to make it
+                inode = host.script('[ ! -e "$1" ] || stat -c %i -- "$1"', path).strip()  # Nova may not have made it yet
                 if record.job.get("inode", inode) != inode:
-                    found.seen = replace(seen, disk="is not the one that Nova made: somebody has put another one there")
+                    found.seen = replace(seen, disk="is not the one that Nova made: somebody replaced it")
     return found
 
 
 def situation_of(source: SourceFacts, earlier: Earlier) -> Situation:
-    """What is seen of a run that was cut off."""
+    """The Situation of an interrupted run."""
     record, seen = earlier.record, Seen(earlier.record.source, source.server)
-    if source.cloud and source.server and (was := record.job.get("stand")) and not earlier.is_in_place:  # without a copy all is done again
+    if source.cloud and source.server and (was := record.job.get("stand")) and not earlier.is_in_place:  # without a copy everything is repeated
         seen = see(source.cloud, record.source, record.request("stop source") or None)
-        stand = stand_of(source.host, source.disk.top.path) if source.host and source.disk else ""
+        stand = stat_of(source.host, source.disk.top.path) if source.host and source.disk else ""
         if stand != was or not (seen.server and seen.server.is_stopped):
             seen = replace(seen, disk="was changed, or is in use")
     return situation(record, seen, earlier.seen, earlier.is_in_place)
 
 
 def refuse_state(record: RunRecord) -> None:
-    """Raises Refused for a run that cannot be gone on with."""
+    """Raises Refused for a run that cannot be resumed."""
     run, told = record.run, {"done": "was successful", "failed": "has failed and was rolled back", "rolled back": "was rolled back"}
     if record.is_undoing and record.state in ("killed", "left"):
-        raise Refused(f"run {run} was being rolled back when that was cut off", f"./migrena.py rollback {run}")
+        raise Refused(f"run {run} was being rolled back", f"./migrena.py rollback {run}")
     if record.state in told:
-        raise Refused(f"run {run} {told[record.state]}: there is nothing to go on with",
+        raise Refused(f"run {run} {told[record.state]}: there is nothing to resume",
                       "" if record.state == "done" else "give the command again")
     if record.carries_image:
-        raise Refused(f"run {run} carried an image, which is not gone on with", f"./migrena.py rollback {run}, then the command again")
+        raise Refused(f"run {run} carried an image, which cannot be resumed", f"./migrena.py rollback {run}, then the command again")
 
 
 def tell_judged(screen: Screen, report: Report, now: Situation, judged: Mapping[Act, Sequence[Reason]]) -> int:
-    """Shows what is seen, and why acts must not be done; gives the exit code."""
+    """Shows the Situation, and why acts must not be done; returns the exit code."""
     lines = [f"seen  {now}"]
     for act, reasons in judged.items():
         lines.append(f"{act.value}: {'must not be done' if reasons else 'may be done'}")
@@ -6356,19 +6356,19 @@ def tell_judged(screen: Screen, report: Report, now: Situation, judged: Mapping[
 
 
 def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
-    """The job `resume`: goes on with a run that was cut off."""
+    """The subcommand `resume`: continues an interrupted run."""
     folder, screen = state_folder(settings, call.environment), undo.screen
     run = find_run(folder, settings.run)
     refuse_state(record := read_run(folder, run))
     with ExitStack() as stack:
         stack.enter_context(only_run_of(folder, record.source, run))
-        record = read_run(folder, run, is_ours=True)  # it may have gone on until the lock was ours
+        record = read_run(folder, run, is_ours=True)  # again, now that the lock is ours
         refuse_state(record)
         settings = call.settings(record.facts.get("settings"))
         creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
         with screen.timed("Survey"):
-            source, earlier = at_once(lambda: survey_source(settings, creds["src"], screen, stack),
-                                      lambda: survey_made(settings, creds["dst"], record, screen))
+            source, earlier = in_parallel(lambda: survey_source(settings, creds["src"], screen, stack),
+                                          lambda: survey_made(settings, creds["dst"], record, screen))
         if source.cloud and earlier.cloud:
             require_same_clouds(record, (source.cloud, earlier.cloud))
         now, reasons = situation_of(source, earlier), [*source.problems, *earlier.problems]
@@ -6384,25 +6384,25 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         report.run, report.source = run, reported(cloud, server)
         journal = Journal(folder, run)
         with journal.beginning():
-            journal.write("asked to resume", pid=os.getpid())  # it is resumed when a failure would undo what there is: see claim_source()
-        screen.say(f"Go on with run {run}, {human(sum(length for _, length in record.arrived))} of which were sent.")
-        return see_through(Run(settings, screen, journal, undo, report, plan, cloud, earlier.cloud, host, earlier))
+            journal.write("asked to resume", pid=os.getpid())  # claim_source() writes `resume`, when a failure would undo the run
+        screen.say(f"Resume run {run}; {human(sum(length for _, length in record.arrived))} were sent.")
+        return execute_or_undo(Run(settings, screen, journal, undo, report, plan, cloud, earlier.cloud, host, earlier))
 
 
 # ---- 15. Rollback ----------------------------------------------------------------------------------------------------
 
-# Prints what private folders a run still has on a host, those alone whose lease is alive where $2 is given.
+# Prints a run's private folders on a host; with $2 only those whose lease is alive.
 LEFT_FOLDERS: Final = """
 for folder in /run/migrena-"$1"-* /tmp/migrena-"$1"-*; do
   [ ! -e "$folder" ] || { [ -n "$2" ] && flock -n -- "$folder/lease" true; } || echo "$folder"
 done
 """
-LEASE_LIMIT: Final = 75.0  # seconds after which the leases of a run that was cut off have ended
+LEASE_LIMIT: Final = 75.0  # seconds after which an interrupted run's leases have ended
 
 
 @dataclass(frozen=True)
-class Undone:
-    """A run that is to be undone: what is seen of it, and its journal, empty where it is lost."""
+class UndoPlan:
+    """A run to undo: its Situation, and its journal, empty if lost."""
 
     settings: Settings
     screen: Screen
@@ -6411,12 +6411,12 @@ class Undone:
     record: RunRecord
 
     @property
-    def taking(self) -> Act:
-        """What becomes of the destination."""
+    def removal(self) -> Act:
+        """The act for the destination."""
         return Act.STOP_DESTINATION if self.settings.keep_destination else Act.DELETE
 
     def allow(self, act: Act) -> Situation:
-        """Lets an act be done, by what is seen now; raises Kept where it must not be."""
+        """Looks at both sides now; raises Kept if an act must not be done."""
         one, other = self.now.source, self.now.destination
         source = replace(see(self.clouds[0], one.id, one.since), disk=one.disk)
         now = replace(self.now, source=source, destination=see(self.clouds[1], other.id, other.since))
@@ -6424,62 +6424,62 @@ class Undone:
         return now
 
 
-def find_undone(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud], record: RunRecord, folder: Path) -> Undone:
-    """What a run has made, by its journal or by marks and locks; raises Refused where nothing tells of a run."""
+def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud], record: RunRecord, folder: Path) -> UndoPlan:
+    """What a run has made, by its journal or by marks and locks; raises Refused if no run is found."""
     one, other = clouds
     require_same_clouds(record, clouds)
     source = see(one, record.source, record.request("stop source") or None)
-    if source.server and not record.run:  # a run locks its source before it stops it
+    if source.server and not record.run:  # a run locks its source before the stop
         source = see(one, source.id, next((action.request for action in one.actions(source.id) if action.name == "lock"), None))
     if source.unseen:
-        raise Refused(f"the source could not be looked at: {source.unseen}", "see to that first: nothing was touched")
+        raise Refused(f"the source could not be looked up: {source.unseen}", "solve that first; nothing was touched")
     marks, lock = (source.server.metadata, source.server.lock_reason) if source.server else ({}, "")
     made = {server.id: server for server in other.made_by("", source.id)}
     runs = {server.metadata.get(MADE) or server.metadata[DONE] for server in made.values()}
     run = record.run or marks.get(MARK) or (lock_of(source.server) if source.server else "")
     if not run and len(runs) != 1:
-        raise Refused(f"{len(runs) or 'no'} runs have a mark on {source.id} or on an instance made of it",
-                      f"delete what is not wanted by hand: {', '.join(made)}" if runs else "there is nothing to undo")
+        raise Refused(f"{len(runs) or 'no'} runs have marks on {source.id} or on an instance made from it",
+                      f"delete unwanted ones by hand: {', '.join(made)}" if runs else "there is nothing to undo")
     run = run or runs.pop()
     if not re.fullmatch(r"[0-9A-Za-z-]+", run):
-        raise Refused(f"the mark {run!r} is none of migrena's", "see who wrote it")
-    if not record.run and run in known_runs(folder) and (found := read_run(folder, run, is_ours=True)).source:  # else it was emptied
-        return find_undone(settings, screen, clouds, found, folder)
+        raise Refused(f"the mark {run!r} is not one of migrena's", "find out who wrote it")
+    if not record.run and run in known_runs(folder) and (found := read_run(folder, run, is_ours=True)).source:  # else the journal was emptied
+        return plan_undo(settings, screen, clouds, found, folder)
     marked = [id for id, server in made.items() if run in (server.metadata.get(MADE), server.metadata.get(DONE))]
     id = record.destination or next(iter(marked), "")
     told = re.search(r"([0-9a-f-]{36}) takes its place", lock)
-    if told and told[1] not in made and (server := other.look(told[1])):  # whose marks somebody has wiped
+    if told and told[1] not in made and (server := other.find_server(told[1])):  # somebody removed its marks
         made[server.id] = server
     now = situation(record, source, see(other, id, record.request("stop destination")))
     was = marks.get(WAS) or (made[id].metadata.get(WAS) if id in made else "")
     was_running = now.was_running if record.run else was == "ACTIVE"
     if now.destination.is_gone and source.server and MARK not in marks and not source.is_locked_by(run):
-        was_running = False  # it has been undone: what the source is now is not for us to change
+        was_running = False  # nothing is left to undo: do not change the source's state
     stage = Stage.DONE if any(DONE in made[id].metadata for id in marked) else now.stage if record.run else Stage.SWAPPED
     others = tuple(server for server in made.values() if server.id not in (id, *marked))
-    return with_hosts(Undone(settings, screen, clouds, replace(now, run=run, stage=stage, was_running=was_running, others=others), record))
+    return with_hosts(UndoPlan(settings, screen, clouds, replace(now, run=run, stage=stage, was_running=was_running, others=others), record))
 
 
-def with_hosts(undone: Undone) -> Undone:
-    """The same with what hypervisors tell: the source's disk, and whether a run without a journal is at work."""
-    now, record, alive = undone.now, undone.record, ""
+def with_hosts(plan: UndoPlan) -> UndoPlan:
+    """Adds what the hypervisors show: the source's disk, and whether a run without a journal is active."""
+    now, record, alive = plan.now, plan.record, ""
     source, made = now.source.server, now.destination.server
     if source and source.host and now.stage >= Stage.PROVEN:
         try:
-            with host_of(source, undone.settings.of("src"), undone.screen) as host:
+            with host_of(source, plan.settings.of("src"), plan.screen) as host:
                 alive = "" if record.run else at_work(host, now.run)
                 disk = disk_now(host, host.disk_of(source.id), record)
         except HostError as error:
-            disk = f"cannot be looked at: {shorten(str(error))}"
+            disk = f"cannot be read: {shorten(str(error))}"
         now = replace(now, source=replace(now.source, disk=disk))
     if made and made.host and not record.run and not alive:
-        with host_of(made, undone.settings.of("dst"), undone.screen) as host:
+        with host_of(made, plan.settings.of("dst"), plan.screen) as host:
             alive = at_work(host, now.run)
-    return replace(undone, now=replace(now, alive=alive))
+    return replace(plan, now=replace(now, alive=alive))
 
 
 def at_work(host: Host, run: str) -> str:
-    """Which folder of a run is held by a process on a host, more than a minute after it may have been cut off."""
+    """A folder that a run still holds on a host after more than a minute, or nothing."""
     limit = time.monotonic() + LEASE_LIMIT
     while found := host.script(LEFT_FOLDERS, run, "alive").split():
         if time.monotonic() > limit:
@@ -6489,10 +6489,10 @@ def at_work(host: Host, run: str) -> str:
 
 
 def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
-    """The job `rollback`: undoes a run."""
+    """The subcommand `rollback`: undoes a run."""
     folder, screen = state_folder(settings, call.environment), undo.screen
     if bool(settings.run) == bool(settings.run_of):
-        raise UsageError("name either the RUN or its source", "./migrena.py rollback RUN, or ./migrena.py rollback --run-of SRC_UUID")
+        raise UsageError("give either RUN or its source", "./migrena.py rollback RUN, or ./migrena.py rollback --run-of SRC_UUID")
     record = read_run(folder, find_run(folder, settings.run)) if settings.run else RunRecord("", "", "", {"source": settings.run_of})
     with only_run_of(folder, record.source, record.run or "rollback"):
         if record.run:
@@ -6507,43 +6507,43 @@ def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
             cloud.tell = screen.note
         if record.carries_image:
             require_same_clouds(record, clouds)
-            return take_back_image(record, clouds[1], Journal(folder, record.run), undo, report)
-        with nothing_touched():
-            undone = find_undone(settings, screen, clouds, record, folder)
-        now, asked = undone.now, Asked(settings.yes)
-        taking = [] if now.destination.is_gone else judge(undone.taking, now, asked)
-        giving = judge(Act.GIVE_BACK, replace(now, destination=Seen()), asked)  # by then it is gone, or stopped
+            return undo_image(record, clouds[1], Journal(folder, record.run), undo, report)
+        with refusing():
+            plan = plan_undo(settings, screen, clouds, record, folder)
+        now, asked = plan.now, Asked(settings.yes)
+        removing = [] if now.destination.is_gone else judge(plan.removal, now, asked)
+        giving_back = judge(Act.GIVE_BACK, replace(now, destination=Seen()), asked)  # by then gone or stopped
         if settings.dry_run:
-            return tell_judged(screen, report, now, {undone.taking: taking, Act.GIVE_BACK: giving})
-        if reasons := [*taking, *(giving if now.alive else [])]:
+            return tell_judged(screen, report, now, {plan.removal: removing, Act.GIVE_BACK: giving_back})
+        if reasons := [*removing, *(giving_back if now.alive else [])]:
             raise Refused.of(list(dict.fromkeys(reasons)))
-        return undo_run(undone, folder, undo, report)
+        return undo_run(plan, folder, undo, report)
 
 
-def undo_run(undone: Undone, folder: Path, undo: Undo, report: Report) -> int:
-    """Undoes a run that may be undone."""
-    now, source, made = undone.now, undone.now.source.server, undone.now.destination.server
+def undo_run(plan: UndoPlan, folder: Path, undo: Undo, report: Report) -> int:
+    """Undoes a run, which judge() allows."""
+    now, source, made = plan.now, plan.now.source.server, plan.now.destination.server
     journal, report.run = Journal(folder, now.run), now.run
     with journal.beginning():
-        if not undone.record.run:  # it was lost: this is all that is known
+        if not plan.record.run:  # the journal was lost
             journal.write("run", source=now.source.id, was_running=now.was_running, name=made.name if made else "",
-                          where=[cloud.identity for cloud in undone.clouds])
+                          where=[cloud.identity for cloud in plan.clouds])
         journal.write("asked to roll back", pid=os.getpid())
     if source and not made and MARK not in source.metadata and (source.is_running or not now.was_running):
         undo.screen.say(f"Neither cloud has anything of run {now.run} to undo; the source is {source.status}.")
-    return take_back(undoing(undone, journal), journal, undo, report, keep_destination=undone.settings.keep_destination)
+    return run_steps(undo_steps(plan, journal), journal, undo, report, keep_destination=plan.settings.keep_destination)
 
 
-def take_back_image(record: RunRecord, cloud: Cloud, journal: Journal, undo: Undo, report: Report) -> int:
-    """Deletes what a run of the job `image` had not brought to an end."""
+def undo_image(record: RunRecord, cloud: Cloud, journal: Journal, undo: Undo, report: Report) -> int:
+    """Deletes the incomplete image of a run of `image`."""
     if record.state == "done":
         raise Refused(f"run {record.run} was successful: its image may be in use", "openstack image delete, if that is wanted")
     report.run, what = record.run, f"delete image {record.facts.get('name')}"
-    return take_back([(what, lambda: delete_carried(cloud, record.run))], journal, undo, report)
+    return run_steps([(what, lambda: delete_carried(cloud, record.run))], journal, undo, report)
 
 
-def take_back(steps: Iterable[tuple[str, Callable[[], None]]], journal: Journal, undo: Undo, report: Report, **facts: object) -> int:
-    """Does these steps, each with its name; what fails or is cut off by a signal is left in `undo`, and the others go on."""
+def run_steps(steps: Iterable[tuple[str, Callable[[], None]]], journal: Journal, undo: Undo, report: Report, **facts: object) -> int:
+    """Executes named steps; those that fail or are interrupted are listed in `undo.left`."""
     todo = deque(steps)
 
     def next_step() -> None:
@@ -6565,48 +6565,48 @@ def take_back(steps: Iterable[tuple[str, Callable[[], None]]], journal: Journal,
     return 0
 
 
-def undoing(undone: Undone, journal: Journal) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The steps that undo a run, each with its name. The source's mark goes last: until then all can be done again."""
-    run, settings, clouds = undone.now.run, undone.settings, undone.clouds
-    source, made = undone.now.source.server, undone.now.destination.server
-    if any(act.name == "create image" for act in undone.record.acts):
+def undo_steps(plan: UndoPlan, journal: Journal) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The named steps that undo a run. The source's mark is removed last: until then rollback can be repeated."""
+    run, settings, clouds = plan.now.run, plan.settings, plan.clouds
+    source, made = plan.now.source.server, plan.now.destination.server
+    if any(act.name == "create image" for act in plan.record.acts):
         yield "see that no half image is left", partial(delete_carried, clouds[1], run)
     if made:
-        yield f"{'stop' if settings.keep_destination else 'delete'} destination {made.id}", partial(take_away, undone)
+        yield f"{'stop' if settings.keep_destination else 'delete'} destination {made.id}", partial(remove_destination, plan)
     for server in (made, source):
         if server and server.host:
-            yield f"see that nothing is left on {host_name(server, settings)}", partial(clean_host, undone, server)
+            yield f"see that nothing is left on {host_name(server, settings)}", partial(clean_host, plan, server)
     if made and settings.keep_destination:
         yield f"take the marks off destination {made.id}", partial(clouds[1].unmark, made.id, run, MADE, DONE, WAS)
     if source:
-        yield f"give source {source.id} back", lambda: give(clouds[0], undone.allow(Act.GIVE_BACK), journal, lambda server: None)
-        yield f"take the mark off source {source.id}", lambda: take_mark_off(clouds[0], undone.allow(Act.UNMARK))
+        yield f"give source {source.id} back", lambda: give_back(clouds[0], plan.allow(Act.GIVE_BACK), journal, lambda server: None)
+        yield f"take the mark off source {source.id}", lambda: take_mark_off(clouds[0], plan.allow(Act.UNMARK))
 
 
-def take_away(undone: Undone) -> None:
-    """Deletes an instance that a run made, or stops and leaves it; raises Kept."""
-    made, cloud = undone.allow(undone.taking).destination, undone.clouds[1]
-    if undone.taking is Act.DELETE:
+def remove_destination(plan: UndoPlan) -> None:
+    """Deletes the destination, or only stops it; raises Kept."""
+    made, cloud = plan.allow(plan.removal).destination, plan.clouds[1]
+    if plan.removal is Act.DELETE:
         cloud.delete(made.id)
     elif made.server:
         cloud.wait(made.id, lambda server: not server.task, lambda server: None)
         cloud.stop(made.id, lambda server: None)
-        if made.is_locked_by(undone.now.run):
+        if made.is_locked_by(plan.now.run):
             cloud.unlock(made.id)
 
 
-def clean_host(undone: Undone, server: Server) -> None:
-    """Takes away what a run has left on a host: folders, files beside the destination's disk, the bitmap in the source's. Raises Kept."""
-    settings = undone.settings.of("src" if server is undone.now.source.server else "dst")
-    run, limit = undone.now.run, time.monotonic() + LEASE_LIMIT
-    is_source = server.id == undone.now.source.id
-    if undone.settings.keep_destination and not is_source:
-        undone.allow(Act.CLEAN)
-    with host_of(server, settings, undone.screen) as host:
+def clean_host(plan: UndoPlan, server: Server) -> None:
+    """Removes a run's folders from a host, its files beside the destination's disk, its bitmap in the source's. Raises Kept."""
+    settings = plan.settings.of("src" if server is plan.now.source.server else "dst")
+    run, limit = plan.now.run, time.monotonic() + LEASE_LIMIT
+    is_source = server.id == plan.now.source.id
+    if plan.settings.keep_destination and not is_source:
+        plan.allow(Act.CLEAN)
+    with host_of(server, settings, plan.screen) as host:
         path = host.disk_of(server.id)
         while (left := host.script(LEFT_FOLDERS, run).splitlines()) and time.monotonic() < limit:
             time.sleep(1)
-        if left := [*left, *(() if is_source else beside(path, run))]:
+        if left := [*left, *(() if is_source else files_beside(path, run))]:
             host.run("rm", "-rf", "--", *left)
         if is_source and host.succeeds("grep", "-qsF", f'{in_its_folder(path)}": "qcow2"', f"{path}.info"):
             drop_bitmap(host, server.id, path, run)
@@ -6614,40 +6614,40 @@ def clean_host(undone: Undone, server: Server) -> None:
 
 # ---- 16. Spread ------------------------------------------------------------------------------------------------------
 
-GIVEN_UP: Final = ("error", "failed", "cancelled")  # how Nova calls a live migration that has not come to its end
-ROOM_LIMIT: Final = 60.0  # seconds that Nova may take to give back what an instance had on the host that it has left
+FAILED_STATES: Final = ("error", "failed", "cancelled")  # Nova's statuses of a live migration without success
+ROOM_LIMIT: Final = 60.0  # seconds for Nova to free an instance's resources on its old host
 
 
-def one_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; raises ValueError where a key is in it twice."""
+def reject_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError for duplicate keys."""
     if twice := {name for name, count in Counter(name for name, _ in pairs).items() if count > 1}:
         raise ValueError(f"names {', '.join(sorted(twice))} twice")
     return dict(pairs)
 
 
 def read_map(path: str) -> dict[str, list[str]]:
-    """Which instances shall be on which host. Raises UsageError."""
+    """The instances for each host. Raises UsageError."""
     try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"), object_pairs_hook=one_each)
+        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"), object_pairs_hook=reject_duplicates)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in found.values()):
-        raise UsageError(f"{path} is no map of hosts", f"write it as {MAP_FORM}")
+        raise UsageError(f"{path} is not a map of hosts", f"write it as {MAP_FORM}")
     return found
 
 
 def find_moves(wanted: Mapping[str, Sequence[str]], servers: Sequence[Server], hosts: Sequence[ComputeHost]) -> tuple[list[Move], list[Reason]]:
-    """The instances of the map, each with its host there, and why some cannot be found."""
+    """The instances of the map with their target hosts, and reasons why some are not found."""
     moves, reasons, taken = list[Move](), list[Reason](), {id: what for host in hosts for id, what in host.taken.items()}
     for host, name in ((host, name) for host, names in wanted.items() for name in names):
-        with gathering(reasons):
+        with collecting(reasons):
             server = pick(name, servers, "instance", "", " in the map")
             moves.append(Move(server, host, taken.get(server.id, {})))
     return moves, reasons
 
 
 def refuse_moves(wanted: Mapping[str, Sequence[str]], moves: Sequence[Move], hosts: Sequence[ComputeHost]) -> Iterator[Reason]:
-    """What forbids the moves of the map."""
+    """Reasons to refuse the moves of the map."""
     known = {host.name: host for host in hosts}
     for name in wanted:
         if not (host := known.get(name)):
@@ -6659,27 +6659,27 @@ def refuse_moves(wanted: Mapping[str, Sequence[str]], moves: Sequence[Move], hos
         if places == [server.host]:
             continue
         if len(places) > 1:
-            yield Reason(f"instance {server.name} is in the map {len(places)} times: on {', '.join(places)}", "leave it at one place")
+            yield Reason(f"instance {server.name} is in the map {len(places)} times: on {', '.join(places)}", "name it once")
         if server.status not in ("ACTIVE", "PAUSED") or server.task:
             yield Reason(f"instance {server.name} is {f'{server.status} {server.task}'.rstrip()}, and cannot be live-migrated",
                          "start it, or wait for its task")
         if not server.host:
-            yield Reason(f"these credentials are not told on which host {server.name} is", "use an admin's credentials")
+            yield Reason(f"these credentials do not show on which host {server.name} is", "use an admin's credentials")
         elif server.host in known and not known[server.host].is_up:
             yield Reason(f"{server.name} is on compute host {server.host}, which is down", "live migration needs it; see: openstack server evacuate")
 
 
 def spread(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
-    """The job `live-migrate`: moves instances within one cloud until each is on the host of the map."""
+    """The subcommand `live-migrate`: moves instances within one cloud to the hosts of the map."""
     if not settings.host_map:
         raise UsageError("--host-map is missing", "./migrena.py live-migrate --host-map host_map.json")
     if settings.keep_waiting and settings.abort:
         raise UsageError("--keep-waiting and --abort exclude each other", "give one of them")
     screen, wanted = undo.screen, read_map(settings.host_map)
     creds = credentials(settings.cloud, settings, call.environment)
-    with screen.timed("Survey"), nothing_touched():
+    with screen.timed("Survey"), refusing():
         cloud = Cloud("the", creds)
-        servers, hosts = at_once(lambda: cloud.servers(all_tenants=True), cloud.hosts)
+        servers, hosts = in_parallel(lambda: cloud.servers(all_tenants=True), cloud.hosts)
     moves, reasons = find_moves(wanted, servers, hosts)
     if reasons := [*reasons, *refuse_moves(wanted, moves, hosts)]:
         raise Refused.of(reasons)
@@ -6690,10 +6690,10 @@ def spread(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     report.moves = [{"id": move.server.id, "name": move.server.name, "from": move.server.host, "to": move.to, "result": "planned"} for move in due]
     if settings.dry_run or not due:
         report.result = "planned" if due else "done"
-        screen.say(f"{len(due)} of {len(moves)} instances are to be moved." if due else "All are where they shall be.")
+        screen.say(f"{len(due)} of {len(moves)} instances are to be moved." if due else "All instances are on their hosts.")
         return 0
     if not settings.yes and not sys.stdin.isatty():
-        raise Refused("there is no terminal to ask at, and nothing is moved unasked", "give -y")
+        raise Refused("there is no terminal to confirm the moves at", "give -y")
     with undo:
         for move, row in zip(due, report.moves, strict=True):
             if not settings.yes:
@@ -6711,24 +6711,24 @@ def spread(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
 
 
 def await_room(cloud: Cloud, move: Move) -> None:
-    """Waits until Placement tells of room for an instance, or for ROOM_LIMIT: then Nova refuses it."""
+    """Waits until Placement shows room for an instance, at most ROOM_LIMIT: then Nova refuses it."""
     limit = time.monotonic() + ROOM_LIMIT
     for _ in cloud.polls():
-        free = {host.name: host.free for host in cloud.insist("see what is free", cloud.hosts)}
-        if not lacking(move, free.get(move.to, {})) or time.monotonic() > limit:
+        free = {host.name: host.free for host in cloud.retrying("show free resources", cloud.hosts)}
+        if not too_little(move, free.get(move.to, {})) or time.monotonic() > limit:
             return
 
 
 def move_one(cloud: Cloud, move: Move, settings: Settings, undo: Undo, row: dict[str, Any]) -> None:
-    """Live-migrates one instance, and keeps what became of it. Raises CloudError, which with --keep-going is only told."""
+    """Live-migrates one instance and records the result. Raises CloudError, with --keep-going only shows it."""
     screen, row["result"] = undo.screen, "failed"
     try:
         with screen.step(f"Live-migrate {move.server.name} from {move.server.host} to {move.to}."), screen.timed("seconds", row):
             before, _ = cloud.last_migration(move.server.id)
             cloud.move(move.server.id, move.to)
-            see_it_arrive(cloud, move, before, settings, undo)
+            await_arrival(cloud, move, before, settings, undo)
         row["result"] = "moved"
-        screen.note(f"Done, in {span(row['seconds'])}.")
+        screen.note(f"Done, in {duration(row['seconds'])}.")
     except CloudError as error:
         row["error"] = str(error)
         if not settings.keep_going:
@@ -6736,24 +6736,24 @@ def move_one(cloud: Cloud, move: Move, settings: Settings, undo: Undo, row: dict
         screen.say(f"error: {error}", always=True)
 
 
-def see_it_arrive(cloud: Cloud, move: Move, before: int, settings: Settings, undo: Undo) -> None:
-    """Watches a live migration, whose number is above `before`; raises CloudError where the instance does not arrive."""
+def await_arrival(cloud: Cloud, move: Move, before: int, settings: Settings, undo: Undo) -> None:
+    """Waits for a live migration with a number above `before`; raises CloudError if it fails."""
     server, screen, limit = move.server, undo.screen, time.monotonic() + settings.timeout
     number, state, total, show = 0, "", 0, None
     with ExitStack() as stack:
         try:
             for _ in cloud.polls():
-                now = cloud.steady_server(server.id)
+                now = cloud.server_retrying(server.id)
                 if (now.host, now.status, now.task) == (move.to, server.status, ""):
                     if show:
                         show(total)
                     return
                 number, state = cloud.last_migration(server.id, before)
-                if state in GIVEN_UP and not now.task:
-                    asked = "its end was asked for with --abort" if settings.abort and limit == float("inf") else ""
+                if state in FAILED_STATES and not now.task:
+                    asked = "aborted by --abort" if settings.abort and limit == float("inf") else ""
                     why = cloud.why_failed(server.id, "live-migration") or asked or f"see nova-compute's log on {server.host} or {move.to}"
-                    way_out = f"see where it runs; then openstack server {STATE_WAYS['ERROR']} {server.id}" if now.status == "ERROR" else ""
-                    raise CloudError(f"{server.name} is {now.status} on {now.host}: Nova calls migration {number} {state}: {why}", way_out)
+                    way_out = f"check where it runs; then openstack server {STATE_WAYS['ERROR']} {server.id}" if now.status == "ERROR" else ""
+                    raise CloudError(f"{server.name} is {now.status} on {now.host}: migration {number} is {state}: {why}", way_out)
                 done, total = cloud.progress(server.id) or (total, total)
                 show = show or (stack.enter_context(screen.progress(total)) if total else None)
                 if show:
@@ -6762,130 +6762,130 @@ def see_it_arrive(cloud: Cloud, move: Move, before: int, settings: Settings, und
                     screen.status(f"Current status: {now.status} {now.task}, migration {state or 'not begun'}")
                 if time.monotonic() > limit:
                     limit = float("inf")
-                    overdue(cloud, move, number, state, settings, screen)
+                    handle_timeout(cloud, move, number, state, settings, screen)
         except BaseException:
-            if state not in GIVEN_UP:
+            if state not in FAILED_STATES:
                 which = f"migration {number}" if number else "the migration"
-                undo.left.append(f"{which} of {server.name} to {move.to} goes on, since that is Nova's")
+                undo.left.append(f"{which} of {server.name} to {move.to} continues in Nova")
             raise
 
 
-def overdue(cloud: Cloud, move: Move, number: int, state: str, settings: Settings, screen: Screen) -> None:
-    """After --timeout, ends a migration, or waits on, or leaves it to Nova and raises CloudError."""
-    told = f"{move.server.name} has not arrived within {span(settings.timeout)}; Nova "
-    told += f"calls its migration {number} {state}" if number else "has not begun its migration"
-    if any(host.name == move.to and not host.is_up for host in cloud.insist("list compute services", cloud.hosts)):
-        told += f", and compute host {move.to} down"
+def handle_timeout(cloud: Cloud, move: Move, number: int, state: str, settings: Settings, screen: Screen) -> None:
+    """After --timeout: aborts a migration, keeps waiting, or leaves it to Nova and raises CloudError."""
+    told = f"{move.server.name} has not arrived within {duration(settings.timeout)}; "
+    told += f"migration {number} is {state}" if number else "Nova has not begun the migration"
+    if any(host.name == move.to and not host.is_up for host in cloud.retrying("list compute services", cloud.hosts)):
+        told += f", and compute host {move.to} is down"
     if settings.abort:
-        screen.warn(f"{told}: it is ended")
+        screen.warn(f"{told}: aborting")
         cloud.abort(move.server.id, number)
     elif settings.keep_waiting:
-        screen.warn(f"{told}: waiting on")
+        screen.warn(f"{told}: still waiting")
     else:
-        raise CloudError(told, f"see: openstack server migration list --server {move.server.id}; --keep-waiting waits on, --abort ends it")
+        raise CloudError(told, f"see: openstack server migration list --server {move.server.id}; --keep-waiting keeps waiting, --abort aborts it")
 
 
-# ---- 17. Door --------------------------------------------------------------------------------------------------------
+# ---- 17. Main --------------------------------------------------------------------------------------------------------
 
 RUNTIME: Final = ("paramiko", "novaclient", "glanceclient", "keystoneauth1", "cryptography", "requests", "tqdm", "yaml", "oslo_utils")
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_CODES: Final = """exit codes:
   0  done                            3  refused, nothing was touched
-  1  failed and rolled back          4  failed, and something is left behind (it is listed), or a bug
+  1  failed and rolled back          4  failed, and something is left behind (see its list), or a bug
   2  usage or config.py is wrong     128+n  ended by signal n, and rolled back (else 4)"""
 
 
 @dataclass(frozen=True)
-class Job:
-    """A subcommand: its function, the words that it takes, and its --help, whose first line copy's shows too."""
+class Subcommand:
+    """A subcommand: its function, its arguments, and its --help, whose first line the main --help shows too."""
 
     do: Callable[[Call, Settings, Undo, Report], int]
     words: str
-    told: str
+    help: str
 
 
-JOBS: Final = {
-    "copy": Job(copy, "-s SRC_UUID -d DST_NAME [-f FLAVOR] [-i IMAGE]",
-                "Moves an instance, with its disk, from one OpenStack cloud to another: from hypervisor to hypervisor,\n"
-                "the source read-only, the copy proven. The source is never deleted."),
-    "status": Job(status, "[RUN]", "Shows the runs of this machine, the newest first, or one of them with its steps.\nAsks no cloud and no host."),
-    "resume": Job(resume, "RUN", "Goes on with a run that was killed or has left something behind.\nOnly what digests of both ends do not prove "
-                  "is sent again. Refuses when the source has run or was changed since."),
-    "rollback": Job(rollback, "RUN | --run-of SRC_UUID",
-                    "Undoes a run that was cut off, or was successful but is not wanted.\nThe new instance is deleted, the source is "
-                    "unlocked, and started if it ran when the run found it.\nAsks nothing; goes on past what fails, and lists that."),
-    "image": Job(image, "-i IMAGE [-i IMAGE] | --tag TAG",
-                 "Carries images (snapshots too) from the source's Glance to the destination's.\nAll that is told of them goes too. "
-                 "Digests of both prove the content; what is there already is success."),
-    "live-migrate": Job(spread, "--host-map FILE", "Live-migrates instances within one cloud, one after the other, until each is where a map says."),
+SUBCOMMANDS: Final = {
+    "copy": Subcommand(copy_instance, "-s SRC_UUID -d DST_NAME [-f FLAVOR] [-i IMAGE]",
+                       "Moves an instance, with its disk, from one OpenStack cloud to another, from hypervisor to hypervisor.\n"
+                       "The source is opened read-only and never deleted; the copy is verified."),
+    "status": Subcommand(show_status, "[RUN]", "Shows the runs on this machine, newest first, or one with its acts.\nContacts no cloud, no host."),
+    "resume": Subcommand(resume, "RUN", "Continues a run that was killed or has left something behind.\nOnly blocks whose digests differ "
+                         "are sent again. Refuses if the source has run or changed since."),
+    "rollback": Subcommand(rollback, "RUN | --run-of SRC_UUID",
+                           "Undoes a run that was interrupted, or that succeeded but is not wanted.\nDeletes the new instance, unlocks the source, "
+                           "and starts it if it ran before.\nDoes not ask; if a step fails, goes on and lists it."),
+    "image": Subcommand(carry_images, "-i IMAGE [-i IMAGE] | --tag TAG",
+                        "Carries images (also snapshots) from the source's Glance to the destination's, with their properties.\n"
+                        "Verifies the content by digests; an image that exists already is a success."),
+    "live-migrate": Subcommand(spread, "--host-map FILE", "Live-migrates instances within one cloud, one after the other, to the hosts of a map."),
 }
 
 
-def with_options(made: argparse.ArgumentParser, job: str) -> argparse.ArgumentParser:
-    """A parser that takes a job's options, from the rows of Settings."""
+def with_options(made: argparse.ArgumentParser, subcommand: str) -> argparse.ArgumentParser:
+    """Adds a subcommand's options to a parser, from the rows of Settings."""
     made.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help="settings (default: config.py beside migrena.py)")
     for row in fields(Settings):
-        if row.metadata["flags"] and job in row.metadata["jobs"]:
+        if row.metadata["flags"] and subcommand in row.metadata["of"]:
             made.add_argument(*row.metadata["flags"], dest=row.name, default=argparse.SUPPRESS, **row.metadata["more"])
     return made
 
 
-def parser(job: str = "copy") -> argparse.ArgumentParser:
-    """A job's command line."""
-    words, told = JOBS[job].words, JOBS[job].told
-    usage = f"migrena.py {'' if job == 'copy' else f'{job} '}{words} [options]"
-    if job == "copy":
-        others = {name: other for name, other in JOBS.items() if name != job}
+def parser(subcommand: str = "copy") -> argparse.ArgumentParser:
+    """A subcommand's command line."""
+    words, told = SUBCOMMANDS[subcommand].words, SUBCOMMANDS[subcommand].help
+    usage = f"migrena.py {'' if subcommand == 'copy' else f'{subcommand} '}{words} [options]"
+    if subcommand == "copy":
+        others = {name: other for name, other in SUBCOMMANDS.items() if name != subcommand}
         usage += f"\n       migrena.py {'|'.join(others)} --help"
-        told = "\n".join([f"{told}\n", *aligned([(f"  {name} {it.words}", it.told.partition("\n")[0]) for name, it in others.items()])])
+        told = "\n".join([f"{told}\n", *aligned([(f"  {name} {it.words}", it.help.partition("\n")[0]) for name, it in others.items()])])
     made = argparse.ArgumentParser(prog="migrena.py", usage=usage, description=told, epilog=EXIT_CODES,
                                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("--version", action="version", version=f"migrena {VERSION}")
     if "RUN" in words:
         made.add_argument("run", metavar="RUN", nargs=None if words == "RUN" else "?", default=argparse.SUPPRESS,
-                          help="the run's id, or its beginning")
-    return with_options(made, job)
+                          help="the run's id, or the beginning of it")
+    return with_options(made, subcommand)
 
 
-def split_job(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """The subcommand and the other words: it is the first one, or follows options that it knows."""
+def split_subcommand(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The subcommand and the other words: it comes first, or after options that it takes."""
     for place, word in enumerate(arguments):
-        if word in JOBS.keys() - {"copy"}:
+        if word in SUBCOMMANDS.keys() - {"copy"}:
             options = with_options(argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False), word)
-            with suppress(argparse.ArgumentError):  # it is an option's value
+            with suppress(argparse.ArgumentError):  # the word is an option's value
                 if not options.parse_known_args(arguments[:place])[1]:
                     return word, [*arguments[:place], *arguments[place + 1 :]]
     return "copy", arguments
 
 
 def read_call(arguments: Sequence[str], environment: Mapping[str, str], screen: Screen) -> Call:
-    """What was asked for; raises UsageError for what cannot be."""
-    job, rest = split_job(arguments)
-    flags = vars(parser(job).parse_args(rest))
+    """The parsed command line and config.py; raises UsageError."""
+    subcommand, rest = split_subcommand(arguments)
+    flags = vars(parser(subcommand).parse_args(rest))
     named = flags.pop("config", environment.get("MIGRENA_CONFIG"))
     path = Path(named).expanduser() if named else Path(__file__).resolve().with_name("config.py")
     if named and not path.is_file():
-        raise UsageError(f"there is no file {path}", "name the settings with -c FILE")
-    call = Call(job, flags, environment, read_config(path) if path.is_file() else {})
+        raise UsageError(f"there is no file {path}", "give another one with -c FILE")
+    call = Call(subcommand, flags, environment, read_config(path) if path.is_file() else {})
     settings = call.settings()
     has_secret = re.search("password|secret|api_key", " ".join((*settings.src_creds, *settings.dst_creds)))
     if has_secret and {"src_creds", "dst_creds"} & call.config.keys() and path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
-        screen.warn(f"{path} holds a password and others can read it: chmod 600 {shlex.quote(str(path))}")
+        screen.warn(f"{path} contains a password and others can read it: chmod 600 {shlex.quote(str(path))}")
     for flag, value in (("-s", settings.src_uid), ("-d", settings.dst_name)):
-        if job == "copy" and not value.strip():
-            raise UsageError(f"{flag} is missing", f"./migrena.py {JOBS['copy'].words}; --help tells all")
+        if subcommand == "copy" and not value.strip():
+            raise UsageError(f"{flag} is missing", f"./migrena.py {SUBCOMMANDS['copy'].words}; see --help")
     return call
 
 
 def require_packages() -> None:
-    """Raises UsageError where a package is missing: most are imported only when needed, and no run may end there."""
+    """Raises UsageError if a package is missing, before any is imported in the middle of a run."""
     if missing := [name for name in RUNTIME if importlib.util.find_spec(name) is None]:
         raise UsageError(f"{sys.executable} lacks the Python packages {', '.join(missing)}",
-                         "pip install -r requirements.txt, and run migrena with the Python of that environment")
+                         "pip install -r requirements.txt, and run migrena with that Python")
 
 
 def without_bodies(record: logging.LogRecord) -> bool:
-    """Takes what was sent to a cloud and what it answered out of a library's log: user_data and adminPass are secrets."""
+    """Removes the bodies of requests and answers from a library's log: user_data and adminPass are secrets."""
     record.msg, record.args = re.sub(r" -d '.*", " -d (not shown)", record.getMessage(), flags=re.DOTALL), ()
     return not record.msg.startswith("RESP BODY")
 
@@ -6903,7 +6903,7 @@ def open_log(path: str) -> TextIO | None:
 def main(arguments: Sequence[str]) -> int:
     """The exit code of one call of migrena."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error is: a name that the locale cannot show is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")  # like standard error: names that the locale cannot show must not fail
     screen, report, settings = Screen(), Report(), Settings()
     undo = Undo(screen)
     try:
@@ -6915,10 +6915,10 @@ def main(arguments: Sequence[str]) -> int:
                 handler = logging.StreamHandler()
                 handler.addFilter(without_bodies)
                 logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(name)s %(message)s", handlers=[handler])
-            if call.job == "status":
-                return status(call, settings, undo, report)
+            if call.subcommand == "status":
+                return show_status(call, settings, undo, report)
             require_packages()
-            code = JOBS[call.job].do(call, settings, undo, report)
+            code = SUBCOMMANDS[call.subcommand].do(call, settings, undo, report)
     except MigrenaError as error:
         if isinstance(error, Kept):
             undo.keep(error)
@@ -6929,7 +6929,7 @@ def main(arguments: Sequence[str]) -> int:
         code = show_failure([Reason(str(error))], 128 + error.number, screen, report)
     except Exception as error:
         code = show_bug(error, undo, report)
-    for each in SIGNALS:  # all is done but the telling, which an impatient one shall not cut short
+    for each in SIGNALS:  # only output remains, which must not be interrupted
         signal.signal(each, signal.SIG_IGN)
     code = 4 if undo.left else code
     if code == 4:
@@ -6944,7 +6944,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def show_failure(reasons: Sequence[Reason], code: int, screen: Screen, report: Report) -> int:
-    """Tells every reason with its way out; gives the exit code back."""
+    """Shows every reason with its remedy; returns the exit code."""
     report.result = {2: "usage", 3: "refused"}.get(code, "failed")
     report.error = [asdict(reason) for reason in reasons]
     for reason in reasons:
@@ -6955,7 +6955,7 @@ def show_failure(reasons: Sequence[Reason], code: int, screen: Screen, report: R
 
 
 def show_bug(error: Exception, undo: Undo, report: Report) -> int:
-    """Shows an unexpected exception, and what is known to be left; gives the exit code."""
+    """Shows an unexpected exception, and what is known to be left; returns the exit code."""
     lines = "".join(traceback.format_exception(error)).splitlines()
     for line in lines:
         undo.screen.say(line, always=True)
@@ -6967,7 +6967,7 @@ def show_bug(error: Exception, undo: Undo, report: Report) -> int:
 
 @contextmanager
 def signals(undo: Undo) -> Iterator[None]:
-    """Within, the first of SIGNALS raises Interrupted; a further one is only answered: the undoing goes on."""
+    """A scope in which the first of SIGNALS raises Interrupted; further ones only print that undoing goes on."""
     has_come = False
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -6977,11 +6977,11 @@ def signals(undo: Undo) -> Iterator[None]:
                 os.write(2, f"\nstill undoing{': ' + printable(undo.doing) if undo.doing else ' what was begun'}; please wait\n".encode())
             return
         has_come = True
-        if not HELD_BACK.depth:
+        if not DEFERRED.depth:
             raise Interrupted(number)
-        HELD_BACK.number = number
+        DEFERRED.number = number
 
-    heeded = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]  # nohup(1) has it ignored
+    heeded = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]  # nohup(1) ignores it
     before = {each: signal.signal(each, on_signal) for each in heeded}
     try:
         yield

@@ -45,7 +45,7 @@ def test_two_ways_are_measured_proven_and_shown_and_nothing_is_left(bench: Stage
         assert host.run("test", "-e", FOLDER, check=False).returncode == 1
 
 
-def test_control_a_copy_that_is_not_its_source_and_a_way_that_never_ends_are_told(
+def test_control_a_copy_that_is_not_its_source_and_a_way_that_never_ends_are_reported(
         bench: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     def forges(stage: Stage, disk: disks.Disk) -> ways.Outcome:
         ways.convert(stage, disk)

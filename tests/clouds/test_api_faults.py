@@ -129,7 +129,7 @@ def test_a_run_whose_undoing_meets_a_failing_api_is_undone_all_the_same(
     assert left_on(clouds.host(SOURCE)) == left_on(clouds.host(DESTINATION)) == []
 
 
-def test_an_api_that_fails_during_the_survey_is_told_and_nothing_is_touched(
+def test_an_api_that_fails_during_the_survey_is_reported_and_nothing_is_touched(
         operator: Operator, clouds: Clouds, src: Api, source: str, between: Middle) -> None:
     before = clouds.host(SOURCE).run("sha256sum", disk(source)).stdout
     between.spoil = lambda name, before: "500" if name in ("src GET server", "dst GET limits") else PASS

@@ -13,9 +13,9 @@ from lab.clouds import Clouds
 WRONG = f"{DISKS}/wrong-base"
 
 # What is put in place of what in migrena.py. One block in the middle of the disk does not arrive:
-UNCOPIED = ("            self._witness.arrived(tile, done)\n",
+UNCOPIED = ("            self._callbacks.arrived(chunk, done)\n",
             '            self._ends.destination.run("fallocate", "-p", "-o", str(40 * MiB), "-l", "4096", self._job.new)\n'
-            "            self._witness.arrived(tile, done)\n")
+            "            self._callbacks.arrived(chunk, done)\n")
 # the new file is rebased onto another base:
 REBASED = ('"-b", job.fresh.backing, job.new)', f'"-b", "{WRONG}", job.new)')
 # and nobody looks at the base afterwards:
@@ -33,7 +33,7 @@ def wrong_base(clouds: Clouds, source: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("changes", "told"), [
-    ([UNCOPIED], "the copy is not the source: 1 blocks of 1 MiB differ"),
+    ([UNCOPIED], "the copy differs from the source: 1 blocks of 1 MiB differ"),
     ([REBASED], f"bytes on base {WRONG}"),
 ], ids=["uncopied", "rebased"])
 def test_control_a_build_with_a_fault_is_stopped_by_its_own_proof(

@@ -77,7 +77,7 @@ def test_a_running_source_with_an_external_snapshot(operator: Operator, host: Ho
     shared = host.run("sh", "-c", f"sha256sum {DISKS}/_base/*").stdout
     virsh(host, "snapshot-create-as", ran, "nightly", "--disk-only", "--diskspec", f"vda,file={DISKS}/their-snapshot")
     done = look(operator, ran)
-    refused(done, f"the guest writes to {DISKS}/their-snapshot, an external snapshot; {disk(ran)} is what it was before",
+    refused(done, f"the guest writes to {DISKS}/their-snapshot, an external snapshot; {disk(ran)} is the state before it",
             "libvirt has a snapshot of the instance, nightly")
     host.run(*way_out(done, "virsh blockcommit"))
     host.run(*way_out(done, "virsh snapshot-delete"))
@@ -110,14 +110,14 @@ def test_a_source_of_which_a_copy_is_being_made(operator: Operator, host: Host, 
         name, end = "Backup", f"virsh domjobabort {ran}"
     done = look(operator, ran)
     host.run(*end.split())
-    refused(done, f"a job is under way on the disk: {name}", end)
+    refused(done, f"a block job is active on the disk: {name}", end)
     allowed(operator, ran)
 
 
 def test_a_source_with_a_checkpoint_which_nova_could_not_start_again(operator: Operator, host: Host, ran: str) -> None:
     virsh(host, "checkpoint-create-as", ran, "weekly-1", "--diskspec", "vda,checkpoint=bitmap")
     done = look(operator, ran)
-    refused(done, "libvirt has a checkpoint of the instance, weekly-1: once it is stopped, Nova cannot start it",
+    refused(done, "libvirt has a checkpoint of the instance, weekly-1: once stopped, Nova cannot start it",
             f"virsh checkpoint-delete {ran} weekly-1 --metadata")
     virsh(host, "checkpoint-delete", ran, "weekly-1", "--metadata")
     allowed(operator, ran)
@@ -136,15 +136,15 @@ def test_a_disk_info_that_libvirt_contradicts(operator: Operator, host: Host, st
     info = host.run("cat", f"{disk(stopped)}.info").stdout
     host.run("tee", f"{disk(stopped)}.info", input=info.replace("qcow2", "raw"))
     try:
-        refused(look(operator, stopped), f"{disk(stopped)} is qcow2 to its guest, says libvirt; {disk(stopped)}.info says raw")
+        refused(look(operator, stopped), f"the format of {disk(stopped)} is qcow2 by libvirt, raw by {disk(stopped)}.info")
     finally:
         host.run("tee", f"{disk(stopped)}.info", input=info)
     allowed(operator, stopped)
 
 
-def test_a_qemu_that_was_killed_is_told_though_nova_has_not_seen_it(operator: Operator, src: Api, host: Host, ran: str) -> None:
+def test_a_qemu_that_was_killed_is_reported_though_nova_has_not_seen_it(operator: Operator, src: Api, host: Host, ran: str) -> None:
     kill(host, ran)
-    refused(look(operator, ran), "the instance runs, says Nova; it is shut off (crashed), says libvirt", f"openstack server stop {ran}")
+    refused(look(operator, ran), "the instance runs by Nova, but is shut off (crashed) by libvirt", f"openstack server stop {ran}")
     src.act(ran, "os-stop", until="SHUTOFF")
     allowed(operator, ran)
 
@@ -158,16 +158,16 @@ def kill(host: Host, id: str) -> None:
         assert time.monotonic() < limit
 
 
-def test_a_qemu_that_is_killed_in_a_warm_pass_is_told_as_that(operator: Operator, src: Api, dst: Api, host: Host, ran: str) -> None:
+def test_a_qemu_that_is_killed_in_a_warm_pass_is_reported_as_that(operator: Operator, src: Api, dst: Api, host: Host, ran: str) -> None:
     process = operator.at_a_third("-s", ran, *operator.to("dst-cmp1"), "--warm", rate="2M")
     kill(host, ran)
     said = ended(process).stderr
-    assert process.returncode == 1 and ("shut off (crashed), says libvirt" in said or "the source's qemu was killed or crashed" in said), said
+    assert process.returncode == 1 and ("during the copy: shut off (crashed)" in said or "the source's qemu was killed or crashed" in said), said
     assert dst.call("GET", "nova", "/servers")["servers"] == []
     src.act(ran, "os-stop", until="SHUTOFF")
 
 
-def test_a_bitmap_that_a_killed_qemu_had_in_use_is_not_in_the_new_disk_and_a_hard_stop_is_told(
+def test_a_bitmap_that_a_killed_qemu_had_in_use_is_not_in_the_new_disk_and_a_hard_stop_is_reported(
         operator: Operator, src: Api, dst: Api, clouds: Clouds, host: Host, stopped: str) -> None:
     write_random(host, stopped, (0, MiB))  # so that it does not boot, and hears of no power button
     host.run("qemu-img", "bitmap", "--add", "-f", "qcow2", "--", disk(stopped), "-their bitmap")

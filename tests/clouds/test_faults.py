@@ -105,7 +105,7 @@ def test_a_successful_run_that_is_not_wanted_is_rolled_back(operator: Operator, 
     assert has_been_put_back(src, running, "ACTIVE") and not dst.find("nova", "servers", "arrived")
 
 
-def test_a_start_that_fails_is_told_with_its_reason_from_nova(
+def test_a_start_that_fails_is_reported_with_its_reason_from_nova(
         operator: Operator, clouds: Clouds, src: Api, dst: Api, running: str) -> None:
     """Nova accepts a start with 202 and then says nothing more; only os-instance-actions knows why the instance does not run."""
     process = operator.at_a_third("-s", running, *operator.to(DESTINATION), "-a", "dst")
@@ -162,7 +162,7 @@ def test_an_instance_that_no_host_takes_is_deleted_and_the_source_was_never_stop
     assert has_been_put_back(src, running, "ACTIVE") and not dst.find("nova", "servers", "arrived")
 
 
-def test_an_instance_that_goes_to_error_is_told_with_nova_s_reason_and_deleted(
+def test_an_instance_that_goes_to_error_is_reported_with_nova_s_reason_and_deleted(
         operator: Operator, src: Api, dst: Api, running: str) -> None:
     """Glance believes that it is qcow2, and Nova, on the hypervisor, does not."""
     made = dst.call("POST", "glance", "/images", {"name": "no qcow2", "disk_format": "qcow2", "container_format": "bare"})

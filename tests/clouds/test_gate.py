@@ -192,7 +192,7 @@ def test_a_move_within_one_cloud_is_a_move_like_any_other(operator: Operator, cl
 
 
 @pytest.mark.long
-def test_a_run_is_not_undone_with_the_clouds_swapped_nor_gone_on_with(
+def test_a_run_is_not_undone_with_the_clouds_swapped_nor_resumed(
         operator: Operator, clouds: Clouds, src: Api, dst: Api, victim: str) -> None:
     assert operator.run(*words(operator, victim), throw=[("chunk", KILL)]).returncode == -KILL
     id = arrived_at(dst)
@@ -426,7 +426,7 @@ def test_a_complete_copy_is_not_undone_because_an_api_stays_away(
 
 
 @pytest.mark.long
-def test_apis_that_stay_away_are_told_all_the_time_that_they_are_waited_for(
+def test_apis_that_stay_away_are_reported_all_the_time_that_they_are_waited_for(
         operator: Operator, clouds: Clouds, src: Api, victim: str, between: Middle) -> None:
     hasty = operator.with_build((HASTY[0], "OUTAGE_LIMIT: Final = 40.0"))
     away: list[bool] = []

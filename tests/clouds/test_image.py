@@ -77,7 +77,7 @@ def arrived(api: Api, name: str = "template") -> dict[str, Any]:
     return raw
 
 
-def test_an_image_arrives_with_all_that_is_told_of_it(operator: Operator, src: Api, dst: Api, template: str) -> None:
+def test_an_image_arrives_with_all_its_properties(operator: Operator, src: Api, dst: Api, template: str) -> None:
     done = operator.run("image", "-i", "template")
     assert done.returncode == 0, done.stderr
     here, there = images(src)[template], arrived(dst)
@@ -127,7 +127,7 @@ def test_a_name_that_other_content_has_is_refused_and_may_be_another(operator: O
     assert arrived(dst, "renamed")["source_uuid"] == template
 
 
-def test_several_images_go_by_their_tag_and_are_told_in_the_end(operator: Operator, src: Api, dst: Api, template: str, content: Path) -> None:
+def test_several_images_go_by_their_tag_and_are_reported_in_the_end(operator: Operator, src: Api, dst: Api, template: str, content: Path) -> None:
     content.write_bytes(content.read_bytes()[: MiB])
     src.upload("another", content, "raw", tags=["web"])  # type: ignore[arg-type]
     done = operator.run("image", "--tag", "web", "-n")
@@ -165,7 +165,7 @@ def test_an_image_that_names_files_of_this_machine_is_not_converted(operator: Op
         subprocess.run(["qemu-img", "create", "-q", *words, tmp_path / name, "1M"], check=True)
         src.upload(name, tmp_path / name, words[1])
         done = operator.run("image", "-i", name, "--disk-format", "raw")
-        assert done.returncode == 1 and "is not safe to convert" in done.stderr and set(images(dst)) == before, done.stderr
+        assert done.returncode == 1 and "is unsafe to convert" in done.stderr and set(images(dst)) == before, done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -178,7 +178,7 @@ def test_an_interrupted_transfer_leaves_no_half_image(operator: Operator, dst: A
     assert operator.run("image", "-i", "template").returncode == 0
 
 
-def test_a_transfer_that_is_killed_is_told_and_can_be_taken_back(operator: Operator, dst: Api, template: str) -> None:
+def test_a_transfer_that_is_killed_is_reported_and_can_be_taken_back(operator: Operator, dst: Api, template: str) -> None:
     before = set(images(dst))
     process = operator.at_a_third("image", "-i", "template", rate="5M")
     process.kill()
@@ -187,7 +187,7 @@ def test_a_transfer_that_is_killed_is_told_and_can_be_taken_back(operator: Opera
     refused = operator.run("image", "-i", "template")
     assert refused.returncode == 3 and f"./migrena.py rollback {run}" in refused.stderr, refused.stderr
     told = operator.run("status", run).stdout
-    assert "half an image" in told and f"rollback {run}" in told and "resume" not in told
+    assert "an incomplete image" in told and f"rollback {run}" in told and "resume" not in told
     assert operator.run("resume", run).returncode == 3
     assert operator.run("rollback", run).returncode == 0 and set(images(dst)) == before
     assert operator.run("image", "-i", "template").returncode == 0
@@ -269,9 +269,9 @@ def test_memory_stays_as_it_is_for_an_image_of_any_size(operator: Operator, src:
 
 def test_a_byte_that_is_wrong_is_found_and_the_image_deleted(operator: Operator, dst: Api, template: str) -> None:
     before = set(images(dst))
-    flipping = operator.with_build(("        return piece\n\n    def prove", "        return piece[:-1] + b'?' if piece else piece\n\n    def prove"))
+    flipping = operator.with_build(("        return part\n\n    def prove", "        return part[:-1] + b'?' if part else part\n\n    def prove"))
     done = flipping.run("image", "-i", "template")
-    assert done.returncode == 1 and "is not what was read" in done.stderr and set(images(dst)) == before, done.stderr
+    assert done.returncode == 1 and "differs from that of the bytes read" in done.stderr and set(images(dst)) == before, done.stderr
 
 
 def test_what_cannot_be_carried_is_refused_with_all_reasons(operator: Operator, src: Api, template: str) -> None:

@@ -41,7 +41,7 @@ def test_an_instance_goes_over_nbd_server_and_nbd_client_and_boots(
     before, seen = one.run("sha256sum", disk(source)).stdout, seen_by_guest(one, source)
     report = replace(operator, patience=PATIENCE).report("-s", source, *operator.to(MACHINE))
     copy, id = report["copy"], report["destination"]["id"]
-    assert (copy["transport"], copy["why_transport"]) == ("nbd", "nbd-server and nbd-client are at hand")
+    assert (copy["transport"], copy["why_transport"]) == ("nbd", "nbd-server and nbd-client are available")
     assert copy["tls"] and copy["verified"] and copy["bytes"] > 64 * MiB
     assert seen_by_guest(machine, id) == seen
     assert one.run("sha256sum", disk(source)).stdout == before

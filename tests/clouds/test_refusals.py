@@ -40,7 +40,7 @@ def test_a_source_that_nobody_knows(operator: Operator) -> None:
     ("SRC_CREDS['password'] = 'wrong'", "source cloud: http://10.80.0.1:5000/v3 refuses the credentials"),
     ("DST_CREDS['region_name'] = 'nowhere'", "region"),
     ("SRC_CREDS['auth_url'] = 'http://127.0.0.1:9/v3'", "check auth_url"),
-    ("DST_CREDS['username'] = DST_CREDS['project_name'] = 'demo'", "destination cloud: these credentials are not told on which host"),
+    ("DST_CREDS['username'] = DST_CREDS['project_name'] = 'demo'", "destination cloud: these credentials do not show on which host"),
     ("SRC_CREDS['username'] = SRC_CREDS['project_name'] = 'demo'", "there is no server"),
 ], ids=["password", "region", "keystone", "no admin of the destination", "no admin of the source"])
 def test_credentials_that_do_not_do(operator: Operator, source: str, extra: str, told: str) -> None:
@@ -148,9 +148,9 @@ def test_hazard_only_the_root_disk_is_copied_and_nobody_says_so(operator: Operat
     id = src.create("with-more", flavor="ephemeral", availability_zone="nova:src-cmp1", config_drive=True)
     try:
         words = ("-s", id, "-d", "arrived", "-f", "ephemeral", "-i", "guest")
-        refused(operator.run(*words), "an ephemeral disk of 1 GiB", "further disks lie beside the root disk: disk.eph0", "has a config drive")
+        refused(operator.run(*words), "an ephemeral disk of 1 GiB", "there are other disks beside the root disk: disk.eph0", "has a config drive")
         done = operator.run(*words, "--root-only", "-n")
-        assert done.returncode == 0 and "warning: ephemeral disk disk.eph0 stays behind" in done.stderr and "warning: the config drive" in done.stderr
+        assert done.returncode == 0 and "ephemeral disk disk.eph0 is not copied" in done.stderr and "warning: the config drive" in done.stderr
     finally:
         src.delete(id)
 

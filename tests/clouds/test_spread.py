@@ -70,7 +70,7 @@ def test_instances_go_where_the_map_says_while_they_run(operator: Operator, clou
     for id, number in last.items():
         wait_for_console(src, id, f"boots=2 last={number} broken=0")
     again = operator.run(*spread(operator, wanted))
-    assert again.returncode == 0 and "All are where they shall be" in again.stderr
+    assert again.returncode == 0 and "All instances are on their hosts" in again.stderr
     asked = answering(operator, spread(operator, {"src-cmp1": list(NAMES)}), "no", "y")
     assert asked.returncode == 0 and "Move web-0 from src-cmp2 to src-cmp1? [y/N]" in asked.stderr, asked.stderr
     assert [place_of(src, three[name]) for name in NAMES] == ["src-cmp2", "src-cmp1", "src-cmp1"]
@@ -102,7 +102,7 @@ def test_without_a_terminal_nothing_is_moved_unasked(operator: Operator, src: Ap
 
 @pytest.mark.parametrize(("wanted", "code", "words"), [
     ({"cmp9": ["web-0"], "src-cmp2": ["nobody"]}, 3, ("no compute host 'cmp9'", "no instance 'nobody'")),
-    ('{"src-cmp2": [}', 2, ("line 1 column 15",)), ([], 2, ("no map of hosts",))])
+    ('{"src-cmp2": [}', 2, ("line 1 column 15",)), ([], 2, ("not a map of hosts",))])
 def test_a_map_that_cannot_be_is_refused(operator: Operator, three: dict[str, str], wanted: object, code: int, words: tuple[str, ...]) -> None:
     refused = operator.run(*spread(operator, wanted, "-y"))
     assert refused.returncode == code
@@ -165,12 +165,12 @@ def test_moves_wait_for_the_room_that_others_leave_and_a_ring_of_full_hosts_is_r
     assert operator.run(*spread(operator, {"src-cmp1": list(NAMES)}, "-y")).returncode == 0
 
 
-def test_a_move_that_nova_gives_up_is_told_and_the_rest_goes_on_with_keep_going(
+def test_a_move_that_nova_gives_up_is_reported_and_the_rest_goes_on_with_keep_going(
         operator: Operator, clouds: Clouds, src: Api, three: dict[str, str]) -> None:
     """Nova copies a disk to no host that has something in its place."""
     clouds.host("src-cmp2").run("mkdir", f"{DISKS}/{three['web-0']}")
     done = operator.run(*spread(operator, {"src-cmp2": ["web-0", "db-0"]}, "-y", "--keep-going"))
-    assert done.returncode == 1 and "error: web-0 is ACTIVE on src-cmp1: Nova calls migration" in done.stderr, done.stderr
+    assert done.returncode == 1 and "error: web-0 is ACTIVE on src-cmp1: migration" in done.stderr, done.stderr
     assert f"{three['web-0']}) already exists" in done.stderr and "1 of 2 instances were not moved: web-0" in done.stderr, done.stderr
     assert [place_of(src, three[name]) for name in NAMES] == ["src-cmp1", "src-cmp2", "src-cmp1"]
     writes_on(src, three["web-0"])
@@ -200,7 +200,7 @@ def under_way(operator: Operator) -> subprocess.Popen[str]:
     process = operator.begin(*spread(operator, {"src-cmp2": ["web-0"]}, "-y", "--timeout", "5", "--keep-waiting"))
     assert process.stderr
     for line in process.stderr:
-        if "waiting on" in line:
+        if "still waiting" in line:
             return process
     raise AssertionError("it ended")
 
@@ -215,8 +215,8 @@ def test_a_migration_that_takes_too_long_is_ended_with_abort(
         operator: Operator, src: Api, three: dict[str, str], narrow: None) -> None:
     """Nova calls it failed where its look at libvirt, twice a second, comes too late to see it cancelled (find_job_type)."""
     done = operator.run(*spread(operator, {"src-cmp2": ["web-0"]}, "-y", "--timeout", "10", "--abort"))
-    words = r"Nova calls migration \d+ (cancelled|failed): its end was asked for with --abort"
-    assert done.returncode == 1 and "it is ended" in done.stderr and re.search(words, done.stderr), done.stderr
+    words = r"migration \d+ is (cancelled|failed): aborted by --abort"
+    assert done.returncode == 1 and "aborting" in done.stderr and re.search(words, done.stderr), done.stderr
     is_back(src, three["web-0"])
     writes_on(src, three["web-0"])
 
@@ -225,7 +225,7 @@ def test_a_migration_that_takes_too_long_is_nova_s_and_may_be_waited_for(
         operator: Operator, clouds: Clouds, src: Api, three: dict[str, str], narrow: None) -> None:
     words = spread(operator, {"src-cmp2": ["web-0"]}, "-y", "--timeout", "5")
     left = operator.run(*words)
-    assert left.returncode == 4 and re.search(r"left behind: migration \d+ of web-0 to src-cmp2 goes on", left.stderr), left.stderr
+    assert left.returncode == 4 and re.search(r"left behind: migration \d+ of web-0 to src-cmp2 continues", left.stderr), left.stderr
     refused = operator.run(*words)
     assert refused.returncode == 3 and "web-0 is MIGRATING migrating, and cannot be" in refused.stderr, refused.stderr
     for name in ("src-cmp1", "src-cmp2"):
@@ -233,7 +233,7 @@ def test_a_migration_that_takes_too_long_is_nova_s_and_may_be_waited_for(
     src.await_status(three["web-0"], "ACTIVE")
     assert place_of(src, three["web-0"]) == "src-cmp2"
     done = operator.run(*spread(operator, {"src-cmp1": ["web-0"]}, "-y", "--timeout", "1", "--keep-waiting"))
-    assert done.returncode == 0 and "waiting on" in done.stderr, done.stderr
+    assert done.returncode == 0 and "still waiting" in done.stderr, done.stderr
     is_back(src, three["web-0"])
 
 
@@ -241,7 +241,7 @@ def test_ctrl_c_leaves_a_migration_to_nova_and_says_so(operator: Operator, src: 
     process = under_way(operator)
     process.send_signal(signal.SIGINT)
     done = ended(process)
-    number, = re.findall(r"left behind: migration (\d+) of web-0 to src-cmp2 goes on", done.stderr)
+    number, = re.findall(r"left behind: migration (\d+) of web-0 to src-cmp2 continues", done.stderr)
     assert done.returncode == 4
     src.call("DELETE", "nova", f"/servers/{three['web-0']}/migrations/{number}")
     is_back(src, three["web-0"])
@@ -256,7 +256,7 @@ def test_a_target_that_is_killed_in_mid_migration_costs_nothing(
     widen(clouds.host("src-cmp1"))
     try:
         done = ended(process)
-        assert done.returncode == 1 and "web-0 is ACTIVE on src-cmp1: Nova calls migration" in done.stderr, done.stderr
+        assert done.returncode == 1 and "web-0 is ACTIVE on src-cmp1: migration" in done.stderr, done.stderr
         is_back(src, three["web-0"])
         writes_on(src, three["web-0"])
     finally:

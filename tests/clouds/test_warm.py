@@ -85,13 +85,13 @@ def test_a_raw_disk_goes_over_while_its_guest_writes(operator: Operator, clouds:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_an_instance_whose_warm_copy_was_cut_off_runs_on(
+def test_an_instance_whose_warm_copy_was_interrupted_runs_on(
         operator: Operator, clouds: Clouds, src: Api, dst: Api, running: str, number: signal.Signals) -> None:
     wait_for_console(src, running, "GUEST boots=")
     started = boots(clouds.host(SOURCE), running)
     process = operator.begin("-s", running, *operator.to(DESTINATION), "--warm", "--bitmap", "--limit-rate", "8M")
     assert process.stderr
-    while "carries the dirty bitmap" not in process.stderr.readline():
+    while "has the dirty bitmap" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(number)
     assert ended(process).returncode == (128 + number if number == signal.SIGINT else -number)

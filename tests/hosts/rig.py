@@ -23,6 +23,7 @@ from lab.hosts import Lab
 from migrena import (
     NOTHING_KNOWN,
     BothEnds,
+    Callbacks,
     Cloud,
     Disk,
     DiskJob,
@@ -41,7 +42,6 @@ from migrena import (
     Seen,
     Settings,
     Undo,
-    Witness,
     connect,
     disk_chain,
     move_disk,
@@ -50,7 +50,7 @@ from migrena import (
     refuse_job,
     settle_disk,
     signals,
-    stand_of,
+    stat_of,
     survey_disk,
     transfer,
 )
@@ -284,7 +284,7 @@ class Copy:
         """The job, refused where it must be, for a source that has stopped."""
         self.job = plan_job(run, ends, survey_disk(self.destination, fresh.id, fresh.path, shared=False))
         refuse_job(ends, self.job, run.plan.disk)
-        self.job = replace(self.job, stand=stand_of(self.source, self.job.source.path))
+        self.job = replace(self.job, stand=stat_of(self.source, self.job.source.path))
         return self.job
 
     @contextlib.contextmanager
@@ -301,7 +301,7 @@ class Copy:
 
     def move(self, ends: Ends, job: DiskJob, check: Callable[[], None] = lambda: None) -> Moved:
         """The bytes arrive and are proven, at the first attempt or not at all; nothing is swapped in."""
-        return move_disk(ends, job, Witness(self.shown, check=check))[0]
+        return move_disk(ends, job, Callbacks(self.shown, check=check))[0]
 
     def arrive(self, source: Instance, fresh: Instance, check: Callable[[], None] = lambda: None) -> Moved:
         """The bytes arrive and are proven, as often tried again as the settings say; nothing is swapped in."""
@@ -311,7 +311,7 @@ class Copy:
             job = self.job_of(run, both.ends(), fresh)
             if run.earlier and (stand := run.earlier.record.job.get("stand")):
                 job = replace(job, stand=stand)
-            with unittest.mock.patch("migrena.gate", lambda *_, **__: None), unittest.mock.patch("migrena.spaced", lambda *_: check):
+            with unittest.mock.patch("migrena.gate", lambda *_, **__: None), unittest.mock.patch("migrena.at_intervals", lambda *_: check):
                 return transfer(both, job, NOTHING_KNOWN)  # there are no clouds to be asked
 
     def __call__(self, source: Instance, fresh: Instance) -> Moved:

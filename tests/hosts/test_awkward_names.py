@@ -73,7 +73,7 @@ def test_control_what_a_terminal_would_obey_is_noticed() -> None:
         is_tame("one\ntwo", lines=1)
 
 
-def test_a_killed_run_of_an_awkward_name_is_gone_on_with_and_refused_in_one_line_each(fault: Fault) -> None:
+def test_a_killed_run_of_an_awkward_name_is_resumed_and_refused_in_one_line_each(fault: Fault) -> None:
     name = NAMES["terminal"] + NAMES["shell"]
     dress(fault, name)
     run = fault.operator.killed()
@@ -84,7 +84,7 @@ def test_a_killed_run_of_an_awkward_name_is_gone_on_with_and_refused_in_one_line
 
 
 @pytest.mark.parametrize("what", ["lock", "mark", "state"])
-def test_what_others_wrote_into_nova_is_told_in_one_line(fault: Fault, what: str) -> None:
+def test_what_others_wrote_into_nova_is_reported_in_one_line(fault: Fault, what: str) -> None:
     name = NAMES["terminal"] + NAMES["shell"]
     if what == "lock":
         fault.operator.clouds[0].put(UUID, locked=True, locked_reason=f"{LOCKED_BY}{name}")
@@ -97,7 +97,7 @@ def test_what_others_wrote_into_nova_is_told_in_one_line(fault: Fault, what: str
     is_tame(said)
     assert all(" refused: " in line or "   try: " in line for line in said.splitlines()), said
     if what == "mark":
-        is_tame(fault.call(3, "rollback", "--run-of", UUID, said=("is none of migrena's",)))
+        is_tame(fault.call(3, "rollback", "--run-of", UUID, said=("is not one of migrena's",)))
     assert fault.operator.clouds[0].rows() == before and fault.operator.made() == []
     no_harm(fault)
 

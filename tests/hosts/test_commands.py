@@ -46,7 +46,7 @@ def test_hazard_a_warning_on_standard_error_counts_as_failure_and_an_exit_status
             way("sh", "-c", "echo done; exit 3")
 
 
-def test_what_a_long_command_says_after_a_silence_is_told_too(src: Host) -> None:
+def test_what_a_long_command_says_after_a_silence_is_reported_too(src: Host) -> None:
     with pytest.raises(CommandError, match="status 1: careful") as caught:
         src.work("sh", "-c", "echo careful >&2; sleep 3; echo the reason >&2; exit 1", stall=30)
     assert caught.value.said == "careful\nthe reason"
@@ -66,7 +66,7 @@ def test_a_host_that_takes_up_no_command_is_given_up_and_said_to_be_silent(
         lab["src"].run("kill", "-STOP", *connections)
         return late(*words, **more)
 
-    monkeypatch.setattr(migrena, "DEAF_AFTER", 2.0)
+    monkeypatch.setattr(migrena, "START_TIMEOUT", 2.0)
     monkeypatch.setattr(paramiko.Transport if late.__name__ == "open_session" else paramiko.Channel, late.__name__, stopped)
     try:
         with pytest.raises(HostError, match="`true` made no progress and was given up"):
@@ -151,7 +151,7 @@ def test_a_long_command_that_stalls_is_given_up_and_gone_from_the_host_with_all_
 
 def test_a_long_command_that_says_something_now_and_then_is_not_given_up(src: Host) -> None:
     heard: list[str] = []
-    printed = src.work("sh", "-c", "for n in 1 2 3 4; do echo $n; sleep 0.8; done", stall=2.5, heard=heard.append)
+    printed = src.work("sh", "-c", "for n in 1 2 3 4; do echo $n; sleep 0.8; done", stall=2.5, on_output=heard.append)
     assert (printed, "".join(heard), len(heard) > 1) == ("1\n2\n3\n4\n", "1\n2\n3\n4\n", True)
 
 
@@ -180,7 +180,7 @@ HASTY = LEASED_COMMAND.replace("timeout 60", "timeout 2")  # gives a silent migr
 
 
 def test_a_lease_is_held_by_the_dots(reach: Reach, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migrena, "BEAT", 0.5)
+    monkeypatch.setattr(migrena, "HEARTBEAT", 0.5)
     with reach("src").lease(HASTY, "sleep", "1000") as lease:
         time.sleep(5)
         lease.check(is_running=True)
@@ -188,7 +188,7 @@ def test_a_lease_is_held_by_the_dots(reach: Reach, monkeypatch: pytest.MonkeyPat
 
 def test_control_a_lease_ends_when_the_dots_do(lab: Lab, reach: Reach, monkeypatch: pytest.MonkeyPatch) -> None:
     assert HASTY != LEASED_COMMAND
-    monkeypatch.setattr(migrena, "BEAT", 1000)
+    monkeypatch.setattr(migrena, "HEARTBEAT", 1000)
     with reach("src").lease(HASTY, "sleep", "1000"):
         wait_for("the start", lambda: ["sleep", "1000"] in processes(lab["src"]).values())
         wait_for("the end without dots", lambda: ["sleep", "1000"] not in processes(lab["src"]).values(), 20)
@@ -230,7 +230,7 @@ def test_a_connection_that_takes_nothing_any_more_hides_no_error_when_a_lease_is
 def test_what_is_said_late_to_a_command_that_has_ended_does_not_end_the_connection(
         reach: Reach, monkeypatch: pytest.MonkeyPatch, act: Callable[[Host], object]) -> None:
     """sshd disconnects whoever speaks to a channel after its end: here our words take their time, as they do on a busy machine."""
-    monkeypatch.setattr(migrena, "BEAT", 0.01)
+    monkeypatch.setattr(migrena, "HEARTBEAT", 0.01)
     host = reach("src")
     transport = host._links[0][0].get_transport()
     assert transport

@@ -122,5 +122,5 @@ def test_a_slow_wire_is_noticed_and_what_crosses_it_deflated(operator: Operator)
     assert done.returncode == 0, done.stderr
     copy = json.loads(done.stdout)["copy"]
     assert (copy["transport"], copy["compressed"]) == ("qemu", True) and copy["sent"] < copy["bytes"]
-    assert "/s: what crosses it is compressed." in done.stderr
+    assert "/s: compression is on." in done.stderr
     is_complete(operator, operator.state()[0][0])

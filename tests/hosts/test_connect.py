@@ -53,19 +53,19 @@ def test_control_a_host_is_reached_by_nova_s_name_for_it(src: Host) -> None:
     assert who(src) == "root@src"
 
 
-def test_a_name_that_does_not_resolve_is_told_with_the_line_for_config(reach: Reach) -> None:
+def test_a_name_that_does_not_resolve_is_reported_with_the_line_for_config(reach: Reach) -> None:
     with pytest.raises(HostError, match=r"cmp9: cmp9 does not resolve") as caught:
         reach("cmp9", hosts={})
     assert refusal(caught).way_out == "add HOSTS = {'cmp9': 'ADDRESS'} to config.py"
 
 
-def test_a_port_that_nobody_listens_on_is_told(lab: Lab, reach: Reach) -> None:
+def test_a_port_that_nobody_listens_on_is_reported(lab: Lab, reach: Reach) -> None:
     with pytest.raises(HostError, match=f"src: no SSH connection to {lab['src'].address} port 1: ") as caught:
         reach("src", hosts={"src": HostEntry(lab["src"].address, port=1)})
     assert "HOSTS" in refusal(caught).way_out
 
 
-def test_a_port_where_something_else_listens_is_told(lab: Lab, reach: Reach) -> None:
+def test_a_port_where_something_else_listens_is_reported(lab: Lab, reach: Reach) -> None:
     with running(lab["src"], "python3", "-m", "http.server", "8080"):
         wait_for("the web server", lambda: ":8080" in lab["src"].run("ss", "-Hltn").stdout)
         with pytest.raises(HostError, match="no SSH connection"):
@@ -102,12 +102,12 @@ def test_a_key_that_the_host_does_not_know_is_refused(reach: Reach, tmp_path: Pa
     assert "SSH_USER" in refusal(caught).way_out and "agent" in refusal(caught).way_out
 
 
-def test_a_key_file_that_is_missing_is_told(reach: Reach, tmp_path: Path, home: Path) -> None:
+def test_a_key_file_that_is_missing_is_reported(reach: Reach, tmp_path: Path, home: Path) -> None:
     with pytest.raises(HostError, match="nowhere"):
         reach("src", ssh_key=str(tmp_path / "nowhere"))
 
 
-def test_a_key_file_that_is_no_key_is_told(reach: Reach, tmp_path: Path, home: Path) -> None:
+def test_a_key_file_that_is_not_a_key_is_reported(reach: Reach, tmp_path: Path, home: Path) -> None:
     (tmp_path / "note").write_text("this is no key\n")
     with pytest.raises(HostError, match="src: "):
         reach("src", ssh_key=str(tmp_path / "note"))
@@ -131,7 +131,7 @@ def old(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[d
         yield {"hosts": {"src": there}, "known_hosts": str(known), "ssh_key": str(rsa)}
 
 
-def test_hazard_25_an_rsa_key_at_an_sshd_without_rsa_sha2_works_or_is_told_to_be_that(
+def test_hazard_25_an_rsa_key_at_an_sshd_without_rsa_sha2_works_or_is_reported_to_be_that(
         lab: Lab, reach: Reach, home: Path, old: dict[str, Any]) -> None:
     assert who(reach("src", **{**old, "ssh_key": str(lab.key)})) == "root@src"  # the way out
     if "ssh-rsa" in paramiko.RSAKey.HASHES:  # until paramiko 5
@@ -177,11 +177,11 @@ def test_hazard_an_unknown_host_key_is_accepted_in_place_of_told_with_the_comman
     assert who(reach("src", known_hosts=str(known), hosts=there)) == "root@src"
 
 
-def test_a_host_key_that_has_changed_is_refused_and_the_command_that_is_told_forgets_the_old_one(
+def test_a_host_key_that_has_changed_is_refused_and_the_command_that_is_named_forgets_the_old_one(
         lab: Lab, reach: Reach, tmp_path: Path) -> None:
     stranger, known = key(tmp_path / "stranger").with_suffix(".pub").read_text(), tmp_path / "known hosts"
     known.write_text(f"{lab['src'].address} {stranger}")
-    with pytest.raises(HostError, match="is another than the known one") as caught:
+    with pytest.raises(HostError, match="has changed") as caught:
         reach("src", known_hosts=str(known))
     told = refusal(caught).way_out.partition(": ")[2]
     subprocess.run(["sh", "-c", told], check=True, capture_output=True)
@@ -201,7 +201,7 @@ def test_a_user_with_sudo_becomes_root_and_is_left_alone_where_that_is_not_wante
 
 
 def test_a_user_without_sudo_is_refused_with_the_line_for_sudoers(lab: Lab, reach: Reach) -> None:
-    with pytest.raises(HostError, match="src: user nosudo may not use sudo without a password") as caught:
+    with pytest.raises(HostError, match="src: user nosudo has no passwordless sudo") as caught:
         reach("src", ssh_user="nosudo")
     line = refusal(caught).way_out.partition(": ")[2]
     assert line == "nosudo ALL=(root) NOPASSWD: ALL"
@@ -248,7 +248,7 @@ def test_what_hosts_and_settings_say_wins_over_ssh_config(lab: Lab, reach: Reach
 
 
 @pytest.mark.parametrize("text", ["Host\n", "Port 22 = 3\nMatch nonsense\n"])
-def test_an_ssh_config_that_cannot_be_read_is_told(reach: Reach, home: Path, text: str) -> None:
+def test_an_ssh_config_that_cannot_be_read_is_reported(reach: Reach, home: Path, text: str) -> None:
     path = ssh_config(home, text)
     with pytest.raises((UsageError, HostError), match=re.escape(path)):
         reach("src", ssh_config=path)
@@ -300,7 +300,7 @@ Host *
 
 @pytest.mark.parametrize("text", ["Host a\n  ProxyJump root@b:22\nHost b\n  ProxyJump ssh://a\n", "Host *\n  ProxyJump a\n"], ids=["two", "one"])
 def test_jump_hosts_that_go_in_a_circle_are_refused_before_ssh_starts_itself_for_ever(reach: Reach, home: Path, text: str) -> None:
-    with pytest.raises(UsageError, match="ProxyJump goes in a circle: "):
+    with pytest.raises(UsageError, match="ProxyJump is circular: "):
         reach("a", hosts={}, ssh_config=ssh_config(home, text))
 
 
@@ -316,7 +316,7 @@ def test_a_host_is_reached_through_a_proxy_command(lab: Lab, reach: Reach, home:
 
 
 @pytest.mark.parametrize(("jump", "known", "told"), [("root", "/dev/null", "[Hh]ost key"), ("nobody", "", "[Pp]ermission denied")])
-def test_a_jump_host_that_does_not_let_us_through_is_told_with_its_words(
+def test_a_jump_host_that_does_not_let_us_through_is_reported_with_its_words(
         lab: Lab, reach: Reach, home: Path, behind: str, known_behind: str, jump: str, known: str, told: str) -> None:
     path = ssh_config(home, f"""
 Host cmp-a1
@@ -374,7 +374,7 @@ def test_a_key_in_the_agent_opens_the_host(lab: Lab, reach: Reach, agent: Path) 
     assert who(reach("src", ssh_key="")) == "root@src"
 
 
-def test_an_encrypted_key_without_an_agent_is_told(lab: Lab, reach: Reach, home: Path, tmp_path: Path) -> None:
+def test_an_encrypted_key_without_an_agent_is_reported(lab: Lab, reach: Reach, home: Path, tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.write_bytes(lab.key.read_bytes())
     locked.chmod(0o600)

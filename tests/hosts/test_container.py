@@ -101,7 +101,7 @@ def test_hazard_24_a_copy_that_is_cut_off_leaves_nothing_in_a_container_and_is_u
     ("env PATH=/nowhere /usr/bin/env", "readlink"),
     ("unshare -m sh -c 'mount --bind /dev/null /usr/bin/qemu-nbd; exec \"$@\"' sh", "it has no qemu-nbd"),
 ])
-def test_hazard_24_a_prefix_that_does_not_lead_to_the_tools_is_told(reach: Reach, lab: Lab, prefix: str, said: str) -> None:
+def test_hazard_24_a_prefix_that_does_not_lead_to_the_tools_is_reported(reach: Reach, lab: Lab, prefix: str, said: str) -> None:
     with pytest.raises(HostError, match=said) as caught:
         reach("src", hosts={"src": HostEntry(lab["src"].address, prefix=prefix)})
     assert caught.value.reasons[0].way_out == "correct prefix in HOSTS"

@@ -69,7 +69,7 @@ def killed_at(operators: Sequence[Operator], line: str) -> list[str]:
         runs.append(run)
         said = "\n".join(what_to_do(read_run(operator.folder / "state", run)))
         assert f"undo: ./migrena.py rollback {run}" in said
-        assert (f"go on: ./migrena.py resume {run}" in said) == (line not in UNTIL_ASKED)
+        assert (f"continue: ./migrena.py resume {run}" in said) == (line not in UNTIL_ASKED)
     return runs
 
 
@@ -82,20 +82,20 @@ def is_undone(operator: Operator, run: str, state: str = "rolled back") -> None:
 def undo(operator: Operator, run: str, *, was_started: bool = False) -> None:
     """Rolls a run back; a destination that has been started is deleted only with --yes."""
     if was_started:
-        assert "it may hold newer data" in ended(operator.begin("rollback", run), 3)
+        assert "it may have newer data" in ended(operator.begin("rollback", run), 3)
     ended(operator.begin("rollback", run, *(("--yes",) if was_started else ())), 0)
     is_undone(operator, run)
 
 
 @pytest.mark.parametrize("line", short_are(["chunk"], LINES))
-def test_after_a_kill_the_one_run_is_undone_and_the_other_gone_on_with(operators: Operators, line: str) -> None:
+def test_after_a_kill_the_one_run_is_undone_and_the_other_resumed(operators: Operators, line: str) -> None:
     one, other = both = operators(2)
     before = [operator.source.sha256() for operator in both]
     first, second = killed_at(both, line)
     going_on = other.begin("resume", second)
     undo(one, first, was_started=line in STARTED)
     if line in UNTIL_MADE:
-        assert "never came to be" in ended(going_on, 3)
+        assert "does not exist" in ended(going_on, 3)
         undo(other, second)
     else:
         ended(going_on, 0)
@@ -115,7 +115,7 @@ def test_a_run_that_is_told_to_end_undoes_itself(operators: Operators, line: str
 
 
 @pytest.mark.parametrize("line", short_are(["done of start destination"], STARTED))
-def test_a_run_that_is_told_to_end_when_the_destination_runs_keeps_it_and_is_gone_on_with(operators: Operators, line: str) -> None:
+def test_a_run_that_is_told_to_end_when_the_destination_runs_keeps_it_and_is_resumed(operators: Operators, line: str) -> None:
     (operator,) = operators(1)
     said = ended(copies(operator, [(line, TERM)]), 4)
     ((run, state),) = operator.states()
@@ -190,7 +190,7 @@ def test_a_resume_that_is_told_to_end_never_deletes_a_destination_that_had_been_
     ("rollback", KILL), ("done of delete destination", KILL), ("done of unlock source", KILL), ("intent of start source", KILL),
     ("rollback", TERM), ("intent of delete destination", TERM), ("done of start source", TERM),
 ]))
-def test_a_rollback_that_was_cut_off_is_given_again(operators: Operators, line: str, number: int) -> None:
+def test_a_rollback_that_was_interrupted_is_given_again(operators: Operators, line: str, number: int) -> None:
     (operator,) = operators(1)
     (run,) = killed_at([operator], "done of swap in")
     said = ended(operator.begin("rollback", run, throw=[(line, number)]), -KILL if number == KILL else 4)
@@ -230,7 +230,7 @@ def test_a_journal_whose_only_line_was_cut_tells_of_a_run_that_has_begun_nothing
     cut(operator, run)
     assert operator.states() == [(run, "killed")]
     for word in ("resume", "rollback"):
-        assert "does not tell what it moved" in ended(operator.begin(word, run), 3)
+        assert "does not name a source" in ended(operator.begin(word, run), 3)
     operator.is_as_found()
     ended(copies(operator, []), 0)
 

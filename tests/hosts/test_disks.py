@@ -25,9 +25,9 @@ from migrena import (
     disk_chain,
     free_space,
     held,
-    look_at_disk,
     same_content,
     survey_disk,
+    survey_source_disk,
     tools_lacking,
 )
 from unit.makers import a_server
@@ -74,13 +74,13 @@ def test_a_disk_info_that_tells_nothing_makes_no_difference(lab: Lab, src: Host,
     assert survey_disk(src, overlay.id, overlay.path, shared=False).top.format == "qcow2"
 
 
-def test_a_file_that_is_not_there_is_told_as_that(lab: Lab, src: Host, overlay: Instance) -> None:
+def test_a_file_that_is_not_there_is_reported_as_that(lab: Lab, src: Host, overlay: Instance) -> None:
     lab["src"].run("rm", overlay.path)
-    with pytest.raises(HostError, match=f"there is no file {overlay.path}, though libvirt names it"):
+    with pytest.raises(HostError, match=f"{overlay.path} is the disk by libvirt, but does not exist"):
         survey_disk(src, overlay.id, overlay.path, shared=False)
 
 
-def test_a_disk_that_lies_elsewhere_is_told_with_the_setting(src: Host, overlay: Instance) -> None:
+def test_a_disk_that_lies_elsewhere_is_reported_with_the_setting(src: Host, overlay: Instance) -> None:
     with pytest.raises(HostError, match=f"the disk is {overlay.path}, not /srv/x/disk") as caught:
         survey_disk(src, overlay.id, "/srv/x/disk", shared=False)
     assert "DISK_PATH" in caught.value.reasons[0].way_out
@@ -92,8 +92,8 @@ def test_a_disk_path_that_is_a_link_to_the_file_is_as_good(lab: Lab, src: Host, 
     assert survey_disk(src, overlay.id, other, shared=False).top.path == other
 
 
-def test_an_instance_that_libvirt_does_not_know_is_told_with_the_host(src: Host) -> None:
-    with pytest.raises(HostError, match=r"src: libvirt tells nothing of x: .*failed to get domain") as caught:
+def test_an_instance_that_libvirt_does_not_know_is_reported_with_the_host(src: Host) -> None:
+    with pytest.raises(HostError, match=r"src: libvirt gives no information on x: .*failed to get domain") as caught:
         survey_disk(src, "x", "/var/lib/nova/instances/x/disk", shared=False)
     assert "virsh list" in caught.value.reasons[0].way_out
 
@@ -134,7 +134,7 @@ def test_an_external_data_file_is_seen(lab: Lab, src: Host) -> None:
 
 def test_the_mark_of_a_corrupt_disk_is_seen(lab: Lab, src: Host, overlay: Instance) -> None:
     lab["src"].run("dd", f"of={overlay.path}", "bs=1", "seek=79", "conv=notrunc", "status=none", input="\x02")  # incompatible features, bit 1
-    assert flaws(src, overlay) == [("the mark that it is corrupt",), ()]
+    assert flaws(src, overlay) == [("the corrupt flag",), ()]
 
 
 DAMAGE = """
@@ -173,9 +173,9 @@ def test_a_chain_of_three_files_is_seen_whole_and_has_no_single_base(lab: Lab, s
     assert found.base is None
 
 
-def test_a_missing_base_is_told(lab: Lab, src: Host, overlay: Instance) -> None:
+def test_a_missing_base_is_reported(lab: Lab, src: Host, overlay: Instance) -> None:
     lab["src"].run("mv", overlay.node()["full-backing-filename"], "/var/lib/nova/away")
-    with pytest.raises(HostError, match=f"{overlay.path} stands on .*, which is not there"):
+    with pytest.raises(HostError, match=f"{overlay.path} has the backing file .*, which does not exist"):
         survey_disk(src, overlay.id, overlay.path, shared=False)
 
 
@@ -197,7 +197,7 @@ def looked_at(host: Host, instance: Instance, status: str) -> Server:
     """Looks at a disk as a survey does, and gives the server back when nothing speaks against it."""
     identity = instance.path.split("/")[-2]
     server = a_server(id=identity, status=status)
-    assert look_at_disk(host, server, ())
+    assert survey_source_disk(host, server, ())
     return server
 
 
@@ -306,5 +306,5 @@ def test_hazard_22_a_backing_file_that_is_missing_is_named(lab: Lab, src: Host, 
     below = base(lab["src"], "debian")
     source = Instance.make(lab["src"]).overlay(below, 64 * MiB)
     lab["src"].run("mv", below, f"{below}.aside")
-    with pytest.raises(HostError, match=f"{source.path} stands on {below}, which is not there"):
+    with pytest.raises(HostError, match=f"{source.path} has the backing file {below}, which does not exist"):
         disk_chain(src, source.path, "qcow2", shared=shared)

@@ -214,7 +214,7 @@ def test_hazard_a_fixed_port_where_another_one_is_free(namespaces: Lab, prepared
 
 
 @every_way
-def test_no_free_port_is_told_with_the_setting(namespaces: Lab, prepared: tuple[Ends, DiskJob], instance: Instance) -> None:
+def test_no_free_port_is_reported_with_the_setting(namespaces: Lab, prepared: tuple[Ends, DiskJob], instance: Instance) -> None:
     ends, job = prepared
     with listener(namespaces["src"], 2666), pytest.raises(HostError, match="port 2666 is taken") as caught, \
             exported(ends, replace(job, settings=replace(job.settings, nbd_server_port=range(2666, 2667))), instance.path, "raw"):

@@ -73,7 +73,7 @@ def test_control_nothing_fails_where_nothing_is_thrown(either: Broken) -> None:
 
 @pytest.mark.parametrize(("at_chunk", "offset"), [(1, 700), (2, 2 * MiB), (3, 4 * MiB + 5)])
 def test_one_byte_that_is_flipped_in_the_new_file_is_caught(either: Broken, at_chunk: int, offset: int) -> None:
-    error = either.fails("the copy is not the source", at_chunk, lambda job: flip(either.fresh.host, job, offset))
+    error = either.fails("the copy differs from the source", at_chunk, lambda job: flip(either.fresh.host, job, offset))
     assert f"{offset // MiB * MiB:,}" in str(error)
 
 
@@ -81,7 +81,7 @@ def test_one_byte_that_appears_in_a_hole_of_the_new_file_is_caught(lab: Lab, mak
     """After both chunks: qemu-img puts right what appears in a hole that it has not passed yet."""
     source, fresh = (Instance.make(lab[name]).raw(200 * MiB) for name in ("src", "dst"))
     source.write("guest", (0, MiB), (199 * MiB, MiB))
-    Broken(make_copy(), source, fresh).fails("the copy is not the source", 2, lambda job: flip(fresh.host, job, 100 * MiB))
+    Broken(make_copy(), source, fresh).fails("the copy differs from the source", 2, lambda job: flip(fresh.host, job, 100 * MiB))
 
 
 def test_a_new_file_that_lost_its_end_is_caught(broken: Broken, make_copy: MakeCopy) -> None:
@@ -91,14 +91,14 @@ def test_a_new_file_that_lost_its_end_is_caught(broken: Broken, make_copy: MakeC
         broken.fresh.host.run("truncate", "-s", str(job.length - MiB), job.new)
         broken.fresh.host.run("truncate", "-s", str(job.length), job.new)
 
-    broken.fails("the copy is not the source", 3, cut)
+    broken.fails("the copy differs from the source", 3, cut)
 
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_source_that_is_changed_while_it_is_copied_is_caught(broken: Broken, make_copy: MakeCopy, verify: bool) -> None:
     broken.copy = make_copy(verify=verify)
     words = ("dd", f"of={broken.source.path}", "bs=1", f"seek={2 * MiB}", "conv=notrunc", "status=none")
-    broken.fails("was changed while it was being copied|the copy is not the source", 2, lambda job: broken.source.host.run(*words, input="!"))
+    broken.fails("was changed while it was being copied|the copy differs from the source", 2, lambda job: broken.source.host.run(*words, input="!"))
 
 
 def ours(host: LabHost, *marks: str) -> list[int]:

@@ -63,7 +63,7 @@ def test_a_host_whose_name_leads_elsewhere_in_mid_copy_is_found_there(lab: Lab, 
 
 
 @pytest.mark.parametrize("word", ["resume", "rollback"])
-def test_a_host_whose_address_changed_before_the_run_is_gone_on_with_is_found_there(lab: Lab, fault: Fault, word: str) -> None:
+def test_a_host_whose_address_changed_before_the_run_is_resumed_is_found_there(lab: Lab, fault: Fault, word: str) -> None:
     host = lab["src"]
     by_ssh_config(fault, host, host.address)
     run = fault.operator.killed()
@@ -82,7 +82,7 @@ def test_a_connection_that_is_opened_anew_tells_the_new_address_and_keeps_its_ri
     assert one.nbd_address == host.address and one.run("id", "-u") == "0\n"
     by_ssh_config(fault, host, new_address(host))
     with moved(host):
-        one.revive()  # sudo would hide where the connection came in
+        one.reconnect()  # sudo would hide where the connection came in
         assert one.nbd_address == new_address(host) and one.run("id", "-u") == "0\n"
 
 
@@ -103,7 +103,7 @@ def test_a_clock_that_was_set_back_an_hour_in_mid_copy_or_afterwards_harms_nothi
     for _ in range(2):
         told = fault.operator.run("status", run).stdout
         assert not re.search(r"(?<![\w-])-\d", told) and "day" not in told, told
-        assert ("stop source: done (the clock was set back meanwhile)" in told) == (word == "resume")
+        assert ("stop source: done (the clock was set back)" in told) == (word == "resume")
         record = read_run(fault.state, run)
         assert record.rate >= 0 and record.seconds_left >= 0
         fault.call(0, *((word, run) if fault.operator.state() == [(run, "killed")] else ("status",)))

@@ -84,7 +84,7 @@ def test_a_loss_for_good_of_the_operator_s_network_leaves_what_ends_by_itself_an
     with cut(lab, "", "src", "dst"):
         said = fault.end(process, 4, "made no progress", "left behind: check that nothing of ours is left on src did not succeed")
         for name in ("src", "dst"):
-            assert f"{name} did not confirm the end of" in said and "ends by itself" in said
+            assert f"{name} did not confirm the end of" in said and "ends with the connection" in said
             wait_until_clean(lab[name], 100)
     fault.is_left()
     fault.rolls_back()

@@ -204,6 +204,6 @@ def test_a_flipped_byte_is_not_tried_again(make_copy: MakeCopy, overlays: Pair) 
         if copy.job and len(chunks_sent(copy.state, copy.name)) == 1:
             flip(overlays[1].host, copy.job, 700)
 
-    with pytest.raises(FinalError, match="the copy is not the source"):
+    with pytest.raises(FinalError, match="the copy differs from the source"):
         copy.arrive(*overlays, check)
     assert read_run(copy.state, copy.name).retries == 0

@@ -30,12 +30,12 @@ def scattered(lab: Lab) -> tuple[Instance, Instance]:
 
 def bringers(instance: Instance) -> list[int]:
     """The processes that bring pieces to this instance's host."""
-    return [pid for pid, words in processes(instance.host).items() if words[0] == "python3" and "bring" in words]
+    return [pid for pid, words in processes(instance.host).items() if words[0] == "python3" and "patch" in words]
 
 
 @pytest.mark.parametrize("different", [
     {}, {"tls": False}, {"compress": "on"}, {"compress": "on", "tls": False}, {"chunk": 4 * MiB}, {"limit_rate": 8 * MiB}, {"verify": False}])
-def test_many_small_pieces_arrive_whatever_the_settings(
+def test_many_small_extents_arrive_whatever_the_settings(
         scattered: tuple[Instance, Instance], make_copy: MakeCopy, different: dict[str, bool | int | str]) -> None:
     source, fresh = scattered
     moved = arrives(make_copy(**different), source, fresh)
@@ -45,14 +45,14 @@ def test_many_small_pieces_arrive_whatever_the_settings(
     assert fresh.allocated <= source.allocated * 9 // 10 + MiB  # zeros became holes
 
 
-def test_what_a_guest_sees_in_small_pieces_arrives_too(lab: Lab, make_copy: MakeCopy) -> None:
+def test_what_a_guest_sees_in_small_extents_arrives_too(lab: Lab, make_copy: MakeCopy) -> None:
     source, fresh = an_overlay()(lab["src"]), a_raw_disk()(lab["dst"])
     writes = [word for piece in range(PIECES // 4) for word in ("-c", f"write -q -P {piece % 255 + 1} {piece * 2 * 65536} 4k")]
     lab["src"].run("qemu-io", "-f", "qcow2", *writes, source.path)
     arrives(make_copy(), source, fresh)
 
 
-def test_a_limit_of_the_rate_holds_for_small_pieces_too(scattered: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
+def test_a_limit_of_the_rate_holds_for_small_extents_too(scattered: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
     moved = arrives(make_copy(limit_rate=2 * MiB), *scattered)
     assert moved.seconds > moved.held / (2 * MiB) - 1  # later is no fault
 

@@ -54,7 +54,7 @@ def test_leases_and_commands_go_over_as_many_connections_as_they_need(lab: Lab, 
             for lease in leases:
                 lease.check(is_running=True)
             assert 7 / most <= connections(lab, "src") <= 7 / most + 2
-            host.revive()  # all of them answer, and are kept
+            host.reconnect()  # all of them answer, and are kept
             for lease in leases:
                 lease.check(is_running=True)
             host.end_work()
@@ -81,19 +81,19 @@ def test_threads_that_are_refused_at_once_open_no_more_connections_than_they_nee
         assert connections(lab, "src") <= 8
 
 
-def test_a_host_that_lets_in_none_is_told_with_the_setting(lab: Lab, reach: Reach, tmp_path: Path) -> None:
+def test_a_host_that_lets_in_none_is_reported_with_the_setting(lab: Lab, reach: Reach, tmp_path: Path) -> None:
     with few_sessions(lab, tmp_path, 0, "src") as there:
-        with pytest.raises(HostError, match="src: sshd lets no command in on connection 1") as caught:
+        with pytest.raises(HostError, match="src: sshd accepts no command on connection 1") as caught:
             reach("src", **there)
-        assert "MaxSessions in sshd_config" in caught.value.reasons[0].way_out
+        assert "MaxSessions in its sshd_config" in caught.value.reasons[0].way_out
         wait_for("the end of all connections", lambda: connections(lab, "src") == 0, 10)
 
 
 def test_there_is_an_end_to_further_connections(lab: Lab, reach: Reach, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migrena, "MOST_LINKS", 2)
+    monkeypatch.setattr(migrena, "MAX_CONNECTIONS", 2)
     with few_sessions(lab, tmp_path, 1, "src") as there:
         host = reach("src", **there)
-        with host.private_folder("test"), host.private_folder("test"), pytest.raises(HostError, match="no command in on connection 3"):
+        with host.private_folder("test"), host.private_folder("test"), pytest.raises(HostError, match="no command on connection 3"):
             host.run("true")
         assert connections(lab, "src") == 2
 
@@ -109,7 +109,7 @@ def test_a_connection_of_several_that_is_cut_is_noticed_and_all_are_opened_anew(
                     assert transport
                     transport.close()
             host.run("true")
-        host.revive()
+        host.reconnect()
         assert len(host._links) == 1 and host.run("echo", "back") == "back\n"
         wait_for("the end of the old ones", lambda: connections(lab, "src") == len(host._links) <= 2, 10)
 
@@ -152,5 +152,5 @@ def test_a_channel_that_was_opened_ahead_is_of_the_connections_that_there_are(la
     ready = [channel for _, channel in host._ahead]
     assert host.run("echo", "b") == "b\n" and ready[0] not in [channel for _, channel in host._ahead]
     host.unconfirmed.append("so that the connections are opened anew")
-    host.revive()
+    host.reconnect()
     assert host.run("echo", "c") == "c\n" and not {id(channel) for channel in ready} & {id(channel) for _, channel in host._ahead}

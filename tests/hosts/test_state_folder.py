@@ -25,7 +25,7 @@ def pad(journal: Path) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 4096], ids=["nothing", "lock"])
-def test_a_state_folder_that_is_full_is_told_before_anything_is_touched(fault: Fault, room: int) -> None:
+def test_a_state_folder_that_is_full_is_reported_before_anything_is_touched(fault: Fault, room: int) -> None:
     with small_folder(fault.state, "64k"):
         filler = fill(fault.state)
         with filler.open("r+b") as file:
@@ -51,7 +51,7 @@ def test_a_state_folder_that_fills_up_in_mid_copy_ends_the_run_which_is_undone_a
         process = fault.begin()
         pad(fault.journal)
         filler = fill(fault.state)
-        said = fault.end(process, 1, FULL, "free space there, then run it again", "does not tell how the run has ended")
+        said = fault.end(process, 1, FULL, "free space there, then run it again", "lacks the run's end")
         assert "left behind" not in said
         fault.is_undone()
         run = fault.journal.stem
@@ -69,7 +69,7 @@ def test_a_journal_that_breaks_while_the_run_is_being_undone_leaves_no_step_out(
     size = fault.journal.stat().st_size + room
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))  # as a full disk, but at exactly this byte
     process.send_signal(signal.SIGTERM)
-    fault.end(process, 128 + signal.SIGTERM, "interrupted by SIGTERM", "does not tell how the run has ended")
+    fault.end(process, 128 + signal.SIGTERM, "interrupted by SIGTERM", "lacks the run's end")
     fault.is_undone()
     run = fault.journal.stem
     assert fault.operator.state() == [(run, "killed")]
@@ -107,12 +107,12 @@ def test_a_full_state_folder_refuses_what_would_go_on_with_a_run_and_changes_not
 def test_a_lock_that_cannot_be_made_in_mid_run_is_a_failure_and_no_wrong_call(fault: Fault) -> None:
     for number in range(2):
         (fault.state / f"slot-src-{number}.lock").mkdir(parents=True)
-    fault.end(fault.start(), 1, "slot-src-0.lock cannot be made", "The run failed; undo.")
+    fault.end(fault.start(), 1, "slot-src-0.lock cannot be created", "The run failed; undo.")
     fault.is_undone()
     assert fault.operator.state() == [(fault.journal.stem, "failed")]
 
 
-def test_a_journal_whose_last_line_was_cut_is_gone_on_with(fault: Fault) -> None:
+def test_a_journal_whose_last_line_was_cut_is_resumed(fault: Fault) -> None:
     run = fault.operator.killed()
     with fault.journal.open("r+b") as file:
         file.truncate(fault.journal.stat().st_size - 9)
@@ -120,12 +120,12 @@ def test_a_journal_whose_last_line_was_cut_is_gone_on_with(fault: Fault) -> None
     assert fault.operator.state() == [(run, "done")]
 
 
-def test_a_journal_with_garbage_in_it_is_told_and_the_run_is_undone_without_it(fault: Fault) -> None:
+def test_a_journal_with_garbage_in_it_is_reported_and_the_run_is_undone_without_it(fault: Fault) -> None:
     run = fault.operator.killed()
     lines = fault.journal.read_bytes().splitlines(keepends=True)
     fault.journal.write_bytes(b"".join([*lines[:3], b"\0\xff garbage \x1b[2J\n", *lines[3:]]))
     for word in ("status", "resume", "rollback"):
-        fault.call(2, word, run, said=("line 4: this is no journal's line", "move the file away, then: ./migrena.py rollback --run-of SRC_UUID"))
+        fault.call(2, word, run, said=("line 4: this is not a journal's line", "move the file away, then: ./migrena.py rollback --run-of SRC_UUID"))
     assert "line 4" in fault.call(0, "status")
     fault.journal.rename(fault.state / "broken")
     fault.call(0, "rollback", "--run-of", UUID)

@@ -156,9 +156,9 @@ def test_control_a_copy_through_a_proxy_that_changes_nothing_arrives(
 
 def test_a_byte_that_changes_on_the_way_is_caught_by_the_proof(lab: Lab, make_copy: MakeCopy, overlays: tuple[Instance, Instance]) -> None:
     fresh, copy = overlays[1].sha256(), make_copy(tls=False, retries=3)
-    with proxy(lab, str(3 * MiB)), pytest.raises(FinalError, match="the copy is not the source: 1 blocks of 1 MiB differ") as caught:
+    with proxy(lab, str(3 * MiB)), pytest.raises(FinalError, match="the copy differs from the source: 1 blocks of 1 MiB differ") as caught:
         copy(*overlays)
-    assert "have disks and network of both hosts checked" in caught.value.reasons[0].way_out
+    assert "check disks and network of both hosts" in caught.value.reasons[0].way_out
     assert overlays[1].sha256() == fresh and read_run(copy.state, copy.name).retries == 0
 
 

@@ -197,7 +197,7 @@ def test_a_source_that_is_stopped_by_somebody_meanwhile_ends_it(operator: Operat
     process = in_a_pass(operator)
     operator.clouds[0].stop(operator.id)
     said = ended(process, 1)
-    assert "somebody has stopped it" in said
+    assert "somebody stopped it" in said
     assert operator.made() == [] and operator.clouds[0].rows()[operator.id]["status"] == "SHUTOFF"
 
 

@@ -26,7 +26,7 @@ def test_a_copy_and_the_same_command_again_which_is_success_too(operator: Operat
     assert json.loads(operator.copy("--json").stdout)["result"] == "already"
 
 
-def test_a_killed_run_is_told_refused_and_gone_on_with(operator: Operator) -> None:
+def test_a_killed_run_is_reported_refused_and_resumed(operator: Operator) -> None:
     run = operator.killed()
     assert operator.state() == [(run, "killed")]
     again = operator.copy()
@@ -35,7 +35,7 @@ def test_a_killed_run_is_told_refused_and_gone_on_with(operator: Operator) -> No
     assert (done.returncode, done.stdout) == (0, f"{operator.made()[0]['id']}\n"), done.stderr
     is_complete(operator, run)
     over = operator.run("resume", run)
-    assert over.returncode == 3 and "was successful: there is nothing to go on with" in over.stderr
+    assert over.returncode == 3 and "was successful: there is nothing to resume" in over.stderr
 
 
 def test_a_killed_run_is_undone(operator: Operator) -> None:
@@ -90,7 +90,7 @@ def test_a_source_that_somebody_started_meanwhile_is_refused_and_can_be_undone(o
     run = operator.killed()
     operator.clouds[0].start(UUID)
     refused = operator.run("resume", run)
-    assert refused.returncode == 3 and "has been started, or its disk was changed" in refused.stderr, refused.stderr
+    assert refused.returncode == 3 and "was started or its disk changed" in refused.stderr, refused.stderr
     operator.clouds[0].stop(UUID)
     assert operator.run("resume", run).returncode == 3
     assert operator.run("rollback", run).returncode == 0
@@ -112,11 +112,11 @@ def test_a_run_from_another_machine_that_was_quicker_keeps_the_source(operator: 
     assert operator.clouds[0].rows()[UUID]["metadata"] == {MARK: "20200101T000000-other"} and operator.made() == []
 
 
-def test_each_side_is_reached_and_looked_at_as_is_told_for_it_alone(lab: Lab, tmp_path: Path) -> None:
+def test_each_side_is_reached_and_looked_at_as_is_reported_for_it_alone(lab: Lab, tmp_path: Path) -> None:
     nowhere = {host.name: "192.0.2.1" for host in lab}
-    sided: dict[str, Any] = {f"{side.upper()}_HOSTS": {side: lab[side].address} for side in ("src", "dst")}
-    sided |= {f"{side}_DISK_PATH": f"{INSTANCES}/%s/disk" for side in ("SRC", "DST")}
-    operator = an_operator(lab, tmp_path, HOSTS=nowhere, DISK_PATH="/nowhere/%s/disk", **sided)
+    per_side: dict[str, Any] = {f"{side.upper()}_HOSTS": {side: lab[side].address} for side in ("src", "dst")}
+    per_side |= {f"{side}_DISK_PATH": f"{INSTANCES}/%s/disk" for side in ("SRC", "DST")}
+    operator = an_operator(lab, tmp_path, HOSTS=nowhere, DISK_PATH="/nowhere/%s/disk", **per_side)
     done = operator.copy("--json", throw=[("chunk", signal.SIGKILL.value)])
     assert done.returncode == -signal.SIGKILL, done.stderr
     run = operator.states()[0][0]
@@ -126,7 +126,7 @@ def test_each_side_is_reached_and_looked_at_as_is_told_for_it_alone(lab: Lab, tm
     assert operator.run("rollback", run, "--yes").returncode == 0 and operator.made() == []
 
 
-def test_a_copy_that_would_leave_too_little_room_is_refused_while_the_source_runs(lab: Lab, tmp_path: Path) -> None:
+def test_a_copy_that_would_leave_too_little_space_is_refused_while_the_source_runs(lab: Lab, tmp_path: Path) -> None:
     operator = an_operator(lab, tmp_path, SPACE_RESERVE="500G")
     done = operator.copy()
     assert done.returncode == 1 and "500.0 GiB are needed" in done.stderr and "Stop source" not in done.stderr

@@ -487,7 +487,7 @@ class Modelled(migrena.Cloud):
     def __init__(self, label: str, creds: Mapping[str, Any], glance_endpoint: str = "") -> None:
         self.label, self.url, self._version = label, str(creds["auth_url"]), (2, 96)
         servers = Servers(self.world, label, self.url)
-        with self.wall("sign in"):
+        with self.translating("sign in"):
             servers.reach("sign in")
         some = SimpleNamespace
         self._nova = some(servers=servers, instance_action=Actions(servers),
@@ -590,8 +590,8 @@ class HostStandIn:
     def confirm_all_ended(self) -> None:
         self.world.point(f"{self.name}.confirm")
 
-    def revive(self) -> None:
-        self.world.point(f"{self.name}.revive")
+    def reconnect(self) -> None:
+        self.world.point(f"{self.name}.reconnect")
 
     def close(self) -> None:
         """Nothing is open."""
@@ -623,7 +623,7 @@ class Disks:
         self.world.point(f"{host.name}.survey disk")
         return migrena.Disk(self.disk_chain(host, path, "qcow2", shared=shared))
 
-    def stand_of(self, host: HostStandIn, path: str) -> str:
+    def stat_of(self, host: HostStandIn, path: str) -> str:
         file = self.world.files.get((host.name, path))
         return f"1 {file.stamp} {file.stamp} {file.inode}" if file else ""
 
@@ -676,24 +676,24 @@ class Disks:
         world.files[ends.destination.name, job.new] = File(file.lineage, file.version, whole=False, inode=world.next())
         return migrena.Moved(1, 1, "", 2.0, 1.0, 1.0)
 
-    def move_disk(self, ends: migrena.Ends, job: migrena.DiskJob, witness: migrena.Witness,
+    def move_disk(self, ends: migrena.Ends, job: migrena.DiskJob, callbacks: migrena.Callbacks,
                   known: migrena.Known) -> tuple[migrena.Moved, migrena.Known]:
         if job.is_live:
             return self.warm_pass(ends, job), known
         world, source, target = self.world, ends.source, (ends.destination.name, job.new)
         ends.locks.hold(source, job.source.path)
-        migrena.require_stand(source, job)
+        migrena.require_unchanged(source, job)
         file = self.require_free(source, job.source.path)  # type: ignore[arg-type]
         new = world.files[target] = File(file.lineage, file.version, whole=False, inode=world.next())
-        with witness.progress(2) as show:
+        with callbacks.progress(2) as show:
             for turn in range(2):
                 world.point("copy", 100)
                 if world.process.wire_breaks:
                     self.lose_holds()
                 show(turn + 1)
-                witness.arrived(migrena.Chunk(turn, 1, 1), turn + 1)
-                witness.check()
-                migrena.require_stand(source, job)
+                callbacks.arrived(migrena.Chunk(turn, 1, 1), turn + 1)
+                callbacks.check()
+                migrena.require_unchanged(source, job)
         ends.locks.check()
         new.whole = new.version == file.version and world.files.get((source.name, job.source.path)) is file
         if target not in world.files:

@@ -344,7 +344,7 @@ class Clock(datetime):
 
 @contextlib.contextmanager
 def on_the_model(world: World) -> Iterator[None]:
-    """migrena's walls and its work on disks are the model's."""
+    """migrena's adapters and its work on disks are the model's."""
     Modelled.world = Screen.world = Journal.world = Clock.world = world
     disks = Disks(world)
 
@@ -358,7 +358,7 @@ def on_the_model(world: World) -> Iterator[None]:
         "Cloud": Modelled, "Screen": Screen, "Journal": Journal, "datetime": Clock, "ThreadPoolExecutor": Inline, "new_run": new_run,
         "time": SimpleNamespace(sleep=lambda seconds: world.point("sleep", seconds), monotonic=lambda: world.now, time=lambda: world.now),
         "read_call": lambda arguments, environment, screen: CALLS[-1], "require_packages": lambda: None, "check_extra": lambda extra: None,
-        "connect": disks.connect, "disk_chain": disks.disk_chain, "survey_disk": disks.survey_disk, "stand_of": disks.stand_of,
+        "connect": disks.connect, "disk_chain": disks.disk_chain, "survey_disk": disks.survey_disk, "stat_of": disks.stat_of,
         "held": disks.held, "rehearse": disks.rehearse, "move_disk": disks.move_disk, "settle_disk": disks.settle_disk,
         "domain_of": disks.domain_of, "refuse_domain": lambda host, domain: [], "refuse_metadata": lambda host, domain: [],
         "misplaced": lambda host, domain: None, "require_chain": lambda host, domain, chain: None, "checked": lambda host, image: image,
@@ -486,7 +486,7 @@ def see_what_is_told(world: World, process: Process) -> None:
     if run and world.has_source and source.metadata.get("migrena:run") == run:
         ours.append("mark")
     is_taken = "migrena:run" in source.metadata or (source.locked and "migrena run" in (source.reason or ""))
-    if code == 3 and not is_taken and not process.people and re.search("is moving the source|was moved already", " ".join(process.said)):
+    if code == 3 and not is_taken and not process.people and re.search("is moving the source|was or is being moved", " ".join(process.said)):
         broken("refused for a run that has nothing to do with the source any more")
     if code > 128 and not process.changes:  # it has not even begun
         return

@@ -91,7 +91,7 @@ def test_downtimes_are_medians_with_novas_part_and_what_the_guest_felt() -> None
     assert {"1 GiB", "2 GiB", "cold", "warm", "30.0 s", "9.0 s"} <= set(texts)
 
 
-def test_a_run_that_was_cut_off_can_be_shown(tmp_path: Path) -> None:
+def test_a_run_that_was_interrupted_can_be_shown(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(record) for record in RECORDS)[:-5])
     assert show.read(tmp_path / "x.jsonl") == json.loads(json.dumps(RECORDS[:-1]))
     assert "migrena abc" in show.table([HEAD]) and "</svg>" in show.picture([HEAD])

@@ -33,7 +33,7 @@ def played(tmp_path: Path, *steps: str) -> World:
 
 
 def test_a_bug_after_the_run_has_begun_ends_with_4_and_says_so_though_all_was_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migrena, "require_still_so", buggy)
+    monkeypatch.setattr(migrena, "require_safe_stop", buggy)
     world = played(tmp_path, "copy")
     process = world.runs[0]
     said = "\n".join(process.said)
@@ -52,7 +52,7 @@ def test_what_could_not_be_undone_after_a_bug_is_listed(tmp_path: Path, monkeypa
         run.undo.on_failure("delete destination new", fails)
 
     monkeypatch.setattr(migrena, "delete_on_failure", delete_on_failure)
-    monkeypatch.setattr(migrena, "require_still_so", buggy)
+    monkeypatch.setattr(migrena, "require_safe_stop", buggy)
     process = played(tmp_path, "copy").runs[0]
     said = "\n".join(process.said)
     assert process.code == 4 and f"error: {BUG}\n" in said and "left behind: delete destination new did not succeed: no way" in said
@@ -60,7 +60,7 @@ def test_what_could_not_be_undone_after_a_bug_is_listed(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(("where", "steps"), [
-    ("refuse", ["copy"]), ("make_plan", ["copy -a dst"]), ("plan_lines", ["copy -n"]), ("find_undone", ["copy", "rollback --yes"])])
+    ("refuse", ["copy"]), ("make_plan", ["copy -a dst"]), ("plan_lines", ["copy -n"]), ("plan_undo", ["copy", "rollback --yes"])])
 def test_a_bug_before_anything_was_touched_is_a_refusal_that_says_so(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, steps: list[str]) -> None:
     monkeypatch.setattr(migrena, where, buggy)
@@ -90,7 +90,7 @@ class Nova:
     def move(self, id: str, host: str) -> None:
         """Begun."""
 
-    def steady_server(self, id: str) -> NoReturn:
+    def server_retrying(self, id: str) -> NoReturn:
         buggy()
 
 
@@ -112,7 +112,7 @@ def test_a_migration_that_goes_on_after_a_bug_is_listed(
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert code == 4 and BUG in report["error"][0]["problem"] and report["result"] == "left", err
-    assert report["not_undone"] == ["the migration of web to cmp2 goes on, since that is Nova's"] and "left behind: the migration of web" in err
+    assert report["not_undone"] == ["the migration of web to cmp2 continues in Nova"] and "left behind: the migration of web" in err
 
 
 @pytest.mark.parametrize(("where", "code", "told"), [("in_order", 3, "nothing was touched"), ("move_one", 4, "nothing is known to be left behind")])

@@ -123,7 +123,7 @@ def test_hazard_30_a_source_flavor_that_is_gone_is_matched_by_what_the_instance_
 
 
 @pytest.mark.parametrize("id", ["there", "gone"])
-def test_hazard_30_a_source_flavor_that_is_gone_from_an_old_nova_is_told_to_be_that(id: str) -> None:
+def test_hazard_30_a_source_flavor_that_is_gone_from_an_old_nova_is_reported_to_be_that(id: str) -> None:
     nova = Nova({"id": "there", "name": "small", **SIZES})
     server = a_cloud(nova).read({**TOLD, "flavor": {"id": id}})  # as before 2.47
     if id == "there":

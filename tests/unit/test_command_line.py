@@ -15,7 +15,7 @@ import pytest
 
 import migrena as migrena_itself
 from conftest import SCRIPT, Migrena
-from migrena import MUTE_AFTER, Cloud, CloudError
+from migrena import KEYSTONE_TIMEOUT, Cloud, CloudError
 from unit.makers import UUID
 
 GIVEN = ("-s", UUID, "-d", "new")
@@ -48,32 +48,32 @@ def told(done: subprocess.CompletedProcess[str]) -> list[str]:
     (("-d", "new"), "-s is missing"),
     (("-s", "", "-d", "new"), "-s is missing"),
     (("-s", UUID, "-d", "  "), "-d is missing"),
-    (("-s", "web", "-d", "new"), "--src-uuid: 'web' is no instance id"),
-    (("-s", UUID + "0", "-d", "new"), "is no instance id"),
+    (("-s", "web", "-d", "new"), "--src-uuid: 'web' is not an instance id"),
+    (("-s", UUID + "0", "-d", "new"), "is not an instance id"),
     (("-s", "--all", "-d", "new"), "-s"),
-    ((*GIVEN, "-e", "[1, 2]"), "--extra-args: '[1, 2]' is no dictionary"),
-    ((*GIVEN, "-e", "{'nics': "), "is no dictionary"),
-    ((*GIVEN, "-e", "{'nic': 'none'}"), "-e: Nova's create knows no argument 'nic'; did you mean nics?"),
-    ((*GIVEN, "-e", "{'min_count': 2}"), "-e: min_count cannot be given"),
-    ((*GIVEN, "-e", "{'name': 'x'}"), "-e: name cannot be given"),
-    ((*GIVEN, "-e", "{'block_device_mapping_v2': []}"), "-e: block_device_mapping_v2 cannot be given"),
+    ((*GIVEN, "-e", "[1, 2]"), "--extra-args: '[1, 2]' is not a dictionary"),
+    ((*GIVEN, "-e", "{'nics': "), "is not a dictionary"),
+    ((*GIVEN, "-e", "{'nic': 'none'}"), "-e: Nova's create has no argument 'nic'; did you mean nics?"),
+    ((*GIVEN, "-e", "{'min_count': 2}"), "-e: min_count is not allowed"),
+    ((*GIVEN, "-e", "{'name': 'x'}"), "-e: name is not allowed"),
+    ((*GIVEN, "-e", "{'block_device_mapping_v2': []}"), "-e: block_device_mapping_v2 is not allowed"),
     ((*GIVEN, "-e", "{'meta': 'x'}"), "-e: meta must be a dictionary"),
-    ((*GIVEN, "-e", "{'meta': {'a': 1}}"), "-e: meta must be a dictionary of texts"),
+    ((*GIVEN, "-e", "{'meta': {'a': 1}}"), "-e: meta must be a dictionary of strings"),
     ((*GIVEN, "-e", "{'nics': 'foo'}"), "-e: nics must be 'auto', 'none' or a list"),
     ((*GIVEN, "-e", f"{{'nics': [{{'net_id': '{UUID}'}}]}}"), "-e: nics must be"),
     ((*GIVEN, "-e", "{'nics': [{'net-id': 'net1'}]}"), "-e: nics must be"),
     ((*GIVEN, "-e", "{'nics': [{'v4-fixed-ip': '192.0.2.1'}]}"), "-e: nics must be"),
     ((*GIVEN, "-e", "{'security_groups': 'default'}"), "-e: security_groups must be a list of names"),
-    ((*GIVEN, "-e", "{'key_name': 7}"), "-e: key_name must be a text"),
-    ((*GIVEN, "-e", "{'hostname': '%s'}" % (256 * "h")), "-e: hostname must be a text, up to 255"),
-    ((*GIVEN, "-e", "{'userdata': '%s'}" % (49150 * "x")), "-e: userdata must be a text of up to 49149 bytes"),
+    ((*GIVEN, "-e", "{'key_name': 7}"), "-e: key_name must be a string"),
+    ((*GIVEN, "-e", "{'hostname': '%s'}" % (256 * "h")), "-e: hostname must be a string of up to 255"),
+    ((*GIVEN, "-e", "{'userdata': '%s'}" % (49150 * "x")), "-e: userdata must be a string of up to 49149 bytes"),
     ((*GIVEN, "-e", "{'scheduler_hints': ['x']}"), "-e: scheduler_hints must be a dictionary"),
     (("-s", UUID, "-d", 256 * "n"), "--dst-name: "),
-    (("-s", UUID, "-d", 256 * "n"), "has 256 characters, and 255 are the most"),
+    (("-s", UUID, "-d", 256 * "n"), "has 256 characters; the limit is 255"),
     (("-s", UUID, "-d", " new"), "begins or ends with a space"),
-    ((*GIVEN, "-a", "both"), "--start-after: 'both' names what is none of all, src, dst"),
-    ((*GIVEN, "--limit-rate", "fast"), "--limit-rate: 'fast' is no size"),
-    ((*GIVEN, "--transport", "ndb"), "--transport: 'ndb' is none of auto, nbd, qemu; did you mean nbd?"),
+    ((*GIVEN, "-a", "both"), "--start-after: 'both' is not one of all, src, dst"),
+    ((*GIVEN, "--limit-rate", "fast"), "--limit-rate: 'fast' is not a size"),
+    ((*GIVEN, "--transport", "ndb"), "--transport: 'ndb' is not one of auto, nbd, qemu; did you mean nbd?"),
     ((*GIVEN, "-c", "/nowhere/config.py"), "there is no file /nowhere/config.py"),
     (("-s", UUID, "-d", "new\nname"), "control characters"),
 ])
@@ -95,10 +95,10 @@ def test_a_word_that_argparse_does_not_know_ends_with_2(migrena: Migrena, config
 
 
 @pytest.mark.parametrize(("content", "complaint"), [
-    ("TRANSPROT = 'nbd'", "unknown setting TRANSPROT; did you mean TRANSPORT?"), ("CHUNK = '1K'", "CHUNK: 1024 is no multiple of 1 MiB"),
-    ("CHUNK = ", "line 1: invalid syntax"), ("HOSTS = ['cmp1']", "HOSTS in config.py: ['cmp1'] is no dictionary"),
+    ("TRANSPROT = 'nbd'", "unknown setting TRANSPROT; did you mean TRANSPORT?"), ("CHUNK = '1K'", "CHUNK: 1024 is not a multiple of 1 MiB"),
+    ("CHUNK = ", "line 1: invalid syntax"), ("HOSTS = ['cmp1']", "HOSTS in config.py: ['cmp1'] is not a dictionary"),
     ("DISK_PATH = '/var/lib/nova/disk'", "must be an absolute path with one %s in it"),
-    ("SRC_CREDS = 'hunter2'", "SRC_CREDS in config.py: is no dictionary"),
+    ("SRC_CREDS = 'hunter2'", "SRC_CREDS in config.py: is not a dictionary"),
 ])
 def test_a_wrong_config_ends_with_2_and_one_clear_line(migrena: Migrena, content: str, complaint: str) -> None:
     done = migrena(*GIVEN, config=content)
@@ -120,14 +120,14 @@ def test_an_unknown_entry_of_the_credentials_ends_with_2_and_shows_no_password(m
     assert "hunter2" not in done.stderr
 
 
-def test_an_unknown_kind_of_credentials_is_told_in_one_line(migrena: Migrena, config: str) -> None:
+def test_an_unknown_kind_of_credentials_is_reported_in_one_line(migrena: Migrena, config: str) -> None:
     done = migrena(*GIVEN, config=config.replace("{'auth_url'", "{'auth_type': 'v3pasword', 'auth_url'"))
     assert (done.returncode in (2, 3), done.stdout) == (True, "")
     assert "v3pasword" in " ".join(told(done))
     assert "Traceback" not in done.stderr
 
 
-def test_both_clouds_that_do_not_answer_are_told_at_once(migrena: Migrena, config: str, closed_ports: tuple[int, int]) -> None:
+def test_both_clouds_that_do_not_answer_are_reported_at_once(migrena: Migrena, config: str, closed_ports: tuple[int, int]) -> None:
     done = migrena(*GIVEN, config=config)
     assert (done.returncode, done.stdout) == (3, "")
     assert len(told(done)) == 2
@@ -138,8 +138,8 @@ def test_both_clouds_that_do_not_answer_are_told_at_once(migrena: Migrena, confi
 
 
 def test_a_keystone_that_takes_the_connection_and_says_nothing_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert MUTE_AFTER == 30
-    monkeypatch.setattr(migrena_itself, "MUTE_AFTER", 1.0)
+    assert KEYSTONE_TIMEOUT == 30
+    monkeypatch.setattr(migrena_itself, "KEYSTONE_TIMEOUT", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         began, url = time.monotonic(), f"http://127.0.0.1:{mute.getsockname()[1]}/v3"
         with pytest.raises(CloudError, match=r"source cloud: sign in: .*timed out"):
@@ -147,13 +147,13 @@ def test_a_keystone_that_takes_the_connection_and_says_nothing_is_given_up_soon(
         assert time.monotonic() - began < 10
 
 
-def test_an_address_that_is_none_is_told_as_a_refusal(migrena: Migrena, config: str) -> None:
+def test_an_invalid_address_is_reported_as_a_refusal(migrena: Migrena, config: str) -> None:
     done = migrena(*GIVEN, config=config.replace("http://127.0.0.1", "htp:/nowhere"))
     assert (done.returncode, done.stdout) == (3, "")
     assert "Traceback" not in done.stderr
 
 
-def test_what_answers_but_is_no_keystone_is_told_as_a_refusal(migrena: Migrena, config: str, closed_ports: tuple[int, int]) -> None:
+def test_what_answers_but_is_not_a_keystone_is_reported_as_a_refusal(migrena: Migrena, config: str, closed_ports: tuple[int, int]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0)
         port = listener.getsockname()[1]
@@ -162,14 +162,14 @@ def test_what_answers_but_is_no_keystone_is_told_as_a_refusal(migrena: Migrena, 
     assert (done.returncode, done.stdout, len(told(done))) == (3, "", 2)
 
 
-def test_a_refusal_is_told_as_json_too(migrena: Migrena, config: str) -> None:
+def test_a_refusal_is_reported_as_json_too(migrena: Migrena, config: str) -> None:
     done = migrena(*GIVEN, "--json", config=config)
     report = json.loads(done.stdout)
     assert (done.returncode, report["result"], len(report["error"])) == (3, "refused", 2)
     assert all(set(reason) == {"problem", "way_out"} for reason in report["error"])
 
 
-def test_a_wrong_word_is_told_as_json_too(migrena: Migrena, config: str) -> None:
+def test_a_wrong_word_is_reported_as_json_too(migrena: Migrena, config: str) -> None:
     done = migrena(*GIVEN, "--json", "-e", "{'nic': 1}", config=config)
     assert (done.returncode, json.loads(done.stdout)["result"]) == (2, "usage")
 
@@ -184,7 +184,7 @@ def test_a_refused_run_leaves_no_journal_and_no_lock(migrena: Migrena, config: s
     assert list(state.iterdir()) == []
 
 
-def test_a_state_folder_that_cannot_be_is_told(migrena: Migrena, config: str, tmp_path: Path) -> None:
+def test_a_state_folder_that_cannot_be_is_reported(migrena: Migrena, config: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = migrena(*GIVEN, config=f"{config}STATE_FOLDER = {str(tmp_path / 'file/state')!r}\n")
     assert (done.returncode, done.stdout) == (2, "")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from migrena import Settings, UsageError, cloud_from_yaml, credentials, modern, read_config, settle
+from migrena import Settings, UsageError, as_v3, cloud_from_yaml, credentials, merge_settings, read_config
 from unit.makers import some_settings
 
 V2_STYLE = {"auth_url": "http://192.0.2.1:5000/v2.0/", "username": "admin", "password": "hunter2", "tenant_name": "admin"}
@@ -28,38 +28,38 @@ SECURE = "clouds: {here: {auth: {password: hunter2}, cacert: /etc/ca.pem}}\n"
 
 
 def test_v2_style_credentials_work_against_v3() -> None:
-    assert modern(dict(V2_STYLE)) == AS_V3
+    assert as_v3(dict(V2_STYLE)) == AS_V3
 
 
 @pytest.mark.parametrize("address", ["http://192.0.2.1:5000", "https://keystone.example/identity/v3", "https://keystone.example/v2.0x"])
 def test_other_addresses_are_left_alone(address: str) -> None:
-    assert modern({**V2_STYLE, "auth_url": address})["auth_url"] == address
+    assert as_v3({**V2_STYLE, "auth_url": address})["auth_url"] == address
 
 
-def test_names_of_old_are_told_by_their_new_names() -> None:
-    creds = modern({"auth_url": "u", "user_id": "1", "tenant_id": "2", "api_key": "3"})
+def test_old_names_are_replaced_by_new_ones() -> None:
+    creds = as_v3({"auth_url": "u", "user_id": "1", "tenant_id": "2", "api_key": "3"})
     assert creds == {"auth_url": "u", "auth_type": "password", "user_id": "1", "project_id": "2", "password": "3"}
 
 
 @pytest.mark.parametrize("domains", [{"user_domain_name": "People", "project_domain_name": "Work"},
                                      {"user_domain_id": "1", "project_domain_id": "2"}])
 def test_domains_that_are_given_stay(domains: dict[str, str]) -> None:
-    creds = modern({**V2_STYLE, **domains})
+    creds = as_v3({**V2_STYLE, **domains})
     assert {key: value for key, value in creds.items() if "domain" in key} == domains
 
 
-def test_old_plugins_become_their_v3_kin() -> None:
-    assert modern({**V2_STYLE, "auth_type": "v2password"})["auth_type"] == "v3password"
+def test_old_plugins_become_their_v3_versions() -> None:
+    assert as_v3({**V2_STYLE, "auth_type": "v2password"})["auth_type"] == "v3password"
 
 
 def test_an_application_credential_gets_no_domains() -> None:
     given = {"auth_url": "http://192.0.2.1/v3", "auth_type": "v3applicationcredential", "application_credential_id": "abc",
              "application_credential_secret": "hunter2"}
-    assert modern(dict(given)) == given
+    assert as_v3(dict(given)) == given
 
 
 def test_an_empty_entry_counts_as_none_given() -> None:
-    assert modern({**V2_STYLE, "region_name": "", "cacert": None}) == AS_V3
+    assert as_v3({**V2_STYLE, "region_name": "", "cacert": None}) == AS_V3
 
 
 def test_one_cloud_is_src_or_dst_or_a_name_or_told_by_variables(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_an_unknown_cloud_is_answered_with_the_known_ones(clouds_yaml: dict[str,
     assert "here, there" in caught.value.reasons[0].way_out
 
 
-def test_no_clouds_yaml_at_all_is_told_with_the_places(tmp_path: Path) -> None:
+def test_no_clouds_yaml_at_all_is_reported_with_the_places(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no clouds\.yaml was found") as caught:
         cloud_from_yaml("here", {"OS_CLIENT_CONFIG_FILE": str(tmp_path / "none.yaml")})
     assert "none.yaml" in caught.value.reasons[0].way_out
@@ -141,7 +141,7 @@ def test_no_clouds_yaml_at_all_is_told_with_the_places(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "clouds:", "- a", "clouds: {here: 5}", "clouds: {here: {auth: 5}}", "cloud: {}", "\x01",
                                      "clouds: {here: [1, 2]}", "a: b: c", "clouds: {5: {}, here: }"])
-def test_a_clouds_yaml_that_is_none_is_told_as_such(tmp_path: Path, content: str) -> None:
+def test_an_invalid_clouds_yaml_is_reported_as_such(tmp_path: Path, content: str) -> None:
     path = tmp_path / "clouds.yaml"
     path.write_text(content)
     with pytest.raises(UsageError, match=r"clouds\.yaml"):
@@ -150,7 +150,7 @@ def test_a_clouds_yaml_that_is_none_is_told_as_such(tmp_path: Path, content: str
 
 @pytest.mark.parametrize("side", ["src", "dst"])
 @pytest.mark.parametrize("creds", [{}, {"username": "admin"}, {"auth_url": ""}])
-def test_no_credentials_are_told_with_all_three_ways_to_give_them(side: str, creds: dict[str, Any]) -> None:
+def test_no_credentials_are_reported_with_all_three_ways_to_give_them(side: str, creds: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"no credentials for the {'source' if side == 'src' else 'destination'} cloud") as caught:
         credentials(side, some_settings(**{f"{side}_creds": creds}), {})
     way_out = caught.value.reasons[0].way_out
@@ -166,8 +166,8 @@ def said_about(error: UsageError) -> str:
 @pytest.mark.parametrize("place", ["config", "variable"])
 def test_credentials_that_cannot_be_read_are_not_shown(place: str, value: object) -> None:
     environment = {"MIGRENA_SRC_CREDS": str(value)} if place == "variable" else {}
-    with pytest.raises(UsageError, match="is no dictionary") as caught:
-        settle({}, environment, {"src_creds": value} if place == "config" else {})
+    with pytest.raises(UsageError, match="is not a dictionary") as caught:
+        merge_settings({}, environment, {"src_creds": value} if place == "config" else {})
     assert "hunter2" not in said_about(caught.value)
 
 

@@ -51,7 +51,7 @@ def test_a_plain_instance_is_not_refused() -> None:
     ("vda other ", "", ""),
     ("vda other error: Requested operation is not valid: domain is not running ", "", ""),
 ])
-def test_a_job_on_the_root_disk_is_told_with_its_end(lines: str, job: str, end: str) -> None:
+def test_a_job_on_the_root_disk_is_reported_with_its_end(lines: str, job: str, end: str) -> None:
     found = reasons(told(disk(f"file='{PATH}'"), lines=lines))
     assert [reason.way_out.partition("or: ")[2] for reason in found] == ([end] if end else [])
     assert all(reason.problem.endswith(f"the disk: {job}") for reason in found)
@@ -65,7 +65,7 @@ def test_a_mirror_is_a_job_too() -> None:
 @pytest.mark.parametrize(("top", "told_so", "way"), [
     (disk("name='vms/x_disk'", "raw", kind="network"), "on Ceph (vms/x_disk)", "rbd export"),
     (disk("dev='/dev/vg/x_disk'", "raw", kind="block"), "an LVM volume (/dev/vg/x_disk)", "carry the image"),
-    (disk("file='/snap'", inside=layer(PATH, "qcow2")), f"the guest writes to /snap, an external snapshot; {PATH} is what it was before",
+    (disk("file='/snap'", inside=layer(PATH, "qcow2")), f"the guest writes to /snap, an external snapshot; {PATH} is the state before it",
      f"virsh blockcommit x vda --base {PATH} --active --pivot"),
 ])
 def test_a_disk_that_is_elsewhere(top: str, told_so: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def test_a_stopped_instance_is_not_merged_by_a_job(monkeypatch: pytest.MonkeyPat
     assert reason.way_out.startswith(f"qemu-img commit -f qcow2 -b {PATH} /snap")
 
 
-def test_checkpoints_and_snapshots_are_told_by_name_and_ours_are_not() -> None:
+def test_checkpoints_and_snapshots_are_reported_by_name_and_ours_are_not() -> None:
     found = reasons(told(disk(f"file='{PATH}'"), checkpoints="migrena-1\nweekly 1\n\n", snapshots="a\nb\n"))
     assert [reason.way_out for reason in found] == ["virsh checkpoint-delete x 'weekly 1' --metadata",
                                                     "virsh snapshot-delete x a --metadata; virsh snapshot-delete x b --metadata"]
@@ -102,7 +102,7 @@ def test_the_way_in_which_qemu_ended(state: str, is_off: bool, ended: str) -> No
 
 
 @pytest.mark.parametrize("printed", ["", "\0" * 6, "<domain>\0\0\0\0\0\0", "no such command"])
-def test_what_is_no_answer_of_virsh_is_an_error(printed: str) -> None:
+def test_what_is_not_an_answer_of_virsh_is_an_error(printed: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         domain_in("x", PATH, printed)
 

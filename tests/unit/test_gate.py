@@ -30,10 +30,10 @@ from migrena import (
     allow,
     judge,
     lock_of,
-    look,
     newer,
     require_same_clouds,
     same_file,
+    situation_now,
     stage_of,
 )
 from unit.makers import UUID, a_server
@@ -72,16 +72,16 @@ def test_control_everything_may_be_done_where_all_is_as_the_run_left_it(act: Act
 def test_the_source_is_never_deleted_or_written_to_whatever_cloud_it_turns_up_in() -> None:
     itself = replace(PROVEN, destination=Seen(UUID, stopped(UUID)))
     for act in (Act.DELETE, Act.STOP_DESTINATION, Act.WRITE, Act.SWAP, Act.START_DESTINATION):
-        assert "would be the source itself" in told(act, itself, YES)
+        assert "is the source itself" in told(act, itself, YES)
 
 
 @pytest.mark.parametrize(("source", "said"), [
     (Seen(UUID, running(UUID, locked=False)), "the source runs"),
     (replace(SOURCE, starts=(START,)), "has run since it was stopped"),
     (replace(SOURCE, disk="was changed"), "the source's disk was changed"),
-    (Seen(UUID, stopped(UUID, locked=False)), "the lock of this run on the source was taken off"),
-    (Seen(UUID, stopped(UUID, lock_reason="an audit")), "the lock of this run on the source was taken off"),
-    (Seen(UUID, unseen="no answer"), "could not be looked at: no answer"),
+    (Seen(UUID, stopped(UUID, locked=False)), "this run's lock on the source was removed"),
+    (Seen(UUID, stopped(UUID, lock_reason="an audit")), "this run's lock on the source was removed"),
+    (Seen(UUID, unseen="no answer"), "could not be looked up: no answer"),
 ])
 def test_the_destination_is_started_only_while_the_source_is_stopped_unchanged_and_locked_by_the_run(source: Seen, said: str) -> None:
     assert said in told(Act.START_DESTINATION, replace(SWAPPED, source=source), YES)
@@ -96,7 +96,7 @@ def test_a_source_is_not_started_beside_a_destination_that_has_its_data_and_runs
         assert "has the same data" in told(Act.GIVE_BACK, replace(SWAPPED, destination=made))
         assert told(Act.GIVE_BACK, replace(SWAPPED, destination=made), YES) == ""
         assert told(Act.GIVE_BACK, replace(PROVEN, stage=Stage.COPYING, destination=made)) == ""  # what it has is the image's
-    assert "could not be looked at" in told(Act.GIVE_BACK, replace(SWAPPED, destination=Seen("new", unseen="no answer")))
+    assert "could not be looked up" in told(Act.GIVE_BACK, replace(SWAPPED, destination=Seen("new", unseen="no answer")))
     assert told(Act.GIVE_BACK, replace(PROVEN, destination=Seen("new", unseen="no answer"))) == ""
 
 
@@ -114,28 +114,28 @@ def test_a_source_is_given_back_only_by_the_run_that_has_it(server: Server, said
 
 def test_an_old_run_does_not_start_a_source_of_which_another_run_has_made_an_instance() -> None:
     bare, other = Seen(UUID, stopped(UUID, metadata={}, locked=False)), a_server(id="x", name="web-2", metadata={DONE: "other"})
-    assert "web-2 x was made of it" in told(Act.GIVE_BACK, replace(PROVEN, stage=Stage.DONE, source=bare, others=(other,), destination=Seen()))
+    assert "web-2 x was made from it" in told(Act.GIVE_BACK, replace(PROVEN, stage=Stage.DONE, source=bare, others=(other,), destination=Seen()))
     assert told(Act.GIVE_BACK, replace(PROVEN, stage=Stage.DONE, source=bare, destination=Seen())) == ""  # the last run that had it
 
 
 @pytest.mark.parametrize("made", [Seen("new", running("new", locked=False)), replace(MADE_ONE, starts=(START,))])
 def test_a_machine_that_may_have_data_of_its_own_is_neither_overwritten_nor_deleted_unless_a_person_says_so(made: Seen) -> None:
     for act in (Act.DELETE, Act.STOP_DESTINATION, Act.SWAP):
-        assert "may hold newer data" in told(act, replace(SWAPPED, destination=made))
+        assert "may have newer data" in told(act, replace(SWAPPED, destination=made))
     assert told(Act.DELETE, replace(SWAPPED, destination=made), YES) == ""
     assert "not stopped and locked" in told(Act.SWAP, replace(SWAPPED, destination=made), YES)
 
 
 def test_what_a_successful_run_made_is_deleted_only_with_yes_and_told_by_its_name() -> None:
     done = replace(PROVEN, stage=Stage.DONE, destination=Seen("new", running("new", name="web-1", locked=False)))
-    assert "web-1 new (ACTIVE) would be deleted, and it may hold newer data" in told(Act.DELETE, done)
+    assert "web-1 new (ACTIVE) would be deleted, and it may have newer data" in told(Act.DELETE, done)
     assert "would be stopped" in told(Act.STOP_DESTINATION, done)
     assert told(Act.DELETE, done, YES) == ""
 
 
 @pytest.mark.parametrize(("source", "said"), [
-    (Seen(UUID), "this is the only copy"), (replace(SOURCE, disk="is gone"), "may be the only copy"),
-    (replace(SOURCE, disk="cannot be looked at: no connection"), "may be the only copy"), (Seen(UUID, unseen="no answer"), "could not be looked at"),
+    (Seen(UUID), "this is its only copy"), (replace(SOURCE, disk="is gone"), "may be its only copy"),
+    (replace(SOURCE, disk="cannot be read: no connection"), "may be its only copy"), (Seen(UUID, unseen="no answer"), "could not be looked up"),
 ])
 def test_a_proven_copy_is_deleted_only_while_the_source_is_seen_with_its_disk_even_with_yes(source: Seen, said: str) -> None:
     for act in (Act.DELETE, Act.CLEAN):
@@ -145,7 +145,7 @@ def test_a_proven_copy_is_deleted_only_while_the_source_is_seen_with_its_disk_ev
 
 def test_a_source_that_was_rebuilt_since_keeps_the_copy_unless_a_person_says_otherwise() -> None:
     rebuilt = replace(PROVEN, source=replace(SOURCE, starts=(replace(START, name="rebuild"),)))
-    assert "may have lost what was copied from it (rebuild)" in told(Act.DELETE, rebuilt)
+    assert "may have lost the copied data (rebuild)" in told(Act.DELETE, rebuilt)
     assert told(Act.DELETE, rebuilt, YES) == ""
 
 
@@ -161,21 +161,21 @@ def test_a_disk_is_written_only_while_nobody_can_be_inside(act: Act, made: Seen,
 def test_in_mid_copy_an_api_may_be_away_since_qemu_s_locks_hold() -> None:
     away = replace(PROVEN, source=Seen(UUID, unseen="no answer"), destination=Seen("new", unseen="no answer"))
     assert told(Act.WRITE, away, Asked(is_held=True)) == ""
-    assert "could not be looked at" in told(Act.WRITE, away)
+    assert "could not be looked up" in told(Act.WRITE, away)
     assert "somebody started it" in told(Act.WRITE, replace(PROVEN, source=Seen(UUID, running(UUID))), Asked(is_held=True))
 
 
 @pytest.mark.parametrize(("now", "said"), [
-    (replace(PROVEN, source=replace(SOURCE, disk="was changed")), "has been started, or its disk was changed"),
+    (replace(PROVEN, source=replace(SOURCE, disk="was changed")), "was started or its disk changed"),
     (replace(PROVEN, source=Seen(UUID, stopped(UUID, metadata={}, locked=False))), "no mark"),
     (replace(PROVEN, source=Seen(UUID, stopped(UUID, metadata={MARK: "other"}))), "run other is moving"),
-    (replace(PROVEN, destination=Seen()), "never came to be"),
+    (replace(PROVEN, destination=Seen()), "does not exist"),
     (replace(PROVEN, destination=replace(MADE_ONE, disk="is not the one that Nova made")), "is not the one that Nova made"),
     (replace(SWAPPED, destination=replace(MADE_ONE, disk="is not the one that Nova made"), is_in_place=True), ""),
-    (replace(SWAPPED, destination=replace(MADE_ONE, starts=(replace(START, name="rebuild"),)), is_in_place=True), "another disk since (rebuild)"),
+    (replace(SWAPPED, destination=replace(MADE_ONE, starts=(replace(START, name="rebuild"),)), is_in_place=True), "another disk (rebuild)"),
     (replace(SWAPPED, source=Seen(UUID, stopped(UUID, metadata={}, locked=False)), is_in_place=True), ""),  # a complete one has given it back
 ])
-def test_a_run_is_gone_on_with_only_where_what_was_copied_is_still_so(now: Situation, said: str) -> None:
+def test_a_run_is_resumed_only_where_what_was_copied_is_still_so(now: Situation, said: str) -> None:
     assert said in told(Act.GO_ON, now) and bool(said) == bool(told(Act.GO_ON, now))
     assert all("rollback" in reason.way_out for reason in judge(Act.GO_ON, now, Asked()))
 
@@ -183,7 +183,7 @@ def test_a_run_is_gone_on_with_only_where_what_was_copied_is_still_so(now: Situa
 def test_a_run_that_is_at_work_on_another_machine_is_left_alone() -> None:
     alive = replace(PROVEN, alive="src:/run/migrena-x is held")
     for act in Act:
-        assert "at work on another machine: src:/run/migrena-x is held" in told(act, alive, YES)
+        assert "active on another machine: src:/run/migrena-x is held" in told(act, alive, YES)
 
 
 def test_a_message_tells_why_and_both_states_and_the_ways_on() -> None:
@@ -191,7 +191,7 @@ def test_a_message_tells_why_and_both_states_and_the_ways_on() -> None:
     with pytest.raises(Kept) as kept:
         allow(Act.START_DESTINATION, now, Asked())
     assert str(kept.value) == (
-        f"it was not done to start the destination: the source runs, or has run since it was stopped. Seen: run {RUN}, swapped; source {UUID}: "
+        f"refused to start the destination: the source runs, or has run since it was stopped. Seen: run {RUN}, swapped; source {UUID}: "
         f"ACTIVE, not locked, start at 2026-11-20T21:10:00; destination new: SHUTOFF, locked by run {RUN}")
     assert kept.value.reasons[0].way_out == f"./migrena.py rollback {RUN} undoes the run" and kept.value.exit_code == 4
 
@@ -243,7 +243,7 @@ def test_a_journal_is_not_followed_in_other_clouds_than_its_own() -> None:
     assert [f"nova http://{name}/nova" in reason.problem for name, reason in zip(("source", "destination"), refused.value.reasons, strict=True)]
     assert len(refused.value.reasons) == 2
     require_same_clouds(replace(record, facts={"clouds": ["http://source", "http://destination"]}), clouds)  # of an older migrena
-    with pytest.raises(Refused, match="had another source cloud"):
+    with pytest.raises(Refused, match="used another source cloud"):
         require_same_clouds(replace(record, facts={"clouds": ["http://destination", "http://destination"]}), clouds)
 
 
@@ -261,5 +261,5 @@ def test_a_look_that_took_long_is_taken_again_and_one_that_always_does_is_none(
     monkeypatch.setattr("migrena.time", SimpleNamespace(monotonic=lambda: clock[0]))
     run = SimpleNamespace(source=None, destination=None, made="new", is_in_place=False, record=RunRecord(RUN, "killed", "", {}),
                           plan=SimpleNamespace(server=SimpleNamespace(id=UUID)))
-    now = look(cast(Run, run))
+    now = situation_now(cast(Run, run))
     assert len(seen) == 2 * looks and bool(now.source.unseen) is (seconds[-1] > 20)

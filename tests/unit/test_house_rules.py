@@ -20,14 +20,14 @@ AT_THE_TOP = {"migrena.py", "config.py", "README.md", "requirements.txt", "LICEN
 FORBIDDEN = ("p" + "kill", "kill" + "all", "Auto" + "AddPolicy", "StrictHost" + "KeyChecking=no")
 
 
-def rooms_on_the_map(text: str) -> list[tuple[int, str]]:
-    """The rooms that the module's docstring lists."""
+def sections_on_the_map(text: str) -> list[tuple[int, str]]:
+    """The sections that the module's docstring lists."""
     docstring = ast.get_docstring(ast.parse(text)) or ""
     return [(int(number), name) for number, name in re.findall(r"^ +(\d+) ([A-Z]\w+)  +\S", docstring, re.MULTILINE)]
 
 
 def banners(text: str) -> list[tuple[int, str]]:
-    """The rooms whose banners stand in the file, all of one width."""
+    """The sections whose banners stand in the file, all of one width."""
     lines = [line for line in text.splitlines() if line.startswith("# ----")]
     found = [re.fullmatch(r"# ---- (\d+)\. (\w+) -+", line) for line in lines]
     assert all(found), "a banner is not like the others"
@@ -35,17 +35,17 @@ def banners(text: str) -> list[tuple[int, str]]:
     return [(int(match[1]), match[2]) for match in found if match]
 
 
-def test_the_map_of_rooms_is_that_of_the_banners() -> None:
-    assert rooms_on_the_map(TEXT) == banners(TEXT)
+def test_the_map_of_sections_is_that_of_the_banners() -> None:
+    assert sections_on_the_map(TEXT) == banners(TEXT)
     assert [number for number, _ in banners(TEXT)] == list(range(1, len(banners(TEXT)) + 1))
-    assert [name for _, name in banners(TEXT)][::len(banners(TEXT)) - 1] == ["Errors", "Door"]
+    assert [name for _, name in banners(TEXT)][::len(banners(TEXT)) - 1] == ["Errors", "Main"]
 
 
 @pytest.mark.parametrize(("there", "instead"), [("# ---- 7. Host -----", "# ---- 7. Guest ----"), ("     7 Host ", "     7 Hosts ")])
-def test_control_a_room_that_is_not_as_the_map_says_is_noticed(there: str, instead: str) -> None:
+def test_control_a_section_that_is_not_as_the_map_says_is_noticed(there: str, instead: str) -> None:
     assert there in TEXT
     changed = TEXT.replace(there, instead, 1)
-    assert rooms_on_the_map(changed) != banners(changed)
+    assert sections_on_the_map(changed) != banners(changed)
 
 
 @pytest.mark.parametrize("banner", ["# ---- 7. Host --", "# ---- 7: Host -----"])
@@ -61,32 +61,32 @@ def scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
         yield from scopes(child)
 
 
-def looks_downstairs(text: str) -> list[str]:
-    """Names that a room uses although they are defined in a room below it."""
+def uses_of_later_sections(text: str) -> list[str]:
+    """Names that a section uses although they are defined in a section below it."""
     starts = [number for number, line in enumerate(text.splitlines(), 1) if line.startswith("# ----")]
 
-    def room(line: int) -> int:
+    def section(line: int) -> int:
         return sum(line >= start for start in starts)
 
     places = {}
     for node in ast.parse(text).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            places[node.name] = room(node.lineno)
+            places[node.name] = section(node.lineno)
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            places[node.target.id] = room(node.lineno)
+            places[node.target.id] = section(node.lineno)
     table = symtable.symtable(text, "migrena.py", "exec")
     return [f"{scope.get_name()} (line {scope.get_lineno()}) uses {symbol.get_name()}" for scope in scopes(table)
             for symbol in scope.get_symbols()
-            if symbol.is_global() and symbol.is_referenced() and places.get(symbol.get_name(), 0) > room(scope.get_lineno())]
+            if symbol.is_global() and symbol.is_referenced() and places.get(symbol.get_name(), 0) > section(scope.get_lineno())]
 
 
-def test_a_room_uses_only_rooms_above_it() -> None:
-    assert looks_downstairs(TEXT) == []
+def test_a_section_uses_only_sections_above_it() -> None:
+    assert uses_of_later_sections(TEXT) == []
 
 
-def test_control_a_room_that_uses_one_below_it_is_noticed() -> None:
+def test_control_a_section_that_uses_one_below_it_is_noticed() -> None:
     changed = TEXT.replace('    line = " ".join(text.split())\n', '    line = str(certificates("x"))\n', 1)
-    assert [line.partition(" (")[0] for line in looks_downstairs(changed)] == ["shorten"]
+    assert [line.partition(" (")[0] for line in uses_of_later_sections(changed)] == ["shorten"]
 
 
 def too_long(text: str) -> list[str]:
@@ -164,3 +164,19 @@ def test_the_commands_can_be_run() -> None:
 
 def test_ci_calls_the_one_test_command() -> None:
     assert re.search(r"tests/run\b", (REPOSITORY / ".ci/run").read_text())
+
+def hidden_functions(text: str) -> list[str]:
+    """Local names that hide a function or a class of the file."""
+    known = {node.name for node in ast.parse(text).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    return [f"{scope.get_name()} (line {scope.get_lineno()}) hides {symbol.get_name()}"
+            for scope in scopes(symtable.symtable(text, "migrena.py", "exec")) if scope.get_type() == "function"
+            for symbol in scope.get_symbols() if symbol.is_local() and symbol.get_name() in known]
+
+
+def test_no_local_name_hides_a_function() -> None:
+    assert hidden_functions(TEXT) == []
+
+
+def test_control_a_local_name_that_hides_a_function_is_noticed() -> None:
+    changed = TEXT.replace('    line = " ".join(text.split())\n', '    human = line = " ".join(text.split())\n', 1)
+    assert [line.partition(" (")[0] for line in hidden_functions(changed)] == ["shorten"]

@@ -14,12 +14,12 @@ PRETEND = "import runpy, sys; sys.version_info, sys.argv = {version}, sys.argv[1
 
 
 @pytest.mark.parametrize("version", [(3, 8, 20), (3, 9, 19)])
-def test_an_older_python_reads_the_file_and_is_told_what_is_needed(version: tuple[int, int, int]) -> None:
+def test_an_older_python_reads_the_file_and_is_reported_what_is_needed(version: tuple[int, int, int]) -> None:
     ast.parse(SCRIPT.read_text(encoding="utf-8"), feature_version=version[:2])
     words = [sys.executable, "-c", PRETEND.format(version=version), str(SCRIPT), "status"]
     done = subprocess.run(words, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: migrena needs Python 3.10 or later, and ") and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: migrena needs Python 3.10 or later; ") and "Traceback" not in done.stderr
 
 
 def test_nothing_but_imports_of_the_standard_library_stands_before_that() -> None:

@@ -16,17 +16,17 @@ from migrena import (
     DiskImage,
     FinalError,
     Pass,
-    as_pieces,
+    as_extents,
     chunks,
+    duration,
     human,
     nova_takes,
     over_quota,
     pause_after,
     pick_transport,
+    pick_view,
     seconds_between,
     space_needed,
-    span,
-    view,
     wants_another_pass,
 )
 from unit.makers import a_base, a_disk, a_flavor, an_overlay, some_settings
@@ -44,38 +44,38 @@ def disks(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]], int]:
 
 
 @given(disks(), st.sampled_from((0, MiB, 5 * MiB)))
-def test_chunks_tile_the_disk_exactly_and_in_order(disk: tuple[int, list[tuple[int, int]], int], hole: int) -> None:
+def test_chunks_cover_the_disk_exactly_and_in_order(disk: tuple[int, list[tuple[int, int]], int], hole: int) -> None:
     length, extents, limit = disk
-    tiles = chunks(length, extents, limit, MiB, hole)
-    assert tiles[0].offset == 0
-    assert tiles[-1].offset + tiles[-1].length == length
-    assert all(one.offset + one.length == other.offset and other.offset % MiB == 0 for one, other in pairwise(tiles))
-    assert all(tile.length > 0 for tile in tiles)
+    split = chunks(length, extents, limit, MiB, hole)
+    assert split[0].offset == 0
+    assert split[-1].offset + split[-1].length == length
+    assert all(one.offset + one.length == other.offset and other.offset % MiB == 0 for one, other in pairwise(split))
+    assert all(chunk.length > 0 for chunk in split)
 
 
 @given(disks(), st.sampled_from((0, MiB, 5 * MiB)))
 def test_no_chunk_holds_more_than_the_limit(disk: tuple[int, list[tuple[int, int]], int], hole: int) -> None:
     length, extents, limit = disk
-    tiles = chunks(length, extents, limit, MiB, hole)
-    assert all(tile.held <= limit for tile in tiles)
-    assert [piece for tile in tiles for piece in tile.pieces if tile.held != sum(held for _, held in tile.pieces)] == []
-    inside = [byte for tile in tiles for offset, held in tile.pieces for byte in (offset, offset + held)]
+    split = chunks(length, extents, limit, MiB, hole)
+    assert all(chunk.held <= limit for chunk in split)
+    assert [piece for chunk in split for piece in chunk.extents if chunk.held != sum(held for _, held in chunk.extents)] == []
+    inside = [byte for chunk in split for offset, held in chunk.extents for byte in (offset, offset + held)]
     joined = [byte for at, byte in enumerate(inside) if byte not in inside[max(0, at - 1):at] + inside[at + 1:at + 2]]
     assert joined == [byte for offset, held in extents for byte in (offset, offset + held)]
 
 
-def touches(tile: Chunk, offset: int, held: int) -> bool:
-    return tile.offset < offset + held and offset < tile.offset + tile.length
+def touches(chunk: Chunk, offset: int, held: int) -> bool:
+    return chunk.offset < offset + held and offset < chunk.offset + chunk.length
 
 
 @given(disks(), st.sampled_from((0, MiB, 5 * MiB)))
 def test_every_byte_that_is_held_is_copied_and_a_hole_where_it_counts_is_not(disk: tuple[int, list[tuple[int, int]], int], hole: int) -> None:
     length, extents, limit = disk
-    tiles = chunks(length, extents, limit, MiB, hole)
+    split = chunks(length, extents, limit, MiB, hole)
     for offset, held in extents:
-        assert all(tile.held for tile in tiles if touches(tile, offset, held))
-    for tile in tiles if hole else ():
-        blocks = range(tile.offset, tile.offset + tile.length, MiB)
+        assert all(chunk.held for chunk in split if touches(chunk, offset, held))
+    for chunk in split if hole else ():
+        blocks = range(chunk.offset, chunk.offset + chunk.length, MiB)
         empty = [not any(touches(Chunk(block, MiB, 1), *extent) for extent in extents) for block in blocks]
         assert all(empty) or not any(all(empty[at : at + hole // MiB + 1]) for at in range(len(empty) - hole // MiB))
 
@@ -85,25 +85,25 @@ def test_control_a_disk_without_extents_is_one_hole() -> None:
 
 
 def test_a_disk_that_is_full_is_copied_from_end_to_end() -> None:
-    tiles = chunks(3 * MiB + 7, [(0, 3 * MiB + 7)], 2 * MiB)
-    assert tiles == [Chunk(0, MiB, MiB), Chunk(MiB, 2 * MiB, 2 * MiB), Chunk(3 * MiB, 7, 7)]
+    split = chunks(3 * MiB + 7, [(0, 3 * MiB + 7)], 2 * MiB)
+    assert split == [Chunk(0, MiB, MiB), Chunk(MiB, 2 * MiB, 2 * MiB), Chunk(3 * MiB, 7, 7)]
 
 
 def test_chunks_get_smaller_towards_the_end() -> None:
-    sizes = [tile.length // MiB for tile in chunks(4096 * MiB, [(0, 4096 * MiB)], 512 * MiB)]
+    sizes = [chunk.length // MiB for chunk in chunks(4096 * MiB, [(0, 4096 * MiB)], 512 * MiB)]
     assert sizes == [256, *[512] * 4, 448, 336, 252, 189, 141, 106, 80, 64, 64, 64, 48]
 
 
 def test_chunks_go_by_what_they_hold_and_holes_cost_no_chunk_of_their_own() -> None:
     far_apart = [(at * 1024 * MiB, 2 * MiB) for at in range(20)]
-    assert [(tile.length // MiB, tile.held // MiB) for tile in chunks(20480 * MiB, far_apart, 512 * MiB)] == [(15362, 32), (5118, 8)]
+    assert [(chunk.length // MiB, chunk.held // MiB) for chunk in chunks(20480 * MiB, far_apart, 512 * MiB)] == [(15362, 32), (5118, 8)]
     assert len(chunks(20480 * MiB, far_apart, 512 * MiB, hole=64 * MiB)) == 40
 
 
-def test_a_chunk_of_many_small_pieces_is_known_as_such() -> None:
+def test_a_chunk_of_many_small_extents_is_known_as_such() -> None:
     crumbs = [(at * 64 * 1024, 4096) for at in range(65536)]
-    assert all(tile.is_scattered for tile in chunks(4096 * MiB, crumbs, 512 * MiB))
-    assert not any(tile.is_scattered for tile in chunks(4096 * MiB, [(0, MiB), (2 * MiB, 4 * MiB), (7 * MiB, 4089 * MiB)], 512 * MiB))
+    assert all(chunk.is_scattered for chunk in chunks(4096 * MiB, crumbs, 512 * MiB))
+    assert not any(chunk.is_scattered for chunk in chunks(4096 * MiB, [(0, MiB), (2 * MiB, 4 * MiB), (7 * MiB, 4089 * MiB)], 512 * MiB))
 
 
 def passes(*changed: int, seconds: float = 10.0, looking: float = 2.0) -> list[Pass]:
@@ -128,7 +128,7 @@ def test_passes_go_on_while_that_is_of_use(found: list[Pass], different: dict[st
 
 
 @pytest.mark.parametrize("different", [{"warm_timeout": 59}, {"warm_passes": 2}])
-def test_a_downtime_that_is_not_in_reach_is_told(different: dict[str, int]) -> None:
+def test_a_downtime_that_is_not_in_reach_is_reported(different: dict[str, int]) -> None:
     with pytest.raises(FinalError, match=r"after 2 passes in 0:01:00 the source would still be down for about 18.0 s"):
         wants_another_pass(some_settings(max_downtime=15, **different), passes(4000, 1000), 4.0, 60.0)
 
@@ -157,8 +157,8 @@ def test_the_time_of_an_action_is_unknown_where_nova_does_not_tell_it() -> None:
 
 
 def test_blocks_side_by_side_are_brought_together() -> None:
-    assert as_pieces([7, 1, 2, 3, 9], 9 * MiB + 5) == [(MiB, 3 * MiB), (7 * MiB, MiB), (9 * MiB, 5)]
-    assert as_pieces([9], 9 * MiB) == as_pieces([], MiB) == []
+    assert as_extents([7, 1, 2, 3, 9], 9 * MiB + 5) == [(MiB, 3 * MiB), (7 * MiB, MiB), (9 * MiB, 5)]
+    assert as_extents([9], 9 * MiB) == as_extents([], MiB) == []
 
 
 RAW = DiskImage("/d", "raw", size=MiB, length=MiB, allocated=MiB)
@@ -181,14 +181,14 @@ DEEP = (an_overlay(), an_overlay(path="/middle"), a_base())
 ])
 def test_the_file_is_copied_only_where_it_means_the_same_at_the_other_end(
         source: Disk, fresh: Disk, bases_equal: bool, whole_file: bool, why: str) -> None:
-    assert view(source, fresh, bases_equal) == (whole_file, why)
+    assert pick_view(source, fresh, bases_equal) == (whole_file, why)
 
 
 @pytest.mark.parametrize(("lacking", "top", "whole_file", "transport", "why"), [
-    ([], an_overlay(), True, "nbd", "at hand"),
+    ([], an_overlay(), True, "nbd", "are available"),
     (["nbd-client on cmp2"], an_overlay(), True, "qemu", "missing for nbd: nbd-client on cmp2"),
     ([], an_overlay(), False, "qemu", "guest's view"),
-    ([], an_overlay(length=196_640, allocated=196_640), True, "qemu", "196,640 bytes are no multiple of 512"),
+    ([], an_overlay(length=196_640, allocated=196_640), True, "qemu", "196,640 bytes are not a multiple of 512"),
     ([], an_overlay(allocated=10 * MiB), True, "qemu", "sparse"),
 ])
 def test_auto_takes_nbd_where_it_serves_and_says_why(lacking: list[str], top: DiskImage, whole_file: bool, transport: str, why: str) -> None:
@@ -203,7 +203,7 @@ def test_a_transport_that_was_asked_for_is_taken(wanted: str) -> None:
     assert pick_transport(settings, ["nbd-client on cmp2"], an_overlay(length=7), False) == (wanted, "as asked for")
 
 
-@pytest.mark.parametrize(("different", "why"), [({"warm": True}, "--warm reads"), ({"compress": "on"}, "--compress on goes")])
+@pytest.mark.parametrize(("different", "why"), [({"warm": True}, "--warm reads"), ({"compress": "on"}, "--compress on needs")])
 def test_what_needs_qemu_nbd_is_named_as_the_reason_and_not_a_wish_that_nobody_had(different: dict[str, Any], why: str) -> None:
     transport, told = pick_transport(some_settings(**different), [], an_overlay(), True)
     assert transport == "qemu" and told.startswith(why)
@@ -222,7 +222,7 @@ LIMITS = {"maxTotalInstances": 10, "totalInstancesUsed": 9, "maxTotalCores": 8, 
     ({"maxTotalInstances": -1, "maxTotalCores": -1, "maxTotalRAMSize": -1}, {"vcpus": 500, "ram": 10**9}, []),
     ({"maxTotalInstances": 0, "totalInstancesUsed": 0}, {"vcpus": 5, "ram": 4097}, ["instances", "cores", "MiB of RAM"]),
 ])
-def test_a_quota_is_told_before_it_is_exceeded(different: dict[str, int], flavor: dict[str, int], exceeded: list[str]) -> None:
+def test_a_quota_is_reported_before_it_is_exceeded(different: dict[str, int], flavor: dict[str, int], exceeded: list[str]) -> None:
     told = over_quota({**LIMITS, **different}, a_flavor(**flavor))
     assert len(told) == len(exceeded)
     assert all(part in line for part, line in zip(exceeded, told, strict=True))
@@ -246,6 +246,6 @@ def test_bytes_are_shown_for_people(count: int, shown: str) -> None:
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0.0 s"), (59.94, "59.9 s"), (60, "0:01:00"), (3723.4, "1:02:03")])
 def test_seconds_are_shown_for_people(seconds: float, shown: str) -> None:
-    assert span(seconds) == shown
+    assert duration(seconds) == shown
 
 

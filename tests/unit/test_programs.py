@@ -145,7 +145,7 @@ def run(verb: str, where: Path | str, length: int, *more: Path | str) -> subproc
 
 @pytest.fixture
 def holed(tmp_path: Path) -> Path:
-    """A file of 5 MiB with three pieces of data, a hole after each."""
+    """A file of 5 MiB with three extents of data, a hole after each."""
     path = tmp_path / "disk"
     with path.open("wb") as file:
         for place in (0, 2, 4):
@@ -158,8 +158,8 @@ def holed(tmp_path: Path) -> Path:
 PLACES = [(place * MiB, place * MiB + 65536) for place in (0, 2, 4)]
 
 
-def test_pieces_are_told_with_their_places(holed: Path) -> None:
-    assert run("pieces", holed, 5 * MiB).stdout == f"0 65536\n{2 * MiB} 65536\n{4 * MiB} 65536\n"
+def test_extents_are_reported_with_their_places(holed: Path) -> None:
+    assert run("extents", holed, 5 * MiB).stdout == f"0 65536\n{2 * MiB} 65536\n{4 * MiB} 65536\n"
 
 
 @pytest.mark.parametrize(("begin", "end", "found"), [
@@ -190,7 +190,7 @@ def test_a_disk_that_fails_to_tell_where_its_data_is_does_not_end_there(
         list(DiskFile(str(holed), 0, 5 * MiB).extents())
 
 
-@pytest.mark.parametrize("verb", ["pieces", "digest"])
+@pytest.mark.parametrize("verb", ["extents", "digest"])
 def test_such_a_disk_ends_the_program_with_the_reason(
         holed: Path, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_at_the_third_look(monkeypatch, errno.EIO)
@@ -203,19 +203,19 @@ def test_control_that_there_is_no_more_data_is_no_error(holed: Path, monkeypatch
     assert list(DiskFile(str(holed), 0, 5 * MiB).extents()) == PLACES[:2]
 
 
-@pytest.mark.parametrize("verb", ["pieces", "digest"])
+@pytest.mark.parametrize("verb", ["extents", "digest"])
 def test_a_device_is_not_read_as_a_file_in_which_it_would_look_empty(verb: str) -> None:
     done = run(verb, "/dev/null", MiB)
     assert done.returncode == 1 and done.stderr == "/dev/null: it is not a file\n" and not done.stdout
 
 
-def test_what_is_not_there_is_told_in_one_line() -> None:
-    done = run("pieces", "/nowhere/disk", MiB)
+def test_what_is_not_there_is_reported_in_one_line() -> None:
+    done = run("extents", "/nowhere/disk", MiB)
     assert done.returncode == 1
     assert done.stderr == "/nowhere/disk: [Errno 2] No such file or directory: '/nowhere/disk'\n"
 
 
-def test_a_file_that_ends_too_early_is_told_with_the_place(holed: Path) -> None:
+def test_a_file_that_ends_too_early_is_reported_with_the_place(holed: Path) -> None:
     with pytest.raises(OSError, match=f"it ends at byte {5 * MiB}"):
         DiskFile(str(holed), 0, 6 * MiB).read(5 * MiB - 4096, memoryview(bytearray(8192)), 8192)
 
@@ -252,12 +252,12 @@ def test_spans_side_by_side_are_one() -> None:
     assert joined([]) == []
 
 
-def test_millions_of_pieces_are_told_as_fewer_over_small_holes() -> None:
+def test_millions_of_extents_are_reported_as_fewer_over_small_holes() -> None:
     """A stand-in for SEEK_DATA on such a file: with a limit a thousand times lower."""
     places = [(place * 16384, place * 16384 + 4096) for place in range(600)]
-    pieces = joined(places, most=512)
-    assert len(pieces) < 513 and pieces[0][0] == 0 and pieces[-1][1] == places[-1][1]
-    assert all(any(start <= at and to <= stop for start, stop in pieces) for at, to in places)
+    extents = joined(places, most=512)
+    assert len(extents) < 513 and extents[0][0] == 0 and extents[-1][1] == places[-1][1]
+    assert all(any(start <= at and to <= stop for start, stop in extents) for at, to in places)
 
 
 def test_a_pace_holds_back_and_without_a_rate_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +273,7 @@ def test_a_pace_holds_back_and_without_a_rate_does_not(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("answer", "told"), [
     (struct.pack(">IIQ", 0x67446698, 5, 7), "it fails at byte 7: error 5"),
     (struct.pack(">IIQ", 1, 0, 7), "it fails at byte 7: error 0"), (b"short", "it ended")])
-def test_an_export_that_fails_or_ends_is_told(answer: bytes, told: str) -> None:
+def test_an_export_that_fails_or_ends_is_reported(answer: bytes, told: str) -> None:
     export = ExportClient({}, 0, MiB, "")
     export.own.link, there = socket.socketpair()
     with export.own.link, there:

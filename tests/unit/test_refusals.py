@@ -108,15 +108,15 @@ def test_a_source_that_another_run_has_marked_is_refused() -> None:
 
 @pytest.mark.parametrize("different", [{"metadata": {MARK: "r"}}, {"locked": True, "lock_reason": "migrena run r"},
                                        {"metadata": {MARK: "r"}, "locked": True, "lock_reason": "migrena run r"}])
-def test_a_run_whose_journal_is_here_is_told_once_with_resume_and_rollback(different: dict[str, Any]) -> None:
+def test_a_run_whose_journal_is_here_is_reported_once_with_resume_and_rollback(different: dict[str, Any]) -> None:
     reason = only(list(refuse_server(a_server(**different), some_settings(), ["r"])))
-    assert reason.way_out == "if it is over: ./migrena.py resume r, or ./migrena.py rollback r"
+    assert reason.way_out == "if it has ended: ./migrena.py resume r, or ./migrena.py rollback r"
 
 
 def test_a_half_made_destination_is_refused_with_resume_and_rollback() -> None:
     half = a_server(id="x", metadata={MADE: "r", ORIGIN: UUID})
     reason = only(refuse_destination(some_settings(), a_source(), a_destination(same_name=(half,)), ["r"]))
-    assert "taken by x, which run r was making" in reason.problem and "resume r" in reason.way_out
+    assert "taken by x, made by run r" in reason.problem and "resume r" in reason.way_out
     assert "--run-of" in only(refuse_destination(some_settings(), a_source(), a_destination(same_name=(half,)))).way_out
 
 
@@ -126,7 +126,7 @@ def test_an_instance_is_already_migrated_only_by_a_run_of_this_source_that_was_c
     assert (already_there(some_settings(), a_destination(same_name=(a_server(id="x", metadata=metadata),))) is not None) is is_there
 
 
-def test_credentials_that_are_not_told_the_host_are_refused() -> None:
+def test_credentials_that_do_not_show_the_host_are_refused() -> None:
     assert "admin" in only(list(refuse_server(a_server(host="", hypervisor=""), some_settings()))).way_out
 
 
@@ -165,7 +165,7 @@ def test_with_root_only_the_plan_lists_what_stays_behind() -> None:
 
 def an_image_with(**properties: Any) -> Image:
     """The image `debian` as Glance tells it, with these properties."""
-    return an_image(told={"id": "image-1", "os_hash_algo": "sha512", "os_hidden": False, "kernel_id": None, "tags": [], **properties})
+    return an_image(facts={"id": "image-1", "os_hash_algo": "sha512", "os_hidden": False, "kernel_id": None, "tags": [], **properties})
 
 
 @pytest.mark.parametrize(("here", "there", "words"), [
@@ -202,7 +202,7 @@ def test_where_the_source_s_image_is_gone_the_plan_says_that_nothing_is_compared
     settings = some_settings(image="debian")
     assert refuse(settings, source, destination) == []
     lines = plan_lines(settings, make_plan(settings, source, destination, "run"), source, 0, Report())
-    assert [line for line in lines if "is not compared: that of the source is gone" in line]
+    assert [line for line in lines if "was not compared: the source's is gone" in line]
 
 
 @pytest.mark.parametrize("asked", [{}, {"image": "debian"}])
@@ -268,7 +268,7 @@ def test_a_name_that_is_taken_is_refused_with_each_that_has_it() -> None:
     assert [reason.problem for reason in reasons] == [f"destination cloud: the name 'new' is taken by {id}" for id in "xy"]
 
 
-def test_destination_credentials_that_are_no_admin_s_are_refused() -> None:
+def test_destination_credentials_that_are_not_an_admin_s_are_refused() -> None:
     assert "admin" in only(refuse_destination(some_settings(), a_source(), a_destination(sees_hosts=False))).way_out
 
 
@@ -293,13 +293,13 @@ def test_a_flavor_whose_disk_is_as_large_as_the_image_is_not_refused_beforehand(
 ])
 def test_a_flavor_without_a_disk_size_is_refused_where_the_image_is_smaller_than_the_source_s_disk(told: dict[str, object], size: str) -> None:
     reasons = refuse_destination(some_settings(flavor="none", image="debian"), a_source(), a_destination(
-        flavors=(a_flavor(name="none", disk=0),), images=(an_image(told=told),), ), ())
-    assert f"flavor none names no disk size, and image 'debian' has {size}" in only(about("names no disk size", reasons)).problem
+        flavors=(a_flavor(name="none", disk=0),), images=(an_image(facts=told),), ), ())
+    assert f"flavor none has no disk size, and image 'debian' has {size}" in only(about("has no disk size", reasons)).problem
 
 
 @pytest.mark.parametrize("size", [10 * GiB, 11 * GiB])
 def test_a_flavor_without_a_disk_size_will_do_where_the_image_is_large_enough(size: int) -> None:
-    facts = a_destination(flavors=(a_flavor(name="none", disk=0),), images=(an_image(told={"virtual_size": size}),))
+    facts = a_destination(flavors=(a_flavor(name="none", disk=0),), images=(an_image(facts={"virtual_size": size}),))
     assert refuse_destination(some_settings(flavor="none", image="debian"), a_source(), facts) == []
 
 
@@ -311,7 +311,7 @@ def test_a_flavor_of_the_same_name_that_is_smaller_is_refused_unless_it_was_name
     assert refuse_destination(some_settings(flavor="small"), a_source(), facts) == []
 
 
-def test_a_flavor_that_is_another_is_told_in_the_plan() -> None:
+def test_a_flavor_that_is_another_is_reported_in_the_plan() -> None:
     source = a_source(server=a_server(flavor=a_flavor(extra_specs={"hw:cpu_policy": "dedicated", "a": "1"})))
     facts = a_destination(flavors=(a_flavor(ram=1024, extra_specs={"a": "1", "b": "2"}),))
     assert refuse_destination(some_settings(), source, facts) == []
@@ -324,7 +324,7 @@ def test_a_flavor_that_is_another_is_told_in_the_plan() -> None:
 
 @pytest.mark.parametrize(("key", "extra", "is_told"), [
     ("mine", {}, True), ("mine", {"key_name": None}, True), ("mine", {"key_name": "other"}, False), ("", {}, False)])
-def test_hazard_30_a_key_pair_that_the_new_instance_does_not_have_is_told_in_the_plan(
+def test_hazard_30_a_key_pair_that_the_new_instance_does_not_have_is_reported_in_the_plan(
         key: str, extra: dict[str, object], is_told: bool) -> None:
     source, facts, settings = a_source(server=a_server(key=key)), a_destination(), some_settings(extra_args=extra)
     assert refuse_destination(settings, source, facts) == []
@@ -332,7 +332,7 @@ def test_hazard_30_a_key_pair_that_the_new_instance_does_not_have_is_told_in_the
     assert ("key pair   'mine' is the source's; the new instance has none" in lines) is is_told
 
 
-def test_what_the_destination_does_not_take_of_extra_arguments_is_told_with_all_else() -> None:
+def test_what_the_destination_does_not_take_of_extra_arguments_is_reported_with_all_else() -> None:
     assert refuse(some_settings(), a_source(), a_destination(refused="no x"))[0] == Reason("destination cloud: -e: no x", "leave it out")
 
 
@@ -341,7 +341,7 @@ def test_a_quota_that_would_be_exceeded_is_refused() -> None:
     assert "quota" in only(refuse_destination(some_settings(), a_source(), a_destination(limits=limits))).problem
 
 
-def test_a_missing_flavor_and_a_missing_image_are_told_together() -> None:
+def test_a_missing_flavor_and_a_missing_image_are_reported_together() -> None:
     reasons = refuse_destination(some_settings(flavor="x", image="y"), a_source(), a_destination())
     assert ["'x'" in reasons[0].problem, "'y'" in reasons[1].problem] == [True, True]
 
@@ -364,7 +364,7 @@ def test_all_reasons_come_at_once() -> None:
     assert all(reason.way_out for reason in reasons[1:])
 
 
-def test_what_could_not_be_found_out_is_told_and_the_rest_is_still_looked_at() -> None:
+def test_what_could_not_be_found_out_is_reported_and_the_rest_is_still_looked_at() -> None:
     source = SourceFacts(NEVER_ASKED, problems=[Reason("source cloud: there is no server")])
     destination = a_destination(same_name=(a_server(id="x"),))
     reasons = refuse(some_settings(flavor="small", image="debian"), source, destination)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from conftest import REPOSITORY, Migrena
-from migrena import Report, as_json, human, make_plan, plan_lines, read_run, span
+from migrena import Report, as_json, duration, human, make_plan, plan_lines, read_run
 from unit import test_runs
 from unit.makers import GiB, an_image, some_settings
 from unit.model import World
@@ -58,7 +58,7 @@ def leaves(told: object) -> Iterator[object]:
 
 def not_in(report: object, lines: list[str]) -> list[str]:
     """The amounts, times, ids, paths and hosts of these lines that a report does not hold."""
-    held = {form for leaf in leaves(report) for form in ([human(leaf), span(leaf)] if isinstance(leaf, (int, float)) else [str(leaf)])}
+    held = {form for leaf in leaves(report) for form in ([human(leaf), duration(leaf)] if isinstance(leaf, (int, float)) else [str(leaf)])}
     text = "\n".join(lines)
     words = re.findall(r"(?<=about )(?:\d+\.\d s|[\d:]+)|\d+(?:\.\d)? (?:[KMGT]i)?B\b", text)
     words += re.findall(r"(?<=\s)/[\w/.-]+|[0-9a-f]{8}-[0-9a-f-]{27}|cmp-\w+|qcow2|raw|ACTIVE|SHUTOFF|nbd\b|qemu\b", text)
@@ -100,7 +100,7 @@ def test_a_plan_is_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_an_image_that_is_carried_first_is_in_the_report_with_its_bytes_and_both_views_of_the_disk() -> None:
-    report, image = Report(), an_image(told={"size": 5, "disk_format": "qcow2"})
+    report, image = Report(), an_image(facts={"size": 5, "disk_format": "qcow2"})
     plan = make_plan(some_settings(copy_image=True), a_source(image=image), a_destination(images=()), "r")
     lines = [*plan_lines(some_settings(limit_rate=GiB), plan, a_source(), 0.0, report)]
     assert report.destination["image"] == {"id": "", "name": "debian", "bytes": 5, "differs": []}

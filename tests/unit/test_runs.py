@@ -64,7 +64,7 @@ def test_the_state_is_that_of_the_last_process_of_the_run(tmp_path: Path, entrie
 
 
 @pytest.mark.parametrize("end", [(), ({"event": "ended", "result": "left", "left": ["x"]},)], ids=["killed", "left"])
-def test_a_rollback_that_was_cut_off_is_gone_on_with_by_rollback_alone(tmp_path: Path, end: tuple[dict[str, Any], ...]) -> None:
+def test_a_rollback_that_was_interrupted_is_resumed_by_rollback_alone(tmp_path: Path, end: tuple[dict[str, Any], ...]) -> None:
     told(tmp_path, *COPYING, {"event": "rollback"}, *end)
     record = read_run(tmp_path, RUN)
     with pytest.raises(Refused, match="was being rolled back"):
@@ -102,7 +102,7 @@ def test_all_that_the_journal_tells_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 7, 30])
-def test_a_journal_that_was_cut_in_its_last_line_is_read_and_can_be_gone_on_with(tmp_path: Path, cut: int) -> None:
+def test_a_journal_that_was_cut_in_its_last_line_is_read_and_can_be_resumed(tmp_path: Path, cut: int) -> None:
     path = told(tmp_path, *CREATED)
     path.write_bytes(path.read_bytes()[:-cut])
     assert [act.result for act in read_run(tmp_path, RUN).acts] == [""]
@@ -154,7 +154,7 @@ STATUS = """\
 RUN                     STATE   STEP  BYTES     %   RATE        LEFT  SOURCE -> DESTINATION
 20261120T210000-a1b2c3  killed  copy  25.0 MiB  25  12.5 MiB/s  -     web -> web-1
     it may have left the new instance, and the mark and the lock on the source
-    go on: ./migrena.py resume 20261120T210000-a1b2c3    undo: ./migrena.py rollback 20261120T210000-a1b2c3
+    continue: ./migrena.py resume 20261120T210000-a1b2c3    undo: ./migrena.py rollback 20261120T210000-a1b2c3
 """
 
 
@@ -166,7 +166,7 @@ def test_status_is_a_table_a_detail_and_json_and_needs_no_credentials(migrena: M
     table = migrena("status", config=config)
     assert (table.returncode, table.stdout, table.stderr) == (0, STATUS, "")
     one = migrena("status", RUN[:8], config=config)
-    assert "  2026-11-20 21:00:01  create destination: done in 1.0 s\n" in one.stdout and "copy: cut off" in one.stdout
+    assert "  2026-11-20 21:00:01  create destination: done in 1.0 s\n" in one.stdout and "copy: interrupted" in one.stdout
     shown = json.loads(migrena("status", "--json", config=config).stdout)
     assert [(run["run"], run["result"], run["copy"]["done"], run["destination"]["id"]) for run in shown] == [(RUN, "killed", 25 * MiB, "new")]
     assert json.loads(migrena("status", RUN, "--json", config=config).stdout)["step"] == "copy"
@@ -185,17 +185,17 @@ def test_a_running_copy_tells_the_time_left() -> None:
 
 
 @pytest.mark.parametrize(("words", "code", "said"), [
-    (("resume", "x"), 3, "no runs in"), (("rollback", "x"), 3, "no runs in"), (("rollback",), 2, "name either"),
-    (("rollback", "x", "--run-of", UUID), 2, "name either"), (("rollback", "--run-of", "web"), 2, "no instance id"), (("resume",), 2, "RUN"),
+    (("resume", "x"), 3, "no runs in"), (("rollback", "x"), 3, "no runs in"), (("rollback",), 2, "give either"),
+    (("rollback", "x", "--run-of", UUID), 2, "give either"), (("rollback", "--run-of", "web"), 2, "not an instance id"), (("resume",), 2, "RUN"),
     (("status", "--dry-run"), 2, "unrecognized"),
 ])
-def test_words_that_cannot_be_are_told(migrena: Migrena, words: tuple[str, ...], code: int, said: str) -> None:
+def test_command_lines_that_cannot_be_are_reported(migrena: Migrena, words: tuple[str, ...], code: int, said: str) -> None:
     done = migrena(*words)
     assert (done.returncode, done.stdout) == (code, "") and said in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("word", ["status", "resume", "rollback"])
-def test_the_help_of_a_word_names_it_and_its_flags_alone(migrena: Migrena, word: str) -> None:
+def test_the_help_of_a_subcommand_names_it_and_its_flags_alone(migrena: Migrena, word: str) -> None:
     shown = migrena(word, "--help").stdout
     assert f"migrena.py {word}" in shown and "--json" in shown and "--flavor" not in shown
     assert f"  {word} " in migrena("--help").stdout
@@ -203,7 +203,7 @@ def test_the_help_of_a_word_names_it_and_its_flags_alone(migrena: Migrena, word:
 
 RECORD = RunRecord(RUN, "killed", "", {"source": UUID, "name": "web-1"}, job={"stand": "1 2 3", "inode": "7"})
 def test_a_run_whose_journal_tells_no_source_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="does not tell what it moved"), only_run_of(tmp_path, "", RUN):
+    with pytest.raises(Refused, match="does not name a source"), only_run_of(tmp_path, "", RUN):
         pass
 
 
@@ -214,8 +214,8 @@ def test_the_downtime_counts_from_the_first_stop(acts: list[str], minute: int | 
 
 
 @pytest.mark.parametrize("state", ["done", "failed", "rolled back"])
-def test_a_run_that_is_over_is_not_gone_on_with(state: str) -> None:
-    with pytest.raises(Refused, match="nothing to go on with"):
+def test_a_run_that_is_over_is_not_resumed(state: str) -> None:
+    with pytest.raises(Refused, match="nothing to resume"):
         refuse_state(replace(RECORD, state=state))
     refuse_state(RECORD)
 
@@ -239,7 +239,7 @@ def test_a_third_copy_on_a_host_waits_says_so_once_and_goes_on_when_one_is_kille
     holders = [start("cmp1", "cmp2"), start("cmp2", "cmp1")]
     assert [holder.stdout.readline() for holder in holders if holder.stdout] == ["in\n", "in\n"]
     waiting, free = start("cmp2", "cmp3"), start("cmp3")
-    assert waiting.stderr and "Waiting: cmp2 takes part in 2 copies already" in waiting.stderr.readline()
+    assert waiting.stderr and "Waiting: cmp2 already has 2 copies" in waiting.stderr.readline()
     assert free.stdout and free.stdout.readline() == "in\n"
     time.sleep(1.2)
     holders[0].kill()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
-from migrena import Milestones, Screen
+from migrena import LogProgress, Screen
 from unit.makers import a_screen
 
 STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
@@ -139,7 +139,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def milestones(clock: Clock, seconds: float, parts: int) -> list[str]:
     """The lines of a copy of 1000 MiB in so many equal parts that takes so long."""
     stream = io.StringIO()
-    show = Milestones(Screen(stream=stream).note, 1000 * 1024**2)
+    show = LogProgress(Screen(stream=stream).note, 1000 * 1024**2)
     for part in range(parts + 1):
         show(part * 1000 * 1024**2 // parts)
         clock.now += seconds / parts

@@ -14,7 +14,7 @@ import pytest
 
 import migrena
 from conftest import REPOSITORY
-from migrena import Screen, Settings, UsageError, config_names, parser, read_call, read_config, settle
+from migrena import Screen, Settings, UsageError, config_names, merge_settings, parser, read_call, read_config
 from unit.makers import UUID, a_screen
 
 # For each setting: what may be written for it, and what that means. No two may mean the same, nor the default.
@@ -39,7 +39,7 @@ SAMPLES: dict[str, tuple[tuple[object, Any], ...]] = {
     "tls": ((False, False), ("no", False), (False, False)),
     "verify": ((False, False), ("0", False), (False, False)),
 }
-ROWS = {row.name: row for row in dataclasses.fields(Settings) if row.name != "sided"}
+ROWS = {row.name: row for row in dataclasses.fields(Settings) if row.name != "per_side"}
 
 
 def samples(name: str) -> tuple[tuple[object, Any], ...]:
@@ -58,42 +58,42 @@ def samples(name: str) -> tuple[tuple[object, Any], ...]:
 def test_a_flag_wins_over_a_variable_wins_over_config_wins_over_the_default(name: str) -> None:
     (in_config, from_config), (in_variable, from_variable), (in_flag, from_flag) = samples(name)
     variable = {f"MIGRENA_{name.upper()}": str(in_variable)}
-    assert getattr(settle({}, {}, {name: in_config}), name) == from_config != getattr(Settings(), name)
-    assert getattr(settle({}, variable, {name: in_config}), name) == from_variable != getattr(Settings(), name)
+    assert getattr(merge_settings({}, {}, {name: in_config}), name) == from_config != getattr(Settings(), name)
+    assert getattr(merge_settings({}, variable, {name: in_config}), name) == from_variable != getattr(Settings(), name)
     if ROWS[name].metadata["flags"]:
-        assert getattr(settle({name: in_flag}, variable, {name: in_config}), name) == from_flag
+        assert getattr(merge_settings({name: in_flag}, variable, {name: in_config}), name) == from_flag
 
 
 def test_settling_nothing_gives_the_defaults() -> None:
-    assert settle({}, {"MIGRENA_UNHEARD_OF": "x", "PATH": "/bin"}, {}) == Settings()
+    assert merge_settings({}, {"MIGRENA_UNHEARD_OF": "x", "PATH": "/bin"}, {}) == Settings()
 
 
 @pytest.mark.parametrize(("flags", "environment", "config", "complaint"), [
-    ({"limit_rate": "fast"}, {}, {}, "--limit-rate: 'fast' is no size"),
-    ({}, {"MIGRENA_LIMIT_RATE": "fast"}, {}, "MIGRENA_LIMIT_RATE: 'fast' is no size"),
-    ({}, {}, {"limit_rate": "fast"}, "LIMIT_RATE in config.py: 'fast' is no size"),
-    ({}, {}, {"transport": "quemu"}, r"TRANSPORT in config.py: 'quemu' is none of auto, nbd, qemu; did you mean qemu\?"),
-    ({"compress": "on"}, {}, {"transport": "nbd"}, "--compress on goes with the transport qemu alone"),
-    ({"warm": True}, {}, {"transport": "nbd"}, "--warm goes with the transport qemu alone"),
-    ({"max_downtime": "soon"}, {}, {}, "--max-downtime: 'soon' is no number of seconds, as in 30, 30s, 5m or 2h"),
-    ({}, {}, {"chunk": "1K"}, "CHUNK: 1024 is no multiple of 1 MiB"),
-    ({}, {}, {"chunk": 1024**2 + 1}, "CHUNK: 1048577 is no multiple of 1 MiB"),
-    ({}, {}, {"chunk": 0}, "CHUNK: 0 is no multiple of 1 MiB"),
-    ({}, {}, {"nbd_device": "/dev/sda"}, "NBD_DEVICE in config.py: '/dev/sda' is no /dev/nbdN"),
-    ({}, {}, {"nbd_device": "/dev/nbd0p1"}, "NBD_DEVICE in config.py: '/dev/nbd0p1' is no /dev/nbdN"),
-    ({}, {}, {"nbd_device": "nbd0"}, "NBD_DEVICE in config.py: 'nbd0' is no /dev/nbdN"),
-    ({}, {}, {"nbd_server_port": 0}, "NBD_SERVER_PORT in config.py: 0 is no TCP port"),
+    ({"limit_rate": "fast"}, {}, {}, "--limit-rate: 'fast' is not a size"),
+    ({}, {"MIGRENA_LIMIT_RATE": "fast"}, {}, "MIGRENA_LIMIT_RATE: 'fast' is not a size"),
+    ({}, {}, {"limit_rate": "fast"}, "LIMIT_RATE in config.py: 'fast' is not a size"),
+    ({}, {}, {"transport": "quemu"}, r"TRANSPORT in config.py: 'quemu' is not one of auto, nbd, qemu; did you mean qemu\?"),
+    ({"compress": "on"}, {}, {"transport": "nbd"}, "--compress on needs the transport qemu"),
+    ({"warm": True}, {}, {"transport": "nbd"}, "--warm needs the transport qemu"),
+    ({"max_downtime": "soon"}, {}, {}, "--max-downtime: 'soon' is not a time; write it as 30, 30s, 5m or 2h"),
+    ({}, {}, {"chunk": "1K"}, "CHUNK: 1024 is not a multiple of 1 MiB"),
+    ({}, {}, {"chunk": 1024**2 + 1}, "CHUNK: 1048577 is not a multiple of 1 MiB"),
+    ({}, {}, {"chunk": 0}, "CHUNK: 0 is not a multiple of 1 MiB"),
+    ({}, {}, {"nbd_device": "/dev/sda"}, "NBD_DEVICE in config.py: '/dev/sda' is not a /dev/nbdN"),
+    ({}, {}, {"nbd_device": "/dev/nbd0p1"}, "NBD_DEVICE in config.py: '/dev/nbd0p1' is not a /dev/nbdN"),
+    ({}, {}, {"nbd_device": "nbd0"}, "NBD_DEVICE in config.py: 'nbd0' is not a /dev/nbdN"),
+    ({}, {}, {"nbd_server_port": 0}, "NBD_SERVER_PORT in config.py: 0 is not a TCP port"),
     ({}, {}, {"stall_timeout": "soon"}, "STALL_TIMEOUT in config.py: 'soon' "),
     ({}, {}, {"stall_timeout": None}, "STALL_TIMEOUT in config.py: None "),
     ({}, {}, {"stall_timeout": 0}, "STALL_TIMEOUT"),
     ({}, {}, {"stall_timeout": -5}, "STALL_TIMEOUT"),
-    ({"extra_args": "[1]"}, {}, {}, "--extra-args: '\\[1\\]' is no dictionary"),
-    ({"start_after": "both"}, {}, {}, "--start-after: 'both' names what is none of all, src, dst"),
+    ({"extra_args": "[1]"}, {}, {}, "--extra-args: '\\[1\\]' is not a dictionary"),
+    ({"start_after": "both"}, {}, {}, "--start-after: 'both' is not one of all, src, dst"),
 ])
 def test_a_value_that_cannot_be_is_refused_with_the_place_it_came_from(
         flags: dict[str, object], environment: dict[str, str], config: dict[str, object], complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint) as caught:
-        settle(flags, environment, config)
+        merge_settings(flags, environment, config)
     assert caught.value.exit_code == 2
 
 
@@ -120,7 +120,7 @@ def test_what_belongs_to_one_run_cannot_stand_in_config(tmp_path: Path, name: st
         read_config(written(tmp_path, f"{name} = ''\n"))
 
 
-def test_a_syntax_error_is_told_with_its_line(tmp_path: Path) -> None:
+def test_a_syntax_error_is_reported_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"config\.py, line 2: "):
         read_config(written(tmp_path, "CHUNK = 1\nTRANSPORT = = 'nbd'\n"))
 
@@ -129,12 +129,12 @@ def test_a_syntax_error_is_told_with_its_line(tmp_path: Path) -> None:
     ("X = 1/0", "ZeroDivisionError: division by zero"), ("import nothing_like_it", "ModuleNotFoundError"), ("raise SystemExit(7)", "config.py"),
     ("CHUNK = chunk", "NameError: name 'chunk' is not defined"),
 ])
-def test_a_mishap_in_config_is_told_as_its_fault(tmp_path: Path, content: str, complaint: str) -> None:
+def test_a_mishap_in_config_is_reported_as_its_fault(tmp_path: Path, content: str, complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
         read_config(written(tmp_path, content))
 
 
-def test_config_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_config_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.py"
     path.write_bytes(b"\xff\xfe\x00CHUNK")
     with pytest.raises(UsageError, match=re.escape(str(path))):
@@ -200,8 +200,8 @@ def called(path: Path, *words: str) -> migrena.Call:
 
 
 def test_every_subcommand_is_among_those_that_are_tried_with_options_before_it() -> None:
-    assert WORDS.keys() == migrena.JOBS.keys() - {"copy"}
-    common = {flag for row in ROWS.values() if migrena.JOBS.keys() <= {*row.metadata["jobs"]} for flag in row.metadata["flags"]}
+    assert WORDS.keys() == migrena.SUBCOMMANDS.keys() - {"copy"}
+    common = {flag for row in ROWS.values() if migrena.SUBCOMMANDS.keys() <= {*row.metadata["of"]} for flag in row.metadata["flags"]}
     assert common == {"-v", "--verbose", "-q", "--quiet", "--json", "--debug", "--log-file"}
 
 
@@ -210,21 +210,21 @@ def test_every_subcommand_is_among_those_that_are_tried_with_options_before_it()
 def test_common_options_mean_the_same_before_a_subcommand_and_after_it(tmp_path: Path, job: str, words: list[str]) -> None:
     path = written(tmp_path, "")
     assert called(path, *words, job, *WORDS[job]) == called(path, job, *WORDS[job], *words)
-    assert called(path, *words, job, *WORDS[job]).job == job
+    assert called(path, *words, job, *WORDS[job]).subcommand == job
 
 
 @pytest.mark.parametrize("words", [["-c", "FILE", "status"], ["status", "-c", "FILE"], ["--config=FILE", "-v", "status"], ["-cFILE", "status", "-v"]])
 def test_a_config_may_be_named_before_a_subcommand_and_after_it(tmp_path: Path, words: list[str]) -> None:
     path = written(tmp_path, f"STATE_FOLDER = {str(tmp_path)!r}\n")
     call = read_call([word.replace("FILE", str(path)) for word in words], {}, Screen(stream=io.StringIO()))
-    assert (call.job, call.settings().state_folder) == ("status", str(tmp_path))
+    assert (call.subcommand, call.settings().state_folder) == ("status", str(tmp_path))
 
 
 @pytest.mark.parametrize("words", [["-s", UUID, "-d", "status"], ["-d", "rollback", "-s", UUID], ["-d", "image", "-i", "image", "-s", UUID],
                                    ["-i", "image", "-s", UUID, "-d", "x"], ["--log-file", "status", "-s", UUID, "-d", "x"],
                                    ["-f", "resume", "-q", "-s", UUID, "-d", "status"]])
-def test_an_option_s_value_is_no_subcommand(tmp_path: Path, words: list[str]) -> None:
-    assert called(written(tmp_path, ""), *words).job == "copy"
+def test_an_option_s_value_is_not_a_subcommand(tmp_path: Path, words: list[str]) -> None:
+    assert called(written(tmp_path, ""), *words).subcommand == "copy"
 
 
 @pytest.mark.parametrize("words", [["-s", UUID, "status"], ["-d", "new", "-q", "rollback", "RUN"], ["stray", "status"], ["-c"],
@@ -250,7 +250,7 @@ def test_control_a_config_that_lacks_a_setting_is_noticed() -> None:
 
 
 def test_config_is_shipped_with_the_defaults() -> None:
-    shipped = settle({}, {}, read_config(REPOSITORY / "config.py"))
+    shipped = merge_settings({}, {}, read_config(REPOSITORY / "config.py"))
     filled_in = {"src_creds", "dst_creds", "hosts"}
     different = {name for name in ROWS if getattr(shipped, name) != getattr(Settings(), name)}
     assert different <= filled_in
@@ -276,16 +276,16 @@ def test_readme_tells_every_exit_code() -> None:
     assert all(re.search(rf"\|\s*`?{code}`?\s*\|", content) for code in ("0", "1", "2", "3", "4", "128.{0,3}n"))
 
 
-def test_what_is_told_for_one_side_alone_wins_over_the_common_value_there() -> None:
+def test_what_is_set_for_one_side_alone_wins_over_the_common_value_there() -> None:
     config = {"hosts": {"compute-1": "192.0.2.1"}, "dst_hosts": {"compute-1": "192.0.2.2"}, "disk_path": "/a/%s/disk"}
-    settings = settle({}, {"MIGRENA_SRC_DISK_PATH": "/b/%s/disk"}, config)
+    settings = merge_settings({}, {"MIGRENA_SRC_DISK_PATH": "/b/%s/disk"}, config)
     assert [settings.of(side).hosts["compute-1"].address for side in ("src", "dst")] == ["192.0.2.1", "192.0.2.2"]
     assert [settings.of(side).disk_path for side in ("src", "dst")] == ["/b/%s/disk", "/a/%s/disk"]
 
 
 def test_a_value_for_one_side_is_read_as_strictly_as_the_common_one(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"DST_SSH_PORT in config\.py: 'x' is no TCP port"):
-        settle({}, {}, {"dst_ssh_port": "x"})
+    with pytest.raises(UsageError, match=r"DST_SSH_PORT in config\.py: 'x' is not a TCP port"):
+        merge_settings({}, {}, {"dst_ssh_port": "x"})
     path = tmp_path / "config.py"
     path.write_text("SRC_HOST = {}")
     with pytest.raises(UsageError, match="did you mean SRC_HOSTS"):

@@ -57,10 +57,10 @@ def test_a_second_signal_during_the_undoing_is_answered_and_stops_nothing(first:
 UNBROKEN = """
 import os, signal, sys, threading, time
 sys.path.insert(0, sys.argv[1])
-from migrena import Interrupted, Screen, Undo, signals, unbroken
+from migrena import Interrupted, Screen, Undo, signals, defer_signals
 
 def elsewhere():
-    with unbroken():
+    with defer_signals():
         begun.set()
         time.sleep(60)
 
@@ -68,8 +68,8 @@ begun = threading.Event()
 try:
     with signals(Undo(Screen())):
         try:
-            with unbroken():
-                with unbroken():
+            with defer_signals():
+                with defer_signals():
                     os.kill(os.getpid(), signal.SIGTERM)
                     print("heard, not broken")
                 print("still whole")

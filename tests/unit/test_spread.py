@@ -44,9 +44,9 @@ SERVERS = [WEB, OTHER, STOPPED, on("gone", "lost"), on("cmp1", "twin"), a_server
 
 @pytest.mark.parametrize(("content", "words"), [
     ('{"cmp1": ["a",]}', "line 1 column 15"), ('{\n"cmp1" ["a"]}', "line 2 column 8"),
-    ("[]", "no map of hosts"), ('{"cmp1": "a"}', "no map of hosts"),
-    ('{"cmp1": [1]}', "no map of hosts"), ('{"cmp1": ["a"], "cmp1": []}', "names cmp1 twice"), ("", "line 1 column 1"), (None, "No such file")])
-def test_a_file_that_is_no_map_is_refused_with_its_place(tmp_path: Path, content: str | None, words: str) -> None:
+    ("[]", "not a map of hosts"), ('{"cmp1": "a"}', "not a map of hosts"),
+    ('{"cmp1": [1]}', "not a map of hosts"), ('{"cmp1": ["a"], "cmp1": []}', "names cmp1 twice"), ("", "line 1 column 1"), (None, "No such file")])
+def test_a_file_that_is_not_a_map_is_refused_with_its_place(tmp_path: Path, content: str | None, words: str) -> None:
     path = tmp_path / "map.json"
     if content is not None:
         path.write_text(content)
@@ -67,7 +67,7 @@ def forbidden(wanted: dict[str, list[str]], servers: list[Server]) -> list[Reaso
     ({"cmp2": ["web", "id-web"]}, ["web is in the map 2 times"]), ({"cmp2": ["web"], "cmp1": ["web"]}, ["2 times: on cmp2, cmp1"]),
     ({"cmp2": ["lost"]}, ["lost is on compute host gone, which is down"]), ({"cmp2": ["wbe"]}, ["no instance 'wbe'", "nearest: web"]),
     ({"cmp2": ["stopped"]}, ["stopped is SHUTOFF, and cannot"]), ({"cmp3": ["nobody"], "off": ["web"]}, ["cmp3", "nobody", "disabled"])])
-def test_all_that_forbids_a_move_is_told_at_once(wanted: dict[str, list[str]], words: list[str]) -> None:
+def test_all_that_forbids_a_move_is_reported_at_once(wanted: dict[str, list[str]], words: list[str]) -> None:
     told = " ".join(f"{reason.problem} {reason.way_out}" for reason in forbidden(wanted, SERVERS))
     for word in words:
         assert word in told
@@ -115,7 +115,7 @@ class Late:
     def __init__(self, *left: int) -> None:
         self.left = list(left)
 
-    def insist(self, act: str, do: Callable[[], Any]) -> Any:
+    def retrying(self, act: str, do: Callable[[], Any]) -> Any:
         return do()
 
     def hosts(self) -> list[ComputeHost]:
@@ -140,7 +140,7 @@ class Refusing:
         raise CloudError("not that one")
 
 
-def test_a_failure_is_told_and_the_rest_goes_on_only_with_keep_going() -> None:
+def test_a_failure_is_reported_and_the_rest_goes_on_only_with_keep_going() -> None:
     said, row = io.StringIO(), dict[str, object]()
     cloud, undo = cast(Cloud, Refusing()), Undo(Screen(stream=said))
     move_one(cloud, Move(WEB, "cmp2"), some_settings(keep_going=True), undo, row)
@@ -160,15 +160,15 @@ class HalfDone(Refusing):
     def move(self, id: str, host: str) -> None:
         self.asked = True
 
-    def steady_server(self, id: str) -> Server:
+    def server_retrying(self, id: str) -> Server:
         return replace(WEB, host="cmp2", status="ERROR")
 
     def why_failed(self, id: str, action: str) -> str:
         return "the port was not bound"
 
 
-def test_an_instance_in_error_on_the_new_host_is_no_success_and_its_state_is_told() -> None:
-    words = "web is ERROR on cmp2: Nova calls migration 1 error: the port was not bound"
+def test_an_instance_in_error_on_the_new_host_is_a_failure_and_its_state_is_reported() -> None:
+    words = "web is ERROR on cmp2: migration 1 is error: the port was not bound"
     with pytest.raises(CloudError, match=words) as failure:
         move_one(cast(Cloud, HalfDone()), Move(WEB, "cmp2"), some_settings(), Undo(Screen(stream=io.StringIO())), {})
     assert "set --state active" in failure.value.reasons[0].way_out
@@ -183,10 +183,10 @@ class Stuck(HalfDone):
     def __init__(self, has_begun: bool) -> None:
         self.has_begun = has_begun
 
-    def steady_server(self, id: str) -> Server:
+    def server_retrying(self, id: str) -> Server:
         return replace(WEB, status="MIGRATING", task="migrating")
 
-    def insist(self, act: str, do: Callable[[], Any]) -> Any:
+    def retrying(self, act: str, do: Callable[[], Any]) -> Any:
         return do()
 
     def hosts(self) -> list[ComputeHost]:
@@ -200,8 +200,8 @@ class Stuck(HalfDone):
 
 
 @pytest.mark.parametrize(("has_begun", "called", "left"), [
-    (True, "Nova calls its migration 2 running", "migration 2 of web to cmp2 goes on"),
-    (False, "Nova has not begun its migration", "the migration of web to cmp2 goes on")])
+    (True, "migration 2 is running", "migration 2 of web to cmp2 continues"),
+    (False, "Nova has not begun the migration", "the migration of web to cmp2 continues")])
 def test_a_migration_that_cannot_be_ended_is_left_to_nova_and_named(has_begun: bool, called: str, left: str) -> None:
     said = io.StringIO()
     undo = Undo(Screen(stream=said))

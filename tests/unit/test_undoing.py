@@ -51,7 +51,7 @@ def test_a_journal_that_breaks_at_any_line_of_the_undoing_leaves_no_step_out(tmp
         raise ValueError("the cause")
     assert list(dict.fromkeys(done)) == ["delete", "start", "unmark"] and len(done) <= 4
     assert undo.left == []
-    assert ("does not tell how the run has ended" in said.getvalue()) == (lines < 7)
+    assert ("lacks the run's end" in said.getvalue()) == (lines < 7)
 
 
 def test_an_act_that_fails_while_the_journal_breaks_tells_its_own_error(tmp_path: Path) -> None:
