@@ -413,7 +413,8 @@ class Settings:
         "the run whose mark this source instance has; works without its journal", read=parse_instance_id, of="rollback")
     keep_destination: bool = per_call(False, "--keep-destination", "stop the new instance instead of deleting it", of="rollback")
     yes: bool = per_call(False, "--yes -y --y",
-        "do not ask; go on even if data that an instance has written since is lost", of=f"{COPY_RESUME} rollback {LIVE_MIGRATE}")
+        "do not ask; copy a source again that was migrated before; lose what an instance has written since",
+        of=f"{COPY_RESUME} rollback {LIVE_MIGRATE}")
     host_map: str = per_call("", "--host-map --host_map FILE",
         f"JSON: {MAP_FORM}; instances by name or id", of=LIVE_MIGRATE)
     cloud: str = per_call("", "--cloud src|dst|NAME",
@@ -435,8 +436,8 @@ class Settings:
     new_name: str = per_call("", "--name NAME", "its name in the destination (default: the same)", read=parse_new_name, of="image")
     disk_format: str = per_call("", "--disk-format raw|qcow2|vmdk",
         "convert it on this machine", read=one_of("", "raw", "qcow2", "vmdk"), of="image")
-    work_folder: str = option("", "--work-folder PATH", "where to convert (default: the system's temporary folder)", of="image")
-    copy_image: bool = option(False, "--copy-image", "carry the source's image first if the destination lacks it")
+    work_folder: str = option("", "--work-folder PATH", "where to convert; needs space for both (default: the system's temporary folder)", of="image")
+    copy_image: bool = option(False, "--copy-image", "without -i: carry the source's image first if the destination lacks it")
     start_after: str = per_call("", "-a --start-after all|src|dst",
         "what to start afterwards; -a alone: all; without -a: nothing", read=parse_start, nargs="?", const="all")
     ignore_properties: bool = per_call(False, "--ignore-properties", "go on even if the guest may not boot with the image's properties")
@@ -444,9 +445,10 @@ class Settings:
     transport: str = option("auto", "--transport auto|nbd|qemu",
         "nbd: nbd-server and nbd-client; qemu: qemu-nbd and qemu-img", read=one_of("auto", "nbd", "qemu"))
     tls: bool = option(True, "--no-tls", "send the disk unencrypted; only the destination's address may connect")
-    verify: bool = option(True, "--no-verify", "do not compare the digests of both ends")
+    verify: bool = option(True, "--no-verify", "do not compare the digests of both ends (not with --warm)")
     compress: str = option("auto", "--compress auto|on|off",
-        "compress on the network; auto: only if the network is slow", read=one_of("auto", "on", "off"), of=COPY_RESUME)
+        "compress on the network; auto: only if it is slow, not with --limit-rate or transport nbd",
+        read=one_of("auto", "on", "off"), of=COPY_RESUME)
     limit_rate: int = option(0, "--limit-rate RATE", "bytes per second at most, such as 50M", read=parse_size, of=SEND)
     warm: bool = option(False, "--warm", "copy while the source runs; stop it only for what has changed since")
     warm_passes: int = option(0, "--warm-passes N",
@@ -461,7 +463,7 @@ class Settings:
     stall_timeout: int = option(120, "--stall-timeout SECONDS",
         "time without a byte after which a copy has stalled (default: 120)", read=parse_seconds, of=COPY_RESUME)
     max_per_host: int = option(2, "--max-per-host N",
-        "copies at a time per hypervisor; further ones wait (default: 2)", read=parse_positive, of=COPY_RESUME)
+        "copies of this machine's runs per hypervisor; further ones wait (default: 2)", read=parse_positive, of=COPY_RESUME)
     src_cloud: str = option("", "--src-cloud NAME", "the source's name in clouds.yaml", of=TWO_CLOUDS)
     dst_cloud: str = option("", "--dst-cloud NAME", "the destination's name in clouds.yaml", of=TWO_CLOUDS)
     dry_run: bool = per_call(False, "-n --dry-run", "show what would be done; change nothing", of=f"{TWO_CLOUDS} {LIVE_MIGRATE}")
@@ -632,6 +634,15 @@ def cloud_from_yaml(name: str, environment: Mapping[str, str]) -> dict[str, Any]
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         raise UsageError(f"{path} or secure.yaml beside it cannot be read: {type(error).__name__}{line}") from None
+
+
+def session_options(own: Mapping[Any, Any], label: str) -> tuple[bool | str, float]:
+    """Whether a cloud's certificate is verified, or by which file, and the seconds to wait for an answer; variables have them as text."""
+    try:
+        is_verified = parse_yes_no(own.get("verify", True)) and not parse_yes_no(own.get("insecure", False))
+        return own.get("cacert") or is_verified, float(own.get("timeout", 60))
+    except ValueError as error:
+        raise UsageError(f"credentials of the {label} cloud: verify, insecure or timeout {error}", "write yes or no, or seconds") from error
 
 
 # ---- 3. Plans --------------------------------------------------------------------------------------------------------
@@ -1159,7 +1170,8 @@ class Screen:
                     print(f"{stamp()}{line}", file=self.log, flush=True)
             except OSError as error:
                 self.log = None
-                print(f"warning: the log file cannot be written any more: {error}", file=self.stream, flush=True)
+                with suppress(OSError):
+                    print(f"warning: the log file cannot be written any more: {error}", file=self.stream, flush=True)
 
     def status(self, line: str) -> None:
         """A line that the next one overwrites; on a terminal only."""
@@ -1600,7 +1612,7 @@ class Undo:
             self.left += [reason.problem] if reason.problem not in self.left else []
             self.ways += [reason.way_out] if reason.way_out and reason.way_out not in self.ways else []
 
-    def attempt(self, what: str, action: Callable[[], None]) -> None:
+    def attempt(self, what: str, action: Callable[[], object]) -> None:
         self.doing = what
         try:
             try:
@@ -3052,11 +3064,10 @@ class Service:
                 return answer
             except CloudError as error:
                 now = time.monotonic()
+                self._failing_since = (self._failing_since or now) if error.is_temporary else 0.0  # any other error is an answer
                 if error.code == 409:
                     conflict = conflict or now
-                elif error.is_temporary:
-                    self._failing_since = self._failing_since or now
-                else:
+                elif not error.is_temporary:
                     raise
                 since = conflict or self._failing_since
                 if now - since > OUTAGE_LIMIT:
@@ -3190,9 +3201,9 @@ class Cloud(Compute):
         for key in creds.keys() - known:
             raise UsageError(f"credentials of the {self.label} cloud: unknown entry {key!r}{did_you_mean(key, known)}",
                              f"known: {', '.join(sorted(known))}")
-        verify = own.get("cacert") or (own.get("verify", True) and not own.get("insecure"))
+        verify, patience = session_options(own, self.label)
         cert = (own["cert"], own["key"]) if "cert" in own and "key" in own else own.get("cert")
-        auth, patience = loader.load_from_options(**creds), float(own.get("timeout", 60))
+        auth = loader.load_from_options(**creds)
         opened = session.Session(auth=auth, verify=verify, cert=cert, timeout=patience, app_name="migrena")
         opened.session.hooks["response"].append(self._count)
         opened.get(self.url, authenticated=False, raise_exc=False, timeout=min(KEYSTONE_TIMEOUT, patience))
@@ -5429,6 +5440,11 @@ def gate(run: Run, act: Act, *, is_live: bool = False, is_held: bool = False) ->
     return now
 
 
+def asked_in_undo(run: Run) -> Asked:
+    """What the operator allows while a failed run is undone; --yes is not about a destination that the run has started."""
+    return Asked(run.settings.yes and stage_of(run.record) < Stage.STARTED, run.settings.start_after == "all")
+
+
 @contextmanager
 def keeping_proven(run: Run) -> Iterator[None]:
     """A scope that turns an API outage into Kept once the copy is proven."""
@@ -5484,7 +5500,8 @@ def execute(run: Run, stack: ExitStack) -> str:
         cloud.unmark(new.id, plan.run, MADE)
     run.undo.attempt(f"unlock destination {new.id}", lambda: release_destination(run, new.id))
     run.undo.attempt(f"give source {plan.server.id} back", lambda: release_source(run, arrived))
-    host.run("rm", "-f", "--", files_beside(host.disk_of(new.id), plan.run)[1])
+    kept = files_beside(host.disk_of(new.id), plan.run)[1]
+    run.undo.attempt(f"remove {host.name}:{kept}", partial(host.run, "rm", "-f", "--", kept))
     return new.id
 
 
@@ -5799,7 +5816,7 @@ def delete_on_failure(run: Run) -> None:
         for id in [run.made] if run.made else made_late(run):
             now = situation_now(run, id, with_disk=is_proven)
             if not now.destination.is_gone:
-                allow(Act.DELETE, now, Asked(run.settings.yes))
+                allow(Act.DELETE, now, asked_in_undo(run))
                 with run.journal.act("delete destination", server=id):
                     run.destination.delete(id)
 
@@ -5851,11 +5868,12 @@ class BothEnds(ExitStack):
 def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
     """Stops the destination, plans the transfer and rehearses it, while the source still runs."""
     screen, cloud = run.screen, run.destination
-    with screen.step(f"{STOP_DESTINATION}."), run.journal.act("stop destination", server=new.id) as result:
+    with screen.step(f"{STOP_DESTINATION}."):
         fresh = survey_disk(ends.destination, new.id, ends.destination.disk_of(new.id), shared=not new.is_stopped)
         gate(run, Act.STOP_DESTINATION)
-        locked = cloud.lock(new.id, f"{LOCKED_BY}{run.plan.run}")
-        result["request"] = cloud.stop(new.id, run.changed) or locked
+        with run.journal.act("stop destination", server=new.id) as result:
+            locked = cloud.lock(new.id, f"{LOCKED_BY}{run.plan.run}")
+            result["request"] = cloud.stop(new.id, run.changed) or locked
         screen.note("Done. Current status: SHUTOFF")
     with screen.step("Compare bases, space and the way between the hypervisors."):
         job = plan_job(run, ends, fresh)
@@ -5920,14 +5938,15 @@ def space_needed(top: DiskImage, disk: Disk, whole_file: bool, reserve: int) -> 
 def stop_source(run: Run, new: Server) -> float:
     """Locks the source against its users and stops it; returns when it was asked to stop, by the monotonic clock."""
     cloud, plan, id = run.source, run.plan, run.plan.server.id
-    with run.screen.step("Stop source instance."), run.journal.act("stop source", server=id, was_running=plan.was_running) as result:
+    place = f"{shorten(new.name, 60)} {new.id} takes its place; back with: migrena.py rollback {plan.run}"
+    with run.screen.step("Stop source instance."):
         gate(run, Act.STOP_SOURCE)
-        if not run.earlier:
-            undo_stop(run)
-        place = f"{shorten(new.name, 60)} {new.id} takes its place; back with: migrena.py rollback {plan.run}"
-        locked = cloud.lock(id, f"{LOCKED_BY}{plan.run}: {place}")
-        asked = time.monotonic()
-        result["request"] = cloud.stop(id, run.changed) or locked
+        with run.journal.act("stop source", server=id, was_running=plan.was_running) as result:
+            if not run.earlier:
+                undo_stop(run)
+            locked = cloud.lock(id, f"{LOCKED_BY}{plan.run}: {place}")
+            asked = time.monotonic()
+            result["request"] = cloud.stop(id, run.changed) or locked
         run.screen.note("Done. Current status: SHUTOFF")
     return asked
 
@@ -5938,7 +5957,7 @@ def undo_stop(run: Run) -> None:
 
     def undo() -> None:
         now = situation_now(run)
-        allow(Act.GIVE_BACK, now, Asked(run.settings.yes, run.settings.start_after == "all"))
+        allow(Act.GIVE_BACK, now, asked_in_undo(run))
         give_back(run.source, now, run.journal, run.changed)
 
     run.undo.on_failure(f"start source {id} again" if run.plan.was_running else f"unlock source {id}", undo)
@@ -6415,6 +6434,10 @@ class UndoPlan:
         """The act for the destination."""
         return Act.STOP_DESTINATION if self.settings.keep_destination else Act.DELETE
 
+    def settings_of(self, server: Server) -> Settings:
+        """The settings for an instance's host."""
+        return self.settings.of("src" if server is self.now.source.server else "dst")
+
     def allow(self, act: Act) -> Situation:
         """Looks at both sides now; raises Kept if an act must not be done."""
         one, other = self.now.source, self.now.destination
@@ -6499,7 +6522,7 @@ def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
             record = read_run(folder, record.run, is_ours=True)
             settings = call.settings(record.facts.get("settings"))
         if record.state in ("failed", "rolled back"):
-            screen.say(f"Run {record.run} was rolled back already; nothing is left of it.")
+            screen.say(f"Run {record.run} was rolled back already, says its journal.")
             report.run, report.result = record.run, "rolled back"
             return 0
         clouds = both_clouds(settings, call.environment)
@@ -6575,7 +6598,7 @@ def undo_steps(plan: UndoPlan, journal: Journal) -> Iterator[tuple[str, Callable
         yield f"{'stop' if settings.keep_destination else 'delete'} destination {made.id}", partial(remove_destination, plan)
     for server in (made, source):
         if server and server.host:
-            yield f"see that nothing is left on {host_name(server, settings)}", partial(clean_host, plan, server)
+            yield f"see that nothing is left on {host_name(server, plan.settings_of(server))}", partial(clean_host, plan, server)
     if made and settings.keep_destination:
         yield f"take the marks off destination {made.id}", partial(clouds[1].unmark, made.id, run, MADE, DONE, WAS)
     if source:
@@ -6597,18 +6620,17 @@ def remove_destination(plan: UndoPlan) -> None:
 
 def clean_host(plan: UndoPlan, server: Server) -> None:
     """Removes a run's folders from a host, its files beside the destination's disk, its bitmap in the source's. Raises Kept."""
-    settings = plan.settings.of("src" if server is plan.now.source.server else "dst")
     run, limit = plan.now.run, time.monotonic() + LEASE_LIMIT
     is_source = server.id == plan.now.source.id
     if plan.settings.keep_destination and not is_source:
         plan.allow(Act.CLEAN)
-    with host_of(server, settings, plan.screen) as host:
+    with host_of(server, plan.settings_of(server), plan.screen) as host:
         path = host.disk_of(server.id)
         while (left := host.script(LEFT_FOLDERS, run).splitlines()) and time.monotonic() < limit:
             time.sleep(1)
         if left := [*left, *(() if is_source else files_beside(path, run))]:
             host.run("rm", "-rf", "--", *left)
-        if is_source and host.succeeds("grep", "-qsF", f'{in_its_folder(path)}": "qcow2"', f"{path}.info"):
+        if is_source and host.succeeds("grep", "-qsE", f'/{server.id}/disk" *: *"qcow2"', f"{path}.info"):
             drop_bitmap(host, server.id, path, run)
 
 
@@ -6791,8 +6813,8 @@ RUNTIME: Final = ("paramiko", "novaclient", "glanceclient", "keystoneauth1", "cr
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_CODES: Final = """exit codes:
   0  done                            3  refused, nothing was touched
-  1  failed and rolled back          4  failed, and something is left behind (see its list), or a bug
-  2  usage or config.py is wrong     128+n  ended by signal n, and rolled back (else 4)"""
+  1  failed, what it did is undone   4  something is left behind, or kept on purpose (see its list), or a bug
+  2  usage or config.py is wrong     128+n  ended by signal n, what it did is undone (else 4)"""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 import migrena
 from migrena import Cloud, HostError, Run, read_run
 from unit.makers import a_server
-from unit.model import World
+from unit.model import HostStandIn, Modelled, World
 from unit.people import Schedule, play
 
 BUG = "this is a bug in migrena: KeyError: 'no such key'"
@@ -57,6 +57,52 @@ def test_what_could_not_be_undone_after_a_bug_is_listed(tmp_path: Path, monkeypa
     said = "\n".join(process.said)
     assert process.code == 4 and f"error: {BUG}\n" in said and "left behind: delete destination new did not succeed: no way" in said
     assert "nothing is known" not in said and read_run(tmp_path / "state/here", process.run).left
+
+
+@pytest.mark.parametrize("yes", ["", " --yes"])
+def test_a_host_that_is_lost_at_the_very_last_command_does_not_cost_the_destination_that_runs(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, yes: str) -> None:
+    run = HostStandIn.run
+
+    def lost(host: HostStandIn, *words: str, **more: Any) -> migrena.Answer:
+        if words[0] == "rm" and words[-1].endswith("-fresh"):
+            raise HostError("the SSH connection broke")
+        return run(host, *words, **more)
+
+    monkeypatch.setattr(HostStandIn, "run", lost)
+    world = played(tmp_path, f"copy -a dst{yes}")
+    process = world.runs[0]
+    said = "\n".join(process.said)
+    assert process.code == 4 and "the SSH connection broke" in said and "undo" not in said, said
+    assert [machine.status for machine in world.machines()] == ["SHUTOFF", "ACTIVE"]
+
+
+@pytest.mark.parametrize("yes", ["", " --yes"])
+def test_a_destination_that_the_run_has_started_is_not_deleted_whatever_fails_then(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, yes: str) -> None:
+    def refuses(*words: Any, **more: Any) -> NoReturn:
+        raise migrena.CloudError("mark server: forbidden by a policy", code=403)
+
+    mark = Modelled.mark
+    monkeypatch.setattr(Modelled, "mark", lambda cloud, id, marks: refuses() if migrena.DONE in marks else mark(cloud, id, marks))
+    world = played(tmp_path, f"copy -a dst{yes}")
+    assert world.runs[0].code == 4
+    assert [machine.status for machine in world.machines()] == ["SHUTOFF", "ACTIVE"]
+
+
+def test_a_stop_that_was_not_done_is_not_in_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allow = migrena.allow
+
+    def forbid(act: migrena.Act, *more: Any) -> None:
+        if act is migrena.Act.STOP_SOURCE:
+            raise migrena.FinalError("somebody has stopped it")
+        allow(act, *more)
+
+    monkeypatch.setattr(migrena, "allow", forbid)
+    world = played(tmp_path, "copy")
+    assert world.runs[0].code == 1 and world.source.status == "ACTIVE"
+    record = read_run(tmp_path / "state/here", world.runs[0].run)
+    assert record.stopped_at is None and all(act.name != "stop source" for act in record.acts)
 
 
 @pytest.mark.parametrize(("where", "steps"), [

@@ -203,7 +203,7 @@ def test_debug_shows_no_password(migrena: Migrena, config: str) -> None:
 def test_version_and_help_end_with_0(migrena: Migrena) -> None:
     assert migrena("--version").stdout.startswith("migrena ")
     shown = migrena("--help").stdout
-    assert all(word in shown for word in ("--src-uid", "--no-tls", "exit codes:", "rolled back", "-a"))
+    assert all(word in shown for word in ("--src-uid", "--no-tls", "exit codes:", "is undone", "-a"))
 
 
 THIRD_PARTY = """

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from migrena import Settings, UsageError, as_v3, cloud_from_yaml, credentials, merge_settings, read_config
+from migrena import Settings, UsageError, as_v3, cloud_from_yaml, credentials, merge_settings, read_config, session_options
 from unit.makers import some_settings
 
 V2_STYLE = {"auth_url": "http://192.0.2.1:5000/v2.0/", "username": "admin", "password": "hunter2", "tenant_name": "admin"}
@@ -199,3 +199,16 @@ def test_a_yaml_that_cannot_be_read_does_not_show_its_password(tmp_path: Path, c
 
 def test_settings_of_credentials_start_empty() -> None:
     assert (Settings().src_creds, Settings().dst_creds) == ({}, {})
+
+
+@pytest.mark.parametrize(("own", "found"), [
+    ({}, (True, 60.0)), ({"insecure": "false"}, (True, 60.0)), ({"insecure": "True", "timeout": "5"}, (False, 5.0)),
+    ({"verify": "no"}, (False, 60.0)), ({"verify": False}, (False, 60.0)), ({"insecure": "1", "cacert": "/a.pem"}, ("/a.pem", 60.0))])
+def test_words_about_the_certificate_are_understood_as_they_are_meant(own: dict[str, object], found: tuple[object, float]) -> None:
+    assert session_options(own, "source") == found
+
+
+@pytest.mark.parametrize("own", [{"insecure": "maybe"}, {"timeout": "soon"}])
+def test_words_about_the_certificate_that_mean_nothing_are_refused(own: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="credentials of the source cloud: verify, insecure or timeout"):
+        session_options(own, "source")

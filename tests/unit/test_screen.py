@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import os
@@ -158,3 +159,15 @@ def test_a_quick_copy_does_not_fill_the_log(clock: Clock) -> None:
 
 def test_a_slow_copy_says_something_every_minute(clock: Clock) -> None:
     assert len(milestones(clock, 3600, 3600)) >= 55
+
+
+def test_a_log_and_a_terminal_that_both_fail_do_not_stop_an_undo() -> None:
+    class Full(io.StringIO):
+        def write(self, line: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    screen = Screen(stream=Full())
+    screen.log = Full()
+    screen.record("a line")
+    screen.say("another")
+    assert screen.log is None
