@@ -6574,8 +6574,8 @@ def run_steps(steps: Iterable[tuple[str, Callable[[], None]]], journal: Journal,
             todo[0][1]()
 
     with journal.ending(undo, "rolled back", "left"), undo:
-        journal.write("rollback", pid=os.getpid(), **facts)
         try:
+            journal.write("rollback", pid=os.getpid(), **facts)
             while todo:
                 what = todo[0][0]
                 with undo.screen.step(f"{what[0].upper()}{what[1:]}."):
