@@ -5368,7 +5368,7 @@ class Report:
 
 def reported(cloud: Cloud, server: Server) -> dict[str, object]:
     """An instance for the report."""
-    return {"cloud": cloud.url, "id": server.id, "name": server.name, "host": server.hypervisor}
+    return {"cloud": cloud.url, "id": server.id, "name": server.name, "host": server.hypervisor, "flavor": server.flavor}
 
 
 @dataclass
@@ -6125,7 +6125,7 @@ def start_named(run: Run, side: str, id: str) -> Server | None:
 def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known_rate: float, report: Report) -> Iterator[str]:
     """The plan's lines for the dry run; puts the same into the report."""
     server, disk, top = plan.server, plan.disk, plan.disk.top
-    report.source |= {"status": server.status, "flavor": server.flavor, "chain": disk.chain}
+    report.source |= {"status": server.status, "chain": disk.chain}
     yield f"source       {server.name} {server.id}, {server.status}, on {server.hypervisor}"
     yield f"  disk       {top.path}: {top.format}, {human(top.size)} to the guest, {human(top.allocated)} in the file"
     yield from (f"  base       {base.path}: {base.format}, {human(base.length)}" for base in disk.chain[1:])

@@ -119,6 +119,13 @@ def test_a_run_s_report_calls_things_as_its_plan_did(tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.usefixtures("with_json")
+def test_a_run_s_report_names_the_flavors_of_both_instances(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, (planned, done) = reports(tmp_path / "state", capsys, "copy -n", "copy")
+    assert planned["source"]["flavor"] == done["source"]["flavor"] and done["source"]["flavor"]["name"] == "small"
+    assert done["destination"]["flavor"]["name"] == "small"
+
+
+@pytest.mark.usefixtures("with_json")
 @pytest.mark.parametrize("words", ["rollback -n", "resume -n"])
 def test_why_an_act_must_not_be_done_is_in_the_report_too(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str) -> None:
     steps: tuple[Step, ...] = (("copy", {"copy#1": "crash"}), ("admin starts source", {}), ("admin starts destination", {}), (words, {}))
