@@ -251,10 +251,12 @@ UUID_FORM: Final = r"[0-9a-fA-F]{8}-?([0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}"
 parse_count: Final = matching(r"\d{1,9}", "is not a whole number", int)
 parse_positive: Final = matching(r"0*[1-9]\d{0,8}", "is not a whole number above 0", int)
 parse_nbd_device: Final = matching(r"(/dev/nbd\d+)?", "is not a /dev/nbdN", str)
-parse_instance_id: Final = matching(f"({UUID_FORM})?", "is not an instance id; see: openstack server list --all-projects",
-                                    lambda id: str(uuid.UUID(id)) if id else "")
-parse_disk_path: Final = matching(r"/[^%\0-\x1f\x7f]*%s[^%\0-\x1f\x7f]*",
-                                  "must be an absolute path with one %s in it, for the instance's id, as in /var/lib/nova/instances/%s/disk", str)
+parse_instance_id: Final = matching(
+    f"({UUID_FORM})?", "is not an instance id; see: openstack server list --all-projects",
+    lambda id: str(uuid.UUID(id)) if id else "")
+parse_disk_path: Final = matching(
+    r"/[^%\0-\x1f\x7f]*%s[^%\0-\x1f\x7f]*",
+    "must be an absolute path with one %s in it, for the instance's id, as in /var/lib/nova/instances/%s/disk", str)
 
 
 def parse_text(value: object) -> str:
@@ -344,16 +346,18 @@ def parse_ip_address(value: object) -> str:
 def parse_paths(value: object) -> dict[str, str]:
     """Folders in a container, each with where it lies outside."""
     found = value if isinstance(value, dict) else {}
-    if not found or not all(isinstance(path, str) and re.fullmatch(r"(/[^/]+)+", path) for pair in found.items() for path in pair):
+    if not found or not all(isinstance(path, str) and re.fullmatch(r"(/[^/]+)+", path)
+            for pair in found.items() for path in pair):
         raise ValueError("paths is not a dictionary like {'/var/lib/nova': '/srv/nova'}")
     return found
 
 
 def parse_hosts(value: object) -> dict[str, HostEntry]:
-    """HOSTS: an address or a dictionary for each of Nova's host names; the entry "*" holds for all hosts that say nothing else."""
-    readers: dict[str, Callable[[object], Any]] = {"address": parse_text, "port": parse_port, "user": parse_text, "key": parse_text,
-                                                   "nbd_address": parse_ip_address, "prefix": parse_text, "paths": parse_paths}
-    rows = {name: given if isinstance(given, dict) else {"address": given} for name, given in parse_literal(value).items()}
+    """HOSTS: an address or a dictionary for each of Nova's host names; "*" holds for hosts that say nothing else."""
+    readers: dict[str, Callable[[object], Any]] = {
+        "address": parse_text, "port": parse_port, "user": parse_text, "key": parse_text,
+        "nbd_address": parse_ip_address, "prefix": parse_text, "paths": parse_paths}
+    rows = {name: one if isinstance(one, dict) else {"address": one} for name, one in parse_literal(value).items()}
     entries = {}
     for name, row in rows.items():
         for key in row.keys() - readers.keys():
@@ -372,7 +376,8 @@ def parse_start(value: object) -> str:
 
 def parse_names(value: object) -> tuple[str, ...]:
     """Several names: a list, or text with commas."""
-    found = tuple(map(parse_text, value.split(",") if isinstance(value, str) else value)) if isinstance(value, (str, list, tuple)) else ()
+    found = tuple(map(parse_text, value.split(",") if isinstance(value, str) else value)) if isinstance(
+        value, (str, list, tuple)) else ()
     if not all(found) or not found:
         raise ValueError("is not a list of names")
     return found
@@ -386,17 +391,17 @@ ALL: Final = f"{TWO_CLOUDS} {LIVE_MIGRATE} status"
 MAP_FORM: Final = '{"compute001": ["web-0"], "compute003": ["db-0", "db-1"]}'
 
 
-def option(default: T, usage: str = "", meaning: str = "", *, read: Callable[[Any], T] | None = None, config: bool = True,
-           of: str = "copy", **more: Any) -> T:
-    """One row of Settings; `usage`: flags and metavar; `read`: its parser (default: text or yes/no); `more`: for argparse."""
+def option(default: T, usage: str = "", meaning: str = "", *, read: Callable[[Any], T] | None = None,
+           config: bool = True, of: str = "copy", **more: Any) -> T:
+    """One row of Settings; `usage`: flags and metavar; `read`: parser (default: text, yes/no); `more`: for argparse."""
     is_switch, words = isinstance(default, bool), usage.split()
     flags = [word for word in words if word.startswith("-")]
     if is_switch:
         more["action"] = "store_false" if default else "store_true"
     elif words != flags:
         more["metavar"] = words[-1]
-    metadata = {"flags": flags, "read": read or (parse_yes_no if is_switch else parse_text), "config": config, "of": of.split(),
-                "more": {"help": meaning, **more}}
+    metadata = {"flags": flags, "read": read or (parse_yes_no if is_switch else parse_text), "config": config,
+                "of": of.split(), "more": {"help": meaning, **more}}
     row: T = field(default_factory=lambda: default, metadata=metadata)
     return row
 
@@ -411,7 +416,8 @@ class Settings:
     run: str = per_call("")
     run_of: str = per_call("", "--run-of SRC_UUID",
         "the run whose mark this source instance has; works without its journal", read=parse_instance_id, of="rollback")
-    keep_destination: bool = per_call(False, "--keep-destination", "stop the new instance instead of deleting it", of="rollback")
+    keep_destination: bool = per_call(False, "--keep-destination",
+        "stop the new instance instead of deleting it", of="rollback")
     yes: bool = per_call(False, "--yes -y --y",
         "do not ask; copy a source again that was migrated before; lose what an instance has written since",
         of=f"{COPY_RESUME} rollback {LIVE_MIGRATE}")
@@ -419,7 +425,8 @@ class Settings:
         f"JSON: {MAP_FORM}; instances by name or id", of=LIVE_MIGRATE)
     cloud: str = per_call("", "--cloud src|dst|NAME",
         "src or dst of config.py, or a name in clouds.yaml (default: OS_* variables)", of=LIVE_MIGRATE)
-    timeout: int = per_call(600, "--timeout TIME", "limit for each instance (default: 600)", read=parse_seconds, of=LIVE_MIGRATE)
+    timeout: int = per_call(600, "--timeout TIME",
+        "limit for each instance (default: 600)", read=parse_seconds, of=LIVE_MIGRATE)
     keep_waiting: bool = per_call(False, "--keep-waiting", "after the timeout, keep waiting", of=LIVE_MIGRATE)
     abort: bool = per_call(False, "--abort", "after the timeout, abort the migration", of=LIVE_MIGRATE)
     keep_going: bool = per_call(False, "--keep-going", "after a failure, continue with the next one", of=LIVE_MIGRATE)
@@ -428,19 +435,23 @@ class Settings:
     flavor: str = per_call("", "-f --flavor", "its flavor, name or id (default: one like the source's)")
     image: str = per_call("", "-i --image-id", "its image, name or id (default: one with the same content)")
     extra_args: dict[str, Any] = per_call({}, "-e --extra-args EXTRA",
-        "more arguments for Nova's create, as a Python literal or JSON: \"{'nics': [{'net-id': 'ID'}], 'security_groups': ['default']}\"",
-        read=parse_literal)
+        "more arguments for Nova's create, as a Python literal or JSON: "
+        "\"{'nics': [{'net-id': 'ID'}], 'security_groups': ['default']}\"", read=parse_literal)
     images: tuple[str, ...] = per_call((), "-i --image-id IMAGE",
         "an image of the source, name or id; may be repeated", read=parse_names, of="image", action="append")
     tag: str = per_call("", "--tag", "all images of the source with this tag", of="image")
-    new_name: str = per_call("", "--name NAME", "its name in the destination (default: the same)", read=parse_new_name, of="image")
+    new_name: str = per_call("", "--name NAME",
+        "its name in the destination (default: the same)", read=parse_new_name, of="image")
     disk_format: str = per_call("", "--disk-format raw|qcow2|vmdk",
         "convert it on this machine", read=one_of("", "raw", "qcow2", "vmdk"), of="image")
-    work_folder: str = option("", "--work-folder PATH", "where to convert; needs space for both (default: the system's temporary folder)", of="image")
-    copy_image: bool = option(False, "--copy-image", "without -i: carry the source's image first if the destination lacks it")
+    work_folder: str = option("", "--work-folder PATH",
+        "where to convert; needs space for both (default: the system's temporary folder)", of="image")
+    copy_image: bool = option(False, "--copy-image",
+        "without -i: carry the source's image first if the destination lacks it")
     start_after: str = per_call("", "-a --start-after all|src|dst",
         "what to start afterwards; -a alone: all; without -a: nothing", read=parse_start, nargs="?", const="all")
-    ignore_properties: bool = per_call(False, "--ignore-properties", "go on even if the guest may not boot with the image's properties")
+    ignore_properties: bool = per_call(False, "--ignore-properties",
+        "go on even if the guest may not boot with the image's properties")
     root_only: bool = per_call(False, "--root-only", "go on without the volumes, ephemeral disks and config drive")
     transport: str = option("auto", "--transport auto|nbd|qemu",
         "nbd: nbd-server and nbd-client; qemu: qemu-nbd and qemu-img", read=one_of("auto", "nbd", "qemu"))
@@ -455,19 +466,22 @@ class Settings:
         "passes while it runs, with the first (default: while each is much smaller)", read=parse_count, of=COPY_RESUME)
     max_downtime: int = option(0, "--max-downtime TIME",
         "stop the source only if its downtime will not exceed this, such as 30s", read=parse_limit, of=COPY_RESUME)
-    warm_timeout: int = option(3600, "--warm-timeout TIME",
-        "give up if --max-downtime is not met by then; the source runs on (default: 1h)", read=parse_seconds, of=COPY_RESUME)
+    warm_timeout: int = option(3600, "--warm-timeout TIME", "give up if --max-downtime is not met by then; "
+        "the source runs on (default: 1h)", read=parse_seconds, of=COPY_RESUME)
     bitmap: bool = option(False, "--bitmap",
         "with --warm: record changes in a dirty bitmap in the source's qcow2 file, so that the rest is not read again")
-    retries: int = option(5, "--retries N", "retries of a copy that broke off or stalled (default: 5)", read=parse_count, of=COPY_RESUME)
+    retries: int = option(5, "--retries N",
+        "retries of a copy that broke off or stalled (default: 5)", read=parse_count, of=COPY_RESUME)
     stall_timeout: int = option(120, "--stall-timeout SECONDS",
         "time without a byte after which a copy has stalled (default: 120)", read=parse_seconds, of=COPY_RESUME)
-    max_per_host: int = option(2, "--max-per-host N",
-        "copies of this machine's runs per hypervisor; further ones wait (default: 2)", read=parse_positive, of=COPY_RESUME)
+    max_per_host: int = option(2, "--max-per-host N", "copies of this machine's runs per hypervisor; "
+        "further ones wait (default: 2)", read=parse_positive, of=COPY_RESUME)
     src_cloud: str = option("", "--src-cloud NAME", "the source's name in clouds.yaml", of=TWO_CLOUDS)
     dst_cloud: str = option("", "--dst-cloud NAME", "the destination's name in clouds.yaml", of=TWO_CLOUDS)
-    dry_run: bool = per_call(False, "-n --dry-run", "show what would be done; change nothing", of=f"{TWO_CLOUDS} {LIVE_MIGRATE}")
-    log_file: str = option("", "--log-file PATH", "also append every line to this file, with its time, even with -q", of=ALL)
+    dry_run: bool = per_call(False, "-n --dry-run",
+        "show what would be done; change nothing", of=f"{TWO_CLOUDS} {LIVE_MIGRATE}")
+    log_file: str = option("", "--log-file PATH",
+        "also append every line to this file, with its time, even with -q", of=ALL)
     verbose: bool = option(False, "-v --verbose", "show every remote command", of=ALL)
     quiet: bool = option(False, "-q --quiet", "print nothing, not even the new id, unless something is wrong", of=ALL)
     json: bool = option(False, "--json", "print a report as JSON on standard output", of=ALL)
@@ -500,11 +514,13 @@ class Settings:
         return replace(self, **{name[4:]: value for name, value in self.per_side.items() if name.startswith(side)})
 
 
-PER_SIDE: Final = ("hosts", "disk_path", "ssh_user", "ssh_port", "ssh_key", "ssh_config", "known_hosts", "sudo")  # also SRC_HOSTS etc.
+PER_SIDE: Final = (  # also SRC_HOSTS etc.
+    "hosts", "disk_path", "ssh_user", "ssh_port", "ssh_key", "ssh_config", "known_hosts", "sudo")
 
 # Settings of a run that resume takes from its journal; never credentials, nor -e, which may hold secrets.
-FOR_RESUME: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "compress", "limit_rate", "chunk", "root_only",
-                     "warm", "warm_passes", "max_downtime", "warm_timeout", "bitmap", "src_cloud", "dst_cloud")
+FOR_RESUME: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "compress", "limit_rate",
+                     "chunk", "root_only", "warm", "warm_passes", "max_downtime", "warm_timeout", "bitmap", "src_cloud",
+                     "dst_cloud")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -533,12 +549,13 @@ def read_config(path: Path) -> dict[str, object]:
     return {name.lower(): value for name, value in values.items()}
 
 
-def merge_settings(flags: Mapping[str, object], environment: Mapping[str, str], config: Mapping[str, object]) -> Settings:
+def merge_settings(flags: Mapping[str, object], environment: Mapping[str, str],
+        config: Mapping[str, object]) -> Settings:
     """Settings: built-in default < config.py < MIGRENA_NAME < flag. Raises UsageError."""
     def given(row: Field[Any], name: str) -> dict[str, Any]:
         variable = f"MIGRENA_{name.upper()}"
-        for place, key, origin in ((flags, name, (name.upper(), *row.metadata["flags"])[-1]), (environment, variable, variable),
-                                   (config, name, f"{name.upper()} in config.py")):
+        for place, key, origin in ((flags, name, (name.upper(), *row.metadata["flags"])[-1]),
+                                   (environment, variable, variable), (config, name, f"{name.upper()} in config.py")):
             if key in place:
                 try:
                     return {name: row.metadata["read"](place[key])}
@@ -576,12 +593,13 @@ class Call:
 
 
 # Keys of a credentials dictionary that are for the session or the clients, not for the auth plugin.
-SESSION_KEYS: Final = ("region_name", "interface", "endpoint_type", "verify", "insecure", "cacert", "cert", "key", "timeout", "auth_type")
+SESSION_KEYS: Final = (
+    "region_name", "interface", "endpoint_type", "verify", "insecure", "cacert", "cert", "key", "timeout", "auth_type")
 
 
 def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) -> dict[str, Any]:
-    """For src or dst: clouds.yaml by --SIDE-cloud, else SIDE_OS_* variables, else config.py. Otherwise: a cloud of clouds.yaml, or OS_*
-    variables if none is named. Raises UsageError."""
+    """For src or dst: clouds.yaml by --SIDE-cloud, else SIDE_OS_* variables, else config.py. Otherwise: a cloud of
+    clouds.yaml, or OS_* variables if none is named. Raises UsageError."""
     is_side = cloud in ("src", "dst")
     prefix = f"{cloud.upper()}_OS_" if is_side else "OS_"
     name = getattr(settings, f"{cloud}_cloud") if is_side else cloud or environment.get("OS_CLOUD", "")
@@ -593,7 +611,7 @@ def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) 
         return as_v3(found)
     if is_side:
         raise UsageError(f"no credentials for the {'source' if cloud == 'src' else 'destination'} cloud",
-                         f"fill in {cloud.upper()}_CREDS in config.py, or give --{cloud}-cloud, or set {prefix}AUTH_URL etc.")
+            f"fill in {cloud.upper()}_CREDS in config.py, or give --{cloud}-cloud, or set {prefix}AUTH_URL etc.")
     raise UsageError(f"cloud {name!r} has no auth_url" if name else "no cloud is named",
                      "give --cloud src, dst or a name in clouds.yaml, or set OS_AUTH_URL etc.")
 
@@ -625,24 +643,27 @@ def cloud_from_yaml(name: str, environment: Mapping[str, str]) -> dict[str, Any]
         raise UsageError("no clouds.yaml was found", f"looked at: {', '.join(map(str, places))}")
     secure = path.with_name("secure.yaml")
     try:
-        clouds, hidden = (yaml.safe_load(place.read_text())["clouds"] if place.is_file() else {} for place in (path, secure))
-        if name not in clouds:
-            raise UsageError(f"{path} has no cloud {name!r}{did_you_mean(name, clouds)}", f"it has: {', '.join(clouds)}")
-        entry = {**clouds[name], **hidden.get(name, {})}
-        return {**{key: entry[key] for key in SESSION_KEYS if key in entry}, **clouds[name].get("auth", {}), **entry.get("auth", {})}
-    except (yaml.YAMLError, OSError, TypeError, ValueError, KeyError, AttributeError) as error:  # the error's text may contain a password
+        known, hidden = (yaml.safe_load(place.read_text())["clouds"] if place.is_file() else {}
+            for place in (path, secure))
+        if name not in known:
+            raise UsageError(f"{path} has no cloud {name!r}{did_you_mean(name, known)}", f"it has: {', '.join(known)}")
+        entry = {**known[name], **hidden.get(name, {})}
+        return {**{key: entry[key] for key in SESSION_KEYS if key in entry}, **known[name].get("auth", {}),
+            **entry.get("auth", {})}
+    except (yaml.YAMLError, OSError, TypeError, ValueError, KeyError, AttributeError) as error:  # may hold a password
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         raise UsageError(f"{path} or secure.yaml beside it cannot be read: {type(error).__name__}{line}") from None
 
 
 def session_options(own: Mapping[Any, Any], label: str) -> tuple[bool | str, float]:
-    """Whether a cloud's certificate is verified, or by which file, and the seconds to wait for an answer; variables have them as text."""
+    """Whether a cloud's certificate is verified, or by which file, and seconds to wait; variables have them as text."""
     try:
         is_verified = parse_yes_no(own.get("verify", True)) and not parse_yes_no(own.get("insecure", False))
         return own.get("cacert") or is_verified, float(own.get("timeout", 60))
     except ValueError as error:
-        raise UsageError(f"credentials of the {label} cloud: verify, insecure or timeout {error}", "write yes or no, or seconds") from error
+        raise UsageError(f"credentials of the {label} cloud: verify, insecure or timeout {error}",
+            "write yes or no, or seconds") from error
 
 
 # ---- 3. Plans --------------------------------------------------------------------------------------------------------
@@ -679,8 +700,9 @@ class Flavor:
 
 
 # Properties that may prevent a guest from booting, with Nova's defaults.
-BOOT_KEYS: Final = {"architecture": "x86_64", "hw_architecture": "x86_64", "hw_disk_bus": "virtio", "hw_firmware_type": "bios",
-                    "os_secure_boot": "disabled", "hw_machine_type": "", "hw_scsi_model": "", "kernel_id": ""}
+BOOT_KEYS: Final = {
+    "architecture": "x86_64", "hw_architecture": "x86_64", "hw_disk_bus": "virtio", "hw_firmware_type": "bios",
+    "os_secure_boot": "disabled", "hw_machine_type": "", "hw_scsi_model": "", "kernel_id": ""}
 
 
 @dataclass(frozen=True)
@@ -697,7 +719,8 @@ class Image:
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Image:
         """An image from Glance's answer."""
-        return cls(told["id"], told.get("name") or "", told.get("status") or "", told.get("os_hash_value") or "", told.get("checksum") or "", told)
+        return cls(told["id"], told.get("name") or "", told.get("status") or "",
+            told.get("os_hash_value") or "", told.get("checksum") or "", told)
 
     @property
     def form(self) -> tuple[object, object]:
@@ -784,8 +807,9 @@ def seconds_between(began: Any, ended: Any) -> float:
 
 
 # Actions that do not start a guest; any other may have started it, perhaps with another disk or on another host.
-HARMLESS: Final = frozenset({"create", "stop", "lock", "unlock", "createImage", "createBackup", "delete", "attach_volume", "detach_volume",
-                             "attach_interface", "detach_interface"})
+HARMLESS: Final = frozenset({
+    "create", "stop", "lock", "unlock", "createImage", "createBackup", "delete", "attach_volume", "detach_volume",
+    "attach_interface", "detach_interface"})
 
 
 def newer(actions: Sequence[Action], than: str) -> list[Action]:
@@ -797,11 +821,12 @@ Named = TypeVar("Named", Flavor, Image, Server)
 
 
 def pick(name: str, among: Sequence[Named], kind: str, place: str, way: str) -> Named:
-    """The one with this id, else with this name, hidden ones last; raises Refused with the candidates unless it is exactly one."""
+    """The one with this id, else this name, hidden ones last; raises Refused with the candidates unless it is one."""
     found = [one for one in among if one.id == name] or [one for one in among if one.name == name]
     found = [one for one in found if not getattr(one, "is_hidden", False)] or found
     if len(found) > 1:
-        raise Refused(f"{place}{len(found)} {kind}s are named {name!r}: {', '.join(one.id for one in found)}", f"give the id{way}")
+        raise Refused(f"{place}{len(found)} {kind}s are named {name!r}: {', '.join(one.id for one in found)}",
+            f"give the id{way}")
     if not found:
         raise not_found(f"{place}there is no {kind} {name!r}", name, among, way)
     return found[0]
@@ -872,11 +897,12 @@ class Chunk:
 
 
 def chunks(length: int, extents: Iterable[Extent], limit: int, least: int = LEAST_CHUNK, hole: int = 0) -> list[Chunk]:
-    """`length` bytes as chunks with at most `limit` bytes of data that end at whole MiB; `extents` are the disk's extents, in order.
+    """`length` bytes as chunks of at most `limit` bytes of data that end at whole MiB; `extents`: the disk's, in order.
 
-    Each has at most a quarter of the data that remains, or `least`, so that little is left to verify after the last one. The first has half as much,
-    so that two that are copied in parallel end one after the other and one can always be verified. A hole belongs to the next chunk, the last hole
-    to the last chunk; if `hole` is given, holes of at least so many bytes are chunks of their own.
+    Each has at most a quarter of the data that remains, or `least`, so that little is left to verify after the last.
+    The first has half as much, so that two copied in parallel end one after the other and one can always be verified.
+    A hole belongs to the next chunk, the last hole to the last chunk; holes of `hole` bytes or more, if given, are
+    chunks of their own.
     """
     made, inside, extents = list[Chunk](), list[Extent](), list(extents)
     begin = at = gathered = 0
@@ -916,7 +942,7 @@ def bitmap_of(run: str) -> str:
 
 
 def files_beside(path: str, run: str) -> tuple[str, str]:
-    """A run's files beside the destination's disk: the copy, and the disk that Nova made, kept until the run succeeds."""
+    """A run's files beside the destination's disk: the copy, and Nova's, kept until the run succeeds."""
     return f"{path}.migrena-{run}", f"{path}.migrena-{run}-fresh"
 
 
@@ -961,20 +987,20 @@ class DiskJob:
 
     @property
     def max_parallel(self) -> int:
-        """Chunks copied in parallel: one if a format's tables allow one writer only, or if the rate limit is that of one command."""
+        """Chunks copied in parallel: one if a format's tables allow one writer, or the rate limit is one command's."""
         return 2 if self.new_format == "raw" and not self.settings.limit_rate else 1
 
     @property
     def chunk(self) -> int:
-        """Most bytes of a chunk: all parallel ones together have those of CHUNK, or what the rate limit allows in a minute."""
+        """Most bytes of a chunk: parallel ones share those of CHUNK, or what the rate limit allows in a minute."""
         most = self.settings.limit_rate * 60 or self.settings.chunk
         return max(min(most, self.settings.chunk) // self.max_parallel // MiB * MiB, MiB)
 
     @property
     def may_be_compressed(self) -> bool:
-        """Whether the network's speed decides on compression; a rate limit is for the disk's bytes, compressed or not."""
-        settings = self.settings
-        return settings.compress == "auto" and not self.compress and settings.transport != "nbd" and not settings.limit_rate
+        """Whether the network's speed decides on compression; a rate limit is for uncompressed bytes."""
+        asked = self.settings
+        return asked.compress == "auto" and not self.compress and asked.transport != "nbd" and not asked.limit_rate
 
     @property
     def new_image(self) -> DiskImage:
@@ -983,7 +1009,7 @@ class DiskJob:
 
 @dataclass(frozen=True)
 class Moved:
-    """A copied disk: bytes of data, those received in the last attempt, the digest of both ends (empty if not verified)."""
+    """A copied disk: bytes of data, those received in the last attempt, digest of both ends (empty: not verified)."""
 
     held: int
     sent: int
@@ -997,9 +1023,12 @@ class Moved:
 
 def over_quota(limits: Mapping[str, int], flavor: Flavor) -> list[str]:
     """Which quotas one more instance would exceed; limits by Nova's names, -1: none."""
-    rows = (("Instances", "Instances", "instances", 1), ("Cores", "Cores", "cores", flavor.vcpus), ("RAMSize", "RAM", "MiB of RAM", flavor.ram))
-    told = [(limits.get(f"maxTotal{most}", -1), limits.get(f"total{used}Used", 0), what, need) for most, used, what, need in rows]
-    return [f"{used} of {most} {what} are used, {need} more are needed" for most, used, what, need in told if 0 <= most < used + need]
+    rows = (("Instances", "Instances", "instances", 1), ("Cores", "Cores", "cores", flavor.vcpus),
+            ("RAMSize", "RAM", "MiB of RAM", flavor.ram))
+    told = [(limits.get(f"maxTotal{most}", -1), limits.get(f"total{used}Used", 0), what, need)
+            for most, used, what, need in rows]
+    return [f"{used} of {most} {what} are used, {need} more are needed"
+            for most, used, what, need in told if 0 <= most < used + need]
 
 
 def pick_view(source: Disk, fresh: Disk, bases_equal: bool) -> tuple[bool, str]:
@@ -1007,7 +1036,8 @@ def pick_view(source: Disk, fresh: Disk, bases_equal: bool) -> tuple[bool, str]:
     source_format, fresh_format = source.top.format, fresh.top.format
     rules = (  # the first that holds
         (source_format == fresh_format == "raw", True, "both disks are raw"),
-        (not source_format == fresh_format == "qcow2", False, f"the source is {source_format}, the destination {fresh_format}"),
+        (not source_format == fresh_format == "qcow2", False,
+         f"the source is {source_format}, the destination {fresh_format}"),
         (len(source.chain) == len(fresh.chain) == 1, True, "both disks are qcow2 without a base"),
         (len(source.chain) > 2 or len(fresh.chain) > 2, False, "a chain has more than one base"),
         (not source.base or not fresh.base, False, "only one of the disks has a base"),
@@ -1067,7 +1097,9 @@ def in_order(moves: Sequence[Move], hosts: Iterable[ComputeHost]) -> list[Move]:
     free, waiting, ordered = {host.name: dict(host.free) for host in hosts}, list(moves), list[Move]()
     while waiting:
         if not (move := next((move for move in waiting if not too_little(move, free[move.to])), None)):
-            told = ", ".join(f"{move.server.name} to {move.to} (too little {', '.join(too_little(move, free[move.to]))})" for move in waiting)
+            told = ", ".join(
+                f"{move.server.name} to {move.to} (too little {', '.join(too_little(move, free[move.to]))})"
+                for move in waiting)
             raise Refused(f"none of these moves has room to begin: {told}", "leave one out, or make room on a host")
         waiting.remove(move)
         ordered.append(move)
