@@ -1129,7 +1129,8 @@ def stamp() -> str:
 
 def printable(line: str) -> str:
     """A line with control characters escaped."""
-    return "".join(sign if sign.isprintable() else " " if sign == "\n" else sign.encode("unicode_escape").decode() for sign in line)
+    return "".join(sign if sign.isprintable() else " " if sign == "\n" else sign.encode("unicode_escape").decode()
+        for sign in line)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -1219,7 +1220,8 @@ class Screen:
 
         has_bar = self.is_terminal and not self.quiet
         tell = LogProgress(self.record if has_bar else self.note, total)
-        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, file=self.stream, dynamic_ncols=True, disable=not has_bar,
+        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, file=self.stream, dynamic_ncols=True,
+                  disable=not has_bar,
                   bar_format="  {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} left]") as bar:
             def show(done: int) -> None:
                 bar.update(done - bar.n)
@@ -1255,7 +1257,8 @@ ELSEWHERE: Final = "name another folder in STATE_FOLDER"
 
 def state_folder(settings: Settings, environment: Mapping[str, str], *, to_write: bool = True) -> Path:
     """The folder of journals and locks, made for this user alone if it is missing. Raises UsageError."""
-    folder = Path(settings.state_folder or Path(environment.get("XDG_STATE_HOME") or "~/.local/state", "migrena")).expanduser()
+    folder = Path(
+        settings.state_folder or Path(environment.get("XDG_STATE_HOME") or "~/.local/state", "migrena")).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if to_write and not os.access(folder, os.W_OK | os.X_OK):
@@ -1283,7 +1286,8 @@ def parse_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
             if number == len(lines):
                 break
             raise UsageError(f"{path}, line {number}: this is not a journal's line, and others follow it",
-                             "to undo its run without it, move the file away, then: ./migrena.py rollback --run-of SRC_UUID") from None
+                "to undo its run without it, move the file away, then: "
+                "./migrena.py rollback --run-of SRC_UUID") from None
         entries.append(entry)
         whole += len(line)
     return entries, whole
@@ -1315,7 +1319,8 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             self.is_broken = True
-            raise StateError(f"the journal {self.path} can no longer be written: {error}", "free space there, then run it again") from error
+            raise StateError(f"the journal {self.path} can no longer be written: {error}",
+                "free space there, then run it again") from error
 
     @contextmanager
     def act(self, act: str, **facts: object) -> Iterator[dict[str, object]]:
@@ -1393,7 +1398,7 @@ def only_run_of(folder: Path, source: str, run: str) -> Iterator[None]:
     """Holds the lock on a source; raises Refused while another run on this machine holds it."""
     if not source:  # killed before its first line was complete, or the file was emptied
         raise Refused(f"the journal of run {run} does not name a source: nothing was begun, or somebody emptied it",
-                      "./migrena.py rollback --run-of SRC_UUID uses the marks in Nova; if there are none, delete the journal")
+            "./migrena.py rollback --run-of SRC_UUID uses the marks in Nova; if there are none, delete the journal")
     for _ in range(6):  # status takes a lock for a moment to test it
         with flocked(folder / f"source-{source}.lock", f"{os.getpid()} {run}\n") as is_ours:
             if is_ours:
@@ -1511,7 +1516,8 @@ class RunRecord:
         return self._told(act, "request")
 
     def _told(self, act: str, fact: str) -> str:
-        return next((str(known.facts[fact]) for known in reversed(self.acts) if known.name == act and fact in known.facts), "")
+        return next((str(known.facts[fact]) for known in reversed(self.acts)
+            if known.name == act and fact in known.facts), "")
 
 
 def read_run(folder: Path, run: str, *, is_ours: bool = False) -> RunRecord:
@@ -1529,7 +1535,8 @@ def record_of(run: str, entries: Sequence[dict[str, Any]]) -> RunRecord:
     return RunRecord(
         run, str(end.get("result", "killed")), str(facts.get("at", "")), facts, _acts(entries), job=last.get("job", {}),
         arrived=tuple((entry["offset"], entry["length"]) for entry in entries if entry["event"] == "chunk"),
-        done=next((entry["done"] for entry in reversed(entries) if "done" in entry), 0), total=last.get("progress", {}).get("total", 0),
+        done=next((entry["done"] for entry in reversed(entries) if "done" in entry), 0),
+        total=last.get("progress", {}).get("total", 0),
         rate=_rate(entries), retries=sum(entry["event"] == "retry" for entry in entries),
         error=str(end.get("error", "")), left=tuple(end.get("left", ())), is_undoing="rollback" in last)
 
@@ -1584,17 +1591,19 @@ def still_to_write(folder: Path, run: str, host: str) -> int:
     for other in {run, *running} - {""}:
         with suppress(UsageError, OSError):
             entries = parse_journal(folder / f"{other}.jsonl")[0]
-            need = next((entry for entry in reversed(entries) if entry["event"] == "space" and entry["host"] == host), None)
+            need = next((one for one in reversed(entries) if one["event"] == "space" and one["host"] == host), None)
             if need and not record_of(other, entries).has_done("copy"):
-                asked[other] = need["at"], int(need["need"]) - max((entry["done"] for entry in entries if "done" in entry), default=0)
-    return sum(max(0, rest) for other, (at, rest) in asked.items() if other != run and (at, other) < (asked[run][0], run))
+                asked[other] = need["at"], int(need["need"]) - max(
+                    (one["done"] for one in entries if "done" in one), default=0)
+    return sum(max(0, rest) for other, (at, rest) in asked.items()
+        if other != run and (at, other) < (asked[run][0], run))
 
 
 def lines_of_runs(folder: Path, event: str) -> Iterator[dict[str, Any]]:
     """All journals' lines of this event, the last first."""
     for run in known_runs(folder):
         with suppress(UsageError):
-            yield from (entry for entry in reversed(parse_journal(folder / f"{run}.jsonl")[0]) if entry["event"] == event)
+            yield from (one for one in reversed(parse_journal(folder / f"{run}.jsonl")[0]) if one["event"] == event)
 
 
 def last_rate(folder: Path, clouds: Sequence[str]) -> float:
@@ -1626,12 +1635,14 @@ class Undo:
         self.has_begun, self._steps = False, []  # used once per image
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+            trace: TracebackType | None) -> None:
         self.has_begun, is_undone = True, bool(kind) and not isinstance(error, Kept)
         if isinstance(error, Kept):
             self.keep(error)
         if is_undone and self._steps:
-            self.screen.say(f"Undo: {error}" if isinstance(error, Interrupted) else "The run failed; undo.", always=True)
+            self.screen.say(
+                f"Undo: {error}" if isinstance(error, Interrupted) else "The run failed; undo.", always=True)
         for what, action, is_cleanup in reversed(self._steps):
             if is_undone or is_cleanup:
                 if kind:
@@ -1704,7 +1715,7 @@ def in_parallel(one: Callable[[], T], other: Callable[[], S]) -> tuple[T, S]:
 # Annotations and docstrings are not sent.
 PYTHON: Final = ("python3", "-ISc")  # isolated mode, without site packages, which start slowly
 OWN_TEXT: Final = Path(__file__).read_text(encoding="utf-8")  # as it is now: the file may be replaced while a run lasts
-PARSING: Final = threading.Lock()  # two threads at once: "SystemError: AST constructor recursion depth mismatch" [seen, Python 3.11]
+PARSING: Final = threading.Lock()  # two at once: "SystemError: AST constructor recursion depth mismatch" [seen, 3.11]
 
 
 class Bare(ast.NodeTransformer):
@@ -1727,7 +1738,8 @@ def program(entry: Callable[..., None]) -> str:
     section = "#" + OWN_TEXT.partition(". Programs --")[2].partition("\n# ----")[0]
     with PARSING:
         tree = ast.parse(section)
-    parts = {ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else node.name: node for node in Bare().visit(tree).body}
+    parts = {ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else node.name: node
+        for node in Bare().visit(tree).body}
     names, more = set[str](), {entry.__name__, "sys"}
     while more:
         names |= more
@@ -2041,7 +2053,7 @@ def tell_digests(disk: AnyDisk, touched: set[int] | None, rate: int) -> None:
 
 
 def bring(disk: AnyDisk, new: NewFile | ExportClient, wanted: Sequence[Sequence[int]], rate: int) -> None:
-    """Makes `new` equal to a disk at these extents, to be kept by its medium; prints how far it is, as qemu-img does."""
+    """Makes `new` equal to a disk at these extents, to be kept by its medium; prints progress as qemu-img does."""
     extents = ((at, min(MiB, start + count - at)) for start, count in wanted for at in range(start, start + count, MiB))
     room, pace, total = memoryview(mmap.mmap(-1, MiB)), Pace(rate), sum(count for _, count in wanted)
     told = pace.began
@@ -2219,7 +2231,7 @@ def squeeze(role: str, pidfile: str, near: str, folder: str, address: str, port:
 
 
 def contained(where: str, tool: str, *words: str) -> None:
-    """Becomes a tool in a container: `where` has the words that enter it, and pairs of a folder there and outside. Paths are told as outside."""
+    """Becomes a container's tool, with outside paths; `where`: words to enter it, pairs of paths there and outside."""
     enter, *folders = json.loads(where)
 
     def told(text: str, pairs: list[tuple[str, str]]) -> str:
@@ -2232,16 +2244,17 @@ def contained(where: str, tool: str, *words: str) -> None:
     if tool != "virsh" and words[0] != "info":
         os.execvp(command[0], command)
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE)
-    sys.stdout.buffer.write(told(done.stdout.decode("utf-8", "surrogateescape"), folders).encode("utf-8", "surrogateescape"))
+    sys.stdout.buffer.write(
+        told(done.stdout.decode("utf-8", "surrogateescape"), folders).encode("utf-8", "surrogateescape"))
     sys.exit(done.returncode)
 
 
 # ---- 7. Host ---------------------------------------------------------------------------------------------------------
 
-# A lease ties a process to our SSH channel, its standard input: we send a dot every few seconds, and when the dots end (end
-# of the scope, kill -9 of migrena, a lost network) the process is killed by its pid; also when a command of `hold` fails.
-# A lease that ends by itself prints a zero byte and waits until the dots end: a dot sent to a closed channel would make
-# sshd close the whole connection ("packet referred to nonexistent channel").
+# A lease ties a process to our SSH channel, its standard input: we send a dot every few seconds, and when the dots end
+# (end of the scope, kill -9 of migrena, a lost network) the process is killed by its pid; also when a command of `hold`
+# fails. A lease that ends by itself prints a zero byte and waits until the dots end: a dot sent to a closed channel
+# would make sshd close the whole connection ("packet referred to nonexistent channel").
 HOLD: Final = """
 hold() { while [ "$(timeout 60 head -c 1)" = . ]; do "$@" || return; done; }
 trap 'status=$?; printf "\\000"; hold; exit "$status"' EXIT
@@ -2281,7 +2294,8 @@ for n in $(seq 80); do
   [ "$n" != 40 ] || kill -9 "$pid" 2>/dev/null
   sleep 0.05
 done
-kill -s KILL -- "-$pid" 2>/dev/null  # nbd-server's group: before 3.27 a child loops forever when a TLS client disconnects
+kill -s KILL -- "-$pid" 2>/dev/null  # nbd-server's group: before 3.27 a child loops forever \
+when a TLS client disconnects
 exit 0
 """
 
@@ -2299,12 +2313,14 @@ rm -rf -- "$folder"
 
 LEASED_TOOLS: Final = LEASED_FOLDER.replace("/run /tmp", "/tmp /var/tmp /root")  # /run is often mounted noexec
 TOOLS: Final = 'cd -- "$1" && cat > virsh && chmod 700 virsh && ln -s virsh qemu-img && ln -s virsh qemu-nbd'
-# The words by which a container's files are entered; $@ is the operator's prefix. Its processes are to be ours, to be ended with us, and to
-# keep the sockets that they are given, which an exec of docker or podman does not do: so we go by one of its processes instead.
+# The words by which a container's files are entered; $@ is the operator's prefix. Its processes are to be ended with us
+# and to keep the sockets given to them, unlike those of docker or podman exec: we go by one of its processes instead.
 CONTAINER: Final = """
 files=$("$@" readlink /proc/self/ns/mnt) || exit
-"$@" sh -c 'for tool in virsh qemu-img qemu-nbd; do command -v "$tool" >/dev/null || { echo "it has no $tool" >&2; exit 1; }; done' || exit
-[ "$("$@" stat -c %d:%i /run)" = "$(stat -c %d:%i /run)" ] || { echo "it does not share the /run of its host" >&2; exit 1; }
+"$@" sh -c 'for tool in virsh qemu-img qemu-nbd; do command -v "$tool" >/dev/null || \
+{ echo "it has no $tool" >&2; exit 1; }; done' || exit
+[ "$("$@" stat -c %d:%i /run)" = "$(stat -c %d:%i /run)" ] || \
+{ echo "it does not share the /run of its host" >&2; exit 1; }
 [ "$files" != "$(readlink /proc/self/ns/mnt)" ] || { printf "%s\n" "$@"; exit; }
 for pid in $(ls /proc | grep -x "[0-9]*" | sort -n); do
   [ "$(readlink "/proc/$pid/ns/mnt")" != "$files" ] || { printf "%s\n" nsenter -m -t "$pid" --; exit; }
@@ -2314,7 +2330,8 @@ exit 1
 """
 
 READ_ALL_INPUT: Final = '"$@"; status=$?; cat >/dev/null; exit "$status"'  # a command whose input is read to its end
-PRIVATE_FILES: Final = 'umask 077; cd -- "$1" || exit; shift; while [ $# -gt 0 ]; do head -c "$2" > "$1" || exit; shift 2; done'
+PRIVATE_FILES: Final = (
+    'umask 077; cd -- "$1" || exit; shift; while [ $# -gt 0 ]; do head -c "$2" > "$1" || exit; shift 2; done')
 LACKING: Final = """
 has() { command -v "$1" >/dev/null; }
 for tool; do has "$tool" || echo "$tool"; done
@@ -2326,11 +2343,12 @@ option=driver=blkdebug,image.driver=null-co,image.size=512,unshare-child-perms.0
 # What the login shell runs; $1 is the command, `escaped`. Output before BEGIN_MARK, on both streams, is a banner.
 BEGIN_MARK: Final = b"--- migrena begins ---\n"
 BEGIN_COMMAND: Final = 'm="--- migrena begins ---"; echo "$m"; echo "$m" >&2; eval "exec $(printf %b "$1")"'
-FAR: Final = 0.02  # seconds that a distant host takes to open a channel: there the next command's is opened ahead, a round trip less to wait for
+FAR: Final = 0.02  # seconds to open a channel; on a host that takes longer the next command's is opened ahead
 MAX_CONNECTIONS: Final = 16  # connections to one host; a copy runs fewer commands at a time
 
 DIAL_LIMIT: Final = 15.0  # seconds for retries, less than one timeout
-DROPPED: Final = ("SSH protocol banner", "kex_exchange_identification", "Connection reset by peer")  # by paramiko, a jump host, the kernel
+DROPPED: Final = (  # by paramiko, a jump host, the kernel
+    "SSH protocol banner", "kex_exchange_identification", "Connection reset by peer")
 RSA_SHA2: Final = ("rsa-sha2-512", "rsa-sha2-256")
 
 
@@ -2370,7 +2388,8 @@ def dial_once(target: Target) -> tuple[paramiko.SSHClient, ExitStack]:
             scope = stack.pop_all()
         return client, scope
     except socket.gaierror as error:
-        raise HostError(f"{name}: {target.host} does not resolve", f"add HOSTS = {{'{name}': 'ADDRESS'}} to config.py") from error
+        raise HostError(
+            f"{name}: {target.host} does not resolve", f"add HOSTS = {{'{name}': 'ADDRESS'}} to config.py") from error
     except paramiko.BadHostKeyException as error:
         known = shlex.join(["-f", target.known_hosts[0], "-R", error.hostname])
         raise HostError(f"{name}: the host key of {target} has changed",
@@ -2378,7 +2397,7 @@ def dial_once(target: Target) -> tuple[paramiko.SSHClient, ExitStack]:
     except (paramiko.SSHException, EOFError, OSError, subprocess.TimeoutExpired) as error:
         if isinstance(error, paramiko.AuthenticationException) or "No authentication methods" in str(error):
             raise HostError(f"{name}: {target} refuses the key of user {target.user}: {error}",
-                            "set user and key in HOSTS, SSH_USER and SSH_KEY, or load the key into the agent") from error
+                "set user and key in HOSTS, SSH_USER and SSH_KEY, or load the key into the agent") from error
         raise HostError(f"{name}: no SSH connection to {target}: {error}", "check address and port in HOSTS") from error
 
 
@@ -2388,7 +2407,8 @@ def proxied(command: str) -> Iterator[socket.socket]:
     ours, theirs = socket.socketpair()
     words = shlex.split(command)  # in its own session: Ctrl-C must not end the connection, which undoing needs
     pipe = theirs.fileno()
-    with tempfile.TemporaryFile() as said, subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=said, start_new_session=True) as process:
+    with tempfile.TemporaryFile() as said, subprocess.Popen(words, stdin=pipe, stdout=pipe,
+            stderr=said, start_new_session=True) as process:
         theirs.close()
         try:
             yield ours
@@ -2396,7 +2416,8 @@ def proxied(command: str) -> Iterator[socket.socket]:
             ours.close()
             if process.wait(10):
                 said.seek(0)
-                raise HostError(f"`{shorten(command)}`: {shorten(said.read().decode(errors='replace'))}", "check the jump host with ssh") from error
+                raise HostError(f"`{shorten(command)}`: {shorten(said.read().decode(errors='replace'))}",
+                    "check the jump host with ssh") from error
             raise
         finally:
             ours.close()
@@ -2412,18 +2433,21 @@ class Target:
         alias, key = entry.address or name, entry.key or settings.ssh_key
         found = _ssh_lookup(path, alias)
         known = [*found.get("userknownhostsfile", "~/.ssh/known_hosts").split(), "/etc/ssh/ssh_known_hosts"]
-        self.name, self.host, self.port = name, found.get("hostname", alias), entry.port or settings.ssh_port or int(found.get("port", 22))
+        self.name, self.host, self.port = name, found.get("hostname", alias), entry.port or settings.ssh_port or int(
+            found.get("port", 22))
         self.user = entry.user or settings.ssh_user or found.get("user", "root")
         self.keys: Any = [str(Path(key).expanduser())] if key else found.get("identityfile", [])
         self.use_agent = not key and found.get("identitiesonly", "no") != "yes"
-        self.known_hosts = [str(Path(path).expanduser()) for path in ([settings.known_hosts] if settings.known_hosts else known)]
+        self.known_hosts = [str(Path(path).expanduser())
+            for path in ([settings.known_hosts] if settings.known_hosts else known)]
         self.disabled: Any = None  # algorithms, as paramiko takes them
         self.proxy = found.get("proxycommand", "none")  # a command that replaces the TCP connection
         if (jumps := found.get("proxyjump", "none")) != "none":  # left to ssh itself
             _refuse_loop(path, alias)
             *before, last = jumps.split(",")
-            self.proxy = shlex.join(["ssh", "-F", str(path), "-o", "BatchMode=yes", *(["-J", ",".join(before)] if before else []),
-                                     "-W", f"[{self.host}]:{self.port}", f"ssh://{last.removeprefix('ssh://')}"])
+            self.proxy = shlex.join([
+                "ssh", "-F", str(path), "-o", "BatchMode=yes", *(["-J", ",".join(before)] if before else []),
+                "-W", f"[{self.host}]:{self.port}", f"ssh://{last.removeprefix('ssh://')}"])
 
     def __str__(self) -> str:
         return f"{self.host} port {self.port}"
@@ -2451,7 +2475,7 @@ class Target:
         transport = _transport(client)
         transport.set_keepalive(15)
         if isinstance(link := transport.sock, socket.socket) and link.family != socket.AF_UNIX:
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each command waits 40 ms for an acknowledgement
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else commands wait 40 ms for acknowledgement
         return client
 
     def _takes_only_sha1(self, client: paramiko.SSHClient, error: Exception) -> bool:
@@ -2477,8 +2501,9 @@ class Target:
 
     def missing_host_key(self, client: object, hostname: str, key: paramiko.PKey) -> NoReturn:
         """Called by paramiko for an unknown host key: refuses it and names the command that accepts it."""
-        raise HostError(f"{self}: the host key ({key.get_name()} {key.fingerprint}) is not known", "compare it on the host, then: "
-                        f"ssh-keyscan -p {self.port} {shlex.quote(self.host)} >> {shlex.quote(self.known_hosts[0])}")
+        raise HostError(f"{self}: the host key ({key.get_name()} {key.fingerprint}) is not known",
+            "compare it on the host, then: "
+            f"ssh-keyscan -p {self.port} {shlex.quote(self.host)} >> {shlex.quote(self.known_hosts[0])}")
 
 
 def _ssh_lookup(path: Path, alias: str) -> dict[str, Any]:
@@ -2498,7 +2523,8 @@ def _refuse_loop(path: Path, alias: str) -> None:
         first = jumps.split(",")[0].removeprefix("ssh://").rpartition("@")[2]
         passed.append(first if first.startswith("[") else first.partition(":")[0])
         if passed[-1] in passed[:-1]:
-            raise UsageError(f"{path}: ProxyJump is circular: {' -> '.join(passed)}", "one of them must be reached without a jump host")
+            raise UsageError(f"{path}: ProxyJump is circular: {' -> '.join(passed)}",
+                "one of them must be reached without a jump host")
 
 
 def _transport(client: paramiko.SSHClient) -> paramiko.Transport:
@@ -2510,7 +2536,8 @@ def _transport(client: paramiko.SSHClient) -> paramiko.Transport:
 
 def escaped(command: str) -> bytes:
     """A command for printf's %b, without characters that csh or fish interpret within single quotes."""
-    return re.sub(rb"[\0-\x1f\x7f'!\\]", lambda sign: b"\\0%03o" % ord(sign[0]), command.encode("utf-8", "surrogateescape"))
+    return re.sub(rb"[\0-\x1f\x7f'!\\]", lambda sign: b"\\0%03o" % ord(sign[0]),
+        command.encode("utf-8", "surrogateescape"))
 
 
 def open_channel(client: paramiko.SSHClient) -> paramiko.Channel | None:
@@ -2521,7 +2548,8 @@ def open_channel(client: paramiko.SSHClient) -> paramiko.Channel | None:
     try:
         return transport.open_session(timeout=START_TIMEOUT)
     except paramiko.SSHException as error:  # if two are refused at once, paramiko gives the reason to one only
-        if isinstance(error, paramiko.ChannelException) or (str(error) == "Unable to open channel." and transport.is_active()):
+        if isinstance(error, paramiko.ChannelException) or (str(error) == "Unable to open channel."
+                and transport.is_active()):
             return None
         raise
 
@@ -2556,7 +2584,8 @@ class Host:
         finally:
             self._prefix = prefix
         self._is_root = user == "0"
-        self.nbd_address = self._entry.nbd_address or (seen[2] if len(seen) == 4 else str(_transport(self._links[0][0]).getpeername()[0]))
+        self.nbd_address = self._entry.nbd_address or (
+            seen[2] if len(seen) == 4 else str(_transport(self._links[0][0]).getpeername()[0]))
 
     def disk_of(self, id: str) -> str:
         """Where an instance's disk should lie; DISK_PATH may be as a container has it."""
@@ -2577,7 +2606,7 @@ class Host:
         self._prefix = ("sudo", "-n")
 
     def enter_container(self) -> None:
-        """Has virsh, qemu-img and qemu-nbd found where HOSTS has a prefix, with the paths as they are there; raises HostError."""
+        """Has virsh, qemu-img and qemu-nbd found where HOSTS has a prefix, with paths as there; raises HostError."""
         entry = self._entry
         if not entry.prefix:
             return
@@ -2590,7 +2619,8 @@ class Host:
             tools = ("env", f"PATH={folder}:{self.run('printenv', 'PATH').strip()}")
             self.run(*tools, "qemu-img", "--version")
         except CommandError as error:
-            raise HostError(f"{self.name}: the container is not reached by {entry.prefix!r}: {error.said}", "correct prefix in HOSTS") from error
+            raise HostError(f"{self.name}: the container is not reached by {entry.prefix!r}: {error.said}",
+                "correct prefix in HOSTS") from error
         self._tools = tools
 
     def reconnect(self) -> None:
@@ -2611,11 +2641,11 @@ class Host:
     def run(self, *words: str, stdin: bytes = b"", seconds: float = 60.0) -> Answer:
         """A short command's output; raises CommandError, and HostError after `seconds` without output."""
         fed = ("sh", "-c", READ_ALL_INPUT, "migrena") if stdin else ()
-        process = self._start(words, (*fed, "timeout", "-k", "5", str(seconds)), form="{}" if stdin else "{} </dev/null")
+        remote = self._start(words, (*fed, "timeout", "-k", "5", str(seconds)), form="{}" if stdin else "{} </dev/null")
         if stdin:
-            process.feed(stdin)
-        answer = process.answer(seconds + 15)
-        process.drop()
+            remote.feed(stdin)
+        answer = remote.answer(seconds + 15)
+        remote.drop()
         return answer
 
     def script(self, script: str, *values: str, stdin: bytes = b"") -> Answer:
@@ -2625,14 +2655,15 @@ class Host:
     def succeeds(self, *words: str) -> bool:
         return does_succeed(lambda: self.run(*words))
 
-    def work(self, *words: str, stall: float, on_output: Callable[[str], None] = lambda said: None, given: Sequence[str] = ()) -> Answer:
-        """A long command's output (no zero bytes), under a lease; `on_output` gets it as it comes. Killed after `stall` s without output."""
+    def work(self, *words: str, stall: float, on_output: Callable[[str], None] = lambda said: None,
+            given: Sequence[str] = ()) -> Answer:
+        """A long command's output (no zero bytes), also to `on_output`; leased, killed after `stall` s without any."""
         with self.lease(LEASED_COMMAND, *words, given=given) as lease:
             return lease.answer(stall, on_output)
 
     @contextmanager
     def lease(self, script: str, *words: str, given: Sequence[str] = ()) -> Iterator[Lease]:
-        """A script that keeps a command running while the scope and our channel last; its arguments are `given`, then the words."""
+        """A script that runs a command while the scope and our channel last; arguments: `given`, then the words."""
         with ExitStack() as stack:
             with defer_signals():
                 lease = self._start(words, ("sh", "-c", script, "migrena", *given), is_held=True)
@@ -2835,7 +2866,7 @@ class Lease:
         return part
 
     def answer(self, seconds: float, on_output: Callable[[str], None] = lambda said: None) -> Answer:
-        """All its output, `on_output` gets it as it comes; raises CommandError, and HostError after `seconds` without output."""
+        """All output, to `on_output` as it comes; raises CommandError, and HostError after `seconds` without any."""
         printed = bytearray()
         while part := self._read(seconds):
             printed += part
@@ -2868,7 +2899,7 @@ class Lease:
         return (banner + self._stderr.rpartition(BEGIN_MARK)[2]).decode(errors="replace").strip()
 
     def check(self, *, is_running: bool = False) -> None:
-        """Raises CommandError if it failed, or ended although it `is_running`; HostError if it timed out or the connection broke."""
+        """Raises CommandError if it failed, or ended though `is_running`; HostError on timeout or lost connection."""
         if is_running:
             if not self._channel.exit_status_ready() and not self._channel.recv_ready():
                 return
@@ -2883,8 +2914,8 @@ class Lease:
                 raise EOFError(getattr(self._channel.transport, "saved_exception", None) or "the other side ended it")
         said = self._error_output()
         if not self._has_begun:
-            raise HostError(f"{self._host.name}: the login shell did not run {quoted(self._words)}, output: {shorten(said) or 'nothing'}",
-                            "name a user whose shell runs commands, in HOSTS or SSH_USER")
+            raise HostError(f"{self._host.name}: the login shell did not run {quoted(self._words)}, "
+                f"output: {shorten(said) or 'nothing'}", "name a user whose shell runs commands, in HOSTS or SSH_USER")
         if status != 0 or is_running:
             raise CommandError(self._host.name, self._words, status, said)
 
