@@ -2983,7 +2983,8 @@ def _is_text(value: object) -> bool:
 
 def _is_nic(nic: object) -> bool:  # novaclient silently drops unknown keys
     return (isinstance(nic, dict) and nic.keys() <= {"net-id", "port-id", "tag", "v4-fixed-ip", "v6-fixed-ip"}
-            and all(map(_is_text, nic.values())) and any(re.fullmatch(UUID_FORM, nic.get(key, "")) for key in ("net-id", "port-id")))
+            and all(map(_is_text, nic.values()))
+            and any(re.fullmatch(UUID_FORM, nic.get(key, "")) for key in ("net-id", "port-id")))
 
 
 def _is_list(value: object, of: Callable[[object], bool] = _is_text) -> bool:
@@ -2996,13 +2997,16 @@ EXTRA_FORMS: Final[Mapping[tuple[str, ...], tuple[Callable[[Any], bool], str]]] 
                 "'auto', 'none' or a list as [{'net-id': 'ID'}]; also port-id, v4-fixed-ip, v6-fixed-ip and tag"),
     ("meta",): (lambda value: isinstance(value, dict) and _is_list([*value, *filter(None, value.values())]),
                 "a dictionary of strings of up to 255 characters"),
-    ("userdata",): (lambda value: isinstance(value, str) and len(value.encode()) < 49150, "a string of up to 49149 bytes"),
+    ("userdata",): (
+        lambda value: isinstance(value, str) and len(value.encode()) < 49150, "a string of up to 49149 bytes"),
     ("security_groups", "tags"): (_is_list, "a list of names"),
-    ("key_name", "availability_zone", "host", "hypervisor_hostname", "hostname"): (_is_text, "a string of up to 255 characters"),
+    ("key_name", "availability_zone", "host", "hypervisor_hostname", "hostname"): (
+        _is_text, "a string of up to 255 characters"),
     ("scheduler_hints", "files"): (lambda value: isinstance(value, dict), "a dictionary"),
 }
 
-SHOWN: Final = ("nics", "security_groups", "availability_zone", "key_name", "config_drive", "host", "hypervisor_hostname")  # no secrets
+SHOWN: Final = (  # no secrets
+    "nics", "security_groups", "availability_zone", "key_name", "config_drive", "host", "hypervisor_hostname")
 
 
 def check_extra(extra: Mapping[str, Any]) -> None:
@@ -3014,7 +3018,8 @@ def check_extra(extra: Mapping[str, Any]) -> None:
         if name in OWN_ARGUMENTS:
             raise UsageError(f"-e: {name} is not allowed: migrena makes one instance from one image")
         if name not in known:
-            raise UsageError(f"-e: Nova's create has no argument {name!r}{did_you_mean(name, known)}", f"known: {', '.join(sorted(known))}")
+            raise UsageError(f"-e: Nova's create has no argument {name!r}{did_you_mean(name, known)}",
+                f"known: {', '.join(sorted(known))}")
         for names, (is_taken, form) in EXTRA_FORMS.items():
             if name in names and value is not None and not is_taken(value):
                 raise UsageError(f"-e: {name} must be {form}")
@@ -3039,7 +3044,8 @@ class ImageStore:
     def all(self, *ids: str) -> list[Image]:
         """All images that Glance lists, also hidden ones, and those with these ids, which it may not list."""
         with self._translating("list images"):
-            found = {raw["id"]: Image.of(dict(raw)) for only in ({}, {"os_hidden": "true"}) for raw in self._images.list(filters=only)}
+            found = {raw["id"]: Image.of(dict(raw)) for only in ({}, {"os_hidden": "true"})
+                for raw in self._images.list(filters=only)}
         further = (self.one(id) for id in ids if id not in found and re.fullmatch(UUID_FORM, id))
         return [*found.values(), *filter(None, further)]
 
@@ -3105,10 +3111,13 @@ class Service:
 
         try:
             yield
-        except (auth.ClientException, nova.ClientException, glance.ClientException, glance.BaseException, requests.RequestException) as error:
-            said, code = shorten(str(error)) or type(error).__name__, getattr(error, "http_status", None) or getattr(error, "code", None)
+        except (auth.ClientException, nova.ClientException, glance.ClientException, glance.BaseException,
+                requests.RequestException) as error:
+            said, code = shorten(str(error)) or type(error).__name__, getattr(error, "http_status", None) or getattr(
+                error, "code", None)
             if isinstance(error, auth.Unauthorized):
-                raise self.error(f"{self.url} refuses the credentials: {said}", "check user, password, project and domains", 401) from error
+                raise self.error(f"{self.url} refuses the credentials: {said}",
+                    "check user, password, project and domains", 401) from error
             if isinstance(error, auth.EndpointNotFound):
                 raise self.error(said, "check region_name and interface in the credentials") from error
             if not isinstance(code, int):
@@ -3127,7 +3136,7 @@ class Service:
                 return answer
             except CloudError as error:
                 now = time.monotonic()
-                self._failing_since = (self._failing_since or now) if error.is_temporary else 0.0  # any other error is an answer
+                self._failing_since = (self._failing_since or now) if error.is_temporary else 0.0  # others are answers
                 if error.code == 409:
                     conflict = conflict or now
                 elif not error.is_temporary:
@@ -3167,7 +3176,7 @@ class Compute(Service):
 
     def servers(self, **search: object) -> list[Server]:
         """The project's instances that match this search."""
-        found = self.retrying("list servers", lambda: self._nova.servers.list(search_opts=search, limit=-1))  # -1: all pages
+        found = self.retrying("list servers", lambda: self._nova.servers.list(search_opts=search, limit=-1))  # -1: all
         return [self.read(raw.to_dict()) for raw in found]
 
     @cached_property
@@ -3177,22 +3186,25 @@ class Compute(Service):
     def read(self, raw: Mapping[str, Any]) -> Server:
         told = {key.rpartition(":")[2]: value for key, value in raw.items() if value}  # without OS-EXT-STS: etc.
         return Server(
-            id=raw["id"], name=raw["name"], status=raw["status"], task=told.get("task_state", ""), power=int(told.get("power_state", 0)),
-            host=told.get("host", ""), hypervisor=told.get("hypervisor_hostname", ""), locked="locked" in told,
-            lock_reason=told.get("locked_reason", ""), metadata=told.get("metadata", {}), image=told.get("image", {}).get("id", ""),
-            flavor=self._flavor_of(told.get("flavor", {})), volumes=tuple(volume["id"] for volume in told.get("volumes_attached", ())),
+            id=raw["id"], name=raw["name"], status=raw["status"], task=told.get("task_state", ""),
+            power=int(told.get("power_state", 0)), host=told.get("host", ""),
+            hypervisor=told.get("hypervisor_hostname", ""), locked="locked" in told,
+            lock_reason=told.get("locked_reason", ""), metadata=told.get("metadata", {}),
+            image=told.get("image", {}).get("id", ""), flavor=self._flavor_of(told.get("flavor", {})),
+            volumes=tuple(volume["id"] for volume in told.get("volumes_attached", ())),
             config_drive="config_drive" in told, fault=told.get("fault", {}).get("message", ""),
             key=told.get("key_name", ""),
-            fixed_addresses=frozenset(entry["addr"] for entries in told.get("addresses", {}).values() for entry in entries
-                                      if entry.get("OS-EXT-IPS:type", "fixed") == "fixed"),
+            fixed_addresses=frozenset(entry["addr"] for entries in told.get("addresses", {}).values()
+                                      for entry in entries if entry.get("OS-EXT-IPS:type", "fixed") == "fixed"),
         )
 
     def _flavor_of(self, raw: Mapping[str, Any]) -> Flavor:
         if "vcpus" not in raw:  # before microversion 2.47 there is only the flavor's id, and the flavor may be deleted
             return self._flavors.get(str(raw.get("id", "")), Flavor("", 0, 0, 0, 0, 0))
-        return Flavor(name=raw.get("original_name") or raw.get("name", ""), id=str(raw.get("id") or ""), vcpus=raw["vcpus"], ram=raw["ram"],
-                      disk=raw["disk"], ephemeral=raw.get("ephemeral", raw.get("OS-FLV-EXT-DATA:ephemeral")) or 0, swap=int(raw.get("swap") or 0),
-                      extra_specs=raw.get("extra_specs"))
+        return Flavor(
+            name=raw.get("original_name") or raw.get("name", ""), id=str(raw.get("id") or ""), vcpus=raw["vcpus"],
+            ram=raw["ram"], disk=raw["disk"], ephemeral=raw.get("ephemeral", raw.get("OS-FLV-EXT-DATA:ephemeral")) or 0,
+            swap=int(raw.get("swap") or 0), extra_specs=raw.get("extra_specs"))
 
     def flavors(self) -> list[Flavor]:
         with self.translating("list flavors"):
@@ -3207,12 +3219,14 @@ class Compute(Service):
         with suppress(CloudError), self.translating("show free resources"):
             for provider in self._placement("/resource_providers")["resource_providers"]:
                 path = f"/resource_providers/{provider['uuid']}"
-                taken = {id: one["resources"] for id, one in self._placement(f"{path}/allocations")["allocations"].items()}
+                taken = {id: one["resources"]
+                    for id, one in self._placement(f"{path}/allocations")["allocations"].items()}
                 used = sum(map(Counter, taken.values()), Counter[str]())
                 free = {name: int((entry["total"] - entry["reserved"]) * entry["allocation_ratio"]) - used[name]
                         for name, entry in self._placement(f"{path}/inventories")["inventories"].items()}
                 known[provider["name"]] = free, taken
-        return [ComputeHost(one.host, one.status == "enabled", one.state == "up", *known.get(node_of.get(one.host, ""), ())) for one in services]
+        return [ComputeHost(one.host, one.status == "enabled", one.state == "up",
+            *known.get(node_of.get(one.host, ""), ())) for one in services]
 
     def move(self, id: str, host: str) -> None:
         """Requests a live migration to a host, with the local disks unless they are shared."""
@@ -3229,13 +3243,14 @@ class Compute(Service):
         if not records:
             return None
         record = records[0].to_dict()
-        done, total = (sum(int(record.get(f"{what}_{kind}_bytes") or 0) for what in ("memory", "disk")) for kind in ("processed", "total"))
+        done, total = (sum(int(record.get(f"{what}_{kind}_bytes") or 0) for what in ("memory", "disk"))
+            for kind in ("processed", "total"))
         return min(done, total), total
 
     def last_migration(self, id: str, after: int = 0) -> tuple[int, str]:
         """Number and status of an instance's last live migration with a number above `after`, or (0, "")."""
         found = self.retrying(f"list migrations of server {id}",
-                                   lambda: self._nova_2_87.migrations.list(instance_uuid=id, migration_type="live-migration"))
+            lambda: self._nova_2_87.migrations.list(instance_uuid=id, migration_type="live-migration"))
         return max(((int(one.id), str(one.status)) for one in found if int(one.id) > after), default=(0, ""))
 
     def abort(self, id: str, migration: int) -> None:
@@ -3271,7 +3286,8 @@ class Cloud(Compute):
         opened.session.hooks["response"].append(self._count)
         opened.get(self.url, authenticated=False, raise_exc=False, timeout=min(KEYSTONE_TIMEOUT, patience))
         auth.get_access(opened)  # detects a wrong password now
-        region, interface = own.get("region_name"), str(own.get("interface", own.get("endpoint_type", "public"))).removesuffix("URL")
+        region, interface = own.get("region_name"), str(own.get(
+            "interface", own.get("endpoint_type", "public"))).removesuffix("URL")
         where: Any = {"region_name": region, "interface": interface}
         nova: Any = partial(nova_client.Client, session=opened, region_name=region, endpoint_type=interface)
         newest = api_versions.discover_version(nova("2.1"), api_versions.APIVersion("2.latest"))
@@ -3283,7 +3299,7 @@ class Cloud(Compute):
                          "project": str(opened.get_project_id() or "")}
 
     def find_server(self, id: str, *, is_patient: bool = True) -> Server | None:
-        """An instance as it is now, None if it does not exist; raises CloudError if these credentials may just not see it."""
+        """An instance as it is, None if there is none; raises CloudError if these credentials may just not see it."""
         with ignoring(404):
             return self.server_retrying(id) if is_patient else self.server(id)
         if self.sees_hosts():
@@ -3306,8 +3322,9 @@ class Cloud(Compute):
         return [server for server in self.servers(name=f"^{re.escape(name)}$") if server.name == name]
 
     def made_by(self, run: str, origin: str) -> list[Server]:
-        """The instances that a run made, by its marks, or without a run all made from `origin`; never `origin` itself."""
-        return [server for server in self.servers() if server.id != origin and (runs := {MADE, DONE} & server.metadata.keys()) and (
+        """Instances that a run made, by its marks, or without a run all made from `origin`; never `origin` itself."""
+        return [server for server in self.servers()
+            if server.id != origin and (runs := {MADE, DONE} & server.metadata.keys()) and (
             run in {server.metadata[key] for key in runs} if run else server.metadata.get(ORIGIN) == origin)]
 
     def sees_hosts(self) -> bool:
@@ -3357,7 +3374,7 @@ class Cloud(Compute):
             is_deleting = server.task == "deleting"
             if time.monotonic() > limit or (refused == 5 and not is_deleting):
                 raise self.error(f"server {id} was not deleted: {server.fault or 'Nova gives no reason'}")
-            if not is_deleting or time.monotonic() > asked + 30:  # Nova ignores repeated requests until the host counts as down
+            if not is_deleting or time.monotonic() > asked + 30:  # Nova ignores more until the host counts as down
                 is_kept = server.status == "SOFT_DELETED"  # its disk still exists
                 ask = self._nova.servers.force_delete if is_kept else self._nova.servers.delete
                 with ignoring(404):
@@ -3387,8 +3404,8 @@ class Cloud(Compute):
 
     def why_failed(self, id: str, action: str) -> str:
         """Why the last such action failed; empty if it did not, or not yet."""
-        latest = next((known.request for known in self.actions(id) if known.name == action), "")
-        shown = latest and self.retrying(f"show actions of server {id}", lambda: self._nova.instance_action.get(id, latest))
+        last = next((known.request for known in self.actions(id) if known.name == action), "")
+        shown = last and self.retrying(f"show actions of server {id}", lambda: self._nova.instance_action.get(id, last))
         for event in getattr(shown, "events", None) or ():
             if event.get("result") == "Error":
                 return str(event.get("details") or event.get("traceback") or "Nova gives no details")
@@ -3409,13 +3426,14 @@ class Cloud(Compute):
         """Removes a run's marks with these keys from an instance, or none if another run's mark is there."""
         def take() -> None:
             there = self.server(id).metadata
-            if all(there.get(key, run) == run for key in keys if key != WAS) and (found := [key for key in keys if key in there]):
+            if all(there.get(key, run) == run for key in keys if key != WAS) and (
+                    found := [key for key in keys if key in there]):
                 self._nova.servers.delete_meta(id, found)
 
         self.retrying(f"unmark server {id}", take)
 
     def wait(self, id: str, ready: Callable[[Server], bool], changed: Callable[[Server], None]) -> Server:
-        """The instance once it is `ready`; raises CloudError if it goes to ERROR or does not change for half an hour."""
+        """The instance once `ready`; raises CloudError if it goes to ERROR or does not change for half an hour."""
         last, since = "", time.monotonic()
         for _ in self.polls():
             server = self.server_retrying(id)
@@ -3444,8 +3462,10 @@ def both_clouds(settings: Settings, environment: Mapping[str, str]) -> tuple[Clo
     """Source and destination; raises Refused with all reasons if one cannot be reached."""
     creds = [credentials(side, settings, environment) for side in ("src", "dst")]
     with ThreadPoolExecutor(2) as pool:
-        opening = [pool.submit(Cloud, "source", creds[0]), pool.submit(Cloud, "destination", creds[1], settings.dst_glance_endpoint)]
-    if reasons := [reason for one in opening if isinstance(error := one.exception(), MigrenaError) for reason in error.reasons]:
+        opening = [pool.submit(Cloud, "source", creds[0]),
+            pool.submit(Cloud, "destination", creds[1], settings.dst_glance_endpoint)]
+    if reasons := [reason for one in opening if isinstance(error := one.exception(), MigrenaError)
+            for reason in error.reasons]:
         raise Refused.of(reasons)
     return opening[0].result(), opening[1].result()
 
@@ -3453,15 +3473,15 @@ def both_clouds(settings: Settings, environment: Mapping[str, str]) -> tuple[Clo
 # ---- 9. Disks --------------------------------------------------------------------------------------------------------
 
 # Each tool with its packages: Debian's, and those of RPM distributions.
-PACKAGES: Final = {"qemu-img": ("qemu-utils", "qemu-img"), "qemu-nbd": ("qemu-utils", "qemu-img"),
-                   "nbd-server": ("nbd-server", "nbd"), "nbd-client": ("nbd-client", "nbd"), "modprobe": ("kmod", "kmod"),
-                   "python3": ("python3", "python3"), "timeout": ("coreutils", "coreutils"), "ss": ("iproute2", "iproute"),
-                   "ip": ("iproute2", "iproute"), "flock": ("util-linux", "util-linux"),
-                   "virsh": ("libvirt-clients", "libvirt-client")}
+PACKAGES: Final = {
+    "qemu-img": ("qemu-utils", "qemu-img"), "qemu-nbd": ("qemu-utils", "qemu-img"), "nbd-server": ("nbd-server", "nbd"),
+    "nbd-client": ("nbd-client", "nbd"), "modprobe": ("kmod", "kmod"), "python3": ("python3", "python3"),
+    "timeout": ("coreutils", "coreutils"), "ss": ("iproute2", "iproute"), "ip": ("iproute2", "iproute"),
+    "flock": ("util-linux", "util-linux"), "virsh": ("libvirt-clients", "libvirt-client")}
 # On both hosts, for any transport.
 NEEDED: Final = ("qemu-img", "qemu-nbd", "virsh", "python3", "timeout", "flock", "ss", "ip")
 
-# $1 device or empty, $2 a file for nbd-client's output, then nbd-client's words. Prints the device and keeps it attached.
+# $1 device or empty, $2 a file for nbd-client's output, then its words. Prints the device and keeps it attached.
 LEASED_DEVICE: Final = HOLD + """
 device=$1; said=$2; shift 2
 state=/sys/block/${device#/dev/}
@@ -3535,7 +3555,7 @@ TARGET: Final = VIRSH + """
 target_of() { virsh domblklist "$1" | while read -r name file; do [ "$file" != "$2" ] || echo "$name"; done; }
 """
 
-# $1 the instance, $2 its disk, $3 the bitmap. Nova cannot undefine a domain with a checkpoint, so only the bitmap is kept.
+# $1 the instance, $2 its disk, $3 the bitmap. Nova cannot undefine a domain with a checkpoint: only the bitmap is kept.
 ADD_BITMAP: Final = TARGET + """
 target=$(target_of "$1" "$2")
 [ -n "$target" ] || { echo "libvirt has no disk $2 of $1" >&2; exit 1; }
@@ -3543,8 +3563,8 @@ virsh checkpoint-create-as "$1" "$3" --diskspec "$target,checkpoint=bitmap,bitma
 virsh checkpoint-delete "$1" "$3" --metadata >&2
 """
 
-# $1 the instance, $2 its disk, $3 the bitmap, if any. In a running instance libvirt removes it, after the checkpoint is defined again;
-# one that broke when qemu was killed can be removed only once the instance is stopped.
+# $1 the instance, $2 its disk, $3 the bitmap, if any. In a running instance libvirt removes it, once the checkpoint is
+# defined again; one that broke when qemu was killed can be removed only once the instance is stopped.
 DROP_BITMAP: Final = TARGET + """
 domain=$1; disk=$2; bitmap=$3
 drop_from_file() {
@@ -3557,7 +3577,8 @@ drop() {
     return
   esac
   if ! virsh checkpoint-info "$domain" "$bitmap" >/dev/null 2>&1; then
-    said=$(printf '<domaincheckpoint><name>%s</name><creationTime>%s</creationTime><disks><disk name="%s" checkpoint="bitmap" bitmap="%s"/>%s' \\
+    said=$(printf '<domaincheckpoint><name>%s</name><creationTime>%s</creationTime><disks>\
+<disk name="%s" checkpoint="bitmap" bitmap="%s"/>%s' \\
       "$bitmap" "$(date +%s)" "$(target_of "$domain" "$disk")" "$bitmap" '</disks></domaincheckpoint>' |
       virsh checkpoint-create "$domain" /dev/stdin --redefine --redefine-validate 2>&1) || {
       echo "$said"
@@ -3599,12 +3620,13 @@ def image_opts(node: Node) -> str:
 
 
 def locked_opts(path: str) -> str:
-    """A file for --image-opts that can be opened only while nobody writes to it, and not be written to while it is open.
+    """A file for --image-opts that can be opened only while nobody writes to it, and not be written to while open.
 
     A raw node takes no such lock itself, but blkdebug does: see `unshare-child-perms` in qemu's block-core.json.
     """
-    return image_opts({"driver": "blkdebug", "image.driver": "file", "image.filename": path, "unshare-child-perms.0": "write",
-                       "unshare-child-perms.1": "resize"})
+    return image_opts({
+        "driver": "blkdebug", "image.driver": "file", "image.filename": path, "unshare-child-perms.0": "write",
+        "unshare-child-perms.1": "resize"})
 
 
 Layer = tuple[str, str]  # a file or other storage of a disk's chain, and its format
@@ -3772,11 +3794,12 @@ def _disk_image(node: Mapping[str, Any]) -> DiskImage:
     details = node.get("format-specific", {}).get("data", {})
     flaws = {"internal snapshots": node.get("snapshots"), "encryption": node.get("encrypted") or details.get("encrypt"),
              "an external data file": details.get("data-file"), "the corrupt flag": details.get("corrupt")}
-    return DiskImage(path=node["filename"], format=node["format"], size=int(node["virtual-size"]), length=0, allocated=int(node["actual-size"]),
-                     backing=node.get("full-backing-filename", node.get("backing-filename", "")),
-                     backing_format=node.get("backing-filename-format", ""),
-                     flaws=tuple(flaw for flaw, found in flaws.items() if found),
-                     lost_bitmaps=tuple(one["name"] for one in details.get("bitmaps", ()) if "in-use" in one["flags"]))
+    return DiskImage(
+        path=node["filename"], format=node["format"], size=int(node["virtual-size"]), length=0,
+        allocated=int(node["actual-size"]), backing=node.get("full-backing-filename", node.get("backing-filename", "")),
+        backing_format=node.get("backing-filename-format", ""),
+        flaws=tuple(flaw for flaw, found in flaws.items() if found),
+        lost_bitmaps=tuple(one["name"] for one in details.get("bitmaps", ()) if "in-use" in one["flags"]))
 
 
 def survey_disk(host: Host, instance: str, path: str, *, shared: bool) -> Disk:
@@ -3815,8 +3838,9 @@ def require_chain(host: Host, domain: Domain, chain: Sequence[DiskImage]) -> Non
         has, names = [[(os.path.normpath(file), format) for file, format in below]
                       for below in (domain.chain[1:], [(image.path, image.format) for image in chain[1:]])]
         if has != names:
-            raise HostError(f"{host.name}: {domain.path} has the bases {has} in the guest's qemu, but {names} in the file",
-                            "find out what changed them (qemu-img rebase, virsh blockpull)")
+            raise HostError(
+                f"{host.name}: {domain.path} has the bases {has} in the guest's qemu, but {names} in the file",
+                "find out what changed them (qemu-img rebase, virsh blockpull)")
 
 
 def checked(host: Host, image: DiskImage) -> DiskImage:
@@ -3877,7 +3901,7 @@ def served_here(host: Host, folder: str, name: str, *words: str,
 
 
 def held(host: Host, path: str, folder: str) -> AbstractContextManager[tuple[Lease, Node]]:
-    """Holds qemu's lock on a disk with a qemu-nbd, so that nobody writes to it; raises CommandError if somebody does."""
+    """Holds qemu's lock on a disk with a qemu-nbd: nobody writes to it; raises CommandError if somebody does."""
     return served_here(host, folder, "hold", "-r", "--image-opts", locked_opts(path))
 
 
@@ -3900,9 +3924,11 @@ class DiskLocks(ExitStack):
             try:
                 lease, _ = stack.enter_context(held(host, path, folder))
             except CommandError as error:
-                raise FinalError(f"{host.name}: {path} is in use: {error.said}", "find out who has it open (virsh list, lsof)") from error
+                raise FinalError(f"{host.name}: {path} is in use: {error.said}",
+                    "find out who has it open (virsh list, lsof)") from error
             alive = 'readlink "/proc/$(cat "$1")/exe"'  # kill -0 would also find a zombie
-            self._held[place] = self.enter_context(stack.pop_all()), lease, partial(host.script, alive, f"{folder}/hold.pid")
+            self._held[place] = self.enter_context(stack.pop_all()), lease, partial(
+                host.script, alive, f"{folder}/hold.pid")
         return lease
 
     def _holds(self, place: tuple[str, str]) -> bool:
@@ -3956,7 +3982,8 @@ def route(host: Host, to: str) -> dict[str, str]:
 def received(ends: Ends) -> int:
     """Bytes received by the destination's interface towards the source, of all connections; 0 if unknown."""
     with suppress(CommandError, ValueError):
-        return int(ends.destination.run("cat", f"/sys/class/net/{ends.device}/statistics/rx_bytes")) if ends.device else 0
+        return int(ends.destination.run(
+            "cat", f"/sys/class/net/{ends.device}/statistics/rx_bytes")) if ends.device else 0
     return 0
 
 
@@ -3979,13 +4006,16 @@ def certificates(server: str) -> dict[str, dict[str, bytes]]:
                    .add_extension(x509.BasicConstraints(ca=who == "CA", path_length=None), critical=True))
         if who != "CA":
             builder = builder.add_extension(x509.ExtendedKeyUsage([purposes[who]]), critical=False)
-            builder = builder.add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(server))]), critical=False)
+            builder = builder.add_extension(
+                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(server))]), critical=False)
         return builder.sign(keys["CA"], hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     ca = certificate("CA")
-    private = {who: key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-               for who, key in keys.items()}
-    return {who: {"ca-cert.pem": ca, f"{who}-cert.pem": certificate(who), f"{who}-key.pem": private[who]} for who in purposes}
+    private = {who: key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        for who, key in keys.items()}
+    return {who: {"ca-cert.pem": ca, f"{who}-cert.pem": certificate(who),
+        f"{who}-key.pem": private[who]} for who in purposes}
 
 
 @contextmanager
@@ -3993,8 +4023,9 @@ def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple
     """A file of the source, served read-only to the destination alone on a free port, and its server."""
     host, name, failure = ends.source, f"migrena-{secrets.token_hex(8)}", None
     for number in job.settings.nbd_server_port:
-        taken = HostError(f"{host.name}: port {number} is taken", "set NBD_SERVER_PORT to a free one, or a range such as 2666-2697")
-        if job.transport == "nbd" and host.run("ss", "-Hltn", f"sport = :{number}").strip():  # nbd-server itself would not tell
+        taken = HostError(
+            f"{host.name}: port {number} is taken", "set NBD_SERVER_PORT to a free one, or a range such as 2666-2697")
+        if job.transport == "nbd" and host.run("ss", "-Hltn", f"sport = :{number}").strip():  # nbd-server does not tell
             failure = taken
             continue
         place = Export(host.nbd_address, number, name)
@@ -4020,7 +4051,8 @@ def nbd_server(ends: Ends, job: DiskJob, place: Export, path: str) -> tuple[str,
         lines += ["force_tls = true", f"certfile = {folder}/server-cert.pem", f"keyfile = {folder}/server-key.pem",
                   f"cacertfile = {folder}/ca-cert.pem"]
     lines += [f"[{place.name}]", f"exportname = {path}", "readonly = true", f"authfile = {folder}/clients"]
-    put_files(ends.source, folder, {"clients": f"{ends.client_address}\n".encode(), f"{place.port}.conf": "\n".join((*lines, "")).encode()})
+    put_files(ends.source, folder, {"clients": f"{ends.client_address}\n".encode(),
+        f"{place.port}.conf": "\n".join((*lines, "")).encode()})
     return ("nbd-server", "-C", f"{folder}/{place.port}.conf", "-p", f"{folder}/{place.port}.pid")
 
 
@@ -4033,7 +4065,8 @@ def disk_options(path: str, format: str, *, is_live: bool) -> tuple[str, ...]:
     """qemu-nbd's arguments for a disk; one that a guest has open is read without locks, and may be inconsistent."""
     if not is_live:
         return ("-f", format, path)
-    return ("--image-opts", image_opts({"driver": format, "file.driver": "file", "file.filename": path, "file.locking": "off"}))
+    return ("--image-opts", image_opts({"driver": format, "file.driver": "file",
+        "file.filename": path, "file.locking": "off"}))
 
 
 def serving(ends: Ends, job: DiskJob, place: Export, image: Layer, stack: ExitStack) -> tuple[str, ...]:
@@ -4079,12 +4112,13 @@ def reached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[N
         with host.daemon(pidfile, *PYTHON, program(squeeze), *words):
             yield {"driver": "nbd", "server.type": "unix", "server.path": socket_file, "export": export.name}
         return
-    node = {"driver": "nbd", "server.type": "inet", "server.host": export.address, "server.port": str(export.port), "export": export.name}
+    node = {"driver": "nbd", "server.type": "inet", "server.host": export.address,
+        "server.port": str(export.port), "export": export.name}
     yield {**node, "tls-creds": "t"} if job.settings.tls else node
 
 
 def rehearse(ends: Ends, job: DiskJob) -> float:
-    """Sends random bytes the same way as the disk, while the source still runs, to test ports, certificates, tools and device.
+    """Sends random bytes as it will the disk, while the source runs, to test ports, certificates, tools and device.
 
     Returns bytes per second, for a slow network that decides on compression without the command's start.
     """
@@ -4100,23 +4134,26 @@ def rehearse(ends: Ends, job: DiskJob) -> float:
                 return time.monotonic() - began
 
             rate = SAMPLE / fetch(SAMPLE)
-            if rate < SLOW_WIRE and job.may_be_compressed:  # or the host was busy: measure again, without the command's start
+            if rate < SLOW_WIRE and job.may_be_compressed:  # or a busy host: measure without the command's start
                 start = fetch(SAMPLE // 1024)
                 rate = SAMPLE / max(fetch(SAMPLE) - start, 0.01)
     except CommandError as error:
-        raise HostError(f"{ends.destination.name} cannot read from {ends.source.name} at {ends.source.nbd_address}: {error}",
-                        "open the port between the hosts (NBD_SERVER_PORT), and set nbd_address in HOSTS if the "
-                        "traffic uses another network") from error
+        raise HostError(
+            f"{ends.destination.name} cannot read from {ends.source.name} at {ends.source.nbd_address}: {error}",
+            "open the port between the hosts (NBD_SERVER_PORT), and set nbd_address in HOSTS if the "
+            "traffic uses another network") from error
     sides = (ends.source, sample), (ends.destination, arrived)
     if not same_digests(*sides, SAMPLE, 90):
-        raise HostError(f"data from {ends.source.name} arrives altered at {ends.destination.name}: the rehearsal's digests differ")
+        raise HostError(
+            f"data from {ends.source.name} arrives altered at {ends.destination.name}: the rehearsal's digests differ")
     for host, path in sides:
         host.run("rm", "-f", "--", path)
     return rate
 
 
 def _cut(node: Node, offset: int, length: int) -> str:
-    return image_opts({"driver": "raw", "offset": str(offset), "size": str(length), **{f"file.{key}": value for key, value in node.items()}})
+    return image_opts({"driver": "raw", "offset": str(offset), "size": str(length),
+        **{f"file.{key}": value for key, value in node.items()}})
 
 
 def _whole_sectors(length: int) -> int:
@@ -4124,7 +4161,7 @@ def _whole_sectors(length: int) -> int:
     return -(-length // 512) * 512
 
 
-Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]  # total bytes -> scope of a function that takes the bytes done
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]  # total -> scope of a function of bytes done
 
 
 @dataclass(frozen=True)
@@ -4149,7 +4186,7 @@ def require_unchanged(source: Host, job: DiskJob) -> None:
                          "find out by whom; the copy is incomplete")
     if stand != job.stand:
         raise FinalError(f"{source.name}: {job.source.path} was changed while it was being copied",
-                         "find out who has started the source, or written to or replaced its disk, and run migrena again")
+            "find out who has started the source, or written to or replaced its disk, and run migrena again")
 
 
 @dataclass(frozen=True)
@@ -4199,9 +4236,9 @@ NOTHING_KNOWN: Final = Known({}, {})
 
 
 def move_disk(ends: Ends, job: DiskJob, callbacks: Callbacks, known: Known = NOTHING_KNOWN) -> tuple[Moved, Known]:
-    """Makes the new file equal to the source's disk and verifies it; while the source runs, returns both digests for the next pass.
+    """Makes the new file equal to the source's disk, verified; returns both digests for a running source's next pass.
 
-    If the new file exists already, only blocks whose digests differ are sent. `known` counts only if that file has not changed since.
+    If it exists already, only blocks whose digests differ are sent. `known` counts only if it has not changed since.
     Raises HostError if a host, a command or the verification fails.
     """
     began, destination = time.monotonic(), ends.destination
@@ -4211,21 +4248,22 @@ def move_disk(ends: Ends, job: DiskJob, callbacks: Callbacks, known: Known = NOT
     known = known if is_there and is_same else NOTHING_KNOWN
     with reading(ends, job) as disk:
         here, there = compared(ends, job, disk, known) if is_there else ({}, {})
-        end = job.length if job.transport == "nbd" else _whole_sectors(job.length)  # a block device has whole sectors only
-        changed = as_extents(differing(here, there), end)
-        extents = changed if is_rest else find_extents(ends.source, disk.readable, job)
+        end = job.length if job.transport == "nbd" else _whole_sectors(job.length)  # a block device has whole sectors
+        rest = as_extents(differing(here, there), end)
+        extents = rest if is_rest else find_extents(ends.source, disk.readable, job)
         looked = time.monotonic()
-        digest = ChunkSender(ends, job, disk, callbacks, there, is_new=not is_there).send(changed if is_there else extents)
+        digest = ChunkSender(ends, job, disk, callbacks, there, is_new=not is_there).send(rest if is_there else extents)
         if is_there and digest and not job.is_live:
             require_equal(Chunk(0, job.length, 0), here, there)
             digest = hashlib.sha256(lines_of(here)).hexdigest()
-    moved = Moved(sum(count for _, count in extents), received(ends) - before, digest, time.monotonic() - began, looked - began,
-                  time.monotonic() - looked, is_rest, len(known.unchanged) * MiB)
+    moved = Moved(
+        sum(count for _, count in extents), received(ends) - before, digest, time.monotonic() - began, looked - began,
+        time.monotonic() - looked, is_rest, len(known.unchanged) * MiB)
     return moved, Known(here, there, stat_of(destination, job.new)) if job.is_live else NOTHING_KNOWN
 
 
 def compared(ends: Ends, job: DiskJob, disk: Reading, known: Known) -> tuple[dict[int, str], dict[int, str]]:
-    """The digests of the source's disk and of the new file; those known for unchanged blocks and from the last pass are used again."""
+    """The digests of the source's disk and the new file; those of unchanged blocks and the last pass are used again."""
     asked = as_extents(set(range(-(-job.length // MiB))) - known.unchanged, job.length)
     with threads_for(ends.destination, 1) as pool:
         again = [] if job.is_live and known.stand else asked
@@ -4235,7 +4273,7 @@ def compared(ends: Ends, job: DiskJob, disk: Reading, known: Known) -> tuple[dic
 
 
 def is_begun(destination: Host, job: DiskJob) -> bool:
-    """Whether a new file exists to continue with; else makes one. Raises CommandError while an earlier attempt writes."""
+    """Whether there is a new file to continue; else makes one. Raises CommandError while an earlier attempt writes."""
     if destination.succeeds("test", "-f", job.new):
         destination.script(NO_WRITER, job.new, locked_opts(job.new))
         with suppress(HostError):
@@ -4274,18 +4312,19 @@ def copy_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Callabl
     length = min(_whole_sectors(chunk.length), available - chunk.offset)
     if length <= 0:
         return
-    node_of_new = {"driver": "file", "filename": job.new, "locking": "off"}  # instead of qemu's lock for one writer, flock for all of ours
+    node_of_new = {"driver": "file", "filename": job.new, "locking": "off"}  # but flock: qemu's lock allows one writer
     if job.new_format != "raw":
         node_of_new = {"driver": job.new_format, "file.driver": "file", "file.filename": job.new}
     options = tls_options(job, ends.destination_folder, "client")
     limit = job.settings.limit_rate
     rate = ("-r", str(limit)) if limit else ()
-    requests = max(1, min(16, limit // (2 * MiB))) if limit else 16  # requests of 2 MiB count as done when they begin: at most a second's worth
+    # A request of 2 MiB counts as done when it begins: at most a second's worth.
+    requests = max(1, min(16, limit // (2 * MiB))) if limit else 16
     cache = ("-T", "none", "-t", "none") if job.fresh_direct else ()
-    ends.destination.work("qemu-img", "convert", "-p", "-n", "-m", str(requests), "-W", *cache, *rate, *options,
-                          "--image-opts", "--target-image-opts",
-                          _cut(node, chunk.offset, length), _cut(node_of_new, chunk.offset, length),
-                          stall=job.settings.stall_timeout, on_output=progress_of(chunk.held, show), given=("flock", "-s", job.new))
+    ends.destination.work(
+        "qemu-img", "convert", "-p", "-n", "-m", str(requests), "-W", *cache, *rate, *options, "--image-opts",
+        "--target-image-opts", _cut(node, chunk.offset, length), _cut(node_of_new, chunk.offset, length),
+        stall=job.settings.stall_timeout, on_output=progress_of(chunk.held, show), given=("flock", "-s", job.new))
 
 
 def progress_of(total: int, show: Callable[[int], None]) -> Callable[[str], None]:
@@ -4307,7 +4346,8 @@ def patch_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Callab
     with seen_by_guest(ends, ends.destination, job.new_image, job, is_written=True) as target:
         listed = put_list(ends.destination, folder, chunk.extents)
         words = blocks("patch", where, 0, job.length, job.settings.limit_rate, listed, target, folder)
-        ends.destination.work(*words, stall=job.settings.stall_timeout, on_output=progress_of(chunk.held, show), given=("flock", "-s", job.new))
+        ends.destination.work(*words, stall=job.settings.stall_timeout, on_output=progress_of(chunk.held, show),
+            given=("flock", "-s", job.new))
 
 
 def put_list(host: Host, folder: str, extents: Sequence[Extent]) -> str:
@@ -4323,14 +4363,14 @@ def put_files(host: Host, folder: str, files: Mapping[str, bytes]) -> None:
 
 
 def copy_tail(ends: Ends, job: DiskJob) -> None:
-    """Sets the exact length of a new file that ends within a sector, and copies the last bytes, which a block device lacks."""
+    """Sets the exact length of a new file that ends within a sector, and copies the bytes that a block device lacks."""
     tail = job.length % 512
     if job.new_format != "raw" or not tail:
         return
     if job.whole_file and job.transport == "nbd":
         text_of_tail = ends.source.script('tail -c "$1" -- "$2" | base64', str(tail), job.source.path)
-        ends.destination.script('base64 -d | dd of="$1" bs=1 seek="$2" conv=notrunc status=none', job.new, str(job.length - tail),
-                                stdin=text_of_tail.encode())
+        ends.destination.script('base64 -d | dd of="$1" bs=1 seek="$2" conv=notrunc status=none', job.new,
+            str(job.length - tail), stdin=text_of_tail.encode())
     ends.destination.run("truncate", "-s", str(job.length), "--", job.new)
 
 
@@ -4358,36 +4398,41 @@ def threads_for(host: Host, count: int) -> Iterator[ThreadPoolExecutor]:
 class ChunkSender:
     """Copies chunks in parallel; the source digests a new file's chunks meanwhile, the destination afterwards."""
 
-    def __init__(self, ends: Ends, job: DiskJob, disk: Reading, callbacks: Callbacks, there: dict[int, str], *, is_new: bool) -> None:
-        self._ends, self._job, self._disk, self._callbacks, self._there, self._is_new = ends, job, disk, callbacks, there, is_new
+    def __init__(self, ends: Ends, job: DiskJob, disk: Reading, callbacks: Callbacks,
+            there: dict[int, str], *, is_new: bool) -> None:
+        self._ends, self._job, self._disk, self._callbacks, self._there, self._is_new = (
+            ends, job, disk, callbacks, there, is_new)
         self._is_proven = job.settings.verify or job.settings.warm  # of a running source only digests count
         self._done: dict[Chunk, int] = {}  # bytes arrived of each
-        self._unproven = deque[tuple[Chunk, Digests | None, Digests | None]]()  # to be compared: digests of source and new file
+        self._unproven = deque[tuple[Chunk, Digests | None, Digests | None]]()  # digests of source and new, to compare
         self._whole = hashlib.sha256()
 
     def send(self, extents: Sequence[Extent]) -> str:
-        """Copies and compares these extents; returns the digest of both ends of a new file, or nothing without verification."""
+        """Copies and compares these extents; returns the digest of both ends of a new file, if verified."""
         job, (source, destination) = self._job, (self._ends.source, self._ends.destination)
         for block in blocks_of(extents):
             self._there.pop(block, None)
-        least = max(LEAST_CHUNK, job.settings.limit_rate * 5 // MiB * MiB)  # no data flows between two rate-limited chunks
+        least = max(LEAST_CHUNK, job.settings.limit_rate * 5 // MiB * MiB)  # no data flows between limited chunks
         hole = LEAST_CHUNK if job.transport == "nbd" else 0  # a block device has none, and zeros would be sent
         split = [chunk for chunk in chunks(job.length, extents, job.chunk, least, hole) if chunk.held or self._is_new]
         on_way = deque[tuple[Chunk, Digests | None, Future[None]]]()
-        with threads_for(source, 1) as reader, threads_for(destination, 1) as prover, threads_for(destination, job.max_parallel) as senders, \
+        with threads_for(source, 1) as reader, threads_for(destination, 1) as prover, \
+                threads_for(destination, job.max_parallel) as senders, \
                 self._callbacks.progress(sum(chunk.held for chunk in split)) as show:
             for chunk in split:
                 if len(on_way) == job.max_parallel:
                     self._arrive(*on_way.popleft(), prover, show)
                 with defer_signals():
-                    here = reader.submit(self._digests, source, self._disk.readable, chunk) if self._is_new and not job.is_live else None
+                    here = reader.submit(
+                        self._digests, source, self._disk.readable, chunk) if self._is_new and not job.is_live else None
                     on_way.append((chunk, here, senders.submit(self._copy, chunk)))
             while on_way:
                 self._arrive(*on_way.popleft(), prover, show)
             copy_tail(self._ends, job)
             if not self._is_proven:
                 return ""
-            with seen_by_guest(self._ends, destination, job.new_image, job) if self._unproven else nullcontext("") as place:
+            with seen_by_guest(
+                    self._ends, destination, job.new_image, job) if self._unproven else nullcontext("") as place:
                 for chunk, known, found in self._unproven:
                     with defer_signals():
                         there = found or prover.submit(self._digests, destination, place, chunk)
@@ -4397,12 +4442,13 @@ class ChunkSender:
     def _copy(self, chunk: Chunk) -> None:
         """Copies a chunk's data."""
         self._done[chunk] = 0
-        copy_it = patch_chunk if not self._is_new or (chunk.is_scattered and self._job.new_format == "raw") else copy_chunk
+        copy = patch_chunk if not self._is_new or (chunk.is_scattered and self._job.new_format == "raw") else copy_chunk
         if chunk.held:
-            copy_it(self._ends, self._job, self._disk.node, chunk, partial(self._done.__setitem__, chunk))
+            copy(self._ends, self._job, self._disk.node, chunk, partial(self._done.__setitem__, chunk))
         self._done[chunk] = chunk.held
 
-    def _arrive(self, chunk: Chunk, here: Digests | None, future: Future[None], prover: ThreadPoolExecutor, show: Callable[[int], None]) -> None:
+    def _arrive(self, chunk: Chunk, here: Digests | None, future: Future[None],
+            prover: ThreadPoolExecutor, show: Callable[[int], None]) -> None:
         """Waits until a chunk has arrived, and compares earlier ones whose digests are ready. Raises HostError."""
         result_of(future, lambda: show(sum(self._done.values())))
         show(done := sum(self._done.values()))
@@ -4415,7 +4461,8 @@ class ChunkSender:
             can_be_read = self._job.new_format == "raw" and is_whole
             there = prover.submit(self._digests, self._ends.destination, self._job.new, chunk) if can_be_read else None
             self._unproven.append((chunk, here, there))
-        while self._unproven and (found := self._unproven[0][2]) and found.done() and (not self._unproven[0][1] or self._unproven[0][1].done()):
+        while self._unproven and (found := self._unproven[0][2]) and found.done() and (
+                not self._unproven[0][1] or self._unproven[0][1].done()):
             first, known, _ = self._unproven.popleft()
             self._compare(first, known, found)
         if not self._job.is_live:
@@ -4444,9 +4491,10 @@ def require_equal(chunk: Chunk, one: Mapping[int, str], other: Mapping[int, str]
     """Raises FinalError if a chunk's digests differ."""
     if one != other:
         changed = differing(one, other)
-        raise FinalError(f"the copy differs from the source: {len(changed)} blocks of 1 MiB differ between byte {chunk.offset:,} and "
-                         f"{chunk.offset + chunk.length:,}, the first one at {changed[0] * MiB:,}",
-                         "the copy was not put in place; run it again, and check disks and network of both hosts")
+        raise FinalError(
+            f"the copy differs from the source: {len(changed)} blocks of 1 MiB differ between byte {chunk.offset:,} "
+            f"and {chunk.offset + chunk.length:,}, the first one at {changed[0] * MiB:,}",
+            "the copy was not put in place; run it again, and check disks and network of both hosts")
 
 
 def differing(one: Mapping[int, str], other: Mapping[int, str]) -> list[int]:
@@ -4464,7 +4512,7 @@ class Pass:
 
 
 def unchanged_since(source: Host, folder: str, job: DiskJob, known: Known) -> frozenset[int]:
-    """The blocks of the stopped source's file that did not change since its dirty bitmap began and have equal digests at both ends.
+    """The blocks of the stopped source's file unchanged since its dirty bitmap began, with equal digests at both ends.
 
     Raises CommandError if the file has no such bitmap, or if a killed qemu left it incomplete.
     """
@@ -4473,14 +4521,14 @@ def unchanged_since(source: Host, folder: str, job: DiskJob, known: Known) -> fr
         dirty = json.dumps({**node, "x-dirty-bitmap": f"qemu:dirty-bitmap:{bitmap}"})
         info = source.run("qemu-img", "info", "--output=json", "-f", "qcow2", job.source.path)
         cluster = info.read(lambda said: int(document_in(said)["cluster-size"]))
-        printed = source.work(*blocks("unchanged", dirty, 0, job.source.size, 0, "", job.source.path, cluster), stall=600)
-    found = printed.read(lambda said: [int(word) for word in said.split()])
+        lines = source.work(*blocks("unchanged", dirty, 0, job.source.size, 0, "", job.source.path, cluster), stall=600)
+    found = lines.read(lambda said: [int(word) for word in said.split()])
     return frozenset(block for block in found if block in known.here and known.here[block] == known.there.get(block))
 
 
 def digests_again(ends: Ends, host: Host, job: DiskJob, before: Mapping[int, str], extents: Sequence[Extent],
                   where: str = "") -> dict[int, str]:
-    """The digests of the new file, or of `where`: new ones for the blocks that these extents touch, else those of `before`."""
+    """The digests of the new file, or of `where`: new ones for blocks these extents touch, else those of `before`."""
     touched = blocks_of(extents)
     found = {block: digest for block, digest in before.items() if block not in touched and block * MiB < job.length}
     if not extents:
@@ -4503,7 +4551,8 @@ def settle_disk(host: Host, job: DiskJob) -> tuple[str, ...]:
     Returns the names of removed dirty bitmaps: a file cannot be resized with those that a killed qemu had in use.
     """
     if job.whole_file and job.fresh.backing:
-        host.run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", job.fresh.backing_format, "-b", job.fresh.backing, job.new)
+        host.run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", job.fresh.backing_format,
+            "-b", job.fresh.backing, job.new)
     lost = check_qcow2(host, job).lost_bitmaps if job.fresh.format == "qcow2" else ()
     for name in lost:
         host.run("qemu-img", "bitmap", "--remove", "-f", "qcow2", "--", job.new, name)
@@ -4584,18 +4633,20 @@ class Seen:
 
     def is_locked_by(self, run: str) -> bool:
         """Whether it has the run's lock. Before microversion 2.73 locks have no reason: then the mark decides."""
-        server = self.server
-        if not server or not server.locked or self.relocks:
+        seen = self.server
+        if not seen or not seen.locked or self.relocks:
             return False
-        return run in ((lock_of(server),) if server.lock_reason else (server.metadata.get(MARK), server.metadata.get(MADE)))
+        return run in ((lock_of(seen),) if seen.lock_reason else (seen.metadata.get(MARK), seen.metadata.get(MADE)))
 
     def describe(self, run: str) -> str:
         """A description."""
         if not (server := self.server):
             return f"not seen ({self.unseen})" if self.unseen else "gone" if self.id else "none"
         lock = f"locked by run {run}" if self.is_locked_by(run) else f"locked ({server.lock_reason or 'no reason'})"
-        words = (f"{server.status} {server.task}".rstrip(), lock if server.locked else "not locked",
-                 *(f"{start.name} at {start.at}" for start in self.starts[-1:]), f"its disk {self.disk}" if self.disk else "")
+        words = (
+            f"{server.status} {server.task}".rstrip(), lock if server.locked else "not locked",
+            *(f"{start.name} at {start.at}" for start in self.starts[-1:]),
+            f"its disk {self.disk}" if self.disk else "")
         return ", ".join(filter(None, words))
 
 
@@ -4618,8 +4669,9 @@ class Situation:
         return self.is_in_place or self.stage >= Stage.SWAPPED
 
     def __str__(self) -> str:
-        return (f"run {self.run}, {self.stage.name.lower()}; source {self.source.id}: {self.source.describe(self.run)}; "
-                f"destination {self.destination.id}: {self.destination.describe(self.run)}".replace("destination : none", "no destination"))
+        return (f"run {self.run}, {self.stage.name.lower()}; source {self.source.id}: {self.source.describe(self.run)}"
+            f"; destination {self.destination.id}: {self.destination.describe(self.run)}".replace(
+                "destination : none", "no destination"))
 
 
 @dataclass(frozen=True)
@@ -4648,7 +4700,8 @@ def rule_ours(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     if act not in (Act.GIVE_BACK, Act.UNMARK, Act.STOP_SOURCE) and now.destination.id == now.source.id:
         yield "the destination is the source itself"
     made = now.destination.server
-    if act in (*REMOVING, *WRITING, Act.START_DESTINATION) and made and made.locked and not now.destination.is_locked_by(now.run):
+    if act in (*REMOVING, *WRITING,
+            Act.START_DESTINATION) and made and made.locked and not now.destination.is_locked_by(now.run):
         yield f"the destination is locked by somebody else: {made.lock_reason or 'no reason is given'}"
     if not (source := now.source.server) or act not in (Act.GIVE_BACK, Act.STOP_SOURCE, Act.GO_ON):
         return
@@ -4661,11 +4714,12 @@ def rule_ours(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
         yield f"the source is locked by somebody else: {source.lock_reason or 'no reason is given'}"
     elif not mark and not is_ours and (act is not Act.GIVE_BACK or (
             now.was_running and not source.is_running and (now.stage < Stage.DONE or now.others))):
-        yield f"the source carries no mark of run {now.run}" + "".join(f", and {one.name} {one.id} was made from it" for one in now.others)
+        yield f"the source carries no mark of run {now.run}" + "".join(
+            f", and {one.name} {one.id} was made from it" for one in now.others)
 
 
 def rule_one_machine(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
-    """Of two machines with the same data, one is started only if the other is stopped, unchanged and locked by the run."""
+    """Of two machines with the same data, one starts only if the other is stopped, unchanged and locked by the run."""
     source, other = now.source, now.destination
     if act is Act.START_DESTINATION and not source.is_gone and not source.unseen:
         if not source.is_idle:
@@ -4677,18 +4731,21 @@ def rule_one_machine(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     if act is Act.GIVE_BACK and now.has_copy and other.server and not (asked.yes or asked.both or other.is_idle):
         yield "the destination has the same data, and runs or has run"
     if act is Act.GIVE_BACK and not asked.yes and (now.was_running or now.source.is_locked_by(now.run)):
-        yield from (f"{one.name} {one.id} was made from it, and is {one.status}" for one in now.others if not one.is_stopped)
+        yield from (f"{one.name} {one.id} was made from it, and is {one.status}"
+            for one in now.others if not one.is_stopped)
 
 
 def rule_own_data(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     """An instance that may have written data of its own is neither overwritten nor deleted without --yes."""
-    if asked.yes or act not in (*REMOVING, *WRITING, Act.GO_ON) or not (server := now.destination.server):
+    if asked.yes or act not in (*REMOVING, *WRITING, Act.GO_ON) or not (made := now.destination.server):
         return
     if act in REMOVING and now.stage is Stage.DONE:
         fate = "stopped" if act is Act.STOP_DESTINATION else "deleted"
-        yield f"run {now.run} was successful: {server.name} {server.id} ({server.status}) would be {fate}, and it may have newer data"
-    elif (now.destination.starts or (now.has_copy and not server.is_stopped)) and not (act is Act.GO_ON and now.is_in_place):
-        yield f"the destination {server.id} ({server.status}) runs or has run since it was made, and it may have newer data"
+        yield (f"run {now.run} was successful: {made.name} {made.id} ({made.status}) would be {fate}, "
+               "and it may have newer data")
+    elif (now.destination.starts or (now.has_copy and not made.is_stopped)) and not (
+            act is Act.GO_ON and now.is_in_place):
+        yield f"the destination {made.id} ({made.status}) runs or has run since it was made, and it may have newer data"
 
 
 def rule_one_copy(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
@@ -4705,10 +4762,11 @@ def rule_one_copy(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
 
 
 def rule_nobody_inside(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
-    """Disks are written and swapped only while the destination is stopped and locked by the run and the source is unchanged."""
+    """Disks are written and swapped only with the destination stopped and locked by the run, the source unchanged."""
     source, other = now.source, now.destination
     if act in (*WRITING, Act.START_DESTINATION, Act.GO_ON) and other.is_gone:
-        yield "the destination is gone" if other.id else f"the instance that run {now.run} was about to make does not exist"
+        yield ("the destination is gone" if other.id else
+               f"the instance that run {now.run} was about to make does not exist")
     if act in (Act.START_DESTINATION, Act.GO_ON) and other.other_disk:
         yield f"the destination has got another disk ({other.other_disk})"
     if act in WRITING and other.server and not (other.is_idle and other.is_locked_by(now.run)):
@@ -4716,7 +4774,8 @@ def rule_nobody_inside(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     if act in (*WRITING, Act.GO_ON) and other.disk and not now.is_in_place:
         yield f"the disk of {other.id} {other.disk}"
     if act in WRITING and not asked.is_live and source.server and not source.is_idle:
-        yield f"the source is {source.server.status} {source.server.task}".rstrip() + " during the copy: somebody started it"
+        yield (f"the source is {source.server.status} {source.server.task}".rstrip()
+               + " during the copy: somebody started it")
     if act in (*WRITING, Act.STOP_SOURCE, Act.GO_ON) and source.is_gone:
         yield "the source is gone"
     if act in (Act.SWAP, Act.GO_ON) and source.server and not now.is_in_place and (source.disk or source.starts):
@@ -4731,7 +4790,8 @@ def rule_seen(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     if now.stage < Stage.PROVEN:
         needed |= {Act.DELETE: made, Act.CLEAN: made}
     if not (act in WRITING and asked.is_held):
-        yield from (f"{seen.id} could not be looked up: {seen.unseen}" for seen in needed.get(act, source + made) if seen.unseen)
+        yield from (f"{seen.id} could not be looked up: {seen.unseen}"
+            for seen in needed.get(act, source + made) if seen.unseen)
 
 
 def rule_alive(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
@@ -4751,7 +4811,8 @@ def judge(act: Act, now: Situation, asked: Asked) -> list[Reason]:
 def allow(act: Act, now: Situation, asked: Asked, error: type[MigrenaError] = Kept) -> None:
     """Raises the error, with what was seen, if an act must not be done."""
     if reasons := judge(act, now, asked):
-        raise error(f"refused to {act.value}: {'; '.join(why.problem for why in reasons)}. Seen: {now}", reasons[0].way_out)
+        raise error(
+            f"refused to {act.value}: {'; '.join(why.problem for why in reasons)}. Seen: {now}", reasons[0].way_out)
 
 
 def next_commands(act: Act, now: Situation) -> str:
@@ -4760,10 +4821,12 @@ def next_commands(act: Act, now: Situation) -> str:
     if now.alive:
         return f"wait until it ends; on that machine: ./migrena.py status {run}"
     least = Stage.PROVEN if act in (Act.START_DESTINATION, Act.SWAP) else Stage.SWAPPED
-    if act is not Act.GO_ON and now.stage >= least and made.server and source.server and source.is_idle and source.server.metadata.get(MARK) == run:
+    if (act is not Act.GO_ON and now.stage >= least and made.server and source.server
+            and source.is_idle and source.server.metadata.get(MARK) == run):
         ways.append(f"./migrena.py resume {run} completes the move")
     if act in (*REMOVING, Act.GO_ON) and made.server and not (source.is_gone or source.unseen):
-        ways.append(f"./migrena.py {'rollback' if act in REMOVING else 'resume'} {run} --yes, if data written by {made.id} may be lost")
+        ways.append(f"./migrena.py {'rollback' if act in REMOVING else 'resume'} {run} --yes, "
+            f"if data written by {made.id} may be lost")
     if made.server and made.server.locked and not made.is_locked_by(run):
         ways.append(f"openstack server unlock {made.id}, if whoever locked it agrees")
     if act is Act.GIVE_BACK and source.server:
@@ -4800,8 +4863,10 @@ def see(cloud: Cloud, id: str, since: str | None, *, is_patient: bool = True) ->
         done = newer(cloud.actions(id), since) if server and since is not None else []
     except CloudError as error:
         return Seen(id, unseen=str(error), since=since)
-    starts = tuple(action for action in done if action.name not in HARMLESS and not (action.has_failed and server and server.is_stopped))
-    return Seen(id, server, "", starts, tuple(action for action in done if since and action.name in ("lock", "unlock")), since=since)
+    starts = tuple(action for action in done
+        if action.name not in HARMLESS and not (action.has_failed and server and server.is_stopped))
+    return Seen(id, server, "", starts,
+        tuple(action for action in done if since and action.name in ("lock", "unlock")), since=since)
 
 
 def situation(record: RunRecord, source: Seen, destination: Seen, is_in_place: bool = False) -> Situation:
@@ -4813,19 +4878,23 @@ def situation(record: RunRecord, source: Seen, destination: Seen, is_in_place: b
 def stage_of(record: RunRecord) -> Stage:
     """A run's stage by its journal; acts count once begun if they may have been done."""
     begun, done = {act.name for act in record.acts}, {act.name for act in record.acts if act.result == "done"}
-    signs = {Stage.MADE: "create destination" in begun, Stage.COPYING: bool({"copy", "warm copy"} & begun), Stage.PROVEN: "copy" in done,
-             Stage.SWAPPED: "swap in" in begun, Stage.STARTED: "start destination" in begun, Stage.DONE: "mark destination done" in done}
+    signs = {
+        Stage.MADE: "create destination" in begun, Stage.COPYING: bool({"copy", "warm copy"} & begun),
+        Stage.PROVEN: "copy" in done, Stage.SWAPPED: "swap in" in begun, Stage.STARTED: "start destination" in begun,
+        Stage.DONE: "mark destination done" in done}
     return max((stage for stage, is_so in signs.items() if is_so), default=Stage.NOTHING)
 
 
 def require_same_clouds(record: RunRecord, clouds: Sequence[Cloud]) -> None:
     """Raises Refused if a run was about other clouds, regions or projects."""
     reasons = []
-    for cloud, was in zip(clouds, record.facts.get("where") or [{"url": url} for url in record.facts.get("clouds", ())], strict=False):
+    for cloud, was in zip(clouds, record.facts.get("where") or [
+            {"url": url} for url in record.facts.get("clouds", ())], strict=False):
         now = {"url": cloud.url, **cloud.identity}
         if other := [f"{key} {now.get(key)}, not {value}" for key, value in was.items() if now.get(key) != value]:
-            reasons.append(Reason(f"run {record.run} used another {cloud.label} cloud: these credentials are for {', '.join(other)}",
-                                  "give the run's, in config.py, with --src-cloud and --dst-cloud or as variables"))
+            reasons.append(Reason(
+                f"run {record.run} used another {cloud.label} cloud: these credentials are for {', '.join(other)}",
+                "give the run's, in config.py, with --src-cloud and --dst-cloud or as variables"))
     if reasons:
         raise Refused.of(reasons)
 
