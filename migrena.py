@@ -4904,12 +4904,16 @@ def require_same_clouds(record: RunRecord, clouds: Sequence[Cloud]) -> None:
 CAME_FROM: Final = ("source_uuid", "source_cloud")  # properties of a carried image: the source's id, its cloud
 CARRIED_BY: Final = "migrena_run"  # property of an incomplete image: the run that carries it
 NOT_CARRIED: Final = frozenset({  # not carried as properties
-    "id", "status", "checksum", "os_hash_algo", "os_hash_value", "size", "virtual_size", "created_at", "updated_at", "owner", "self", "file",
-    "schema", "direct_url", "locations", "stores", "name", "container_format", "disk_format", "min_disk", "min_ram", "tags", "visibility",
-    "protected", *CAME_FROM, CARRIED_BY})
-QEMU_FORMATS: Final = {"raw": "raw", "iso": "raw", "qcow2": "qcow2", "vmdk": "vmdk", "vdi": "vdi", "vhd": "vpc", "vhdx": "vhdx", "ploop": "parallels"}
-NOT_PORTABLE: Final = {"img_signature": "is signed, and the signature is invalid there", "os_encrypt_key_id": "is encrypted: its key is not copied",
-                       "cinder_encryption_key_id": "is encrypted: its key is not copied", "kernel_id": "refers to a kernel image by its id"}
+    "id", "status", "checksum", "os_hash_algo", "os_hash_value", "size", "virtual_size", "created_at", "updated_at",
+    "owner", "self", "file", "schema", "direct_url", "locations", "stores", "name", "container_format", "disk_format",
+    "min_disk", "min_ram", "tags", "visibility", "protected", *CAME_FROM, CARRIED_BY})
+QEMU_FORMATS: Final = {"raw": "raw", "iso": "raw", "qcow2": "qcow2", "vmdk": "vmdk", "vdi": "vdi",
+    "vhd": "vpc", "vhdx": "vhdx", "ploop": "parallels"}
+NOT_PORTABLE: Final = {
+    "img_signature": "is signed, and the signature is invalid there",
+    "os_encrypt_key_id": "is encrypted: its key is not copied",
+    "cinder_encryption_key_id": "is encrypted: its key is not copied",
+    "kernel_id": "refers to a kernel image by its id"}
 
 
 @dataclass(frozen=True)
@@ -4933,9 +4937,10 @@ class ImagePlan:
 
 
 class Stream:
-    """A readable stream that counts and digests its bytes, shows progress and keeps to `rate` bytes per second (0: no limit)."""
+    """A readable stream that counts and digests its bytes, shows progress and keeps to `rate` bytes/s (0: no limit)."""
 
-    def __init__(self, parts: Iterator[bytes], wanted: Image, rate: int = 0, show: Callable[[int], None] = lambda done: None) -> None:
+    def __init__(self, parts: Iterator[bytes], wanted: Image, rate: int = 0,
+            show: Callable[[int], None] = lambda done: None) -> None:
         self._parts, self._rate, self._show = parts, rate, show
         self._began, self.done = time.monotonic(), 0
         known = {"md5", "sha512", str(wanted.facts.get("os_hash_algo"))} & hashlib.algorithms_available
@@ -4957,16 +4962,19 @@ class Stream:
         for name, value in ((image.facts.get("os_hash_algo"), image.os_hash), ("md5", image.checksum)):
             if name in self._digests and value:
                 if self._digests[name].hexdigest() != value:
-                    raise FinalError(f"{side} cloud: the {name} of image {image.id} differs from that of the bytes read", "run it again")
+                    raise FinalError(f"{side} cloud: the {name} of image {image.id} differs from that of the bytes "
+                        "read", "run it again")
                 return value
-        raise FinalError(f"{side} cloud: Glance has no usable digest of image {image.id}", "use Glance 17 (2018) or later")
+        raise FinalError(
+            f"{side} cloud: Glance has no usable digest of image {image.id}", "use Glance 17 (2018) or later")
 
 
 def wanted_images(settings: Settings, here: Sequence[Image]) -> tuple[list[Image], list[Reason]]:
     """The source's images with the given ids, names or tag, and reasons why some are not found."""
     if settings.tag:
         found = [one for one in here if settings.tag in one.facts.get("tags", ()) and not one.is_hidden]
-        return found, [] if found else [Reason(f"source cloud: no image has the tag {settings.tag!r}", "see: openstack image list --tag TAG")]
+        return found, [] if found else [Reason(
+            f"source cloud: no image has the tag {settings.tag!r}", "see: openstack image list --tag TAG")]
     chosen, reasons = dict[Image, None](), list[Reason]()
     for name in settings.images:
         with collecting(reasons):
@@ -4974,9 +4982,11 @@ def wanted_images(settings: Settings, here: Sequence[Image]) -> tuple[list[Image
     return list(chosen), reasons
 
 
-def plan_image(settings: Settings, wanted: Image, there: Sequence[Image], known: Collection[tuple[str, str]] = ()) -> ImagePlan:
+def plan_image(settings: Settings, wanted: Image, there: Sequence[Image],
+        known: Collection[tuple[str, str]] = ()) -> ImagePlan:
     """The plan for one image, given the destination's images; `known`: digests of images and of their conversions."""
-    plan = ImagePlan(wanted, settings.new_name or wanted.name or wanted.id, settings.disk_format or str(wanted.facts.get("disk_format")))
+    plan = ImagePlan(wanted, settings.new_name or wanted.name or wanted.id,
+        settings.disk_format or str(wanted.facts.get("disk_format")))
     same = [other for other in there if other.status == "active" and not other.facts.get(CARRIED_BY) and
             ((wanted.os_hash or wanted.checksum, other.os_hash or other.checksum) in known and
              other.form == (plan.disk_format, wanted.form[1]) if plan.is_converted else other.equals(wanted))]
@@ -5016,25 +5026,29 @@ def refuse_image(settings: Settings, plan: ImagePlan, there: Sequence[Image]) ->
                          f"if it has ended: ./migrena.py rollback {run}, or openstack image delete {other.id}")
         elif other.name == plan.name and not other.is_hidden:
             doubt = ", or no journal here proves that it was converted from this one" if plan.is_converted else ""
-            yield Reason(f"destination cloud: image {plan.name!r} has other content or another format ({other.id}){doubt}",
-                         "choose another one with --name")
+            yield Reason(f"destination cloud: image {plan.name!r} has other content or another format "
+                f"({other.id}){doubt}", "choose another one with --name")
 
 
 def refuse_conversion(settings: Settings, plan: ImagePlan) -> Iterator[Reason]:
     """Why an image cannot be converted on this machine, which needs space for both formats."""
-    told, folder, inspecting = plan.source.facts, work_folder(settings), importlib.util.find_spec("oslo_utils.imageutils")
-    container, given, need = told.get("container_format"), told.get("disk_format"), plan.size + max(plan.size, int(told.get("virtual_size") or 0))
+    told, folder, library = plan.source.facts, work_folder(settings), importlib.util.find_spec("oslo_utils.imageutils")
+    container, given, need = told.get("container_format"), told.get("disk_format"), plan.size + max(
+        plan.size, int(told.get("virtual_size") or 0))
     try:
         free = shutil.disk_usage(folder).free
         lack = f"{human(free)} are free in {folder}, {human(need)} are needed" if free < need else ""
     except OSError as error:
         lack = f"{folder} cannot be used: {error.strerror}"
-    rules = ((container != "bare", f"its container format is {container}", "leave out --disk-format"),
-             (given not in QEMU_FORMATS, f"qemu-img does not read {given}", "leave out --disk-format"),
-             (not shutil.which("qemu-img"), "this machine has no qemu-img", f"install {' or '.join(PACKAGES['qemu-img'])}"),
-             (not (inspecting and inspecting.submodule_search_locations), "oslo.utils 7.3 is needed", "pip install -r requirements.txt"),
-             (lack, lack, "name another folder with --work-folder"))
-    yield from (Reason(f"image {plan.source.name!r} cannot be converted: {why}", way_out) for holds, why, way_out in rules if holds)
+    rules = (
+        (container != "bare", f"its container format is {container}", "leave out --disk-format"),
+        (given not in QEMU_FORMATS, f"qemu-img does not read {given}", "leave out --disk-format"),
+        (not shutil.which("qemu-img"), "this machine has no qemu-img", f"install {' or '.join(PACKAGES['qemu-img'])}"),
+        (not (library and library.submodule_search_locations), "oslo.utils 7.3 is needed",
+         "pip install -r requirements.txt"),
+        (lack, lack, "name another folder with --work-folder"))
+    yield from (Reason(f"image {plan.source.name!r} cannot be converted: {why}", way_out)
+        for holds, why, way_out in rules if holds)
 
 
 def work_folder(settings: Settings) -> str:
@@ -5054,14 +5068,14 @@ def locally(*words: str) -> str:
 def converted(stream: Stream, plan: ImagePlan, folder: str) -> Iterator[Path]:
     """The converted image, a file that is removed with the scope; raises FinalError for an unsafe image."""
     with tempfile.TemporaryDirectory(prefix="migrena-", dir=folder) as place:
-        given, made, format = Path(place) / "given", Path(place) / "made", QEMU_FORMATS[plan.source.facts["disk_format"]]
+        given, new, format = Path(place) / "given", Path(place) / "made", QEMU_FORMATS[plan.source.facts["disk_format"]]
         with given.open("wb") as file:
             shutil.copyfileobj(stream, file)
         refuse_unsafe(given, format)
         more = ("-o", "subformat=streamOptimized") if plan.disk_format == "vmdk" else ()
-        locally("qemu-img", "convert", "-f", format, "-O", plan.disk_format, *more, str(given), str(made))
+        locally("qemu-img", "convert", "-f", format, "-O", plan.disk_format, *more, str(given), str(new))
         given.unlink()
-        yield made
+        yield new
 
 
 def refuse_unsafe(path: Path, format: str) -> None:
@@ -5072,12 +5086,13 @@ def refuse_unsafe(path: Path, format: str) -> None:
     try:  # qemu's drivers for VHD and Parallels open no other file
         found = formats.ALL_FORMATS.get(format, formats.RawFileInspector).from_file(str(path))
         found.safety_check()
-        if format == "vmdk" and not found.virtual_size:  # then qemu reads extents from the descriptor, but the library does not
+        if format == "vmdk" and not found.virtual_size:  # then qemu reads a descriptor's extents, the library does not
             raise formats.SafetyViolation("no capacity")
         if "backing-filename" in document_in(locally("qemu-img", "info", "--output=json", "-f", format, str(path))):
             raise formats.SafetyViolation("a backing file")
     except (formats.ImageFormatError, formats.SafetyCheckFailed, formats.SafetyViolation) as error:
-        raise FinalError(f"the image is unsafe to convert, it may refer to files of this machine: {error}", "do not trust it") from error
+        raise FinalError(f"the image is unsafe to convert, it may refer to files of this machine: {error}",
+            "do not trust it") from error
 
 
 def carry(settings: Settings, journal: Journal, undo: Undo, clouds: tuple[Cloud, Cloud], plan: ImagePlan) -> str:
@@ -5087,14 +5102,15 @@ def carry(settings: Settings, journal: Journal, undo: Undo, clouds: tuple[Cloud,
     undo.on_failure(f"delete image {plan.name}", lambda: delete_carried(destination, run))
     with journal.act("create image", name=plan.name) as result:
         result["image"] = id = store.make(
-            name=plan.name, disk_format=plan.disk_format, container_format=told["container_format"], min_disk=told.get("min_disk") or 0,
-            min_ram=told.get("min_ram") or 0, tags=list(told.get("tags") or ()), visibility="private",
-            **{CARRIED_BY: run, CAME_FROM[0]: wanted.id, CAME_FROM[1]: source.url})
+            name=plan.name, disk_format=plan.disk_format, container_format=told["container_format"],
+            min_disk=told.get("min_disk") or 0, min_ram=told.get("min_ram") or 0, tags=list(told.get("tags") or ()),
+            visibility="private", **{CARRIED_BY: run, CAME_FROM[0]: wanted.id, CAME_FROM[1]: source.url})
     if others := [mark for other in store.all() if (mark := carrying(other, wanted)) not in ("", run)]:
-        raise Refused(f"run {others[0]} has begun to carry image {wanted.name!r} at the same time", "wait for its end, then run it again")
+        raise Refused(f"run {others[0]} has begun to carry image {wanted.name!r} at the same time",
+            "wait for its end, then run it again")
     if plan.is_converted:
         screen.note(f"Converting it to {plan.disk_format} in {work_folder(settings)}.")
-    refused = store.describe(id, {key: value for key, value in told.items() if key not in NOT_CARRIED and value is not None})
+    refused = store.describe(id, {key: one for key, one in told.items() if key not in NOT_CARRIED and one is not None})
     with journal.act("copy image", image=id, size=plan.size), screen.progress(plan.size) as show:
         stream = sent = Stream(source.store.download(wanted.id), wanted, settings.limit_rate, show)
         if plan.is_converted:
@@ -5108,7 +5124,8 @@ def carry(settings: Settings, journal: Journal, undo: Undo, clouds: tuple[Cloud,
     journal.write("proven image", source=proven, digest=digest)
     refused += store.describe(id, {key: told.get(key) for key in ("visibility", "protected")}, CARRIED_BY)
     arrived = f", as {plan.disk_format} {human(sent.done)}" if plan.is_converted else ""
-    screen.note(f"Done. {human(stream.done)} in {duration(time.monotonic() - began)}{arrived}; both Glances agree, digest {digest[:16]}…")
+    screen.note(f"Done. {human(stream.done)} in {duration(time.monotonic() - began)}{arrived}; "
+        f"both Glances agree, digest {digest[:16]}…")
     if refused:
         screen.warn(f"the destination's Glance does not accept {', '.join(refused)}")
     return id
@@ -5124,7 +5141,8 @@ def delete_carried(cloud: Cloud, run: str) -> None:
 def carry_images(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     """The subcommand `image`: carries images from the source's Glance to the destination's, one after the other."""
     if bool(settings.images) == bool(settings.tag):
-        raise UsageError("give either images or a tag", "./migrena.py image -i IMAGE [-i IMAGE], or ./migrena.py image --tag TAG")
+        raise UsageError(
+            "give either images or a tag", "./migrena.py image -i IMAGE [-i IMAGE], or ./migrena.py image --tag TAG")
     if settings.new_name and len(settings.images) != 1:
         raise UsageError("--name is for a single image", "leave it out")
     folder, screen = state_folder(settings, call.environment), undo.screen
@@ -5132,7 +5150,8 @@ def carry_images(call: Call, settings: Settings, undo: Undo, report: Report) -> 
         source, destination = both_clouds(settings, call.environment)
         here, there = in_parallel(lambda: source.store.all(*settings.images), destination.store.all)
     chosen, reasons = wanted_images(settings, here)
-    known = {(entry["source"], entry["digest"]) for entry in lines_of_runs(folder, "proven image")} if settings.disk_format else ()
+    known = {(entry["source"], entry["digest"])
+        for entry in lines_of_runs(folder, "proven image")} if settings.disk_format else ()
     plans = [plan_image(settings, wanted, there, known) for wanted in chosen]
     reasons += [Reason(f"several of these images have the name {name!r}", "carry them one by one, with --name")
                 for name, count in Counter(plan.name for plan in plans).items() if count > 1]
@@ -5151,7 +5170,8 @@ def carry_images(call: Call, settings: Settings, undo: Undo, report: Report) -> 
             if not (settings.json or settings.quiet):
                 print(row["destination"])
     finally:
-        told = [(str(row["result"]), human(plan.size), plan.name, str(row["destination"])) for plan, row in zip(plans, report.images, strict=True)]
+        told = [(str(row["result"]), human(plan.size), plan.name, str(row["destination"]))
+            for plan, row in zip(plans, report.images, strict=True)]
         for line in aligned([("RESULT", "SIZE", "NAME", "IMAGE"), *told]):
             screen.say(line, always=settings.dry_run)
     report.result = "planned" if settings.dry_run else "done"
@@ -5164,8 +5184,10 @@ def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Clou
     with only_run_of(folder, wanted.id, run):
         journal = Journal(folder, run)
         with journal.beginning():
-            journal.write("run", job="image", pid=os.getpid(), source=wanted.id, source_name=wanted.name, name=plan.name,
-                          clouds=[cloud.url for cloud in clouds], settings={key: getattr(settings, key) for key in ("src_cloud", "dst_cloud")})
+            journal.write(
+                "run", job="image", pid=os.getpid(), source=wanted.id, source_name=wanted.name, name=plan.name,
+                clouds=[cloud.url for cloud in clouds],
+                settings={key: getattr(settings, key) for key in ("src_cloud", "dst_cloud")})
         with journal.ending(undo), undo, undo.screen.step(f"Carry image {wanted.name} ({human(plan.size)})."):
             return carry(settings, journal, undo, clouds, plan)
 
@@ -5173,7 +5195,7 @@ def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Clou
 # ---- 12. Copy --------------------------------------------------------------------------------------------------------
 
 STOP_DESTINATION: Final = "Stop destination instance"  # a step; also measures how long Nova takes to stop
-POWER_BUTTON: Final = 10.0  # seconds after which Nova presses it again (shutdown_retry_interval), for a minute unless told otherwise
+POWER_BUTTON: Final = 10.0  # seconds until Nova presses it again (shutdown_retry_interval), for a minute by default
 START_TAKES: Final = 3.0  # seconds, where Nova has not started the source before
 SETTING_UP: Final = 2.0  # seconds of downtime besides Nova and the copy
 LONGEST_PAUSE: Final = 60.0  # seconds between passes that gain nothing
@@ -5184,13 +5206,14 @@ LATE_ANSWER: Final = 60.0  # the same for one that must be deleted
 CLAIM_PAUSE: Final = 1.0  # seconds in which another run that did not see our mark writes its own
 
 STATE_WAYS: Final = {  # arguments of `openstack server`
-    "PAUSED": "unpause", "SUSPENDED": "resume", "SHELVED": "unshelve", "SHELVED_OFFLOADED": "unshelve", "RESCUE": "unrescue",
-    "VERIFY_RESIZE": "resize confirm", "ERROR": "set --state active",
+    "PAUSED": "unpause", "SUSPENDED": "resume", "SHELVED": "unshelve", "SHELVED_OFFLOADED": "unshelve",
+    "RESCUE": "unrescue", "VERIFY_RESIZE": "resize confirm", "ERROR": "set --state active",
 }
 NO_HOSTS: Final = "these credentials do not show on which host"
 DISK_FULL: Final = ("No space left on device", "Read-only file system", "Disk quota exceeded")  # a retry is no use
 FLAW_WAYS: Final = {
-    "internal snapshots": "they would be lost: delete them with qemu-img snapshot -d, or copy a snapshot of the instance",
+    "internal snapshots":
+        "they would be lost: delete them with qemu-img snapshot -d, or copy a snapshot of the instance",
     "encryption": "its key is not in the disk: carry it as an image with its secret",
     "an external data file": "convert the disk to a plain qcow2 first",
     "the corrupt flag": "repair it with qemu-img check -r all after taking a backup",
@@ -5241,7 +5264,8 @@ def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, 
         with ignoring(404):
             server = cloud.server(settings.src_uid)
         if not server:
-            raise Refused(f"source cloud: there is no server {settings.src_uid}", "see: openstack server list --all-projects")
+            raise Refused(
+                f"source cloud: there is no server {settings.src_uid}", "see: openstack server list --all-projects")
         if settings.run and server.task == "powering-off":  # the resumed run's own stop
             server = cloud.wait(server.id, lambda now: not now.task, lambda now: None)
         found.server = server
@@ -5283,8 +5307,9 @@ def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> Destinat
     """Surveys the destination cloud."""
     try:
         cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
-        return DestinationFacts(cloud, cloud.servers_named(settings.dst_name), cloud.flavors(), cloud.store.all(settings.image),
-                                cloud.sees_hosts(), cloud.limits(), cloud.refuses(settings.extra_args), cloud.made_by("", settings.src_uid))
+        return DestinationFacts(
+            cloud, cloud.servers_named(settings.dst_name), cloud.flavors(), cloud.store.all(settings.image),
+            cloud.sees_hosts(), cloud.limits(), cloud.refuses(settings.extra_args), cloud.made_by("", settings.src_uid))
     except CloudError as error:
         return DestinationFacts(None, problems=error.reasons)
 
@@ -5302,7 +5327,8 @@ def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -
     what = f"flavor like the source's {name!r}" if name else "flavor to be matched with the source's, which is gone"
     if not found:
         raise not_found(f"destination cloud: there is no {what}", name, flavors, " with -f")
-    raise Refused(f"destination cloud: more than one {what}: {', '.join(f'{one.name} ({one.id})' for one in found)}", "give its id with -f")
+    raise Refused(f"destination cloud: more than one {what}: {', '.join(f'{one.name} ({one.id})' for one in found)}",
+        "give its id with -f")
 
 
 def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Image:
@@ -5310,18 +5336,21 @@ def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Im
     if wanted:
         image = pick(wanted, images, "image", "destination cloud: ", " with -i")
         if image.status != "active":
-            raise Refused(f"destination cloud: image {image.name!r} is {image.status}, not active", "name another one with -i")
+            raise Refused(
+                f"destination cloud: image {image.name!r} is {image.status}, not active", "name another one with -i")
         return image
     if not source:
         raise Refused("the source's image is gone, so none can be matched", "name one with -i")
     name = source.name
     same = [image for image in images if image.status == "active" and image.equals(source)]
     if not same:
-        raise not_found(f"destination cloud: there is no image with the content of the source's {name!r}", name, images, " with -i")
+        raise not_found(
+            f"destination cloud: there is no image with the content of the source's {name!r}", name, images, " with -i")
     return min(same, key=lambda image: (image.is_hidden, image.name != name))
 
 
-def refuse(settings: Settings, source: SourceFacts, destination: DestinationFacts, known: Collection[str] = ()) -> list[Reason]:
+def refuse(settings: Settings, source: SourceFacts, destination: DestinationFacts,
+        known: Collection[str] = ()) -> list[Reason]:
     """All reasons to refuse; `known`: the runs with a journal here."""
     reasons = [*source.problems, *destination.problems]
     if source.server:
@@ -5349,7 +5378,8 @@ def next_commands_for(run: str, source: str, known: Collection[str]) -> str:
 
 def refuse_server(server: Server, settings: Settings, known: Collection[str] = ()) -> list[Reason]:
     """Reasons to refuse in the source instance."""
-    id, status, reason, ephemeral, whole = server.id, server.status, server.lock_reason, server.flavor.ephemeral, not settings.root_only
+    id, status, reason, extra, whole = (
+        server.id, server.status, server.lock_reason, server.flavor.ephemeral, not settings.root_only)
     run = server.metadata.get(MARK) or lock_of(server)
     ways, left = next_commands_for(run, id, known), "--root-only goes on without it"
     was_moved = run and MARK not in server.metadata and " takes its place" in reason
@@ -5365,8 +5395,9 @@ def refuse_server(server: Server, settings: Settings, known: Collection[str] = (
         (not server.host, f"source cloud: {NO_HOSTS} the instance is", "use an admin's credentials"),
         (not server.image, "the source boots from a volume, which migrena does not copy",
          "move the volume with Cinder, as a backup or an image"),
-        (whole and server.image and server.volumes, f"volumes are attached: {', '.join(server.volumes)}", f"detach them, or {left}"),
-        (whole and ephemeral, f"the source has an ephemeral disk of {ephemeral} GiB; only the root disk is copied", left),
+        (whole and server.image and server.volumes, f"volumes are attached: {', '.join(server.volumes)}",
+         f"detach them, or {left}"),
+        (whole and extra, f"the source has an ephemeral disk of {extra} GiB; only the root disk is copied", left),
         (whole and server.config_drive, "the source has a config drive; only the root disk is copied",
          f"give 'config_drive': True in -e for a new one; {left}"))
 
@@ -5382,27 +5413,31 @@ def refuse_tools(host: str, lacking: Sequence[str], settings: Settings, nbd_tool
 def refuse_disk(disk: Disk, settings: Settings) -> list[Reason]:
     """Reasons to refuse in the source's disk."""
     top, stays = disk.top, [name for name in disk.beside if not name.endswith(("swap", "config"))]
-    return [Reason(f"{image.path} has {flaw}", FLAW_WAYS[flaw]) for image in disk.chain for flaw in image.flaws] + reasons_from(
-        (disk.has_tpm, "the source has a TPM, whose secrets are not copied", "move what it protects first, then remove hw:tpm_version"),
+    return [Reason(f"{image.path} has {flaw}", FLAW_WAYS[flaw])
+            for image in disk.chain for flaw in image.flaws] + reasons_from(
+        (disk.has_tpm, "the source has a TPM, whose secrets are not copied",
+         "move what it protects first, then remove hw:tpm_version"),
         (top.format not in ("qcow2", "raw"), f"{top.path} is {top.format}; only qcow2 and raw can be copied", ""),
         (stays and not settings.root_only, f"there are other disks beside the root disk: {', '.join(stays)}",
          "--root-only goes on without them"))
 
 
-def refuse_destination(settings: Settings, source: SourceFacts, destination: DestinationFacts, known: Collection[str] = ()) -> list[Reason]:
+def refuse_destination(settings: Settings, source: SourceFacts, destination: DestinationFacts,
+        known: Collection[str] = ()) -> list[Reason]:
     """Reasons to refuse in the destination cloud."""
     reasons = list[Reason]()
-    for server in destination.same_name:
-        run, taken = server.metadata.get(MADE), f"destination cloud: the name {settings.dst_name!r} is taken by {server.id}"
+    for one in destination.same_name:
+        run, taken = one.metadata.get(MADE), f"destination cloud: the name {settings.dst_name!r} is taken by {one.id}"
         reasons.append(Reason(f"{taken}, made by run {run}",
-                              next_commands_for(run, server.metadata.get(ORIGIN, settings.src_uid), known))
+                              next_commands_for(run, one.metadata.get(ORIGIN, settings.src_uid), known))
                        if run else Reason(taken, "choose another one with -d"))
-    reasons += [Reason(f"destination cloud: {server.name} {server.id} ({server.status}) was made from this source by run "
-                       f"{server.metadata.get(DONE) or server.metadata.get(MADE)}",
+    reasons += [Reason(f"destination cloud: {one.name} {one.id} ({one.status}) was made from this source by run "
+                       f"{one.metadata.get(DONE) or one.metadata.get(MADE)}",
                        "undo that run or delete the instance; --yes makes another one anyway")
-                for server in destination.made if not settings.yes and server not in destination.same_name]
-    reasons += reasons_from((destination.refused, f"destination cloud: -e: {destination.refused}", "leave it out"),
-                            (not destination.sees_hosts, f"destination cloud: {NO_HOSTS} an instance is", "use an admin's credentials"))
+                for one in destination.made if not settings.yes and one not in destination.same_name]
+    reasons += reasons_from(
+        (destination.refused, f"destination cloud: -e: {destination.refused}", "leave it out"),
+        (not destination.sees_hosts, f"destination cloud: {NO_HOSTS} an instance is", "use an admin's credentials"))
     flavor = image = None
     with collecting(reasons):
         flavor = pick_flavor(settings.flavor, destination.flavors, source.server)
@@ -5414,11 +5449,12 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
             image = pick_image(settings.image, destination.images, source.image)
     if image and source.image and not settings.ignore_properties:
         reasons += [Reason(f"image {image.name!r} has {what} of the source's: the guest may not boot",
-                           "name another one with -i, or --ignore-properties") for what, is_fatal in image.differs(source.image) if is_fatal]
+            "name another one with -i, or --ignore-properties")
+            for what, is_fatal in image.differs(source.image) if is_fatal]
     if flavor:
         reasons += refuse_flavor(settings, flavor, image, source)
-        reasons += [Reason(f"destination cloud: the quota is exceeded: {exceeded}", "delete unused resources, or have the quota raised")
-                    for exceeded in over_quota(destination.limits, flavor)]
+        reasons += [Reason(f"destination cloud: the quota is exceeded: {exceeded}",
+            "delete unused resources, or have the quota raised") for exceeded in over_quota(destination.limits, flavor)]
     return reasons
 
 
@@ -5427,12 +5463,14 @@ def refuse_flavor(settings: Settings, flavor: Flavor, image: Image | None, sourc
     server, size = source.server, source.disk.top.size if source.disk else 0
     for what, is_less in flavor.differs(server.flavor) if server and not settings.flavor else ():
         if is_less:
-            yield Reason(f"flavor {flavor.name} of the destination is smaller than the source's: {what}", "name one with -f")
+            yield Reason(
+                f"flavor {flavor.name} of the destination is smaller than the source's: {what}", "name one with -f")
     if 0 < flavor.disk * GiB < size:
-        yield Reason(f"flavor {flavor.name} has a disk of {flavor.disk} GiB, the source's has {human(size)}", "name a larger one with -f")
+        yield Reason(f"flavor {flavor.name} has a disk of {flavor.disk} GiB, the source's has {human(size)}",
+            "name a larger one with -f")
     if not flavor.disk and server and image and image.disk_size < size and (image.disk_size or server.flavor.disk):
-        yield Reason(f"flavor {flavor.name} has no disk size, and image {image.name!r} has {human(image.disk_size)} or no known size; "
-                     f"the source's disk has {human(size)}", "name a larger flavor with -f")
+        yield Reason(f"flavor {flavor.name} has no disk size, and image {image.name!r} has {human(image.disk_size)} "
+            f"or no known size; the source's disk has {human(size)}", "name a larger flavor with -f")
 
 
 def image_to_carry(settings: Settings, source: SourceFacts, destination: DestinationFacts) -> ImagePlan | None:
@@ -5445,7 +5483,8 @@ def image_to_carry(settings: Settings, source: SourceFacts, destination: Destina
 
 def already_there(settings: Settings, destination: DestinationFacts) -> Server | None:
     """The completed instance of this name that an earlier run made from this source."""
-    return next((one for one in destination.same_name if one.metadata.get(ORIGIN) == settings.src_uid and DONE in one.metadata), None)
+    return next((one for one in destination.same_name
+        if one.metadata.get(ORIGIN) == settings.src_uid and DONE in one.metadata), None)
 
 
 @dataclass(frozen=True)
@@ -5469,9 +5508,10 @@ class Plan:
 def make_plan(settings: Settings, source: SourceFacts, destination: DestinationFacts, run: str) -> Plan:
     """The plan, for facts without reasons to refuse."""
     _, server, _, disk = source.whole
-    left = (*(f"volume {id}" for id in server.volumes), *(f"ephemeral disk {name}" for name in disk.beside if re.search("local|eph", name)),
-            *(["the config drive"] if server.config_drive else ()))
-    carried, flavor = image_to_carry(settings, source, destination), pick_flavor(settings.flavor, destination.flavors, server)
+    left = (*(f"volume {id}" for id in server.volumes), *(f"ephemeral disk {name}" for name in disk.beside
+            if re.search("local|eph", name)), *(["the config drive"] if server.config_drive else ()))
+    carried, flavor = image_to_carry(settings, source, destination), pick_flavor(
+        settings.flavor, destination.flavors, server)
     image = replace(carried.source, id="") if carried else pick_image(settings.image, destination.images, source.image)
     return Plan(run, server, disk, flavor, image, left, server.status == "ACTIVE", carried)
 
@@ -5500,7 +5540,8 @@ class Report:
 
 def reported(cloud: Cloud, server: Server) -> dict[str, object]:
     """An instance for the report."""
-    return {"cloud": cloud.url, "id": server.id, "name": server.name, "host": server.hypervisor, "flavor": server.flavor}
+    return {"cloud": cloud.url, "id": server.id, "name": server.name, "host": server.hypervisor,
+        "flavor": server.flavor}
 
 
 @dataclass
@@ -5566,14 +5607,15 @@ def situation_now(run: Run, made: str = "", *, with_disk: bool = False, is_patie
 
 def gate(run: Run, act: Act, *, is_live: bool = False, is_held: bool = False) -> Situation:
     """Looks at both sides now; if an act must not be done, raises FinalError, or Kept once the copy is proven."""
-    after, now = run.settings.start_after, situation_now(run, with_disk=act in (Act.SWAP, Act.START_DESTINATION), is_patient=not is_held)
+    after, now = run.settings.start_after, situation_now(
+        run, with_disk=act in (Act.SWAP, Act.START_DESTINATION), is_patient=not is_held)
     asked = Asked(run.settings.yes, after == "all", after in ("all", "src"), is_live, is_held)
     allow(act, now, asked, Kept if now.stage >= Stage.PROVEN else FinalError)
     return now
 
 
 def asked_in_undo(run: Run) -> Asked:
-    """What the operator allows while a failed run is undone; --yes is not about a destination that the run has started."""
+    """What the operator allows while a failed run is undone; --yes excludes a destination that the run has started."""
     return Asked(run.settings.yes and stage_of(run.record) < Stage.STARTED, run.settings.start_after == "all")
 
 
@@ -5586,7 +5628,8 @@ def keeping_proven(run: Run) -> Iterator[None]:
         if not error.is_temporary or stage_of(run.record) < Stage.PROVEN:
             raise
         raise Kept(f"{error}; the copy is complete and proven, and both instances are kept as they are",
-                   f"./migrena.py resume {run.plan.run} completes the move, ./migrena.py rollback {run.plan.run} undoes it") from error
+            f"./migrena.py resume {run.plan.run} completes the move, "
+            f"./migrena.py rollback {run.plan.run} undoes it") from error
 
 
 def execute_or_undo(run: Run) -> int:
@@ -5594,7 +5637,7 @@ def execute_or_undo(run: Run) -> int:
     run.source.tell = run.destination.tell = run.screen.note
     try:
         with run.journal.ending(run.undo), ExitStack() as stack, run.undo, keeping_proven(run):
-            stack.enter_context(run.source_host.private_folder(run.plan.run))  # shows other machines that this run is active
+            stack.enter_context(run.source_host.private_folder(run.plan.run))  # shows other machines that it is active
             id = execute(run, stack)
     except (UsageError, Refused) as error:  # too late to count as a refusal
         if isinstance(error, Refused) and not run.earlier:
@@ -5620,7 +5663,8 @@ def execute(run: Run, stack: ExitStack) -> str:
     with DiskLocks(plan.run) as locks:
         if not run.is_in_place:
             began = copy_and_swap(run, host, new, locks)
-        elif (source := situation_now(run).source).is_idle and not source.is_locked_by(plan.run) and run.settings.start_after in ("all", "dst"):
+        elif ((source := situation_now(run).source).is_idle and not source.is_locked_by(plan.run)
+                and run.settings.start_after in ("all", "dst")):
             stop_source(run, new)  # somebody unlocked it: lock it again before the destination is started
         arrived = start_named(run, "dst", new.id)
         if plan.was_running:
@@ -5646,7 +5690,7 @@ def release_destination(run: Run, id: str) -> None:
 
 
 def release_source(run: Run, arrived: Server | None) -> None:
-    """After a success: removes the run's mark from the source and gives it back, unless only the destination was started."""
+    """After a success: takes the run's mark off the source, gives it back, unless only the destination was started."""
     id = run.plan.server.id
     if run.settings.start_after != "dst":
         give_back(run.source, replace(gate(run, Act.GIVE_BACK), was_running=False), run.journal, run.changed)
@@ -5654,7 +5698,8 @@ def release_source(run: Run, arrived: Server | None) -> None:
         if arrived and other and (shared := arrived.fixed_addresses & other.fixed_addresses):
             run.screen.warn(f"source and destination both run with address {', '.join(sorted(shared))}")
     else:
-        run.screen.note(f"The source stays stopped and locked; ./migrena.py rollback {run.plan.run} --yes takes it back.")
+        run.screen.note(
+            f"The source stays stopped and locked; ./migrena.py rollback {run.plan.run} --yes takes it back.")
     run.source.unmark(id, run.plan.run, MARK, WAS)
 
 
@@ -5671,7 +5716,8 @@ def copy_and_swap(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
             known = read_bitmap(run, job, known)
             job = recheck_source(run, job)
             transfer(both, job, known)
-        title = f"{'Rebase backing file, check' if job.whole_file and job.fresh.backing else 'Check'} and swap in the disk."
+        title = (f"{'Rebase backing file, check' if job.whole_file and job.fresh.backing else 'Check'} "
+                 "and swap in the disk.")
         with run.screen.step(title):
             locks.check()
             gate(run, Act.SWAP)
@@ -5687,12 +5733,13 @@ def copy_and_swap(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
 def warm_copy(both: BothEnds, job: DiskJob) -> Known:
     """Copies the disk in passes while the source runs, until little is left to send after its stop.
 
-    Returns the digests of both ends, if a dirty bitmap shows what changes after them. Raises FinalError if --max-downtime cannot be met,
-    and HostError as `with_retries` does; the source runs on.
+    Returns the digests of both ends, if a dirty bitmap shows what changes after them. Raises FinalError if
+    --max-downtime cannot be met, and HostError as `with_retries` does; the source runs on.
     """
     job, passes, known, run, began = replace(job, is_live=True), list[Pass](), NOTHING_KNOWN, both.run, time.monotonic()
     settings, screen = run.settings, run.screen
-    nova, least, pause = nova_takes(run.source.actions(run.plan.server.id), screen.seconds.get(STOP_DESTINATION, 5.0)), math.inf, 0.0
+    nova, least, pause = nova_takes(
+        run.source.actions(run.plan.server.id), screen.seconds.get(STOP_DESTINATION, 5.0)), math.inf, 0.0
     with screen.step("Copy the disk while the source runs."), run.journal.act("warm copy", new=job.new) as result:
         screen.note(f"{run.source_host.name}:{job.source.path} -> {both.destination.name}:{job.new}")
         has_bitmap = settings.bitmap and begin_bitmap(run, job)
@@ -5706,9 +5753,10 @@ def warm_copy(both: BothEnds, job: DiskJob) -> Known:
             expected = downtime(passes, nova) if len(passes) > 1 else math.inf
             pause = pause_after(len(passes), pause, expected / least)
             least = min(least, expected)
-            more = f", found in {duration(one.looking)}; stopped now, it would be down for about {duration(expected)}" if len(passes) > 1 else ""
-            screen.note(f"Pass {len(passes)}: {human(one.changed)} {'sent' if len(passes) == 1 else 'had changed, sent'} in "
-                        f"{duration(one.sending)}{more}")
+            more = (f", found in {duration(one.looking)}; stopped now, it would be down for about "
+                    f"{duration(expected)}" if len(passes) > 1 else "")
+            screen.note(f"Pass {len(passes)}: {human(one.changed)} "
+                f"{'sent' if len(passes) == 1 else 'had changed, sent'} in {duration(one.sending)}{more}")
             run.journal.write("pass", number=len(passes), **asdict(one))
         result["passes"] = len(passes)
     run.report.copy["passes"] = [asdict(one) for one in passes]
@@ -5737,7 +5785,8 @@ def begin_bitmap(run: Run, job: DiskJob) -> bool:
 def drop_bitmap_on_failure(run: Run) -> None:
     """Registers the removal of the source's dirty bitmap if the run fails; otherwise read_bitmap() removes it."""
     host, path = run.source_host, run.plan.disk.top.path
-    run.undo.on_failure(f"remove the dirty bitmap from {host.name}:{path}", lambda: drop_bitmap(host, run.plan.server.id, path, run.plan.run))
+    run.undo.on_failure(f"remove the dirty bitmap from {host.name}:{path}",
+        lambda: drop_bitmap(host, run.plan.server.id, path, run.plan.run))
 
 
 def drop_bitmap(host: Host, source: str, path: str, run: str) -> None:
@@ -5746,7 +5795,7 @@ def drop_bitmap(host: Host, source: str, path: str, run: str) -> None:
 
 
 def read_bitmap(run: Run, job: DiskJob, known: Known) -> Known:
-    """Adds the unchanged blocks by the stopped source's dirty bitmap, if any, to what is known, and removes the bitmap."""
+    """Adds the blocks unchanged by the stopped source's dirty bitmap, if any, to what is known; removes the bitmap."""
     if not run.settings.bitmap:
         return known
     host = run.source_host
@@ -5765,7 +5814,8 @@ def one_pass(run: Run, job: DiskJob, known: Known, ends: Ends) -> tuple[Pass, Kn
     """One pass over the source's file with its present length."""
     require_it_runs(run, gate(run, Act.WRITE, is_live=True).source.server)
     ends.locks.hold(ends.destination, job.fresh.path)
-    length, state = ends.source.script(f'stat -c %s -- "$2"; {DOMAIN_STATE}', run.plan.server.id, job.source.path).split("\n", 1)
+    length, state = ends.source.script(
+        f'stat -c %s -- "$2"; {DOMAIN_STATE}', run.plan.server.id, job.source.path).split("\n", 1)
     require_running(ends.source, state.strip())
     job = replace(job, source=replace(job.source, length=int(length)))
     moved, known = move_disk(ends, job, Callbacks(partial(journaled_progress, run)), known)
@@ -5789,8 +5839,8 @@ def require_it_runs(run: Run, server: Server | None) -> None:
 def nova_takes(actions: Sequence[Action], stop: float) -> float:
     """Seconds that Nova will need to stop the source and to start the destination: as long as it took the last time.
 
-    Where it never stopped the source, what the destination's `stop` took tells: that one was booting, and may have missed the power
-    button until it was pressed again. One that missed it all the time (a minute) may be a guest that ignores it.
+    Where it never stopped the source, what the destination's `stop` took tells: that one was booting, and may have
+    missed the power button until it was pressed again. One that missed it all the time (a minute) may ignore it.
     """
     took = {action.name: action.seconds for action in reversed(actions) if action.seconds and not action.has_failed}
     fresh = stop if stop >= 6 * POWER_BUTTON else max(START_TAKES, stop % POWER_BUTTON)
@@ -5798,7 +5848,7 @@ def nova_takes(actions: Sequence[Action], stop: float) -> float:
 
 
 def pause_after(passes: int, before: float, share: float) -> float:
-    """Seconds to wait for a guest that writes less; longer each time that a pass has gained nothing: `share` is of the best that was expected."""
+    """Seconds to wait until a guest writes less, longer after each pass without gain; `share`: of the best expected."""
     return min(max(1.0, 2 * before), LONGEST_PAUSE) if passes > 2 and share > 0.9 else 0.0
 
 
@@ -5827,10 +5877,13 @@ def wants_another_pass(settings: Settings, passes: Sequence[Pass], nova: float, 
         if (expected := downtime(passes, nova)) <= settings.max_downtime:
             return False
         if is_last or elapsed > settings.warm_timeout:
-            raise FinalError(f"after {len(passes)} passes in {duration(elapsed)} the source would still be down for about {duration(expected)}",
-                             f"allow more than --max-downtime {settings.max_downtime}, or try again when the guest writes less")
+            raise FinalError(
+                f"after {len(passes)} passes in {duration(elapsed)} the source would still be down for about "
+                f"{duration(expected)}",
+                f"allow more than --max-downtime {settings.max_downtime}, or try again when the guest writes less")
         return True
-    return not is_last and (len(passes) == 1 or (left_after(passes) < passes[-1].changed / 2 and left_after(passes) > rate_of(passes) / 2))
+    return not is_last and (len(passes) == 1 or (left_after(passes) < passes[-1].changed / 2
+        and left_after(passes) > rate_of(passes) / 2))
 
 
 def claim_source(run: Run) -> None:
@@ -5855,12 +5908,13 @@ def claim_source(run: Run) -> None:
 
 
 def take_mark_off(cloud: Cloud, now: Situation) -> None:
-    """Removes a run's mark from its source if that is in its old state; else raises Kept, since the mark is still needed."""
+    """Removes a run's mark from its source if that is in its old state; else raises Kept: the mark is still needed."""
     source, way = now.source, f"./migrena.py rollback {now.run}"
     if source.unseen:
         raise Kept(f"source {source.id} may still have the mark of run {now.run}: {source.unseen}", way)
     if source.server and now.was_running and not source.server.is_running:
-        raise Kept(f"source {source.id} is {source.server.status}, and still has the mark of run {now.run}", f"{way}, once it may run")
+        raise Kept(f"source {source.id} is {source.server.status}, and still has the mark of run {now.run}",
+            f"{way}, once it may run")
     if source.server:
         cloud.unmark(source.id, now.run, MARK, WAS)
 
@@ -5869,8 +5923,8 @@ def require_mark(run: Run, mark: str | None) -> None:
     """Raises Refused unless the source has this mark or ours."""
     there = run.source.server_retrying(run.plan.server.id).metadata.get(MARK)
     if there not in (mark, run.plan.run):
-        raise Refused(f"another run ({there or 'one that has ended'}) has taken the source {run.plan.server.id} at the same time",
-                      "wait until it ends, and see what it made")
+        raise Refused(f"another run ({there or 'one that has ended'}) has taken the source "
+            f"{run.plan.server.id} at the same time", "wait until it ends, and see what it made")
 
 
 def ensure_destination(run: Run) -> Server:
@@ -5937,12 +5991,13 @@ def made_late(run: Run) -> list[str]:
     made = await_made(run, time.monotonic() + LATE_ANSWER if is_open else float("-inf"))
     if is_open and not made:
         raise Kept(f"Nova did not answer the request for {run.settings.dst_name}, and may still make it",
-                   f"openstack server list --name {shlex.quote(run.settings.dst_name)}; ./migrena.py rollback {run.plan.run} deletes it")
+            f"openstack server list --name {shlex.quote(run.settings.dst_name)}; "
+            f"./migrena.py rollback {run.plan.run} deletes it")
     return made
 
 
 def delete_on_failure(run: Run) -> None:
-    """Registers the deletion of the destination if the run fails: by its id, or by its marks if Nova's answer was lost."""
+    """Registers the deletion of the destination if the run fails: by id, or by marks if Nova's answer was lost."""
     def delete() -> None:
         is_proven = stage_of(run.record) >= Stage.PROVEN  # until then the source's host need not be reachable
         for id in [run.made] if run.made else made_late(run):
@@ -5976,7 +6031,7 @@ class BothEnds(ExitStack):
         self._ends: Ends | None = None
 
     def ends(self) -> Ends:
-        """The same for as long as nothing fails: what is set up while the source runs need not be set up after its stop."""
+        """The same as long as nothing fails: what is set up while the source runs need not be set up after its stop."""
         self._ends = self._ends or self._open()
         return self._ends
 
@@ -5994,7 +6049,8 @@ class BothEnds(ExitStack):
             host, folder = (source, one) if who == "server" else (destination, other)
             put_files(host, folder, files)
         way = route(destination, source.nbd_address)
-        return Ends(source, destination, one, other, way.get("prefsrc", destination.nbd_address), way.get("dev", ""), self.locks)
+        return Ends(source, destination, one, other,
+            way.get("prefsrc", destination.nbd_address), way.get("dev", ""), self.locks)
 
 
 def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
@@ -6013,7 +6069,8 @@ def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
         run.journal.write("space", host=host, need=space_needed(job.source, run.plan.disk, job.whole_file, 0))
         refuse_job(ends, job, run.plan.disk, still_to_write(run.journal.path.parent, run.plan.run, host))
         rate = rehearse(ends, job)
-        screen.note(f"Done. {human(SAMPLE)} went from {ends.source.nbd_address} to {ends.client_address} and were verified.")
+        screen.note(
+            f"Done. {human(SAMPLE)} went from {ends.source.nbd_address} to {ends.client_address} and were verified.")
         if rate < SLOW_WIRE and job.may_be_compressed:
             job = replace(job, transport="qemu", compress=True)
             screen.note(f"The network carries {human(rate)}/s: compression is on.")
@@ -6036,9 +6093,11 @@ def plan_job(run: Run, ends: Ends, fresh: Disk) -> DiskJob:
     compress = settings.compress == "on"
     transport, why_transport = pick_transport(settings, lacking, disk.top, whole_file)
     if transport == "nbd" and lacking:
-        raise HostError(f"--transport nbd is impossible, missing: {', '.join(lacking)}", "use --transport qemu, or install what is missing")
+        raise HostError(f"--transport nbd is impossible, missing: {', '.join(lacking)}",
+            "use --transport qemu, or install what is missing")
     run.screen.note(f"Copy {'the file' if whole_file else 'what the guest sees'}: {why_view}.")
-    run.screen.note(f"Transport {transport}{', compressed,' if compress else ''}{' with TLS' if settings.tls else ' in clear'}: {why_transport}.")
+    run.screen.note(f"Transport {transport}{', compressed,' if compress else ''}"
+        f"{' with TLS' if settings.tls else ' in clear'}: {why_transport}.")
     run.report.copy |= {"view": "file" if whole_file else "guest", "why_view": why_view, "transport": transport,
                         "why_transport": why_transport, "tls": settings.tls, "compressed": compress}
     return DiskJob(run.plan.run, settings, source=disk.top, fresh=fresh.top, whole_file=whole_file, transport=transport,
@@ -6051,8 +6110,8 @@ def refuse_job(ends: Ends, job: DiskJob, disk: Disk, others: int = 0) -> None:
     if fresh.format not in ("qcow2", "raw"):
         raise HostError(f"{host.name}: {fresh.path} is {fresh.format}; only qcow2 and raw can be written")
     if fresh.size < job.source.size:
-        raise HostError(f"the new instance's disk of {human(fresh.size)} is smaller than the source's {human(job.source.size)}",
-                        "name a larger flavor with -f")
+        raise HostError(f"the new instance's disk of {human(fresh.size)} is smaller than the source's "
+            f"{human(job.source.size)}", "name a larger flavor with -f")
     need = space_needed(job.source, disk, job.whole_file, job.settings.space_reserve)
     there = host.script('[ ! -f "$1" ] || stat -c %b -- "$1"', job.new)  # a resumed run has some already
     free = free_space(host, fresh.path) + there.read(lambda said: int(said or 0)) * 512
@@ -6134,7 +6193,8 @@ def recheck_source(run: Run, job: DiskJob) -> DiskJob:
         raise HostError.of([other])
     chain = disk_chain(host, path, domain.format, shared=False)
     planned = run.plan.disk.chain
-    if [(image.path, image.format, image.size) for image in chain] != [(image.path, image.format, image.size) for image in planned]:
+    if [(image.path, image.format, image.size) for image in chain] != [
+            (image.path, image.format, image.size) for image in planned]:
         raise HostError(f"{host.name}: {path} was replaced since the survey")
     top = checked(host, chain[0])
     for flaw in top.flaws:
@@ -6149,16 +6209,17 @@ def recheck_source(run: Run, job: DiskJob) -> DiskJob:
 
 
 def transfer(both: BothEnds, job: DiskJob, known: Known) -> Moved:
-    """Copies and verifies; raises as `with_retries` does. An incomplete file is deleted with the destination's folder."""
+    """Copies and verifies; raises as `with_retries`. An incomplete file is deleted with the destination's folder."""
     run, host = both.run, both.destination
     inode = host.run("stat", "-c", "%i", "--", job.fresh.path).strip()
-    run.journal.write("job", new=job.new, kept=job.kept, host=host.name, stand=job.stand, inode=inode, whole_file=job.whole_file)
+    run.journal.write("job", new=job.new, kept=job.kept, host=host.name, stand=job.stand,
+        inode=inode, whole_file=job.whole_file)
 
     def check() -> None:
         gate(run, Act.WRITE, is_held=True)
         if (free := free_space(host, job.fresh.path)) < run.settings.space_reserve:
-            raise FinalError(f"{host.name}: only {human(free)} are left beside {job.fresh.path}: a full disk pauses its guests",
-                             "free space there, and run it again; the limit is SPACE_RESERVE")
+            raise FinalError(f"{host.name}: only {human(free)} are left beside {job.fresh.path}: a full disk "
+                "pauses its guests", "free space there, and run it again; the limit is SPACE_RESERVE")
 
     callbacks = Callbacks(partial(journaled_progress, run), lambda chunk, done: run.journal.write(
         "chunk", offset=chunk.offset, length=chunk.length, done=done), at_intervals(10.0, check))
@@ -6168,7 +6229,8 @@ def transfer(both: BothEnds, job: DiskJob, known: Known) -> Moved:
         ends.locks.hold(ends.destination, job.fresh.path)
         return move_disk(ends, job, callbacks, known)[0]
 
-    with run.screen.step("Migrate disk to destination instance."), run.journal.act("copy", new=job.new, length=job.length) as result:
+    with run.screen.step("Migrate disk to destination instance."), run.journal.act(
+            "copy", new=job.new, length=job.length) as result:
         run.screen.note(f"{run.source_host.name}:{job.source.path}")
         run.screen.note(f"-> {host.name}:{job.fresh.path}")
         moved = with_retries(both, attempt, "stays stopped")
@@ -6180,14 +6242,16 @@ def transfer(both: BothEnds, job: DiskJob, known: Known) -> Moved:
 def report_moved(run: Run, job: DiskJob, moved: Moved) -> None:
     """Shows and reports what was copied, and how it was verified."""
     rate = moved.held / max(moved.seconds, 0.001)
-    proof = f"both ends have digest {moved.digest[:16]}…" if moved.digest else "not verified (--no-verify)"
-    proof += f", {human(moved.unread)} of it from before the stop, unchanged by the dirty bitmap" if moved.unread else ""
+    note = f"both ends have digest {moved.digest[:16]}…" if moved.digest else "not verified (--no-verify)"
+    note += f", {human(moved.unread)} of it from before the stop, unchanged by the dirty bitmap" if moved.unread else ""
     what = f"{human(moved.held)} that had changed, in" if moved.is_rest else f"{human(moved.held)} in"
-    run.screen.note(f"Done. {what} {duration(moved.seconds)}{'' if moved.is_rest else f', {human(rate)}/s'}; {proof}")
-    run.report.copy |= {"verified": bool(moved.digest), "digest": moved.digest, "proven_by_bitmap": moved.unread, "bytes": moved.held,
-                        "length": job.length, "sent": moved.sent, "sent_per_held": round(moved.sent / max(moved.held, 1), 4),
-                        "seconds": round(moved.seconds, 2), "rate": round(rate)}
-    run.journal.write("finished", clouds=[run.source.url, run.destination.url], rate=round(rate) if moved.held > MiB and not moved.is_rest else 0)
+    run.screen.note(f"Done. {what} {duration(moved.seconds)}{'' if moved.is_rest else f', {human(rate)}/s'}; {note}")
+    run.report.copy |= {
+        "verified": bool(moved.digest), "digest": moved.digest, "proven_by_bitmap": moved.unread, "bytes": moved.held,
+        "length": job.length, "sent": moved.sent, "sent_per_held": round(moved.sent / max(moved.held, 1), 4),
+        "seconds": round(moved.seconds, 2), "rate": round(rate)}
+    run.journal.write("finished", clouds=[run.source.url, run.destination.url],
+        rate=round(rate) if moved.held > MiB and not moved.is_rest else 0)
 
 
 def at_intervals(seconds: float, act: Callable[[], object]) -> Callable[[], None]:
@@ -6215,11 +6279,13 @@ def with_retries(both: BothEnds, act: Callable[[Ends], T], meanwhile: str) -> T:
                 both.renew()
             return act(both.ends())
         except HostError as error:
-            if attempt == run.settings.retries or isinstance(error, FinalError) or any(words in str(error) for words in DISK_FULL):
+            if attempt == run.settings.retries or isinstance(error, FinalError) or any(
+                    words in str(error) for words in DISK_FULL):
                 raise
             pause = min(2 ** (attempt + 1), 60)
             run.journal.write("retry", attempt=attempt + 1, error=str(error), pause=pause)
-            run.screen.warn(f"{error}; attempt {attempt + 2} of {run.settings.retries + 1} follows in {pause} s, the source {meanwhile}")
+            run.screen.warn(f"{error}; attempt {attempt + 2} of {run.settings.retries + 1} follows in {pause} s, "
+                f"the source {meanwhile}")
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
@@ -6254,46 +6320,47 @@ def start_named(run: Run, side: str, id: str) -> Server | None:
     return started
 
 
-def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known_rate: float, report: Report) -> Iterator[str]:
+def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known: float, report: Report) -> Iterator[str]:
     """The plan's lines for the dry run; puts the same into the report."""
     server, disk, top = plan.server, plan.disk, plan.disk.top
     report.source |= {"status": server.status, "chain": disk.chain}
     yield f"source       {server.name} {server.id}, {server.status}, on {server.hypervisor}"
     yield f"  disk       {top.path}: {top.format}, {human(top.size)} to the guest, {human(top.allocated)} in the file"
     yield from (f"  base       {base.path}: {base.format}, {human(base.length)}" for base in disk.chain[1:])
-    yield (f"destination  {settings.dst_name}, flavor {plan.flavor.name}, image {plan.image.name} ({plan.image.id or 'carried first'}), "
-           "on the host that Nova chooses")
+    yield (f"destination  {settings.dst_name}, flavor {plan.flavor.name}, image {plan.image.name} "
+           f"({plan.image.id or 'carried first'}), on the host that Nova chooses")
     differs = [what for what, _ in plan.image.differs(source.image)] if source.image else None
-    image = {"id": plan.image.id, "name": plan.image.name, "bytes": plan.carried.size if plan.carried else 0, "differs": differs}
-    report.destination |= {"name": settings.dst_name, "flavor": plan.flavor, "image": image}
-    yield from (f"  image      has {what} of the source's" for what in differs or ())
-    if differs is None:
-        yield "  image      was not compared: the source's is gone, or could not be read"
+    report.destination |= {"name": settings.dst_name, "flavor": plan.flavor, "image": {"id": plan.image.id,
+        "name": plan.image.name, "bytes": plan.carried.size if plan.carried else 0, "differs": differs}}
+    yield from ["  image      was not compared: the source's is gone, or could not be read"] if differs is None else (
+        f"  image      has {what} of the source's" for what in differs)
     yield from (f"  flavor     has {what} of the source's" for what, _ in plan.flavor.differs(server.flavor))
     transport, why = pick_transport(settings, ["nbd-server"] if "nbd-server" in source.lacking else [], top, True)
-    yield f"transport    {transport}{' with TLS' if settings.tls else ' in clear'}: {why} (if the destination's host has the tools)"
+    yield (f"transport    {transport}{' with TLS' if settings.tls else ' in clear'}: {why} "
+           "(if the destination's host has the tools)")
     if plan.carried:
         yield f"to move      {human(plan.carried.size)}: the image, before anything is stopped"
     views = {"file": top.allocated} | ({} if top.format == "raw" or not disk.base else {"guest": disk.guest_bytes})
     rates = {f"{human(settings.limit_rate)}/s, the limit": float(settings.limit_rate)} if settings.limit_rate else {
-        f"{human(known_rate)}/s, as in the last run": known_rate} if known_rate else {"1 Gbit/s": 1.25e8, "10 Gbit/s": 1.25e9}
-    is_warm = settings.warm and plan.was_running
-    kind, also = ("downtime", ", plus the time to stop and start") if plan.was_running and not is_warm else ("duration", "")
+        f"{human(known)}/s, as in the last run": known} if known else {"1 Gbit/s": 1.25e8, "10 Gbit/s": 1.25e9}
+    warm = settings.warm and plan.was_running
+    kind, end = ("downtime", ", plus the time to stop and start") if plan.was_running and not warm else ("duration", "")
     report.copy = {"transport": transport, "why_transport": why, "estimates": [],
                    **{key: getattr(settings, key) for key in ("tls", "warm", "bitmap", "start_after")}}
     for which, amount in views.items():
         space = space_needed(top, disk, which == "file", settings.space_reserve)
-        yield f"to move      {human(amount)}: {'the file' if which == 'file' else 'what the guest sees, if the bases differ'}"
+        yield (f"to move      {human(amount)}: "
+               f"{'the file' if which == 'file' else 'what the guest sees, if the bases differ'}")
         yield f"  space      {human(space)} at the destination"
         for name, rate in rates.items():
-            report.copy["estimates"].append({"view": which, "bytes": amount, "space": space, "rate": rate, "why_rate": name,
-                                             "seconds": round(amount / rate, 1)})
-            yield f"  {kind}   about {duration(amount / rate)} at {name}{also}"
-    if is_warm:
+            report.copy["estimates"].append({"view": which, "bytes": amount, "space": space, "rate": rate,
+                                             "why_rate": name, "seconds": round(amount / rate, 1)})
+            yield f"  {kind}   about {duration(amount / rate)} at {name}{end}"
+    if warm:
         yield "downtime     to find and send what changes meanwhile, and to stop and start"
-        if settings.bitmap:
-            yield f"bitmap       {top.path} has a dirty bitmap meanwhile"
-    yield "guest        cloud-init treats the new instance id as a first boot: new SSH host keys, perhaps passwords (see README)"
+        yield from [f"bitmap       {top.path} has a dirty bitmap meanwhile"] if settings.bitmap else ()
+    yield ("guest        cloud-init treats the new instance id as a first boot: new SSH host keys, perhaps passwords "
+           "(see README)")
     if server.key and not settings.extra_args.get("key_name"):
         yield (f"  key pair   {server.key!r} is the source's; the new instance has none, unless key_name in -e names "
                "one of the destination's user")
@@ -6328,15 +6395,17 @@ def copy_instance(call: Call, settings: Settings, undo: Undo, report: Report) ->
             for line in plan_lines(settings, plan, source, last_rate(folder, [cloud.url for cloud in clouds]), report):
                 screen.say(line, always=True)
             return 0
-        return execute_or_undo(Run(settings, screen, begin_journal(folder, settings, plan, clouds), undo, report, plan, *clouds, host))
+        return execute_or_undo(Run(
+            settings, screen, begin_journal(folder, settings, plan, clouds), undo, report, plan, *clouds, host))
 
 
 def begin_journal(folder: Path, settings: Settings, plan: Plan, clouds: Sequence[Cloud]) -> Journal:
     """A new journal with its first line: what resume and rollback need, without secrets. Raises UsageError."""
     journal = Journal(folder, plan.run)
     with journal.beginning():
-        journal.write("run", pid=os.getpid(), source=plan.server.id, source_name=plan.server.name, source_host=plan.server.hypervisor,
-                      name=settings.dst_name, clouds=[cloud.url for cloud in clouds], where=[cloud.identity for cloud in clouds],
+        journal.write("run", pid=os.getpid(), source=plan.server.id, source_name=plan.server.name,
+                      source_host=plan.server.hypervisor, name=settings.dst_name,
+                      clouds=[cloud.url for cloud in clouds], where=[cloud.identity for cloud in clouds],
                       was_running=plan.was_running, flavor=plan.flavor.id, image=plan.image.id,
                       settings={**{name: getattr(settings, name) for name in FOR_RESUME},
                                 **{f"{side}_disk_path": settings.of(side).disk_path for side in ("src", "dst")}})
