@@ -6462,19 +6462,24 @@ def as_json(record: RunRecord) -> dict[str, Any]:
     facts, told, clouds = record.facts, asdict(record), [*record.facts.get("clouds", ()), "", ""]
     told["copy"] = {key: told.pop(key) for key in ("done", "rate", "retries")}
     told["copy"] |= {"bytes": told.pop("total"), "seconds_left": record.seconds_left}
-    told["source"] = {"cloud": clouds[0], "id": record.source, "name": facts.get("source_name", ""), "host": facts.get("source_host", "")}
-    told["destination"] = {"cloud": clouds[1], "id": record.destination, "name": facts.get("name", ""), "host": record.job.get("host", "")}
+    told["source"] = {"cloud": clouds[0], "id": record.source, "name": facts.get("source_name", ""),
+        "host": facts.get("source_host", "")}
+    told["destination"] = {"cloud": clouds[1], "id": record.destination, "name": facts.get("name", ""),
+        "host": record.job.get("host", "")}
     told["error"] = [{"problem": record.error, "way_out": ""}] if record.error else []
-    return told | {"result": told.pop("state"), "not_undone": told.pop("left"), "was_running": record.was_running, "step": record.step}
+    return told | {"result": told.pop("state"), "not_undone": told.pop("left"),
+        "was_running": record.was_running, "step": record.step}
 
 
 def table_lines(records: Sequence[RunRecord]) -> Iterator[str]:
     """An aligned line for each run, followed by what is left behind."""
     rows = [("RUN", "STATE", "STEP", "BYTES", "%", "RATE", "LEFT", "SOURCE -> DESTINATION"), *(
-        (record.run, record.state, "-" if record.state == "done" else record.step, human(record.done) if record.total else "-",
-         str(record.done * 100 // record.total) if record.total else "-", f"{human(record.rate)}/s" if record.rate else "-",
+        (record.run, record.state, "-" if record.state == "done" else record.step,
+         human(record.done) if record.total else "-", str(record.done * 100 // record.total) if record.total else "-",
+         f"{human(record.rate)}/s" if record.rate else "-",
          duration(record.seconds_left) if record.seconds_left else "-",
-         f"{record.facts.get('source_name') or record.source or '?'} -> {record.facts.get('name') or '?'}") for record in records)]
+         f"{record.facts.get('source_name') or record.source or '?'} -> {record.facts.get('name') or '?'}")
+        for record in records)]
     head, *lines = aligned(rows)
     yield head
     for line, record in zip(lines, records, strict=True):
@@ -6486,10 +6491,12 @@ def what_to_do(record: RunRecord) -> Iterator[str]:
     """What a failed run has left behind, and the next commands."""
     yield from (f"left behind: {line}" for line in record.left)
     if record.state == "killed":
-        yield "it may have left " + ("an incomplete image" if record.carries_image else "the new instance, and the mark and the lock on the source")
+        yield "it may have left " + ("an incomplete image" if record.carries_image
+            else "the new instance, and the mark and the lock on the source")
     if record.state in ("killed", "left"):
         can_go_on = not record.is_undoing and any(act.name == "create destination" for act in record.acts)
-        yield f"{f'continue: ./migrena.py resume {record.run}    ' if can_go_on else ''}undo: ./migrena.py rollback {record.run}"
+        yield (f"{f'continue: ./migrena.py resume {record.run}    ' if can_go_on else ''}"
+               f"undo: ./migrena.py rollback {record.run}")
 
 
 def detail_lines(record: RunRecord) -> Iterator[str]:
@@ -6501,10 +6508,12 @@ def detail_lines(record: RunRecord) -> Iterator[str]:
         yield f"{side:11}  {name} {id} on {host}, {cloud}"
     yield f"began        {record.began}, the source was {'running' if record.was_running else 'stopped'}"
     if record.total:
-        yield (f"copy         {human(record.done)} of {human(record.total)}, {record.done * 100 // record.total}%, {human(record.rate)}/s"
-               f"{f', {duration(record.seconds_left)} left' if record.seconds_left else ''}; {len(record.arrived)} chunks, {record.retries} retries")
+        yield (f"copy         {human(record.done)} of {human(record.total)}, {record.done * 100 // record.total}%, "
+               f"{human(record.rate)}/s{f', {duration(record.seconds_left)} left' if record.seconds_left else ''}; "
+               f"{len(record.arrived)} chunks, {record.retries} retries")
     for act in record.acts:
-        took = (datetime.fromisoformat(act.ended) - datetime.fromisoformat(act.began)).total_seconds() if act.ended else 0.0
+        took = (datetime.fromisoformat(act.ended)
+            - datetime.fromisoformat(act.began)).total_seconds() if act.ended else 0.0
         seconds_taken = f"in {duration(took)}" if took >= 0 else "(the clock was set back)"
         result = {"done": f"done {seconds_taken}", "failed": f"failed: {act.facts.get('error', '')}"}.get(
             act.result, "under way" if record.state == "running" else "interrupted")
@@ -6531,7 +6540,7 @@ def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord,
                 new, kept = files_beside(path, record.run)
                 was_swapped = host.succeeds("test", "-e", kept) and not host.succeeds("test", "-e", new)
                 found.is_in_place = was_swapped or record.has_done("swap in")
-                inode = host.script('[ ! -e "$1" ] || stat -c %i -- "$1"', path).strip()  # Nova may not have made it yet
+                inode = host.script('[ ! -e "$1" ] || stat -c %i -- "$1"', path).strip()  # not yet made by Nova
                 if record.job.get("inode", inode) != inode:
                     found.seen = replace(seen, disk="is not the one that Nova made: somebody replaced it")
     return found
@@ -6540,7 +6549,8 @@ def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord,
 def situation_of(source: SourceFacts, earlier: Earlier) -> Situation:
     """The Situation of an interrupted run."""
     record, seen = earlier.record, Seen(earlier.record.source, source.server)
-    if source.cloud and source.server and (was := record.job.get("stand")) and not earlier.is_in_place:  # without a copy everything is repeated
+    # Without a copy everything is repeated.
+    if source.cloud and source.server and (was := record.job.get("stand")) and not earlier.is_in_place:
         seen = see(source.cloud, record.source, record.request("stop source") or None)
         stand = stat_of(source.host, source.disk.top.path) if source.host and source.disk else ""
         if stand != was or not (seen.server and seen.server.is_stopped):
@@ -6550,14 +6560,16 @@ def situation_of(source: SourceFacts, earlier: Earlier) -> Situation:
 
 def refuse_state(record: RunRecord) -> None:
     """Raises Refused for a run that cannot be resumed."""
-    run, told = record.run, {"done": "was successful", "failed": "has failed and was rolled back", "rolled back": "was rolled back"}
+    run, told = record.run, {"done": "was successful",
+        "failed": "has failed and was rolled back", "rolled back": "was rolled back"}
     if record.is_undoing and record.state in ("killed", "left"):
         raise Refused(f"run {run} was being rolled back", f"./migrena.py rollback {run}")
     if record.state in told:
         raise Refused(f"run {run} {told[record.state]}: there is nothing to resume",
                       "" if record.state == "done" else "give the command again")
     if record.carries_image:
-        raise Refused(f"run {run} carried an image, which cannot be resumed", f"./migrena.py rollback {run}, then the command again")
+        raise Refused(f"run {run} carried an image, which cannot be resumed",
+            f"./migrena.py rollback {run}, then the command again")
 
 
 def tell_judged(screen: Screen, report: Report, now: Situation, judged: Mapping[Act, Sequence[Reason]]) -> int:
@@ -6604,7 +6616,7 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         report.run, report.source = run, reported(cloud, server)
         journal = Journal(folder, run)
         with journal.beginning():
-            journal.write("asked to resume", pid=os.getpid())  # claim_source() writes `resume`, when a failure would undo the run
+            journal.write("asked to resume", pid=os.getpid())  # claim_source() writes `resume`; then failures undo it
         screen.say(f"Resume run {run}; {human(sum(length for _, length in record.arrived))} were sent.")
         return execute_or_undo(Run(settings, screen, journal, undo, report, plan, cloud, earlier.cloud, host, earlier))
 
@@ -6648,13 +6660,15 @@ class UndoPlan:
         return now
 
 
-def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud], record: RunRecord, folder: Path) -> UndoPlan:
+def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
+        record: RunRecord, folder: Path) -> UndoPlan:
     """What a run has made, by its journal or by marks and locks; raises Refused if no run is found."""
     one, other = clouds
     require_same_clouds(record, clouds)
     source = see(one, record.source, record.request("stop source") or None)
     if source.server and not record.run:  # a run locks its source before the stop
-        source = see(one, source.id, next((action.request for action in one.actions(source.id) if action.name == "lock"), None))
+        source = see(one, source.id, next((
+            action.request for action in one.actions(source.id) if action.name == "lock"), None))
     if source.unseen:
         raise Refused(f"the source could not be looked up: {source.unseen}", "solve that first; nothing was touched")
     marks, lock = (source.server.metadata, source.server.lock_reason) if source.server else ({}, "")
@@ -6667,10 +6681,11 @@ def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud], r
     run = run or runs.pop()
     if not re.fullmatch(r"[0-9A-Za-z-]+", run):
         raise Refused(f"the mark {run!r} is not one of migrena's", "find out who wrote it")
-    if not record.run and run in known_runs(folder) and (found := read_run(folder, run, is_ours=True)).source:  # else the journal was emptied
+    # No source: the journal was emptied.
+    if not record.run and run in known_runs(folder) and (found := read_run(folder, run, is_ours=True)).source:
         return plan_undo(settings, screen, clouds, found, folder)
-    marked = [id for id, server in made.items() if run in (server.metadata.get(MADE), server.metadata.get(DONE))]
-    id = record.destination or next(iter(marked), "")
+    ours = [id for id, server in made.items() if run in (server.metadata.get(MADE), server.metadata.get(DONE))]
+    id = record.destination or next(iter(ours), "")
     told = re.search(r"([0-9a-f-]{36}) takes its place", lock)
     if told and told[1] not in made and (server := other.find_server(told[1])):  # somebody removed its marks
         made[server.id] = server
@@ -6679,9 +6694,10 @@ def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud], r
     was_running = now.was_running if record.run else was == "ACTIVE"
     if now.destination.is_gone and source.server and MARK not in marks and not source.is_locked_by(run):
         was_running = False  # nothing is left to undo: do not change the source's state
-    stage = Stage.DONE if any(DONE in made[id].metadata for id in marked) else now.stage if record.run else Stage.SWAPPED
-    others = tuple(server for server in made.values() if server.id not in (id, *marked))
-    return with_hosts(UndoPlan(settings, screen, clouds, replace(now, run=run, stage=stage, was_running=was_running, others=others), record))
+    stage = Stage.DONE if any(DONE in made[id].metadata for id in ours) else now.stage if record.run else Stage.SWAPPED
+    others = tuple(server for server in made.values() if server.id not in (id, *ours))
+    return with_hosts(UndoPlan(settings, screen, clouds,
+        replace(now, run=run, stage=stage, was_running=was_running, others=others), record))
 
 
 def with_hosts(plan: UndoPlan) -> UndoPlan:
@@ -6716,8 +6732,10 @@ def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     """The subcommand `rollback`: undoes a run."""
     folder, screen = state_folder(settings, call.environment), undo.screen
     if bool(settings.run) == bool(settings.run_of):
-        raise UsageError("give either RUN or its source", "./migrena.py rollback RUN, or ./migrena.py rollback --run-of SRC_UUID")
-    record = read_run(folder, find_run(folder, settings.run)) if settings.run else RunRecord("", "", "", {"source": settings.run_of})
+        raise UsageError(
+            "give either RUN or its source", "./migrena.py rollback RUN, or ./migrena.py rollback --run-of SRC_UUID")
+    record = read_run(folder, find_run(folder, settings.run)) if settings.run else RunRecord(
+        "", "", "", {"source": settings.run_of})
     with only_run_of(folder, record.source, record.run or "rollback"):
         if record.run:
             record = read_run(folder, record.run, is_ours=True)
@@ -6761,12 +6779,14 @@ def undo_run(plan: UndoPlan, folder: Path, undo: Undo, report: Report) -> int:
 def undo_image(record: RunRecord, cloud: Cloud, journal: Journal, undo: Undo, report: Report) -> int:
     """Deletes the incomplete image of a run of `image`."""
     if record.state == "done":
-        raise Refused(f"run {record.run} was successful: its image may be in use", "openstack image delete, if that is wanted")
+        raise Refused(
+            f"run {record.run} was successful: its image may be in use", "openstack image delete, if that is wanted")
     report.run, what = record.run, f"delete image {record.facts.get('name')}"
     return run_steps([(what, lambda: delete_carried(cloud, record.run))], journal, undo, report)
 
 
-def run_steps(steps: Iterable[tuple[str, Callable[[], None]]], journal: Journal, undo: Undo, report: Report, **facts: object) -> int:
+def run_steps(steps: Iterable[tuple[str, Callable[[], None]]], journal: Journal, undo: Undo,
+        report: Report, **facts: object) -> int:
     """Executes named steps; those that fail or are interrupted are listed in `undo.left`."""
     todo = deque(steps)
 
@@ -6796,14 +6816,17 @@ def undo_steps(plan: UndoPlan, journal: Journal) -> Iterator[tuple[str, Callable
     if any(act.name == "create image" for act in plan.record.acts):
         yield "see that no half image is left", partial(delete_carried, clouds[1], run)
     if made:
-        yield f"{'stop' if settings.keep_destination else 'delete'} destination {made.id}", partial(remove_destination, plan)
+        yield f"{'stop' if settings.keep_destination else 'delete'} destination {made.id}", partial(
+            remove_destination, plan)
     for server in (made, source):
         if server and server.host:
-            yield f"see that nothing is left on {host_name(server, plan.settings_of(server))}", partial(clean_host, plan, server)
+            yield f"see that nothing is left on {host_name(server, plan.settings_of(server))}", partial(
+                clean_host, plan, server)
     if made and settings.keep_destination:
         yield f"take the marks off destination {made.id}", partial(clouds[1].unmark, made.id, run, MADE, DONE, WAS)
     if source:
-        yield f"give source {source.id} back", lambda: give_back(clouds[0], plan.allow(Act.GIVE_BACK), journal, lambda server: None)
+        yield f"give source {source.id} back", lambda: give_back(
+            clouds[0], plan.allow(Act.GIVE_BACK), journal, lambda server: None)
         yield f"take the mark off source {source.id}", lambda: take_mark_off(clouds[0], plan.allow(Act.UNMARK))
 
 
@@ -6820,7 +6843,7 @@ def remove_destination(plan: UndoPlan) -> None:
 
 
 def clean_host(plan: UndoPlan, server: Server) -> None:
-    """Removes a run's folders from a host, its files beside the destination's disk, its bitmap in the source's. Raises Kept."""
+    """Removes a run's folders from a host, files beside the destination's disk, bitmap in the source's. Raises Kept."""
     run, limit = plan.now.run, time.monotonic() + LEASE_LIMIT
     is_source = server.id == plan.now.source.id
     if plan.settings.keep_destination and not is_source:
@@ -6854,14 +6877,16 @@ def read_map(path: str) -> dict[str, list[str]]:
         found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"), object_pairs_hook=reject_duplicates)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(names, list) and all(isinstance(name, str) for name in names)
+            for names in found.values()):
         raise UsageError(f"{path} is not a map of hosts", f"write it as {MAP_FORM}")
     return found
 
 
-def find_moves(wanted: Mapping[str, Sequence[str]], servers: Sequence[Server], hosts: Sequence[ComputeHost]) -> tuple[list[Move], list[Reason]]:
+def find_moves(wanted: Mapping[str, Sequence[str]], servers: Sequence[Server],
+        hosts: Sequence[ComputeHost]) -> tuple[list[Move], list[Reason]]:
     """The instances of the map with their target hosts, and reasons why some are not found."""
-    moves, reasons, taken = list[Move](), list[Reason](), {id: what for host in hosts for id, what in host.taken.items()}
+    moves, reasons, taken = list[Move](), list[Reason](), {id: one for host in hosts for id, one in host.taken.items()}
     for host, name in ((host, name) for host, names in wanted.items() for name in names):
         with collecting(reasons):
             server = pick(name, servers, "instance", "", " in the map")
@@ -6869,27 +6894,32 @@ def find_moves(wanted: Mapping[str, Sequence[str]], servers: Sequence[Server], h
     return moves, reasons
 
 
-def refuse_moves(wanted: Mapping[str, Sequence[str]], moves: Sequence[Move], hosts: Sequence[ComputeHost]) -> Iterator[Reason]:
+def refuse_moves(wanted: Mapping[str, Sequence[str]], moves: Sequence[Move],
+        hosts: Sequence[ComputeHost]) -> Iterator[Reason]:
     """Reasons to refuse the moves of the map."""
     known = {host.name: host for host in hosts}
     for name in wanted:
         if not (host := known.get(name)):
-            yield Reason(f"there is no compute host {name!r}{did_you_mean(name, known)}", f"known: {', '.join(sorted(known)) or 'none'}")
+            yield Reason(f"there is no compute host {name!r}{did_you_mean(name, known)}",
+                f"known: {', '.join(sorted(known)) or 'none'}")
         elif not (host.is_up and host.is_enabled) and any(move.is_due and move.to == name for move in moves):
-            yield Reason(f"compute host {name} is {'disabled' if host.is_up else 'down'}", "see: openstack compute service list")
+            yield Reason(
+                f"compute host {name} is {'disabled' if host.is_up else 'down'}", "see: openstack compute service list")
     for server in {move.server.id: move.server for move in moves}.values():
         places = [move.to for move in moves if move.server.id == server.id]
         if places == [server.host]:
             continue
         if len(places) > 1:
-            yield Reason(f"instance {server.name} is in the map {len(places)} times: on {', '.join(places)}", "name it once")
+            yield Reason(
+                f"instance {server.name} is in the map {len(places)} times: on {', '.join(places)}", "name it once")
         if server.status not in ("ACTIVE", "PAUSED") or server.task:
-            yield Reason(f"instance {server.name} is {f'{server.status} {server.task}'.rstrip()}, and cannot be live-migrated",
-                         "start it, or wait for its task")
+            yield Reason(f"instance {server.name} is {f'{server.status} {server.task}'.rstrip()}, "
+                "and cannot be live-migrated", "start it, or wait for its task")
         if not server.host:
             yield Reason(f"these credentials do not show on which host {server.name} is", "use an admin's credentials")
         elif server.host in known and not known[server.host].is_up:
-            yield Reason(f"{server.name} is on compute host {server.host}, which is down", "live migration needs it; see: openstack server evacuate")
+            yield Reason(f"{server.name} is on compute host {server.host}, which is down",
+                "live migration needs it; see: openstack server evacuate")
 
 
 def spread(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
@@ -6910,10 +6940,12 @@ def spread(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     rows = [(move.server.name, move.server.id, move.server.host, move.to if move.is_due else "stays") for move in moves]
     for line in aligned([("INSTANCE", "ID", "HOST", "TO"), *rows]):
         screen.say(line, always=settings.dry_run)
-    report.moves = [{"id": move.server.id, "name": move.server.name, "from": move.server.host, "to": move.to, "result": "planned"} for move in due]
+    report.moves = [{"id": move.server.id, "name": move.server.name, "from": move.server.host,
+        "to": move.to, "result": "planned"} for move in due]
     if settings.dry_run or not due:
         report.result = "planned" if due else "done"
-        screen.say(f"{len(due)} of {len(moves)} instances are to be moved." if due else "All instances are on their hosts.")
+        screen.say(
+            f"{len(due)} of {len(moves)} instances are to be moved." if due else "All instances are on their hosts.")
         return 0
     if not settings.yes and not sys.stdin.isatty():
         raise Refused("there is no terminal to confirm the moves at", "give -y")
@@ -6946,7 +6978,8 @@ def move_one(cloud: Cloud, move: Move, settings: Settings, undo: Undo, row: dict
     """Live-migrates one instance and records the result. Raises CloudError, with --keep-going only shows it."""
     screen, row["result"] = undo.screen, "failed"
     try:
-        with screen.step(f"Live-migrate {move.server.name} from {move.server.host} to {move.to}."), screen.timed("seconds", row):
+        with screen.step(f"Live-migrate {move.server.name} from {move.server.host} to {move.to}."), screen.timed(
+                "seconds", row):
             before, _ = cloud.last_migration(move.server.id)
             cloud.move(move.server.id, move.to)
             await_arrival(cloud, move, before, settings, undo)
@@ -6974,9 +7007,12 @@ def await_arrival(cloud: Cloud, move: Move, before: int, settings: Settings, und
                 number, state = cloud.last_migration(server.id, before)
                 if state in FAILED_STATES and not now.task:
                     asked = "aborted by --abort" if settings.abort and limit == float("inf") else ""
-                    why = cloud.why_failed(server.id, "live-migration") or asked or f"see nova-compute's log on {server.host} or {move.to}"
-                    way_out = f"check where it runs; then openstack server {STATE_WAYS['ERROR']} {server.id}" if now.status == "ERROR" else ""
-                    raise CloudError(f"{server.name} is {now.status} on {now.host}: migration {number} is {state}: {why}", way_out)
+                    why = cloud.why_failed(
+                        server.id, "live-migration") or asked or f"see nova-compute's log on {server.host} or {move.to}"
+                    way_out = (f"check where it runs; then openstack server {STATE_WAYS['ERROR']} {server.id}"
+                        if now.status == "ERROR" else "")
+                    raise CloudError(
+                        f"{server.name} is {now.status} on {now.host}: migration {number} is {state}: {why}", way_out)
                 done, total = cloud.progress(server.id) or (total, total)
                 show = show or (stack.enter_context(screen.progress(total)) if total else None)
                 if show:
@@ -7005,12 +7041,14 @@ def handle_timeout(cloud: Cloud, move: Move, number: int, state: str, settings: 
     elif settings.keep_waiting:
         screen.warn(f"{told}: still waiting")
     else:
-        raise CloudError(told, f"see: openstack server migration list --server {move.server.id}; --keep-waiting keeps waiting, --abort aborts it")
+        raise CloudError(told, f"see: openstack server migration list --server {move.server.id}; "
+            "--keep-waiting keeps waiting, --abort aborts it")
 
 
 # ---- 17. Main --------------------------------------------------------------------------------------------------------
 
-RUNTIME: Final = ("paramiko", "novaclient", "glanceclient", "keystoneauth1", "cryptography", "requests", "tqdm", "yaml", "oslo_utils")
+RUNTIME: Final = (
+    "paramiko", "novaclient", "glanceclient", "keystoneauth1", "cryptography", "requests", "tqdm", "yaml", "oslo_utils")
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_CODES: Final = """exit codes:
   0  done                            3  refused, nothing was touched
@@ -7029,24 +7067,29 @@ class Subcommand:
 
 SUBCOMMANDS: Final = {
     "copy": Subcommand(copy_instance, "-s SRC_UUID -d DST_NAME [-f FLAVOR] [-i IMAGE]",
-                       "Moves an instance, with its disk, from one OpenStack cloud to another, from hypervisor to hypervisor.\n"
-                       "The source is opened read-only and never deleted; the copy is verified."),
-    "status": Subcommand(show_status, "[RUN]", "Shows the runs on this machine, newest first, or one with its acts.\nContacts no cloud, no host."),
-    "resume": Subcommand(resume, "RUN", "Continues a run that was killed or has left something behind.\nOnly blocks whose digests differ "
-                         "are sent again. Refuses if the source has run or changed since."),
+        "Moves an instance, with its disk, from one OpenStack cloud to another, from hypervisor to hypervisor.\n"
+        "The source is opened read-only and never deleted; the copy is verified."),
+    "status": Subcommand(show_status, "[RUN]",
+        "Shows the runs on this machine, newest first, or one with its acts.\nContacts no cloud, no host."),
+    "resume": Subcommand(resume, "RUN",
+        "Continues a run that was killed or has left something behind.\nOnly blocks whose digests differ "
+        "are sent again. Refuses if the source has run or changed since."),
     "rollback": Subcommand(rollback, "RUN | --run-of SRC_UUID",
-                           "Undoes a run that was interrupted, or that succeeded but is not wanted.\nDeletes the new instance, unlocks the source, "
-                           "and starts it if it ran before.\nDoes not ask; if a step fails, goes on and lists it."),
+        "Undoes a run that was interrupted, or that succeeded but is not wanted.\n"
+        "Deletes the new instance, unlocks the source, and starts it if it ran before.\n"
+        "Does not ask; if a step fails, goes on and lists it."),
     "image": Subcommand(carry_images, "-i IMAGE [-i IMAGE] | --tag TAG",
-                        "Carries images (also snapshots) from the source's Glance to the destination's, with their properties.\n"
-                        "Verifies the content by digests; an image that exists already is a success."),
-    "live-migrate": Subcommand(spread, "--host-map FILE", "Live-migrates instances within one cloud, one after the other, to the hosts of a map."),
+        "Carries images (also snapshots) from the source's Glance to the destination's, with their properties.\n"
+        "Verifies the content by digests; an image that exists already is a success."),
+    "live-migrate": Subcommand(spread, "--host-map FILE",
+        "Live-migrates instances within one cloud, one after the other, to the hosts of a map."),
 }
 
 
 def with_options(made: argparse.ArgumentParser, subcommand: str) -> argparse.ArgumentParser:
     """Adds a subcommand's options to a parser, from the rows of Settings."""
-    made.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help="settings (default: config.py beside migrena.py)")
+    made.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS,
+        help="settings (default: config.py beside migrena.py)")
     for row in fields(Settings):
         if row.metadata["flags"] and subcommand in row.metadata["of"]:
             made.add_argument(*row.metadata["flags"], dest=row.name, default=argparse.SUPPRESS, **row.metadata["more"])
@@ -7060,7 +7103,8 @@ def parser(subcommand: str = "copy") -> argparse.ArgumentParser:
     if subcommand == "copy":
         others = {name: other for name, other in SUBCOMMANDS.items() if name != subcommand}
         usage += f"\n       migrena.py {'|'.join(others)} --help"
-        told = "\n".join([f"{told}\n", *aligned([(f"  {name} {it.words}", it.help.partition("\n")[0]) for name, it in others.items()])])
+        told = "\n".join([f"{told}\n", *aligned([
+            (f"  {name} {it.words}", it.help.partition("\n")[0]) for name, it in others.items()])])
     made = argparse.ArgumentParser(prog="migrena.py", usage=usage, description=told, epilog=EXIT_CODES,
                                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("--version", action="version", version=f"migrena {VERSION}")
@@ -7074,9 +7118,9 @@ def split_subcommand(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The subcommand and the other words: it comes first, or after options that it takes."""
     for place, word in enumerate(arguments):
         if word in SUBCOMMANDS.keys() - {"copy"}:
-            options = with_options(argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False), word)
+            taken = with_options(argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False), word)
             with suppress(argparse.ArgumentError):  # the word is an option's value
-                if not options.parse_known_args(arguments[:place])[1]:
+                if not taken.parse_known_args(arguments[:place])[1]:
                     return word, [*arguments[:place], *arguments[place + 1 :]]
     return "copy", arguments
 
@@ -7092,7 +7136,8 @@ def read_call(arguments: Sequence[str], environment: Mapping[str, str], screen: 
     call = Call(subcommand, flags, environment, read_config(path) if path.is_file() else {})
     settings = call.settings()
     has_secret = re.search("password|secret|api_key", " ".join((*settings.src_creds, *settings.dst_creds)))
-    if has_secret and {"src_creds", "dst_creds"} & call.config.keys() and path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+    if has_secret and {"src_creds", "dst_creds"} & call.config.keys() and path.stat().st_mode & (
+            stat.S_IRGRP | stat.S_IROTH):
         screen.warn(f"{path} contains a password and others can read it: chmod 600 {shlex.quote(str(path))}")
     for flag, value in (("-s", settings.src_uid), ("-d", settings.dst_name)):
         if subcommand == "copy" and not value.strip():
@@ -7120,13 +7165,14 @@ def open_log(path: str) -> TextIO | None:
     try:
         return open(Path(path).expanduser(), "a", encoding="utf-8", opener=PRIVATE)
     except OSError as error:
-        raise UsageError(f"the log file {path} cannot be written: {error}", "name another one with --log-file") from error
+        raise UsageError(
+            f"the log file {path} cannot be written: {error}", "name another one with --log-file") from error
 
 
 def main(arguments: Sequence[str]) -> int:
     """The exit code of one call of migrena."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # like standard error: names that the locale cannot show must not fail
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: the locale may not show every name
     screen, report, settings = Screen(), Report(), Settings()
     undo = Undo(screen)
     try:
@@ -7157,7 +7203,8 @@ def main(arguments: Sequence[str]) -> int:
     code = 4 if undo.left else code
     if code == 4:
         report.result, report.not_undone = "left", undo.left
-        told = [f"./migrena.py rollback {report.run}; ./migrena.py status {report.run} shows what was done"] if report.run else []
+        told = [f"./migrena.py rollback {report.run}; "
+            f"./migrena.py status {report.run} shows what was done"] if report.run else []
         for line in (*(f"left behind: {line}" for line in undo.left), *(f"  try: {way}" for way in undo.ways or told)):
             screen.say(line, always=True)
     if settings.json:
@@ -7197,14 +7244,15 @@ def signals(undo: Undo) -> Iterator[None]:
         nonlocal has_come
         if has_come or undo.has_begun:
             with suppress(OSError):
-                os.write(2, f"\nstill undoing{': ' + printable(undo.doing) if undo.doing else ' what was begun'}; please wait\n".encode())
+                os.write(2, f"\nstill undoing{': ' + printable(undo.doing) if undo.doing else ' what was begun'}"
+                    "; please wait\n".encode())
             return
         has_come = True
         if not DEFERRED.depth:
             raise Interrupted(number)
         DEFERRED.number = number
 
-    heeded = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]  # nohup(1) ignores it
+    heeded = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]  # nohup(1)
     before = {each: signal.signal(each, on_signal) for each in heeded}
     try:
         yield
