@@ -14,7 +14,7 @@ import pytest
 from conftest import REPOSITORY, SCRIPT
 
 TEXT = SCRIPT.read_text(encoding="utf-8")
-FUNCTION_LINES, CLASS_LINES, FILE_BYTES = 45, 250, 370_000
+FUNCTION_LINES, CLASS_LINES, FILE_BYTES, COLUMNS = 45, 250, 370_000, 120
 AT_THE_TOP = {"migrena.py", "config.py", "README.md", "requirements.txt", "LICENSE", "tests"}
 # Put together here, so that this file is not where they are found.
 FORBIDDEN = ("p" + "kill", "kill" + "all", "Auto" + "AddPolicy", "StrictHost" + "KeyChecking=no")
@@ -123,6 +123,21 @@ def test_control_a_function_or_class_that_is_too_long_is_noticed() -> None:
 
 def test_the_file_is_one_that_can_be_read() -> None:
     assert len(TEXT.encode()) <= FILE_BYTES  # not lines, which could be joined
+
+
+def too_wide(text: str) -> list[str]:
+    """Lines that are wider than a terminal of the usual width; ruff has one limit for all files, that of the tests."""
+    return [f"line {number} has {len(line)} columns, {COLUMNS} is the limit" for number, line in enumerate(text.splitlines(), 1)
+            if len(line) > COLUMNS]
+
+
+def test_no_line_of_the_file_is_too_wide() -> None:
+    assert too_wide(TEXT) == []
+
+
+def test_control_a_line_that_is_too_wide_is_noticed() -> None:
+    assert too_wide("\n" + "é" * (COLUMNS + 1)) == ["line 2 has 121 columns, 120 is the limit"]
+    assert too_wide("é" * COLUMNS) == []
 
 
 def with_forbidden_words(texts: dict[str, str]) -> list[str]:
