@@ -334,7 +334,7 @@ class HostEntry:
     user: str = ""
     key: str = ""
     nbd_address: str = ""  # for the other hypervisor; empty: the address that SSH used
-    prefix: str = ""  # words before virsh, qemu-img and qemu-nbd, where these are in a container
+    prefix: tuple[str, ...] = ()  # words before virsh, qemu-img and qemu-nbd, where these are in a container
     paths: Mapping[str, str] = field(default_factory=dict)  # of folders in that container: where they lie outside
 
 
@@ -346,18 +346,19 @@ def parse_ip_address(value: object) -> str:
 def parse_paths(value: object) -> dict[str, str]:
     """Folders in a container, each with where it lies outside."""
     found = value if isinstance(value, dict) else {}
-    if not found or not all(isinstance(path, str) and re.fullmatch(r"(/[^/]+)+", path)
-            for pair in found.items() for path in pair):
+    if not found or not all(isinstance(path, str) and re.fullmatch(r"(/[\w.+-]+)+", path, re.ASCII)
+                            for pair in found.items() for path in pair):
         raise ValueError("paths is not a dictionary like {'/var/lib/nova': '/srv/nova'}")
     return found
 
 
 def parse_hosts(value: object) -> dict[str, HostEntry]:
-    """HOSTS: an address or a dictionary for each of Nova's host names; "*" holds for hosts that say nothing else."""
+    """HOSTS: an address or a dictionary for each of Nova's host names; "*" holds where a host says nothing else."""
     readers: dict[str, Callable[[object], Any]] = {
         "address": parse_text, "port": parse_port, "user": parse_text, "key": parse_text,
-        "nbd_address": parse_ip_address, "prefix": parse_text, "paths": parse_paths}
-    rows = {name: one if isinstance(one, dict) else {"address": one} for name, one in parse_literal(value).items()}
+        "nbd_address": parse_ip_address, "paths": parse_paths, "prefix": lambda value: tuple(shlex.split(parse_text(value)))}
+    rows = {name: given if isinstance(given, dict) else {"address": given}
+            for name, given in parse_literal(value).items()}
     entries = {}
     for name, row in rows.items():
         for key in row.keys() - readers.keys():
@@ -2231,22 +2232,26 @@ def squeeze(role: str, pidfile: str, near: str, folder: str, address: str, port:
 
 
 def contained(where: str, tool: str, *words: str) -> None:
-    """Becomes a container's tool, with outside paths; `where`: words to enter it, pairs of paths there and outside."""
-    enter, *folders = json.loads(where)
+    """Becomes a tool in a container: `where` has the words that enter it, and its folders, each with its path outside.
 
-    def told(text: str, pairs: list[tuple[str, str]]) -> str:
-        for known, other in pairs:
-            text = other.join(re.split(r"(?<![\w./-])" + re.escape(known) + r"(?![\w.-])", text))
-        return text
+    Paths are those outside, in the words as in what is printed.
+    """
+    enter, paths = json.loads(where)
+
+    def told(text: str, pairs: dict[str, str]) -> str:
+        known = "|".join(re.escape(path) for path in sorted(pairs, key=len, reverse=True))
+        whole = r"(?<![\w./-])(?:" + known + r")(?![\w.-])"
+        return re.sub(whole, lambda found: pairs[found[0]], text) if pairs else text
 
     os.environ["PATH"] = os.environ["PATH"].partition(":")[2]  # else it would find us again
-    command = [*enter, tool, *(told(word, [(outside, inside) for inside, outside in folders]) for word in words)]
+    inside = {outside: folder for folder, outside in paths.items()}
+    command = [*enter, tool, *(told(word, inside) for word in words)]
     if tool != "virsh" and words[0] != "info":
         os.execvp(command[0], command)
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE)
-    sys.stdout.buffer.write(
-        told(done.stdout.decode("utf-8", "surrogateescape"), folders).encode("utf-8", "surrogateescape"))
-    sys.exit(done.returncode)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for stream, said in enumerate(process.communicate(), 1):
+        os.write(stream, told(said.decode("utf-8", "surrogateescape"), paths).encode("utf-8", "surrogateescape"))
+    sys.exit(process.returncode)
 
 
 # ---- 7. Host ---------------------------------------------------------------------------------------------------------
@@ -2311,19 +2316,35 @@ hold
 rm -rf -- "$folder"
 """
 
-LEASED_TOOLS: Final = LEASED_FOLDER.replace("/run /tmp", "/tmp /var/tmp /root")  # /run is often mounted noexec
-TOOLS: Final = 'cd -- "$1" && cat > virsh && chmod 700 virsh && ln -s virsh qemu-img && ln -s virsh qemu-nbd'
-# The words by which a container's files are entered; $@ is the operator's prefix. Its processes are to be ended with us
-# and to keep the sockets given to them, unlike those of docker or podman exec: we go by one of its processes instead.
+# $1 holds a container's files; the folder is where programs may be executed, which /run often is not.
+LEASED_TOOLS: Final = HOLD + """
+umask 077
+exec 8<"$1"
+for place in /tmp /var/tmp /root; do
+  folder=$(mktemp -d "$place/migrena-tools-XXXXXX" 2>/dev/null) || continue
+  printf "#!/bin/sh\n" > "$folder/virsh" && chmod 700 "$folder/virsh" && "$folder/virsh" && break
+  rm -rf -- "$folder"; folder=
+done 2>/dev/null
+[ -n "$folder" ] || { echo "no program can be executed in /tmp, /var/tmp or /root" >&2; exit 1; }
+trap '' PIPE
+echo "$folder $$"
+hold
+rm -rf -- "$folder"
+"""
+TOOLS: Final = 'cd -- "$1" && cat > virsh && ln -s virsh qemu-img && ln -s virsh qemu-nbd'
+# The mount namespace of a container, and nothing if it is the host's; $@ is the operator's prefix. What runs there is
+# to be our child, ended with us, and to keep the sockets that it is given. By an exec of docker or podman it is not: so
+# we enter the namespace instead.
 CONTAINER: Final = """
 files=$("$@" readlink /proc/self/ns/mnt) || exit
-"$@" sh -c 'for tool in virsh qemu-img qemu-nbd; do command -v "$tool" >/dev/null || \
-{ echo "it has no $tool" >&2; exit 1; }; done' || exit
-[ "$("$@" stat -c %d:%i /run)" = "$(stat -c %d:%i /run)" ] || \
-{ echo "it does not share the /run of its host" >&2; exit 1; }
-[ "$files" != "$(readlink /proc/self/ns/mnt)" ] || { printf "%s\n" "$@"; exit; }
+"$@" sh -c 'for tool in virsh qemu-img qemu-nbd; do
+  command -v "$tool" >/dev/null || { echo "it has no $tool" >&2; exit 1; }
+done' || exit
+[ "$("$@" stat -c %d:%i /run)" = "$(stat -c %d:%i /run)" ] || {
+  echo "it does not share the /run of its host" >&2; exit 1; }
+[ "$files" != "$(readlink /proc/self/ns/mnt)" ] || exit 0
 for pid in $(ls /proc | grep -x "[0-9]*" | sort -n); do
-  [ "$(readlink "/proc/$pid/ns/mnt")" != "$files" ] || { printf "%s\n" nsenter -m -t "$pid" --; exit; }
+  [ "$(readlink "/proc/$pid/ns/mnt")" != "$files" ] || { echo "/proc/$pid/ns/mnt"; exit; }
 done
 echo "none of its processes is seen" >&2
 exit 1
@@ -2569,6 +2590,7 @@ class Host:
         self._is_far = False
         self._tools: tuple[str, ...] = ()  # what finds the tools that are in a container
         self._tools_lease: Lease | None = None
+        self._probe: tuple[str, ...] = ("true",)  # what succeeds as long as connection and container answer
         self._stack = ExitStack()
         self._leases: set[Lease] = set()
         self._closing, self._dialing = threading.Event(), threading.Lock()
@@ -2578,7 +2600,7 @@ class Host:
         """Connects, and finds out the address for the other hypervisor; raises HostError."""
         self._links: list[Link] = []
         self._ahead = deque[tuple[Link, "paramiko.Channel"]]()  # channels that no command has yet
-        prefix, self._prefix, self._tools = self._prefix, (), ()  # sudo removes the variable
+        prefix, self._prefix, self._tools, self._probe = self._prefix, (), (), ("true",)  # sudo removes the variable
         try:
             user, *seen = self.script('id -u; echo "$SSH_CONNECTION"').split()
         finally:
@@ -2590,7 +2612,7 @@ class Host:
     def disk_of(self, id: str) -> str:
         """Where an instance's disk should lie; DISK_PATH may be as a container has it."""
         path = self._settings.disk_path % id
-        inside = next((folder for folder in self._entry.paths if path.startswith(f"{folder}/")), "")
+        inside = max((folder for folder in self._entry.paths if path.startswith(f"{folder}/")), key=len, default="")
         return self._entry.paths.get(inside, "") + path.removeprefix(inside)
 
     def become_root(self, sudo: str) -> None:
@@ -2606,29 +2628,36 @@ class Host:
         self._prefix = ("sudo", "-n")
 
     def enter_container(self) -> None:
-        """Has virsh, qemu-img and qemu-nbd found where HOSTS has a prefix, with paths as there; raises HostError."""
-        entry = self._entry
-        if not entry.prefix:
+        """Has virsh, qemu-img and qemu-nbd found in the container to which prefix in HOSTS leads; raises HostError."""
+        enter, paths = self._entry.prefix, self._entry.paths
+        if not enter:
             return
         try:
-            enter = self.script(CONTAINER, *shlex.split(entry.prefix)).splitlines()
-            self._tools_lease = self._stack.enter_context(self.lease(LEASED_TOOLS, "mktemp", "-d", given=("tools",)))
-            folder = self._tools_lease.line(15.0)
-            tool = shlex.join((*PYTHON, program(contained), json.dumps([enter, *entry.paths.items()])))
+            files = self.script(CONTAINER, *enter).strip()
+            scope = self.lease(LEASED_TOOLS, "mktemp", "-d", given=(files or "/dev/null",))
+            self._tools_lease = self._stack.enter_context(scope)
+            folder, lease = self._tools_lease.line(15.0).split()
+            if files:
+                enter = ("nsenter", f"--mount=/proc/{lease}/fd/8", "--")
+            tool = shlex.join((*PYTHON, program(contained), json.dumps([enter, paths])))
             self.script(TOOLS, folder, stdin=f'#!/bin/sh\nexec {tool} "${{0##*/}}" "$@"\n'.encode())
             tools = ("env", f"PATH={folder}:{self.run('printenv', 'PATH').strip()}")
-            self.run(*tools, "qemu-img", "--version")
+            probe = (f"{folder}/qemu-img", "--version")
+            self.run(*tools, *probe)
         except CommandError as error:
-            raise HostError(f"{self.name}: the container is not reached by {entry.prefix!r}: {error.said}",
-                "correct prefix in HOSTS") from error
-        self._tools = tools
+            way = shlex.join(self._entry.prefix)
+            raise HostError(f"{self.name}: the container is not reached by {way!r}: {error.said}",
+                            "correct prefix in HOSTS") from error
+        self._tools, self._probe = tools, probe
 
     def reconnect(self) -> None:
-        """Reconnects if a connection does not answer; the old connections' leases end within a minute."""
+        """Reconnects if a connection or a container does not answer; old connections' leases end within a minute."""
         with suppress(HostError), self._translating(("true",)):
-            if not self.unconfirmed:  # else only closing the connection makes sure that they end
-                self.run("true", seconds=10.0)
-                for client, _ in self._links[1:]:
+            # What is unconfirmed ends with its connection only.
+            if not self.unconfirmed and bool(self._tools) == bool(self._entry.prefix):
+                self._ahead.clear()
+                self.run(*self._probe, seconds=10.0)
+                for client, _ in self._links:
                     if channel := open_channel(client):
                         channel.close()
                 return
@@ -4351,7 +4380,7 @@ def patch_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Callab
 
 
 def put_list(host: Host, folder: str, extents: Sequence[Extent]) -> str:
-    name = f"{secrets.token_hex(8)}.extents"
+    name = f"{threading.get_ident()}.extents"  # the thread's next list takes its place
     put_files(host, folder, {name: "".join(f"{start} {count}\n" for start, count in extents).encode()})
     return f"{folder}/{name}"
 
@@ -5195,7 +5224,8 @@ def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Clou
 # ---- 12. Copy --------------------------------------------------------------------------------------------------------
 
 STOP_DESTINATION: Final = "Stop destination instance"  # a step; also measures how long Nova takes to stop
-POWER_BUTTON: Final = 10.0  # seconds until Nova presses it again (shutdown_retry_interval), for a minute by default
+POWER_BUTTON: Final = 10.0  # seconds after which Nova presses it again (shutdown_retry_interval)
+PATIENCE: Final = 60.0  # seconds that Nova does so (shutdown_timeout), unless told otherwise
 START_TAKES: Final = 3.0  # seconds, where Nova has not started the source before
 SETTING_UP: Final = 2.0  # seconds of downtime besides Nova and the copy
 LONGEST_PAUSE: Final = 60.0  # seconds between passes that gain nothing
@@ -5708,7 +5738,7 @@ def copy_and_swap(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
     with slots(run.journal.path.parent, (run.source_host.name, host.name), run.settings.max_per_host, run.screen):
         with BothEnds(run, host, locks) as both:
             job, known = prepare(run, both.ends(), new), NOTHING_KNOWN
-            locks.hold(host, job.fresh.path)
+            with_retries(both, lambda ends: ends.locks.hold(ends.destination, job.fresh.path), "stays as it is")
             if run.settings.warm and run.plan.server.is_running:
                 known = warm_copy(both, job)
             require_safe_stop(run)
@@ -5738,8 +5768,8 @@ def warm_copy(both: BothEnds, job: DiskJob) -> Known:
     """
     job, passes, known, run, began = replace(job, is_live=True), list[Pass](), NOTHING_KNOWN, both.run, time.monotonic()
     settings, screen = run.settings, run.screen
-    nova, least, pause = nova_takes(
-        run.source.actions(run.plan.server.id), screen.seconds.get(STOP_DESTINATION, 5.0)), math.inf, 0.0
+    nova = nova_takes(run.source.actions(run.plan.server.id), screen.seconds.get(STOP_DESTINATION, 5.0))
+    least, gap, pause = math.inf, 0.0, 0.0
     with screen.step("Copy the disk while the source runs."), run.journal.act("warm copy", new=job.new) as result:
         screen.note(f"{run.source_host.name}:{job.source.path} -> {both.destination.name}:{job.new}")
         has_bitmap = settings.bitmap and begin_bitmap(run, job)
@@ -5751,7 +5781,9 @@ def warm_copy(both: BothEnds, job: DiskJob) -> Known:
             one, known = with_retries(both, partial(one_pass, run, job, known), "runs on")
             passes.append(one)
             expected = downtime(passes, nova) if len(passes) > 1 else math.inf
-            pause = pause_after(len(passes), pause, expected / least)
+            was_paused, pause = pause > 0, 0.0
+            if len(passes) > 2 and not was_paused:  # a pass after a pause brings more, and tells nothing
+                pause = gap = next_gap(gap, expected < least)
             least = min(least, expected)
             more = (f", found in {duration(one.looking)}; stopped now, it would be down for about "
                     f"{duration(expected)}" if len(passes) > 1 else "")
@@ -5842,14 +5874,15 @@ def nova_takes(actions: Sequence[Action], stop: float) -> float:
     Where it never stopped the source, what the destination's `stop` took tells: that one was booting, and may have
     missed the power button until it was pressed again. One that missed it all the time (a minute) may ignore it.
     """
-    took = {action.name: action.seconds for action in reversed(actions) if action.seconds and not action.has_failed}
-    fresh = stop if stop >= 6 * POWER_BUTTON else max(START_TAKES, stop % POWER_BUTTON)
+    took = {action.name: action.seconds for action in reversed(actions)
+            if 0 < action.seconds <= PATIENCE and not action.has_failed}
+    fresh = stop if stop >= PATIENCE else max(START_TAKES, stop % POWER_BUTTON)
     return took.get("stop", fresh) + took.get("start", START_TAKES)
 
 
-def pause_after(passes: int, before: float, share: float) -> float:
-    """Seconds to wait until a guest writes less, longer after each pass without gain; `share`: of the best expected."""
-    return min(max(1.0, 2 * before), LONGEST_PAUSE) if passes > 2 and share > 0.9 else 0.0
+def next_gap(gap: float, has_gained: bool) -> float:
+    """Seconds to wait for a guest that writes less, longer each time that a pass has gained nothing."""
+    return 0.0 if has_gained else min(max(1.0, 2 * gap), LONGEST_PAUSE)
 
 
 def downtime(passes: Sequence[Pass], nova: float) -> float:
@@ -5876,11 +5909,10 @@ def wants_another_pass(settings: Settings, passes: Sequence[Pass], nova: float, 
             return True  # the second one shows what changes
         if (expected := downtime(passes, nova)) <= settings.max_downtime:
             return False
-        if is_last or elapsed > settings.warm_timeout:
-            raise FinalError(
-                f"after {len(passes)} passes in {duration(elapsed)} the source would still be down for about "
-                f"{duration(expected)}",
-                f"allow more than --max-downtime {settings.max_downtime}, or try again when the guest writes less")
+        if is_last or elapsed > settings.warm_timeout or nova + SETTING_UP > settings.max_downtime:
+            raise FinalError(f"after {len(passes)} passes in {duration(elapsed)} the source would still be down for "
+                             f"about {duration(expected)}", f"allow more than --max-downtime {settings.max_downtime}, "
+                             "or try again when the guest writes less")
         return True
     return not is_last and (len(passes) == 1 or (left_after(passes) < passes[-1].changed / 2
         and left_after(passes) > rate_of(passes) / 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from conftest import short_are
 from hosts.conftest import Reach
 from hosts.operators import Operator, an_operator
-from hosts.rig import INSTANCES, Instance, running, same_guest
+from hosts.rig import INSTANCES, Instance, running, same_guest, wait_for
 from lab.hosts import Host as LabHost
 from lab.hosts import Lab
 from migrena import HostEntry, HostError
@@ -87,6 +88,23 @@ def test_hazard_24_a_disk_is_moved_where_qemu_and_libvirt_are_in_a_container(ope
     assert same_guest(operator.source, Instance(operator.lab["dst"], path, "qcow2"))
 
 
+def test_a_container_is_entered_again_by_a_retry_and_a_folder_without_programs_is_passed_over(lab: Lab, reach: Reach) -> None:
+    with contained(lab["src"], "namespace") as prefix:
+        lab["src"].run("sh", "-c", "mount -t tmpfs -o noexec tmpfs /tmp")
+        try:
+            host = reach("src", hosts={"src": HostEntry(lab["src"].address, prefix=tuple(prefix.split()), paths={INSIDE: "/var/lib/nova"})})
+            folder = host._tools[1].partition("=")[2].partition(":")[0]
+            assert folder.startswith("/var/tmp/")
+            assert host._tools_lease
+            host._tools_lease.release()
+            wait_for("the end of the wrappers", lambda: lab["src"].run("test", "-d", folder, check=False).returncode != 0)
+            host.reconnect()
+            assert host._tools and host.run("qemu-img", "--version").startswith("qemu-img") and folder not in host._tools[1]
+            host.close()
+        finally:
+            lab["src"].run("umount", "/tmp")
+
+
 @pytest.mark.parametrize("operator", ["chroot"], indirect=True)
 def test_hazard_24_a_copy_that_is_cut_off_leaves_nothing_in_a_container_and_is_undone(operator: Operator) -> None:
     run = operator.killed()
@@ -103,5 +121,5 @@ def test_hazard_24_a_copy_that_is_cut_off_leaves_nothing_in_a_container_and_is_u
 ])
 def test_hazard_24_a_prefix_that_does_not_lead_to_the_tools_is_reported(reach: Reach, lab: Lab, prefix: str, said: str) -> None:
     with pytest.raises(HostError, match=said) as caught:
-        reach("src", hosts={"src": HostEntry(lab["src"].address, prefix=prefix)})
+        reach("src", hosts={"src": HostEntry(lab["src"].address, prefix=tuple(shlex.split(prefix)))})
     assert caught.value.reasons[0].way_out == "correct prefix in HOSTS"

@@ -20,9 +20,9 @@ from migrena import (
     chunks,
     duration,
     human,
+    next_gap,
     nova_takes,
     over_quota,
-    pause_after,
     pick_transport,
     pick_view,
     seconds_between,
@@ -136,7 +136,7 @@ def test_a_downtime_that_is_not_in_reach_is_reported(different: dict[str, int]) 
 @pytest.mark.parametrize(("took", "fresh", "expected"), [
     ({"stop": 4.0, "start": 2.0}, 60.0, 6.0),  # what the source itself took
     ({"start": 2.0}, 13.0, 5.0),  # the new one was booting and missed the power button once
-    ({}, 5.0, 8.0), ({}, 21.0, 6.0), ({}, 61.0, 64.0)])
+    ({"stop": 10800.0, "start": -27.0}, 5.0, 100.0), ({}, 5.0, 8.0), ({}, 21.0, 6.0), ({}, 61.0, 64.0)])
 def test_novas_part_of_the_downtime_is_what_it_took_the_last_time(took: dict[str, float], fresh: float, expected: float) -> None:
     actions = [Action(f"req-{name}", name, "", False, seconds) for name, seconds in took.items()]
     older = [Action("req-1", "stop", "", True, 99.0), *(Action("req-2", name, "", False, 50.0) for name in took)]
@@ -144,11 +144,16 @@ def test_novas_part_of_the_downtime_is_what_it_took_the_last_time(took: dict[str
 
 
 def test_passes_that_gain_nothing_are_spaced_out_further_each_time_up_to_a_minute() -> None:
-    pauses = [0.0]
-    for number in range(2, 12):
-        pauses.append(pause_after(number, pauses[-1], 1.0))
-    assert pauses == [0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
-    assert pause_after(12, 60.0, 0.8) == 0.0
+    gaps = [0.0]
+    for _ in range(8):
+        gaps.append(next_gap(gaps[-1], has_gained=False))
+    assert gaps == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    assert next_gap(60.0, has_gained=True) == 0.0
+
+
+def test_a_downtime_that_nova_alone_takes_longer_than_is_told_at_once() -> None:
+    with pytest.raises(FinalError, match="would still be down for about"):
+        wants_another_pass(some_settings(max_downtime=15), passes(4000, 1000), 14.0, 60.0)
 
 
 def test_the_time_of_an_action_is_unknown_where_nova_does_not_tell_it() -> None:

@@ -8,6 +8,7 @@ import builtins
 import errno
 import gc
 import hashlib
+import json
 import os
 import random
 import socket
@@ -339,3 +340,18 @@ def test_programs_are_made_in_several_threads_at_once() -> None:
     finally:
         sys.setswitchinterval(often)
         gc.set_threshold(*threshold)
+
+
+@pytest.mark.parametrize(("paths", "outside", "inside"), [
+    ({"/var/lib/nova": "/srv/nova", "/var/lib/nova/mnt": "/mnt/nfs"}, "/mnt/nfs/x", "/var/lib/nova/mnt/x"),
+    ({"/var/lib/nova": "/data/nova", "/data": "/mnt/data"}, "/data/nova/x", "/var/lib/nova/x"),
+    ({"/var/lib/nova": "/srv/nova"}, "/srv/nova2/x", "/srv/nova2/x"),
+    ({}, "/srv/nova/x", "/srv/nova/x")])
+def test_the_folders_of_a_container_are_told_apart(tmp_path: Path, paths: dict[str, str], outside: str, inside: str) -> None:
+    tool = tmp_path / "virsh"
+    tool.write_text(f'#!/bin/sh\necho "<file=\'$1\'/>"; echo "error: $1" >&2; printf "%s" "$1" > {tmp_path}/said\n')
+    tool.chmod(0o755)
+    done = subprocess.run([*PYTHON, program(contained), json.dumps([["env"], paths]), "virsh", outside],
+                          env={"PATH": f"/ours:{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True)
+    assert (tmp_path / "said").read_text() == inside
+    assert (done.stdout, done.stderr) == (f"<file='{outside}'/>\n", f"error: {outside}\n")

@@ -114,7 +114,8 @@ def test_hosts_takes_an_address_or_a_row_for_each_host() -> None:
 
 def test_what_is_reported_of_all_hosts_yields_to_what_is_reported_of_one() -> None:
     found = some_settings(hosts=parse_hosts({"*": {"prefix": "podman exec -i x", "paths": {"/a": "/b"}}, "cmp1": {"prefix": "nsenter"}}))
-    assert (found.host("cmp1").prefix, found.host("cmp1").paths, found.host("cmp2").prefix) == ("nsenter", {"/a": "/b"}, "podman exec -i x")
+    assert (found.host("cmp1").prefix, found.host("cmp1").paths, found.host("cmp2").prefix) == (
+        ("nsenter",), {"/a": "/b"}, ("podman", "exec", "-i", "x"))
 
 
 @pytest.mark.parametrize(("written", "complaint"), [
@@ -127,6 +128,8 @@ def test_what_is_reported_of_all_hosts_yields_to_what_is_reported_of_one() -> No
     ({"cmp1": {5: "x"}}, "unknown entry"),
     ({"*": {"paths": "/var/lib/nova"}}, "paths is not a dictionary"),
     ({"*": {"paths": {"/var/lib/nova": "nova"}}}, "paths is not a dictionary"),
+    ({"*": {"paths": {"/var/lib/nova": "/srv/a,b"}}}, "paths is not a dictionary"),
+    ({"*": {"prefix": "sh -c 'exec"}}, "No closing quotation"),
     (["cmp1"], "is not a dictionary"),
     ({5: "192.0.2.6"}, "is not a dictionary"),
     ({"cmp1": "192.0.2.6\n"}, "control characters"),
