@@ -356,7 +356,8 @@ def parse_hosts(value: object) -> dict[str, HostEntry]:
     """HOSTS: an address or a dictionary for each of Nova's host names; "*" holds where a host says nothing else."""
     readers: dict[str, Callable[[object], Any]] = {
         "address": parse_text, "port": parse_port, "user": parse_text, "key": parse_text,
-        "nbd_address": parse_ip_address, "paths": parse_paths, "prefix": lambda value: tuple(shlex.split(parse_text(value)))}
+        "nbd_address": parse_ip_address, "paths": parse_paths,
+        "prefix": lambda value: tuple(shlex.split(parse_text(value)))}
     rows = {name: given if isinstance(given, dict) else {"address": given}
             for name, given in parse_literal(value).items()}
     entries = {}
