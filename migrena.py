@@ -22,18 +22,19 @@ Sections; each uses only those above it:
      3 Plans       facts and decisions; no input, no output
      4 Screen      what the operator sees
      5 Journal     what was done, locks, and how to undo
-     6 Programs    what runs on hypervisors, sent as the source that it is here
-     7 Host        one hypervisor over SSH
-     8 Cloud       one OpenStack cloud: Nova and Glance
-     9 Disks       images, exports, attachments, ranges, digests
-    10 Gate        whether an act may be done now
-    11 Image       carries images from one Glance to another
-    12 Copy        survey, refuse, execute
-    13 Status      shows the runs, from their journals
-    14 Resume      continues a run that was cut off
-    15 Rollback    undoes a run, with or without its journal
-    16 Spread      live-migrates instances to the hosts that a map names
-    17 Main        command line, signals, exit codes
+     6 Threads     work in several threads, and signals meanwhile
+     7 Programs    what runs on hypervisors, sent as the source that it is here
+     8 Host        one hypervisor over SSH
+     9 Cloud       one OpenStack cloud: Nova and Glance
+    10 Disks       images, exports, attachments, ranges, digests
+    11 Gate        whether an act may be done now
+    12 Image       carries images from one Glance to another
+    13 Copy        survey, refuse, execute
+    14 Status      shows the runs, from their journals
+    15 Resume      continues a run that was cut off
+    16 Rollback    undoes a run, with or without its journal
+    17 Spread      live-migrates instances to the hosts that a map names
+    18 Main        command line, signals, exit codes
 """
 
 from __future__ import annotations
@@ -1672,6 +1673,8 @@ class Undo:
         self.doing = ""
 
 
+# ---- 6. Threads ------------------------------------------------------------------------------------------------------
+
 class DeferredSignal(threading.local):
     """A signal that is deferred by defer_signals(), in the main thread."""
 
@@ -1711,7 +1714,7 @@ def in_parallel(one: Callable[[], T], other: Callable[[], S]) -> tuple[T, S]:
         return result_of(first), result_of(second)
 
 
-# ---- 6. Programs -----------------------------------------------------------------------------------------------------
+# ---- 7. Programs -----------------------------------------------------------------------------------------------------
 
 # Functions and classes that are sent to hypervisors and run there, by a Python 3.6 or later without further packages.
 # Annotations and docstrings are not sent.
@@ -2255,7 +2258,7 @@ def contained(where: str, tool: str, *words: str) -> None:
     sys.exit(process.returncode)
 
 
-# ---- 7. Host ---------------------------------------------------------------------------------------------------------
+# ---- 8. Host ---------------------------------------------------------------------------------------------------------
 
 # A lease ties a process to our SSH channel, its standard input: we send a dot every few seconds, and when the dots end
 # (end of the scope, kill -9 of migrena, a lost network) the process is killed by its pid; also when a command of `hold`
@@ -2990,7 +2993,7 @@ def ignoring_lost_host() -> suppress:
     return suppress(paramiko.SSHException, EOFError, OSError)
 
 
-# ---- 8. Cloud --------------------------------------------------------------------------------------------------------
+# ---- 9. Cloud --------------------------------------------------------------------------------------------------------
 
 # Keys in the metadata of instances.
 MARK: Final = "migrena:run"  # source: the run that is moving it
@@ -3500,7 +3503,7 @@ def both_clouds(settings: Settings, environment: Mapping[str, str]) -> tuple[Clo
     return opening[0].result(), opening[1].result()
 
 
-# ---- 9. Disks --------------------------------------------------------------------------------------------------------
+# ---- 10. Disks -------------------------------------------------------------------------------------------------------
 
 # Each tool with its packages: Debian's, and those of RPM distributions.
 PACKAGES: Final = {
@@ -4604,7 +4607,7 @@ def check_qcow2(host: Host, job: DiskJob) -> DiskImage:
     return top
 
 
-# ---- 10. Gate --------------------------------------------------------------------------------------------------------
+# ---- 11. Gate --------------------------------------------------------------------------------------------------------
 
 
 class Stage(enum.IntEnum):
@@ -4929,7 +4932,7 @@ def require_same_clouds(record: RunRecord, clouds: Sequence[Cloud]) -> None:
         raise Refused.of(reasons)
 
 
-# ---- 11. Image -------------------------------------------------------------------------------------------------------
+# ---- 12. Image -------------------------------------------------------------------------------------------------------
 
 CAME_FROM: Final = ("source_uuid", "source_cloud")  # properties of a carried image: the source's id, its cloud
 CARRIED_BY: Final = "migrena_run"  # property of an incomplete image: the run that carries it
@@ -5222,7 +5225,7 @@ def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Clou
             return carry(settings, journal, undo, clouds, plan)
 
 
-# ---- 12. Copy --------------------------------------------------------------------------------------------------------
+# ---- 13. Copy --------------------------------------------------------------------------------------------------------
 
 STOP_DESTINATION: Final = "Stop destination instance"  # a step; also measures how long Nova takes to stop
 POWER_BUTTON: Final = 10.0  # seconds after which Nova presses it again (shutdown_retry_interval)
@@ -6465,7 +6468,7 @@ def warn_left_behind(screen: Screen, plan: Plan) -> None:
         screen.warn("the source uses UEFI: its NVRAM (boot entries) is not copied, Nova makes a new one")
 
 
-# ---- 13. Status ------------------------------------------------------------------------------------------------------
+# ---- 14. Status ------------------------------------------------------------------------------------------------------
 
 
 def show_status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
@@ -6556,7 +6559,7 @@ def detail_lines(record: RunRecord) -> Iterator[str]:
     yield from what_to_do(record)
 
 
-# ---- 14. Resume ------------------------------------------------------------------------------------------------------
+# ---- 15. Resume ------------------------------------------------------------------------------------------------------
 
 
 def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord, screen: Screen) -> Earlier:
@@ -6654,7 +6657,7 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         return execute_or_undo(Run(settings, screen, journal, undo, report, plan, cloud, earlier.cloud, host, earlier))
 
 
-# ---- 15. Rollback ----------------------------------------------------------------------------------------------------
+# ---- 16. Rollback ----------------------------------------------------------------------------------------------------
 
 # Prints a run's private folders on a host; with $2 only those whose lease is alive.
 LEFT_FOLDERS: Final = """
@@ -6891,7 +6894,7 @@ def clean_host(plan: UndoPlan, server: Server) -> None:
             drop_bitmap(host, server.id, path, run)
 
 
-# ---- 16. Spread ------------------------------------------------------------------------------------------------------
+# ---- 17. Spread ------------------------------------------------------------------------------------------------------
 
 FAILED_STATES: Final = ("error", "failed", "cancelled")  # Nova's statuses of a live migration without success
 ROOM_LIMIT: Final = 60.0  # seconds for Nova to free an instance's resources on its old host
@@ -7078,7 +7081,7 @@ def handle_timeout(cloud: Cloud, move: Move, number: int, state: str, settings: 
             "--keep-waiting keeps waiting, --abort aborts it")
 
 
-# ---- 17. Main --------------------------------------------------------------------------------------------------------
+# ---- 18. Main --------------------------------------------------------------------------------------------------------
 
 RUNTIME: Final = (
     "paramiko", "novaclient", "glanceclient", "keystoneauth1", "cryptography", "requests", "tqdm", "yaml", "oslo_utils")

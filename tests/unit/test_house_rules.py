@@ -41,17 +41,17 @@ def test_the_map_of_sections_is_that_of_the_banners() -> None:
     assert [name for _, name in banners(TEXT)][::len(banners(TEXT)) - 1] == ["Errors", "Main"]
 
 
-@pytest.mark.parametrize(("there", "instead"), [("# ---- 7. Host -----", "# ---- 7. Guest ----"), ("     7 Host ", "     7 Hosts ")])
+@pytest.mark.parametrize(("there", "instead"), [("# ---- 8. Host -----", "# ---- 8. Guest ----"), ("     8 Host ", "     8 Hosts ")])
 def test_control_a_section_that_is_not_as_the_map_says_is_noticed(there: str, instead: str) -> None:
     assert there in TEXT
     changed = TEXT.replace(there, instead, 1)
     assert sections_on_the_map(changed) != banners(changed)
 
 
-@pytest.mark.parametrize("banner", ["# ---- 7. Host --", "# ---- 7: Host -----"])
+@pytest.mark.parametrize("banner", ["# ---- 8. Host --", "# ---- 8: Host -----"])
 def test_control_a_banner_that_is_not_like_the_others_is_noticed(banner: str) -> None:
     with pytest.raises(AssertionError, match="a banner is"):
-        banners(re.sub(r"# ---- 7\. Host -----", banner, TEXT, count=1))
+        banners(re.sub(r"# ---- 8\. Host -----", banner, TEXT, count=1))
 
 
 def scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
