@@ -2260,6 +2260,11 @@ def contained(where: str, tool: str, *words: str) -> None:
 
 # ---- 8. Host ---------------------------------------------------------------------------------------------------------
 
+# Which call for which command on a hypervisor (a thread of a scope that may fail holds a lease, or is short):
+#   run, script  short: a limit for the whole of it, may have input; end_work() does not end it
+#   work         long: a limit for its silence only, no zero bytes in what it prints; end_work() ends it
+#   daemon       runs while the scope lasts, and has begun to serve when the scope begins
+#   lease        what these and private_folder are made of
 # A lease ties a process to our SSH channel, its standard input: we send a dot every few seconds, and when the dots end
 # (end of the scope, kill -9 of migrena, a lost network) the process is killed by its pid; also when a command of `hold`
 # fails. A lease that ends by itself prints a zero byte and waits until the dots end: a dot sent to a closed channel
@@ -4281,7 +4286,7 @@ def move_disk(ends: Ends, job: DiskJob, callbacks: Callbacks, known: Known = NOT
     known = known if is_there and is_same else NOTHING_KNOWN
     with reading(ends, job) as disk:
         here, there = compared(ends, job, disk, known) if is_there else ({}, {})
-        end = job.length if job.transport == "nbd" else _whole_sectors(job.length)  # a block device has whole sectors
+        end = job.length if job.transport == "nbd" else _whole_sectors(job.length)  # qemu adds zeros up to a sector
         rest = as_extents(differing(here, there), end)
         extents = rest if is_rest else find_extents(ends.source, disk.readable, job)
         looked = time.monotonic()
