@@ -16,6 +16,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "migrena.py"
+LONG = frozenset(line for line in Path(__file__).with_name("long.txt").read_text().splitlines() if not line.startswith("#"))
 Migrena = Callable[..., "subprocess.CompletedProcess[str]"]
 T = TypeVar("T")
 
@@ -55,6 +56,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What shares something that takes long to bring up stays in one worker: each group of these, and the slowest groups first."""
     for item in items:
+        name = item.nodeid.partition("@")[0]
+        if {name, name.partition("[")[0]} & LONG:
+            item.add_marker(pytest.mark.long)
         group = {"clouds": "clouds", "test_nbd_device.py": "machines", "test_export.py": "export"}
         for part in set(item.path.parts) & group.keys():
             item.add_marker(pytest.mark.xdist_group(group[part]))

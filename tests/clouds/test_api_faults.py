@@ -39,8 +39,13 @@ def after_the_survey(between: Middle, spoil: Spoil) -> Spoil:
 def is_complete(clouds: Clouds, src: Api, source: str, arrived: str) -> bool:
     """Whether a stopped source has arrived, and nothing is left anywhere."""
     assert same_to_both_guests(clouds.host(SOURCE), source, clouds.host(DESTINATION), arrived)
-    is_over = has_been_put_back(src, source, "SHUTOFF") or has_moved(src, source, arrived)
-    return is_over and left_on(clouds.host(SOURCE)) == left_on(clouds.host(DESTINATION)) == []
+    return is_over(clouds, src, source, arrived)
+
+
+def is_over(clouds: Clouds, src: Api, source: str, arrived: str) -> bool:
+    """Whether the source is as a run leaves it, and nothing is left on the hosts."""
+    is_left = has_been_put_back(src, source, "SHUTOFF") or has_moved(src, source, arrived)
+    return is_left and left_on(clouds.host(SOURCE)) == left_on(clouds.host(DESTINATION)) == []
 
 
 @pytest.mark.parametrize(("answer", "never"), [("500", (CREATE,)), ("409", (CREATE, "GET")), ("401", ("tokens",)), (LOST, ())])
@@ -48,12 +53,14 @@ def test_every_request_that_fails_once_is_made_again_and_nothing_is_made_twice(
         operator: Operator, clouds: Clouds, src: Api, dst: Api, source: str, between: Middle, answer: str, never: tuple[str, ...]) -> None:
     """A request to create is not repeated after an error; when its answer is lost, the instance is found by its mark."""
     between.spoil = after_the_survey(between, lambda name, before: PASS if before or any(part in name for part in never) else answer)
-    done = operator.run("-s", source, *operator.to(DESTINATION), "-a", "dst", env=between.environment)
+    process = operator.halted("intent of start destination", "-s", source, *operator.to(DESTINATION), "-a", "dst", env=between.environment)
+    assert same_to_both_guests(clouds.host(SOURCE), source, clouds.host(DESTINATION), dst.need("nova", "servers", "arrived"))  # it has not run yet
+    done = operator.go_on(process)
     assert done.returncode == 0, done.stderr
     assert [server["name"] for server in dst.call("GET", "nova", "/servers?all_tenants=1")["servers"]] == ["arrived"]
     assert {"src POST metadata", "dst POST os-stop", "dst POST lock", "src POST lock", "dst POST os-start", "dst POST unlock"} <= {*between.spoiled}
     dst.act(done.stdout.strip(), "os-stop", until="SHUTOFF")
-    assert is_complete(clouds, src, source, done.stdout.strip())
+    assert is_over(clouds, src, source, done.stdout.strip())
 
 
 def test_an_instance_that_nova_makes_after_its_answer_was_lost_is_deleted_all_the_same(

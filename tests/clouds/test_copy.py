@@ -97,6 +97,7 @@ def test_hazard_the_two_bases_are_not_equal(operator: Operator, clouds: Clouds, 
     assert same_to_both_guests(clouds.host(SOURCE), source, clouds.host(DESTINATION), report["destination"]["id"])
 
 
+@pytest.mark.long
 def test_hazard_21_an_unshelved_instance_stands_on_the_shelve_s_snapshot_and_not_on_the_image_that_nova_names(
         operator: Operator, clouds: Clouds, src: Api, dst: Api) -> None:
     id = src.create("shelved", availability_zone=f"nova:{SOURCE}")
@@ -113,10 +114,11 @@ def test_hazard_21_an_unshelved_instance_stands_on_the_shelve_s_snapshot_and_not
         report = operator.report("-s", id, *operator.to(DESTINATION, image=""))  # matched with the one that Nova names
         arrived = report["destination"]["id"]
         assert dst.server(arrived)["image"]["id"] == dst.need("glance", "images", "guest")
-        assert (report["copy"]["view"], report["copy"]["why_view"]) == ("guest", "the bases are not proven equal")
+        is_file = report["copy"]["view"] == "file"  # this Nova may have put the image's base below it again
+        assert report["copy"]["why_view"] == ("both bases have the same content" if is_file else "the bases are not proven equal")
         assert same_to_both_guests(clouds.host(SOURCE), id, clouds.host(DESTINATION), arrived)
         shown = clouds.host(DESTINATION).run("qemu-img", "info", "--output=json", disk(arrived)).stdout
-        assert "backing-filename" not in json.loads(shown)
+        assert ("backing-filename" in json.loads(shown)) == is_file
     finally:
         src.call("PUT", "nova", f"/os-services/{other}", {"status": "enabled"})
         src.delete(id)

@@ -158,7 +158,7 @@ def test_moves_wait_for_the_room_that_others_leave_and_a_ring_of_full_hosts_is_r
         with nearly_full(src, "src-cmp1"):
             refused = operator.run(*swap)
         assert refused.returncode == 3, refused.stderr
-        assert "moves: web-0 to src-cmp2 (too little MEMORY_MB), db-0 to src-cmp1 (too little MEMORY_MB)" in refused.stderr
+        assert "room to begin: web-0 to src-cmp2 (too little MEMORY_MB), db-0 to src-cmp1 (too little MEMORY_MB)" in refused.stderr
         report = operator.report(*swap)
     assert [(row["name"], row["result"]) for row in report["moves"]] == [("db-0", "moved"), ("web-0", "moved")]
     assert [place_of(src, three[name]) for name in NAMES] == ["src-cmp2", "src-cmp1", "src-cmp1"]

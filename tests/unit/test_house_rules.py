@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import REPOSITORY, SCRIPT
+from conftest import LONG, REPOSITORY, SCRIPT
 
 TEXT = SCRIPT.read_text(encoding="utf-8")
 FUNCTION_LINES, CLASS_LINES, FILE_BYTES, COLUMNS = 45, 250, 375_000, 120
@@ -195,3 +195,8 @@ def test_no_local_name_hides_a_function() -> None:
 def test_control_a_local_name_that_hides_a_function_is_noticed() -> None:
     changed = TEXT.replace('    line = " ".join(text.split())\n', '    human = line = " ".join(text.split())\n', 1)
     assert [line.partition(" (")[0] for line in hidden_functions(changed)] == ["shorten"]
+
+
+def test_what_the_short_command_leaves_out_is_there() -> None:
+    for file, _, test in (line.partition("::") for line in sorted(LONG)):
+        assert f"def {test.partition('[')[0]}(" in (REPOSITORY / "tests" / file).read_text(encoding="utf-8"), test
