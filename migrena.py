@@ -1738,13 +1738,18 @@ class Bare(ast.NodeTransformer):
 
 
 @cache
+def parts_of_programs() -> dict[str, Any]:
+    """The definitions of this section, by name."""
+    with PARSING:
+        tree = ast.parse("#" + OWN_TEXT.partition(". Programs --")[2].partition("\n# ----")[0])
+    return {ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else node.name: node
+            for node in Bare().visit(tree).body}
+
+
+@cache
 def program(entry: Callable[..., None]) -> str:
     """The text for PYTHON that calls a function of this section with the words after it; has all that it uses."""
-    section = "#" + OWN_TEXT.partition(". Programs --")[2].partition("\n# ----")[0]
-    with PARSING:
-        tree = ast.parse(section)
-    parts = {ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else node.name: node
-        for node in Bare().visit(tree).body}
+    parts = parts_of_programs()
     names, more = set[str](), {entry.__name__, "sys"}
     while more:
         names |= more
@@ -2796,7 +2801,7 @@ class Host:
 
     def _carried(self, link: Link, channel: paramiko.Channel) -> paramiko.Channel:
         link[1][:] = [*(other for other in link[1] if not other.closed), channel]
-        if self._is_far:
+        if self._is_far and len(self._ahead) < 2:
             threading.Thread(target=self._open_ahead, args=(link,), daemon=True).start()
         return channel
 
@@ -2804,7 +2809,7 @@ class Host:
         import paramiko
 
         with suppress(paramiko.SSHException, EOFError, OSError):  # the command that needs one will tell
-            if len(self._ahead) < 2 and (channel := open_channel(link[0])):
+            if channel := open_channel(link[0]):
                 self._ahead.append((link, channel))
 
     @contextmanager
@@ -3731,11 +3736,6 @@ def domain_of(host: Host, id: str, path: str) -> Domain:
                         "see there: virsh list --all; an instance that is not listed must be started once") from error
 
 
-def in_its_folder(path: str) -> str:
-    """The end of a disk's path that is the same in a container and outside."""
-    return "/" + "/".join(path.split("/")[-2:])
-
-
 def domain_in(id: str, path: str, printed: str) -> Domain:
     """A Domain from the output of DOMAIN; raises ValueError if it is something else."""
     xml, state, checkpoints, snapshots, disks, info, there = printed.split("\0")
@@ -3751,7 +3751,8 @@ def domain_in(id: str, path: str, printed: str) -> Domain:
     job, mirror = re.search(r"([A-Z][A-Za-z ]*): *\[", lines.get(target_of(root), "")), root.find("mirror")
     chain, known = tuple(chain_in(root)), None
     with suppress(ValueError, AttributeError):
-        known = next((told for file, told in json.loads(info).items() if file.endswith(in_its_folder(path))), None)
+        end = "/" + "/".join(path.split("/")[-2:])  # the same in a container and outside
+        known = next((told for file, told in json.loads(info).items() if file.endswith(end)), None)
     names = {kind: [name for name in told.split("\n") if name and not name.startswith("migrena-")]  # not ours
              for kind, told in (("checkpoint", checkpoints), ("snapshot", snapshots))}
     under_way = job[1] if job else "" if mirror is None else f"block {mirror.get('job')}"
@@ -4059,12 +4060,9 @@ def certificates(server: str) -> dict[str, dict[str, bytes]]:
 @contextmanager
 def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple[Export, Lease]]:
     """A file of the source, served read-only to the destination alone on a free port, and its server."""
-    host, name, failure = ends.source, f"migrena-{secrets.token_hex(8)}", None
+    host, name = ends.source, f"migrena-{secrets.token_hex(8)}"
     for number in job.settings.nbd_server_port:
-        taken = HostError(
-            f"{host.name}: port {number} is taken", "set NBD_SERVER_PORT to a free one, or a range such as 2666-2697")
         if job.transport == "nbd" and host.run("ss", "-Hltn", f"sport = :{number}").strip():  # nbd-server does not tell
-            failure = taken
             continue
         place = Export(host.nbd_address, number, name)
         with ExitStack() as stack:
@@ -4074,11 +4072,11 @@ def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple
             except CommandError as error:
                 if "in use" not in error.said:
                     raise
-                failure = taken
                 continue
             yield place, lease
             return
-    raise failure or HostError(f"{host.name}: no port to export on")
+    raise HostError(f"{host.name}: port {job.settings.nbd_server_port[-1]} is taken",
+                    "set NBD_SERVER_PORT to a free one, or a range such as 2666-2697")
 
 
 def nbd_server(ends: Ends, job: DiskJob, place: Export, path: str) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ from migrena import (
     inflated,
     joined,
     listen,
+    parts_of_programs,
     program,
     runs_of,
     squeeze,
@@ -329,6 +330,7 @@ def test_programs_are_made_in_several_threads_at_once() -> None:
             return made(depth - 1)
         for _ in range(30):
             Knot()
+        parts_of_programs.cache_clear()
         return program.__wrapped__(work_on_blocks)
 
     often, threshold = sys.getswitchinterval(), gc.get_threshold()
@@ -336,7 +338,7 @@ def test_programs_are_made_in_several_threads_at_once() -> None:
     gc.set_threshold(100)
     try:
         with ThreadPoolExecutor(4) as pool:
-            assert len(set(pool.map(made, [number % 5 * 7 for number in range(40)]))) == 1
+            assert len(set(pool.map(made, [number % 5 * 7 for number in range(160)]))) == 1
     finally:
         sys.setswitchinterval(often)
         gc.set_threshold(*threshold)
