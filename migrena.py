@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""migrena: moves an instance, with its disk, from one OpenStack cloud to another.
+"""migrena: moves an instance, with its local disks, from one OpenStack cloud to another.
 
     ./migrena.py -s SRC_UUID -d DST_NAME -f FLAVOR -i IMAGE [-e EXTRA] [-a [all|src|dst]]
 
@@ -80,7 +80,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -843,6 +843,52 @@ def not_found(problem: str, name: str, known: Sequence[Named], way: str) -> Refu
 
 
 @dataclass(frozen=True)
+class Node:
+    """One of qemu's block nodes: what stores it, option by option (block-core.json), and the format of that."""
+
+    storage: Mapping[str, str]
+    format: str = "raw"
+
+    @classmethod
+    def of_file(cls, path: str, format: str = "raw", **more: str) -> Node:
+        return cls({"driver": "file", "filename": path, **more}, format)
+
+    @property
+    def place(self) -> str:
+        """What the program of `blocks` opens: a file or device, else the storage in JSON."""
+        return self.storage.get("filename") or json.dumps(dict(self.storage))
+
+    @property
+    def options(self) -> dict[str, str]:
+        return {"driver": self.format, **{f"file.{key}": value for key, value in self.storage.items()}}
+
+    def part(self, offset: int, length: int) -> str:
+        """These bytes of it, for --image-opts."""
+        whole = self.storage if self.format == "raw" else self.options
+        return image_opts({"driver": "raw", "offset": str(offset), "size": str(length),
+                           **{f"file.{key}": value for key, value in whole.items()}})
+
+    @property
+    def locked(self) -> str:
+        """Its storage for --image-opts, opened only while nobody writes to it, and not to be written to while open.
+
+        A raw node takes no such lock itself, but blkdebug does: see `unshare-child-perms` in qemu's block-core.json.
+        """
+        return image_opts({"driver": "blkdebug", **{f"image.{key}": value for key, value in self.storage.items()},
+                           "unshare-child-perms.0": "write", "unshare-child-perms.1": "resize"})
+
+    @property
+    def unlocked(self) -> str:
+        """It for --image-opts, opened even while a guest writes to it: what is read may be inconsistent."""
+        return image_opts({**self.options, "file.locking": "off"})
+
+
+def image_opts(options: Mapping[str, str]) -> str:
+    """A node as a word for --image-opts; commas in values are doubled."""
+    return ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())
+
+
+@dataclass(frozen=True)
 class DiskImage:
     """One file of a disk's chain: sizes in bytes, `size` as the guest sees it, `length` as the file has it."""
 
@@ -857,10 +903,17 @@ class DiskImage:
     leaks: int = 0  # clusters that are allocated but not referenced
     lost_bitmaps: tuple[str, ...] = ()  # marked "in-use": by a qemu that has the file open, or by one that was killed
 
+    @property
+    def node(self) -> Node:
+        return Node.of_file(self.path, self.format)
+
+
+ROOT: Final = "root"  # the root disk's key; the names of an instance's disks in journal, report and status
+
 
 @dataclass(frozen=True)
 class Disk:
-    """An instance's root disk: its chain from the overlay down, and other disks beside it."""
+    """An instance's disk: its chain from the overlay down, and what is known of the instance's other disks."""
 
     chain: tuple[DiskImage, ...]
     guest_bytes: int = 0  # size of a copy of the guest's view, by qemu-img measure
@@ -947,67 +1000,6 @@ def bitmap_of(run: str) -> str:
 def files_beside(path: str, run: str) -> tuple[str, str]:
     """A run's files beside the destination's disk: the copy, and Nova's, kept until the run succeeds."""
     return f"{path}.migrena-{run}", f"{path}.migrena-{run}-fresh"
-
-
-@dataclass(frozen=True)
-class DiskJob:
-    """All that is needed to move one disk between two hypervisors."""
-
-    run: str
-    settings: Settings
-    source: DiskImage
-    fresh: DiskImage  # the disk that Nova made in the destination and that the copy replaces
-    whole_file: bool  # True: copy the file itself, the bases are equal; False: copy what the guest sees
-    transport: str  # nbd or qemu
-    source_direct: bool
-    fresh_direct: bool
-    compress: bool = False  # on the network
-    is_live: bool = False  # whether a guest may be writing to the source
-    stand: str = ""  # stat_of() the stopped source's file: any change of the file changes it
-
-    @property
-    def new(self) -> str:
-        """The file the copy is written to, beside the fresh disk."""
-        return files_beside(self.fresh.path, self.run)[0]
-
-    @property
-    def kept(self) -> str:
-        return files_beside(self.fresh.path, self.run)[1]
-
-    @property
-    def length(self) -> int:
-        """Bytes to copy: the file's length, or the disk's size as the guest sees it."""
-        return self.source.length if self.whole_file else self.source.size
-
-    @property
-    def export_format(self) -> str:
-        return "raw" if self.whole_file else self.source.format
-
-    @property
-    def new_format(self) -> str:
-        """The new file's format while it is written."""
-        return "raw" if self.whole_file else self.fresh.format
-
-    @property
-    def max_parallel(self) -> int:
-        """Chunks copied in parallel: one if a format's tables allow one writer, or the rate limit is one command's."""
-        return 2 if self.new_format == "raw" and not self.settings.limit_rate else 1
-
-    @property
-    def chunk(self) -> int:
-        """Most bytes of a chunk: parallel ones share those of CHUNK, or what the rate limit allows in a minute."""
-        most = self.settings.limit_rate * 60 or self.settings.chunk
-        return max(min(most, self.settings.chunk) // self.max_parallel // MiB * MiB, MiB)
-
-    @property
-    def may_be_compressed(self) -> bool:
-        """Whether the network's speed decides on compression; a rate limit is for uncompressed bytes."""
-        asked = self.settings
-        return asked.compress == "auto" and not self.compress and asked.transport != "nbd" and not asked.limit_rate
-
-    @property
-    def new_image(self) -> DiskImage:
-        return replace(self.fresh, path=self.new, format=self.new_format)
 
 
 @dataclass(frozen=True)
@@ -1460,6 +1452,16 @@ class Step:
 
 
 @dataclass(frozen=True)
+class DiskRecord:
+    """One disk of a run by the run's journal, sizes in bytes."""
+
+    job: Mapping[str, Any] = field(default_factory=dict)  # files, and stat_of() the source's
+    arrived: tuple[tuple[int, int], ...] = ()  # chunks sent: offset, length
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """A run by its journal, sizes in bytes; empty where that says nothing."""
 
@@ -1468,10 +1470,7 @@ class RunRecord:
     began: str
     facts: Mapping[str, Any]  # the first line: source, destination, settings
     acts: tuple[Step, ...] = ()
-    job: Mapping[str, Any] = field(default_factory=dict)  # files, and stat_of() the source's
-    arrived: tuple[tuple[int, int], ...] = ()  # chunks sent: offset, length
-    done: int = 0
-    total: int = 0
+    disks: Mapping[str, DiskRecord] = field(default_factory=dict)  # by key
     rate: float = 0.0
     retries: int = 0
     error: str = ""
@@ -1481,6 +1480,14 @@ class RunRecord:
     @property
     def source(self) -> str:
         return str(self.facts.get("source", ""))
+
+    @property
+    def done(self) -> int:
+        return sum(disk.done for disk in self.disks.values())
+
+    @property
+    def total(self) -> int:
+        return sum(disk.total for disk in self.disks.values())
 
     @property
     def destination(self) -> str:
@@ -1511,6 +1518,11 @@ class RunRecord:
         """When the source's first stop was requested, by this machine's clock."""
         return next((datetime.fromisoformat(act.began) for act in self.acts if act.name == "stop source"), None)
 
+    @property
+    def swapped(self) -> set[str]:
+        """The keys of the disks whose copy was swapped in."""
+        return {key_of(act.facts) for act in self.acts if act.name == "swap in" and act.result == "done"}
+
     def has_done(self, act: str) -> bool:
         return any(known.name == act and known.result == "done" for known in self.acts)
 
@@ -1533,15 +1545,28 @@ def read_run(folder: Path, run: str, *, is_ours: bool = False) -> RunRecord:
 def record_of(run: str, entries: Sequence[dict[str, Any]]) -> RunRecord:
     """A run by these lines of its journal; a run without an end is `killed`."""
     facts = next((entry for entry in entries if entry["event"] == "run"), {})
-    last: dict[str, dict[str, Any]] = {entry["event"]: entry for entry in entries}
+    keys = dict.fromkeys(key_of(entry) for entry in entries if entry["event"] in ("job", "chunk", "progress"))
     end = next((entry for entry in _lines_since(entries, "run", "resume", "rollback") if entry["event"] == "ended"), {})
     return RunRecord(
-        run, str(end.get("result", "killed")), str(facts.get("at", "")), facts, _acts(entries), job=last.get("job", {}),
-        arrived=tuple((entry["offset"], entry["length"]) for entry in entries if entry["event"] == "chunk"),
-        done=next((entry["done"] for entry in reversed(entries) if "done" in entry), 0),
-        total=last.get("progress", {}).get("total", 0),
+        run, str(end.get("result", "killed")), str(facts.get("at", "")), facts, _acts(entries),
+        {key: _disk_record([entry for entry in entries if key_of(entry) == key]) for key in keys},
         rate=_rate(entries), retries=sum(entry["event"] == "retry" for entry in entries),
-        error=str(end.get("error", "")), left=tuple(end.get("left", ())), is_undoing="rollback" in last)
+        error=str(end.get("error", "")), left=tuple(end.get("left", ())),
+        is_undoing=any(entry["event"] == "rollback" for entry in entries))
+
+
+def key_of(entry: Mapping[str, Any]) -> str:
+    """The key of the disk that a journal's line is about."""
+    return str(entry.get("disk", ROOT))
+
+
+def _disk_record(entries: Sequence[dict[str, Any]]) -> DiskRecord:
+    last: dict[str, dict[str, Any]] = {entry["event"]: entry for entry in entries}
+    return DiskRecord(
+        last.get("job", {}),
+        tuple((entry["offset"], entry["length"]) for entry in entries if entry["event"] == "chunk"),
+        next((entry["done"] for entry in reversed(entries) if "done" in entry), 0),
+        last.get("progress", {}).get("total", 0))
 
 
 def _lines_since(entries: Sequence[dict[str, Any]], *events: str) -> Sequence[dict[str, Any]]:
@@ -1567,8 +1592,11 @@ def _acts(entries: Iterable[Mapping[str, Any]]) -> tuple[Step, ...]:
 
 def _rate(entries: Sequence[dict[str, Any]]) -> float:
     """Bytes per second of the last attempt, by its first and last line of progress."""
-    told = [(datetime.fromisoformat(entry["at"]), entry["done"])
-            for entry in _lines_since(entries, "job", "retry", "resume", "pass") if entry["event"] == "progress"]
+    told, done = list[tuple[datetime, int]](), dict[str, int]()
+    for entry in _lines_since(entries, "job", "retry", "resume", "pass"):
+        if entry["event"] == "progress":
+            done[key_of(entry)] = entry["done"]
+            told.append((datetime.fromisoformat(entry["at"]), sum(done.values())))
     seconds = (told[-1][0] - told[0][0]).total_seconds() if told else 0.0
     return (told[-1][1] - told[0][1]) / seconds if seconds > 0 else 0.0
 
@@ -1596,8 +1624,10 @@ def still_to_write(folder: Path, run: str, host: str) -> int:
             entries = parse_journal(folder / f"{other}.jsonl")[0]
             need = next((one for one in reversed(entries) if one["event"] == "space" and one["host"] == host), None)
             if need and not record_of(other, entries).has_done("copy"):
-                asked[other] = need["at"], int(need["need"]) - max(
-                    (one["done"] for one in entries if "done" in one), default=0)
+                done = Counter[str]()
+                for one in entries:
+                    done[key_of(one)] = max(done[key_of(one)], one.get("done", 0))
+                asked[other] = need["at"], int(need["need"]) - done.total()
     return sum(max(0, rest) for other, (at, rest) in asked.items()
         if other != run and (at, other) < (asked[run][0], run))
 
@@ -3049,7 +3079,8 @@ EXTRA_FORMS: Final[Mapping[tuple[str, ...], tuple[Callable[[Any], bool], str]]] 
 }
 
 SHOWN: Final = (  # no secrets
-    "nics", "security_groups", "availability_zone", "key_name", "config_drive", "host", "hypervisor_hostname")
+    "nics", "security_groups", "availability_zone", "key_name", "config_drive", "host", "hypervisor_hostname",
+    "block_device_mapping_v2")
 
 
 def check_extra(extra: Mapping[str, Any]) -> None:
@@ -3571,8 +3602,8 @@ virsh() { LC_ALL=C command virsh -q --connect qemu:///system "$@"; }
 """
 
 # What libvirt knows of the instance $1 whose disk should be $2, parts separated by zero bytes: the domain's XML (the
-# live one if it runs); its state; names of checkpoints and snapshots; each disk's target, whether it is that
-# file, and its block job (printed on standard error); then Nova's disk.info, and whether the file exists.
+# live one if it runs); its state; names of checkpoints and snapshots; each disk's target, whether it is that file or
+# one beside it, and its block job (printed on standard error); then Nova's disk.info, and whether the file exists.
 DOMAIN: Final = VIRSH + """
 part() { printf "\\000"; "$@" 2>/dev/null </dev/null; }
 virsh dumpxml "$1" || exit
@@ -3581,7 +3612,8 @@ part virsh checkpoint-list --name "$1"
 part virsh snapshot-list --name "$1"
 part
 virsh domblklist "$1" | while read -r target file; do
-  printf "%s %s " "$target" "$([ "$file" -ef "$2" ] && echo same || echo other)"
+  if [ "$file" -ef "$2" ]; then is=same; elif [ "$file" -ef "${2%/*}/${file##*/}" ]; then is=beside; else is=other; fi
+  printf "%s %s " "$target" "$is"
   virsh blockjob "$1" "$target" --info 2>&1 </dev/null | tr "\\r\\n" "  "
   echo
 done
@@ -3654,41 +3686,19 @@ def tools_lacking(host: Host, tools: Collection[str] = tuple(PACKAGES)) -> list[
 
 BROKEN: Final = "errors that qemu-img check finds"
 
-Node = dict[str, str]  # one of qemu's block nodes, option by option
-
-
-def image_opts(node: Node) -> str:
-    """A node as a word for --image-opts; commas in values are doubled."""
-    return ",".join(f"{key}={value.replace(',', ',,')}" for key, value in node.items())
-
-
-def locked_opts(path: str) -> str:
-    """A file for --image-opts that can be opened only while nobody writes to it, and not be written to while open.
-
-    A raw node takes no such lock itself, but blkdebug does: see `unshare-child-perms` in qemu's block-core.json.
-    """
-    return image_opts({
-        "driver": "blkdebug", "image.driver": "file", "image.filename": path, "unshare-child-perms.0": "write",
-        "unshare-child-perms.1": "resize"})
-
-
 Layer = tuple[str, str]  # a file or other storage of a disk's chain, and its format
 ENDED: Final = {"crashed": "the source's qemu was killed or crashed",
                 "destroyed": "the guest did not shut down in time and was powered off hard"}
 
 
 @dataclass(frozen=True)
-class Domain:
-    """What libvirt says about an instance and the file that should be its root disk; it overrides other sources."""
+class Drive:
+    """One disk of a domain, and the file that it should be."""
 
-    id: str
-    path: str  # of the root disk, by DISK_PATH
-    xml: ElementTree.Element
-    disk: ElementTree.Element  # in the XML: the disk that is this file or has it as a base, else the first
-    chain: tuple[Layer, ...]  # of that disk, from the top down; complete if it runs
-    state: str  # such as "shut off (destroyed)"
-    metadata: Mapping[str, Sequence[str]]  # names by "checkpoint" and "snapshot"
-    job: str  # that disk's active block job
+    path: str  # of that file, by DISK_PATH
+    xml: ElementTree.Element  # of the disk that is this file or has it as a base; for the root disk, else the first
+    chain: tuple[Layer, ...]  # from the top down; complete if the domain runs
+    job: str  # its active block job
     info: str  # the file's format by disk.info, if known
     is_there: bool  # whether the file exists
 
@@ -3699,7 +3709,18 @@ class Domain:
 
     @property
     def target(self) -> str:
-        return target_of(self.disk)
+        return target_of(self.xml)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What libvirt says about an instance and the files that should be its disks; it overrides other sources."""
+
+    id: str
+    xml: ElementTree.Element
+    drives: Mapping[str, Drive]  # by key: the root disk, then the ephemeral ones
+    state: str  # such as "shut off (destroyed)"
+    metadata: Mapping[str, Sequence[str]]  # names by "checkpoint" and "snapshot"
 
     @property
     def is_off(self) -> bool:
@@ -3716,19 +3737,20 @@ def target_of(disk: ElementTree.Element) -> str:
     return "" if found is None else found.get("dev", "")
 
 
-def chain_in(disk: ElementTree.Element) -> Iterator[Layer]:
+def chain_in(disk: ElementTree.Element) -> tuple[Layer, ...]:
     """A disk's chain, from the domain's XML."""
-    layer, format = disk, disk.find("driver")
+    chain, layer, format = list[Layer](), disk, disk.find("driver")
     while (source := layer.find("source")) is not None:
         lies = source.get("file") or source.get("dev") or source.get("name") or ""
-        yield lies, "raw" if format is None else format.get("type", "raw")
+        chain.append((lies, "raw" if format is None else format.get("type", "raw")))
         if (below := layer.find("backingStore")) is None:
-            return
+            break
         layer, format = below, below.find("format")
+    return tuple(chain)
 
 
 def domain_of(host: Host, id: str, path: str) -> Domain:
-    """What libvirt on a host says about an instance and the file that should be its root disk."""
+    """What libvirt on a host says about an instance whose root disk should be at this path."""
     try:
         return host.script(DOMAIN, id, path).read(partial(domain_in, id, path))
     except CommandError as error:
@@ -3744,35 +3766,56 @@ def domain_in(id: str, path: str, printed: str) -> Domain:
     except ElementTree.ParseError as error:
         raise ValueError("no XML") from error
     lines = {line.split(maxsplit=1)[0]: line for line in disks.splitlines()}
-    drives = [disk for disk in tree.findall("devices/disk") if disk.get("device", "disk") == "disk"]
-    same = [disk for disk in drives if " same " in lines.get(target_of(disk), "")]
-    on_it = [disk for disk in drives if any(file == path for file, _ in chain_in(disk))]
-    root = next(iter((*same, *on_it, *drives)), tree)
-    job, mirror = re.search(r"([A-Z][A-Za-z ]*): *\[", lines.get(target_of(root), "")), root.find("mirror")
-    chain, known = tuple(chain_in(root)), None
+    found = [disk for disk in tree.findall("devices/disk") if disk.get("device", "disk") == "disk"]
+    same = [disk for disk in found if " same " in lines.get(target_of(disk), "")]
+    on_it = [disk for disk in found if any(file == path for file, _ in chain_in(disk))]
+    root = next(iter((*same, *on_it, *found)), tree)
+    drives = {ROOT: drive_in(root, path, lines, info, is_there=bool(there.strip()), is_it=root in same)}
+    beside = {chain_in(disk)[0][0].rpartition("/")[2]: disk for disk in found
+              if " beside " in lines.get(target_of(disk), "")}
+    for number, name in enumerate(ephemeral_among(beside)):
+        place = f"{path.rpartition('/')[0]}/{name}"
+        drives[f"eph{number}"] = drive_in(beside[name], place, lines, info, is_there=True, is_it=True)
+    names = {kind: [name for name in told.split("\n") if name and not name.startswith("migrena-")]  # not ours
+             for kind, told in (("checkpoint", checkpoints), ("snapshot", snapshots))}
+    return Domain(id, tree, drives, state.strip(), names)
+
+
+def drive_in(disk: ElementTree.Element, path: str, lines: Mapping[str, str], info: str, *, is_there: bool,
+             is_it: bool) -> Drive:
+    """A Drive from the domain's disk; `is_it`: it is the file at this path, perhaps by another name."""
+    job, mirror = re.search(r"([A-Z][A-Za-z ]*): *\[", lines.get(target_of(disk), "")), disk.find("mirror")
+    chain, known = chain_in(disk), None
     with suppress(ValueError, AttributeError):
         end = "/" + "/".join(path.split("/")[-2:])  # the same in a container and outside
         known = next((told for file, told in json.loads(info).items() if file.endswith(end)), None)
-    names = {kind: [name for name in told.split("\n") if name and not name.startswith("migrena-")]  # not ours
-             for kind, told in (("checkpoint", checkpoints), ("snapshot", snapshots))}
     under_way = job[1] if job else "" if mirror is None else f"block {mirror.get('job')}"
-    return Domain(id, path, tree, root, ((path, chain[0][1]), *chain[1:]) if same else chain, state.strip(), names,
-                  under_way, str(known or ""), bool(there.strip()))
+    chain = ((path, chain[0][1]), *chain[1:]) if is_it else chain
+    return Drive(path, disk, chain, under_way, str(known or ""), is_there)
+
+
+def ephemeral_among(names: Iterable[str]) -> list[str]:
+    """The names of ephemeral disks' files, in Nova's order: disk.local, disk.eph0, disk.eph1…"""
+    form = r"disk\.(?:local|eph(\d+))"
+    found = {int(number[1] or -1): name for name in names if (number := re.fullmatch(form, name))}
+    return [found[number] for number in sorted(found)]
 
 
 def refuse_domain(host: Host, domain: Domain) -> list[Reason]:
-    """Why libvirt's information forbids copying the file as the instance's root disk."""
-    reasons, path = [], domain.path
-    if other := misplaced(host, domain):
-        reasons.append(other)
-    elif domain.info not in ("", domain.format):
-        reasons.append(Reason(
-            f"{host.name}: the format of {path} is {domain.format} by libvirt, {domain.info} by {path}.info",
-            "if the guest works, correct that file"))
-    if domain.job:
-        end = f"domjobabort {domain.id}" if domain.job == "Backup" else f"blockjob {domain.id} {domain.target} --abort"
-        reasons.append(Reason(f"{host.name}: a block job is active on the disk: {domain.job}",
-                              f"wait until it ends, or: virsh {end}"))
+    """Why libvirt's information forbids copying the files as the instance's disks."""
+    reasons = list[Reason]()
+    for drive in domain.drives.values():
+        path, format = drive.path, drive.format
+        if other := misplaced(host, domain, drive):
+            reasons.append(other)
+        elif drive.info not in ("", format):
+            reasons.append(Reason(f"{host.name}: the format of {path} is {format} by libvirt, {drive.info} by "
+                                  f"{domain.drives[ROOT].path}.info", "if the guest works, correct that file"))
+        if drive.job:
+            is_backup, id = drive.job == "Backup", domain.id
+            end = f"domjobabort {id}" if is_backup else f"blockjob {id} {drive.target} --abort"
+            reasons.append(Reason(f"{host.name}: a block job is active on the disk: {drive.job}",
+                                  f"wait until it ends, or: virsh {end}"))
     return reasons + refuse_metadata(host, domain)
 
 
@@ -3784,27 +3827,27 @@ def refuse_metadata(host: Host, domain: Domain) -> list[Reason]:
             for kind, names in domain.metadata.items() if names]
 
 
-def misplaced(host: Host, domain: Domain) -> Reason | None:
-    """What the instance's root disk is, if not the expected file."""
-    path, way = domain.path, "make a snapshot of the instance and carry the image"
-    if not domain.chain:
+def misplaced(host: Host, domain: Domain, drive: Drive) -> Reason | None:
+    """What one of the instance's disks is, if not the expected file."""
+    path, way = drive.path, "make a snapshot of the instance and carry the image"
+    if not drive.chain:
         return Reason(f"{host.name}: by libvirt the instance has no disk", "see there: virsh domblklist")
-    top, format = domain.chain[0]
+    top, format = drive.chain[0]
     if top == path:
         lost = Reason(f"{host.name}: {path} is the disk by libvirt, but does not exist", "find out what happened to it")
-        return None if domain.is_there else lost
-    if domain.disk.get("type") == "network":
+        return None if drive.is_there else lost
+    if drive.xml.get("type") == "network":
         return Reason(f"{host.name}: the disk is on Ceph ({top}), which migrena does not copy yet",
                       f"{way}, or use rbd export and import")
-    if domain.disk.get("type") == "block":
+    if drive.xml.get("type") == "block":
         return Reason(f"{host.name}: the disk is an LVM volume ({top}), which migrena does not copy yet", way)
-    files = [file for file, _ in domain.chain]
+    files = [file for file, _ in drive.chain]
     with suppress(CommandError):  # libvirt may not list the bases of a stopped one
         files += [image.path for image in disk_chain(host, top, format, shared=True)]
     if path not in files:
         return Reason(f"{host.name}: the disk is {top}, not {path}",
                       "set DISK_PATH in config.py to that, with %s for the id")
-    merge = f"virsh blockcommit {domain.id} {domain.target} --base {shlex.quote(path)} --active --pivot"
+    merge = f"virsh blockcommit {domain.id} {drive.target} --base {shlex.quote(path)} --active --pivot"
     if domain.is_off:  # without -b it would commit into the base that instances share
         merge = (f"qemu-img commit -f {format} -b {shlex.quote(path)} {shlex.quote(top)}; "
                  f"then start and stop it, so that Nova uses {path} again")
@@ -3841,44 +3884,59 @@ def _disk_image(node: Mapping[str, Any]) -> DiskImage:
         lost_bitmaps=tuple(one["name"] for one in details.get("bitmaps", ()) if "in-use" in one["flags"]))
 
 
-def survey_disk(host: Host, instance: str, path: str, *, shared: bool) -> Disk:
-    """Facts about an instance's root disk; raises HostError for LVM, Ceph and missing disks."""
+def survey_disks(host: Host, instance: str, path: str, *, shared: bool, root_only: bool = False) -> dict[str, Disk]:
+    """An instance's disks by key, of which the root disk should be at this path.
+
+    Raises HostError for LVM, Ceph and missing disks.
+    """
     domain = domain_of(host, instance, path)
+    names = host.run("ls", "-A", "--", path.rpartition("/")[0]).split("\n")
+    beside = tuple(sorted(name for name in names if re.fullmatch(r"disk\.(local|eph\d+|config|swap)", name)))
+    if root_only:
+        domain = replace(domain, drives={ROOT: domain.drives[ROOT]})
     reasons = refuse_domain(host, domain)
+    lost = set(ephemeral_among(beside)) - {drive.path.rpartition("/")[2] for drive in domain.drives.values()}
+    if lost and not root_only:
+        reasons.append(Reason(
+            f"{host.name}: by libvirt the guest does not write to {', '.join(sorted(lost))} beside {path}",
+            "find out whether there is an external snapshot (virsh domblklist); --root-only goes on without it"))
     if shared and domain.is_off:
         reasons.append(Reason(f"{host.name}: the instance runs by Nova, but is {domain.state} by libvirt",
                               f"openstack server reboot --hard {instance}, or openstack server stop {instance}"))
     if reasons:
         raise HostError.of(reasons)
+    return {key: replace(
+        survey_drive(host, drive, shared=shared), beside=beside, has_nvram=domain.xml.find("os/nvram") is not None,
+        has_tpm=domain.xml.find("devices/tpm") is not None) for key, drive in domain.drives.items()}
+
+
+def survey_drive(host: Host, drive: Drive, *, shared: bool) -> Disk:
+    """Facts about one disk."""
+    path = drive.path
     if not shared:
-        host.run("qemu-img", "info", "--image-opts", locked_opts(path))
-    chain = disk_chain(host, path, domain.format, shared=shared)
-    require_chain(host, domain, chain)
+        host.run("qemu-img", "info", "--image-opts", Node.of_file(path).locked)
+    chain = disk_chain(host, path, drive.format, shared=shared)
+    require_chain(host, drive, chain)
     top = chain[0] if shared else checked(host, chain[0])
-    if domain.disk.find(".//encryption") is not None and not top.flaws:  # a raw file does not show it
+    if drive.xml.find(".//encryption") is not None and not top.flaws:  # a raw file does not show it
         top = replace(top, flaws=("encryption",))
     chain, guest_bytes = (top, *chain[1:]), 0
-    names = host.run("ls", "-A", "--", path.rpartition("/")[0]).split("\n")
     if not any(image.flaws for image in chain):  # else it may not even open
         words = ("qemu-img", "measure", "--output=json", "-U", "-O", "qcow2", "-f", top.format, path)
         measured = host.run(*words, seconds=600)
         guest_bytes = measured.read(lambda said: int(document_in(said)["required"]))
-    return Disk(
-        chain=chain, guest_bytes=guest_bytes,
-        beside=tuple(sorted(name for name in names if re.fullmatch(r"disk\.(local|eph\d+|config|swap)", name))),
-        has_nvram=domain.xml.find("os/nvram") is not None, has_tpm=domain.xml.find("devices/tpm") is not None,
-        direct_io=host.succeeds("dd", f"if={path}", "of=/dev/null", "iflag=direct", "bs=4096", "count=1"),
-    )
+    return Disk(chain, guest_bytes, direct_io=host.succeeds(
+        "dd", f"if={path}", "of=/dev/null", "iflag=direct", "bs=4096", "count=1"))
 
 
-def require_chain(host: Host, domain: Domain, chain: Sequence[DiskImage]) -> None:
+def require_chain(host: Host, drive: Drive, chain: Sequence[DiskImage]) -> None:
     """Raises HostError if the file names other bases than the running qemu has open."""
-    if any(not len(below) for below in domain.disk.iter("backingStore")):  # a complete chain
+    if any(not len(below) for below in drive.xml.iter("backingStore")):  # a complete chain
         has, names = [[(os.path.normpath(file), format) for file, format in below]
-                      for below in (domain.chain[1:], [(image.path, image.format) for image in chain[1:]])]
+                      for below in (drive.chain[1:], [(image.path, image.format) for image in chain[1:]])]
         if has != names:
             raise HostError(
-                f"{host.name}: {domain.path} has the bases {has} in the guest's qemu, but {names} in the file",
+                f"{host.name}: {drive.path} has the bases {has} in the guest's qemu, but {names} in the file",
                 "find out what changed them (qemu-img rebase, virsh blockpull)")
 
 
@@ -3936,12 +3994,12 @@ def served_here(host: Host, folder: str, name: str, *words: str,
     """A qemu-nbd on a socket in our private folder, and its node; raises CommandError if it does not start."""
     socket_file, pidfile = f"{folder}/{name}.sock", f"{folder}/{name}.pid"
     with host.daemon(pidfile, *before, "qemu-nbd", "-t", "-k", socket_file, f"--pid-file={pidfile}", *words) as lease:
-        yield lease, {"driver": "nbd", "server.type": "unix", "server.path": socket_file}
+        yield lease, Node({"driver": "nbd", "server.type": "unix", "server.path": socket_file})
 
 
 def held(host: Host, path: str, folder: str) -> AbstractContextManager[tuple[Lease, Node]]:
     """Holds qemu's lock on a disk with a qemu-nbd: nobody writes to it; raises CommandError if somebody does."""
-    return served_here(host, folder, "hold", "-r", "--image-opts", locked_opts(path))
+    return served_here(host, folder, "hold", "-r", "--image-opts", Node.of_file(path).locked)
 
 
 class DiskLocks(ExitStack):
@@ -4057,17 +4115,202 @@ def certificates(server: str) -> dict[str, dict[str, bytes]]:
         f"{who}-key.pem": private[who]} for who in purposes}
 
 
+@dataclass(frozen=True)
+class BesideFile:
+    """A Landing: the copy is a new file beside the disk that Nova made, and takes its place by rename."""
+
+    run: str
+    fresh: DiskImage  # the disk that Nova made
+    format: str  # the new file's while it is written: that of the copied file or of what the guest sees
+    direct_io: bool = True  # whether O_DIRECT works there
+
+    @property
+    def new(self) -> str:
+        """The file the copy is written to."""
+        return files_beside(self.fresh.path, self.run)[0]
+
+    @property
+    def kept(self) -> str:
+        return files_beside(self.fresh.path, self.run)[1]
+
+    @property
+    def image(self) -> DiskImage:
+        """The new file."""
+        return replace(self.fresh, path=self.new, format=self.format)
+
+    @property
+    def written(self) -> Node:
+        """The new file for its writers: a raw one may have several, which share a lock of flock(1) instead."""
+        return Node.of_file(self.new, locking="off") if self.format == "raw" else self.image.node
+
+
+Landing = BesideFile  # how a copy takes its place
+
+
+@dataclass(frozen=True)
+class DiskJob:
+    """All that is needed to move one disk between two hypervisors."""
+
+    key: str
+    settings: Settings
+    source: DiskImage
+    landing: Landing
+    transport: Transport
+    whole_file: bool  # True: copy the file itself, the bases are equal; False: copy what the guest sees
+    source_direct: bool
+    is_live: bool = False  # whether a guest may be writing to the source
+    stand: str = ""  # stat_of() the stopped source's file: any change of the file changes it
+
+    @property
+    def run(self) -> str:
+        return self.landing.run
+
+    @property
+    def fresh(self) -> DiskImage:
+        return self.landing.fresh
+
+    @property
+    def new(self) -> str:
+        return self.landing.new
+
+    @property
+    def length(self) -> int:
+        """Bytes to copy: the file's length, or the disk's size as the guest sees it."""
+        return self.source.length if self.whole_file else self.source.size
+
+    @property
+    def exported(self) -> Node:
+        """What is served: the file itself, or what the guest sees."""
+        return Node.of_file(self.source.path) if self.whole_file else self.source.node
+
+    @property
+    def max_parallel(self) -> int:
+        """Chunks copied in parallel: one if a format's tables allow one writer, or the rate limit is one command's."""
+        return 2 if self.landing.format == "raw" and not self.settings.limit_rate else 1
+
+    @property
+    def chunk(self) -> int:
+        """Most bytes of a chunk: parallel ones share those of CHUNK, or what the rate limit allows in a minute."""
+        most = self.settings.limit_rate * 60 or self.settings.chunk
+        return max(min(most, self.settings.chunk) // self.max_parallel // MiB * MiB, MiB)
+
+    @property
+    def may_be_compressed(self) -> bool:
+        """Whether the network's speed decides on compression; a rate limit is for uncompressed bytes."""
+        asked = self.settings
+        return (asked.compress == "auto" and not self.transport.compress and asked.transport != "nbd"
+                and not asked.limit_rate)
+
+
+class Transport:
+    """How an export of the source reaches the destination."""
+
+    name = ""  # in options, journal and report
+    compress = False
+    has_holes = True  # at the destination: where not, zeros would be sent
+
+    def is_taken(self, host: Host, port: int) -> bool:
+        """Whether somebody listens at a port; False where the server itself will tell."""
+        return False
+
+    def reaches(self, length: int) -> int:
+        """Bytes that the destination sees of an export of `length` bytes: qemu adds zeros up to a sector."""
+        return _whole_sectors(length)
+
+    def serve(self, ends: Ends, job: DiskJob, place: Export, image: Node, stack: ExitStack) -> tuple[str, ...]:
+        """The command that serves an image at the source."""
+        raise NotImplementedError
+
+    def reach(self, ends: Ends, job: DiskJob, export: Export, length: int) -> AbstractContextManager[Node]:
+        """A scope with the export of `length` bytes as a node at the destination."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class QemuTransport(Transport):
+    """qemu-nbd at the source, qemu-img's own client at the destination; compressed by `squeeze` on both hosts."""
+
+    name = "qemu"
+    compress: bool = False
+
+    def serve(self, ends: Ends, job: DiskJob, place: Export, image: Node, stack: ExitStack) -> tuple[str, ...]:
+        folder, tls = ends.source_folder, job.settings.tls
+        pidfile = f"{folder}/{place.port}.pid"
+        listening = (*PYTHON, program(listen), place.address, str(place.port), "" if tls else ends.client_address)
+        cache = ("--cache=none", "--aio=native") if job.source_direct else ("--cache=writeback",)
+        words = ("-r", "-e", "8", "-x", place.name, *cache, *disk_options(image, is_live=job.is_live))
+        if self.compress:
+            _, node = stack.enter_context(served_here(ends.source, folder, "disk", *words, before=low_priority(job)))
+            words = "serve", pidfile, node.storage["server.path"], folder if tls else "", "", ""
+            return (*listening, *PYTHON, program(squeeze), *words)
+        own = (*tls_options(job, folder, "server"), *(("--tls-creds", "t") if tls else ()))
+        return (*low_priority(job), *listening, "qemu-nbd", "-t", f"--pid-file={pidfile}", *own, *words)
+
+    @contextmanager
+    def reach(self, ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[Node]:
+        host, folder, tls = ends.destination, ends.destination_folder, job.settings.tls
+        if self.compress:
+            pidfile, socket_file = f"{folder}/wire.pid", f"{folder}/wire.sock"
+            words = "fetch", pidfile, socket_file, folder if tls else "", export.address, str(export.port)
+            with host.daemon(pidfile, *PYTHON, program(squeeze), *words):
+                yield Node({"driver": "nbd", "server.type": "unix", "server.path": socket_file, "export": export.name})
+            return
+        yield Node({"driver": "nbd", "server.type": "inet", "server.host": export.address,
+                    "server.port": str(export.port), "export": export.name} | ({"tls-creds": "t"} if tls else {}))
+
+
+class NbdTransport(Transport):
+    """nbd-server at the source, or qemu-nbd for what the guest sees; nbd-client and a device at the destination."""
+
+    name = "nbd"
+    has_holes = False
+
+    @staticmethod
+    def lacking(source: Host, destination: Host) -> list[str]:
+        """What it needs and the hosts lack."""
+        missing = {host: tools_lacking(host) for host in (source, destination)}
+        needed = (source, "nbd-server"), (destination, "nbd-client"), (destination, "modprobe")
+        lacking = [f"{tool} on {host.name}" for host, tool in needed if tool in missing[host]]
+        if not lacking and not destination.succeeds("sh", "-c", "[ -e /sys/block/nbd0 ] || modprobe -n -q nbd"):
+            return [f"the module nbd on {destination.name}"]
+        return lacking
+
+    def is_taken(self, host: Host, port: int) -> bool:
+        return bool(host.run("ss", "-Hltn", f"sport = :{port}").strip())  # nbd-server does not tell
+
+    def reaches(self, length: int) -> int:
+        return length // 512 * 512
+
+    def serve(self, ends: Ends, job: DiskJob, place: Export, image: Node, stack: ExitStack) -> tuple[str, ...]:
+        if image.format != "raw":
+            return QemuTransport().serve(ends, job, place, image, stack)
+        return nbd_server(ends, job, place, image.place)
+
+    @contextmanager
+    def reach(self, ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[Node]:
+        host, folder = ends.destination, ends.destination_folder
+        tls = ("-certfile", f"{folder}/client-cert.pem", "-keyfile", f"{folder}/client-key.pem",
+               "-cacertfile", f"{folder}/ca-cert.pem", "-tlshostname", export.address) if job.settings.tls else ()
+        words = ("nbd-client", "-N", export.name, "-R", "-timeout", "30", *tls, export.address, str(export.port))
+        with host.lease(LEASED_DEVICE, *words, given=(job.settings.nbd_device, f"{folder}/attached")) as lease:
+            device, size = lease.line(150.0).read(lambda said: (said.split()[0], int(said.split()[1]) * 512))
+            if size != self.reaches(length):  # an unconnected device has size 0, and reads succeed
+                raise HostError(f"{host.name}: {device} shows {size:,} bytes of the export's {length:,}")
+            yield Node({"driver": "host_device", "filename": device, "cache.direct": "on"})
+        # detached at the scope's end
+
+
 @contextmanager
-def exported(ends: Ends, job: DiskJob, path: str, format: str) -> Iterator[tuple[Export, Lease]]:
-    """A file of the source, served read-only to the destination alone on a free port, and its server."""
+def exported(ends: Ends, job: DiskJob, image: Node) -> Iterator[tuple[Export, Lease]]:
+    """An image of the source, served read-only to the destination alone on a free port, and its server."""
     host, name = ends.source, f"migrena-{secrets.token_hex(8)}"
     for number in job.settings.nbd_server_port:
-        if job.transport == "nbd" and host.run("ss", "-Hltn", f"sport = :{number}").strip():  # nbd-server does not tell
+        if job.transport.is_taken(host, number):
             continue
         place = Export(host.nbd_address, number, name)
         with ExitStack() as stack:
             try:
-                words = serving(ends, job, place, (path, format), stack)
+                words = job.transport.serve(ends, job, place, image, stack)
                 lease = stack.enter_context(host.daemon(f"{ends.source_folder}/{number}.pid", *words))
             except CommandError as error:
                 if "in use" not in error.said:
@@ -4097,60 +4340,15 @@ def low_priority(job: DiskJob) -> tuple[str, ...]:
     return ("nice", "-n", "15", "ionice", "-c", "2", "-n", "7") if job.is_live else ()
 
 
-def disk_options(path: str, format: str, *, is_live: bool) -> tuple[str, ...]:
-    """qemu-nbd's arguments for a disk; one that a guest has open is read without locks, and may be inconsistent."""
-    if not is_live:
-        return ("-f", format, path)
-    return ("--image-opts", image_opts({"driver": format, "file.driver": "file",
-        "file.filename": path, "file.locking": "off"}))
-
-
-def serving(ends: Ends, job: DiskJob, place: Export, image: Layer, stack: ExitStack) -> tuple[str, ...]:
-    """The command that serves a disk: nbd-server, qemu-nbd, or the compressor before a qemu-nbd."""
-    folder, tls = ends.source_folder, job.settings.tls
-    if job.transport == "nbd" and image[1] == "raw":
-        return nbd_server(ends, job, place, image[0])
-    pidfile = f"{folder}/{place.port}.pid"
-    listening = (*PYTHON, program(listen), place.address, str(place.port), "" if tls else ends.client_address)
-    cache = ("--cache=none", "--aio=native") if job.source_direct else ("--cache=writeback",)
-    words = ("-r", "-e", "8", "-x", place.name, *cache, *disk_options(*image, is_live=job.is_live))
-    if job.compress:
-        _, node = stack.enter_context(served_here(ends.source, folder, "disk", *words, before=low_priority(job)))
-        words = "serve", pidfile, node["server.path"], folder if tls else "", "", ""
-        return (*listening, *PYTHON, program(squeeze), *words)
-    own = (*tls_options(job, folder, "server"), *(("--tls-creds", "t") if tls else ()))
-    return (*low_priority(job), *listening, "qemu-nbd", "-t", f"--pid-file={pidfile}", *own, *words)
+def disk_options(image: Node, *, is_live: bool) -> tuple[str, ...]:
+    """qemu-nbd's arguments for a disk; one that a guest has open is read without locks."""
+    return ("--image-opts", image.unlocked) if is_live else ("-f", image.format, image.place)
 
 
 def tls_options(job: DiskJob, folder: str, endpoint: str) -> tuple[str, ...]:
     """qemu's arguments for the run's certificates, with the id t; none without TLS."""
     words = "--object", f"tls-creds-x509,id=t,dir={folder},endpoint={endpoint},verify-peer=yes"
     return words if job.settings.tls else ()
-
-
-@contextmanager
-def reached(ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[Node]:
-    """The export of `length` bytes as a node at the destination."""
-    host, folder, place = ends.destination, ends.destination_folder, (export.address, str(export.port))
-    if job.transport == "nbd":  # detached at the scope's end
-        tls = ("-certfile", f"{folder}/client-cert.pem", "-keyfile", f"{folder}/client-key.pem",
-               "-cacertfile", f"{folder}/ca-cert.pem", "-tlshostname", export.address) if job.settings.tls else ()
-        words = ("nbd-client", "-N", export.name, "-R", "-timeout", "30", *tls, *place)
-        with host.lease(LEASED_DEVICE, *words, given=(job.settings.nbd_device, f"{folder}/attached")) as lease:
-            device, size = lease.line(150.0).read(lambda said: (said.split()[0], int(said.split()[1]) * 512))
-            if size != length // 512 * 512:  # an unconnected device has size 0, and reads succeed
-                raise HostError(f"{host.name}: {device} shows {size:,} bytes of the export's {length:,}")
-            yield {"driver": "host_device", "filename": device, "cache.direct": "on"}
-        return
-    if job.compress:
-        pidfile, socket_file = f"{folder}/wire.pid", f"{folder}/wire.sock"
-        words = ("fetch", pidfile, socket_file, folder if job.settings.tls else "", *place)
-        with host.daemon(pidfile, *PYTHON, program(squeeze), *words):
-            yield {"driver": "nbd", "server.type": "unix", "server.path": socket_file, "export": export.name}
-        return
-    node = {"driver": "nbd", "server.type": "inet", "server.host": export.address,
-        "server.port": str(export.port), "export": export.name}
-    yield {**node, "tls-creds": "t"} if job.settings.tls else node
 
 
 def rehearse(ends: Ends, job: DiskJob) -> float:
@@ -4162,10 +4360,11 @@ def rehearse(ends: Ends, job: DiskJob) -> float:
     ends.source.script('umask 077; head -c "$2" /dev/urandom > "$1"', sample, str(SAMPLE))
     trial, options = replace(job, source_direct=False), tls_options(job, ends.destination_folder, "client")
     try:
-        with exported(ends, trial, sample, "raw") as (export, _), reached(ends, trial, export, SAMPLE) as node:
+        with exported(ends, trial, Node.of_file(sample)) as (export, _), job.transport.reach(
+                ends, trial, export, SAMPLE) as node:
             def fetch(length: int) -> float:
                 began = time.monotonic()
-                images = ("--image-opts", "-O", "raw", _cut(node, 0, length), arrived)
+                images = ("--image-opts", "-O", "raw", node.part(0, length), arrived)
                 ends.destination.work("timeout", "60", "qemu-img", "convert", *options, *images, stall=90)
                 return time.monotonic() - began
 
@@ -4185,11 +4384,6 @@ def rehearse(ends: Ends, job: DiskJob) -> float:
     for host, path in sides:
         host.run("rm", "-f", "--", path)
     return rate
-
-
-def _cut(node: Node, offset: int, length: int) -> str:
-    return image_opts({"driver": "raw", "offset": str(offset), "size": str(length),
-        **{f"file.{key}": value for key, value in node.items()}})
 
 
 def _whole_sectors(length: int) -> int:
@@ -4248,9 +4442,9 @@ def reading(ends: Ends, job: DiskJob) -> Iterator[Reading]:
         if not job.is_live:
             require_unchanged(ends.source, job)
         holds = () if job.is_live else (ends.locks.hold(ends.source, job.source.path),)
-        export, server = stack.enter_context(exported(ends, job, job.source.path, job.export_format))
+        export, server = stack.enter_context(exported(ends, job, job.exported))
         readable = stack.enter_context(seen_by_guest(ends, ends.source, job.source, job))
-        node = stack.enter_context(reached(ends, job, export, job.length))
+        node = stack.enter_context(job.transport.reach(ends, job, export, job.length))
         yield Reading(readable, node, (*holds, server))
         if not job.is_live:
             require_unchanged(ends.source, job)
@@ -4284,8 +4478,7 @@ def move_disk(ends: Ends, job: DiskJob, callbacks: Callbacks, known: Known = NOT
     known = known if is_there and is_same else NOTHING_KNOWN
     with reading(ends, job) as disk:
         here, there = compared(ends, job, disk, known) if is_there else ({}, {})
-        end = job.length if job.transport == "nbd" else _whole_sectors(job.length)  # qemu adds zeros up to a sector
-        rest = as_extents(differing(here, there), end)
+        rest = as_extents(differing(here, there), max(job.length, job.transport.reaches(job.length)))
         extents = rest if is_rest else find_extents(ends.source, disk.readable, job)
         looked = time.monotonic()
         digest = ChunkSender(ends, job, disk, callbacks, there, is_new=not is_there).send(rest if is_there else extents)
@@ -4311,12 +4504,12 @@ def compared(ends: Ends, job: DiskJob, disk: Reading, known: Known) -> tuple[dic
 def is_begun(destination: Host, job: DiskJob) -> bool:
     """Whether there is a new file to continue; else makes one. Raises CommandError while an earlier attempt writes."""
     if destination.succeeds("test", "-f", job.new):
-        destination.script(NO_WRITER, job.new, locked_opts(job.new))
+        destination.script(NO_WRITER, job.new, Node.of_file(job.new).locked)
         with suppress(HostError):
-            if job.new_format == "raw":
+            if job.landing.format == "raw":
                 destination.run("truncate", "-s", str(_whole_sectors(job.length)), "--", job.new)
                 return True
-            destination.work("qemu-img", "check", "-q", "-r", "all", "-f", job.new_format, job.new, stall=3600)
+            destination.work("qemu-img", "check", "-q", "-r", "all", "-f", job.landing.format, job.new, stall=3600)
             check_qcow2(destination, job)
             return True
     make_new(destination, job)
@@ -4329,37 +4522,33 @@ def seen_by_guest(ends: Ends, host: Host, image: DiskImage, job: DiskJob, *, is_
     if job.whole_file or image.format == "raw":
         yield image.path
         return
-    words = disk_options(image.path, image.format, is_live=job.is_live and host is ends.source)
+    words = disk_options(image.node, is_live=job.is_live and host is ends.source)
     words = (*(("--discard=unmap",) if is_written else ("-r", "-e", "8")), *words)
     with served_here(host, ends.folder(host), "guest", *words) as (_, node):
-        yield json.dumps(node)
+        yield node.place
 
 
 def make_new(destination: Host, job: DiskJob) -> None:
-    create: tuple[str, ...] = ("qemu-img", "create", "-q", "-f", job.new_format, job.new, str(job.source.size))
-    if job.new_format == "raw":
+    create: tuple[str, ...] = ("qemu-img", "create", "-q", "-f", job.landing.format, job.new, str(job.source.size))
+    if job.landing.format == "raw":
         create = ("truncate", "-s", str(_whole_sectors(job.length)), job.new)
     destination.script('umask 077; rm -f -- "$1"; shift; "$@"', job.new, *create)
 
 
 def copy_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Callable[[int], None]) -> None:
     """Copies a chunk from the export to the same offset of the new file; raises HostError if it stalls."""
-    available = job.length // 512 * 512 if job.transport == "nbd" and job.whole_file else _whole_sectors(job.length)
-    length = min(_whole_sectors(chunk.length), available - chunk.offset)
+    length = min(_whole_sectors(chunk.length), job.transport.reaches(job.length) - chunk.offset)
     if length <= 0:
         return
-    node_of_new = {"driver": "file", "filename": job.new, "locking": "off"}  # but flock: qemu's lock allows one writer
-    if job.new_format != "raw":
-        node_of_new = {"driver": job.new_format, "file.driver": "file", "file.filename": job.new}
     options = tls_options(job, ends.destination_folder, "client")
     limit = job.settings.limit_rate
     rate = ("-r", str(limit)) if limit else ()
     # A request of 2 MiB counts as done when it begins: at most a second's worth.
     requests = max(1, min(16, limit // (2 * MiB))) if limit else 16
-    cache = ("-T", "none", "-t", "none") if job.fresh_direct else ()
+    cache = ("-T", "none", "-t", "none") if job.landing.direct_io else ()
     ends.destination.work(
         "qemu-img", "convert", "-p", "-n", "-m", str(requests), "-W", *cache, *rate, *options, "--image-opts",
-        "--target-image-opts", _cut(node, chunk.offset, length), _cut(node_of_new, chunk.offset, length),
+        "--target-image-opts", node.part(chunk.offset, length), job.landing.written.part(chunk.offset, length),
         stall=job.settings.stall_timeout, on_output=progress_of(chunk.held, show), given=("flock", "-s", job.new))
 
 
@@ -4378,10 +4567,10 @@ def find_extents(source: Host, readable: str, job: DiskJob) -> list[Extent]:
 
 def patch_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Callable[[int], None]) -> None:
     """Makes the new file equal to the export at the chunk's extents; raises HostError as `copy_chunk` does."""
-    where, folder = node["filename"] if "filename" in node else json.dumps(node), ends.destination_folder
-    with seen_by_guest(ends, ends.destination, job.new_image, job, is_written=True) as target:
+    folder = ends.destination_folder
+    with seen_by_guest(ends, ends.destination, job.landing.image, job, is_written=True) as target:
         listed = put_list(ends.destination, folder, chunk.extents)
-        words = blocks("patch", where, 0, job.length, job.settings.limit_rate, listed, target, folder)
+        words = blocks("patch", node.place, 0, job.length, job.settings.limit_rate, listed, target, folder)
         ends.destination.work(*words, stall=job.settings.stall_timeout, on_output=progress_of(chunk.held, show),
             given=("flock", "-s", job.new))
 
@@ -4401,9 +4590,9 @@ def put_files(host: Host, folder: str, files: Mapping[str, bytes]) -> None:
 def copy_tail(ends: Ends, job: DiskJob) -> None:
     """Sets the exact length of a new file that ends within a sector, and copies the bytes that a block device lacks."""
     tail = job.length % 512
-    if job.new_format != "raw" or not tail:
+    if job.landing.format != "raw" or not tail:
         return
-    if job.whole_file and job.transport == "nbd":
+    if job.transport.reaches(job.length) < job.length:
         text_of_tail = ends.source.script('tail -c "$1" -- "$2" | base64', str(tail), job.source.path)
         ends.destination.script('base64 -d | dd of="$1" bs=1 seek="$2" conv=notrunc status=none', job.new,
             str(job.length - tail), stdin=text_of_tail.encode())
@@ -4449,7 +4638,7 @@ class ChunkSender:
         for block in blocks_of(extents):
             self._there.pop(block, None)
         least = max(LEAST_CHUNK, job.settings.limit_rate * 5 // MiB * MiB)  # no data flows between limited chunks
-        hole = LEAST_CHUNK if job.transport == "nbd" else 0  # a block device has none, and zeros would be sent
+        hole = 0 if job.transport.has_holes else LEAST_CHUNK
         split = [chunk for chunk in chunks(job.length, extents, job.chunk, least, hole) if chunk.held or self._is_new]
         on_way = deque[tuple[Chunk, Digests | None, Future[None]]]()
         with threads_for(source, 1) as reader, threads_for(destination, 1) as prover, \
@@ -4468,7 +4657,7 @@ class ChunkSender:
             if not self._is_proven:
                 return ""
             with seen_by_guest(
-                    self._ends, destination, job.new_image, job) if self._unproven else nullcontext("") as place:
+                    self._ends, destination, job.landing.image, job) if self._unproven else nullcontext("") as place:
                 for chunk, known, found in self._unproven:
                     with defer_signals():
                         there = found or prover.submit(self._digests, destination, place, chunk)
@@ -4478,7 +4667,8 @@ class ChunkSender:
     def _copy(self, chunk: Chunk) -> None:
         """Copies a chunk's data."""
         self._done[chunk] = 0
-        copy = patch_chunk if not self._is_new or (chunk.is_scattered and self._job.new_format == "raw") else copy_chunk
+        is_scattered = chunk.is_scattered and self._job.landing.format == "raw"
+        copy = patch_chunk if is_scattered or not self._is_new else copy_chunk
         if chunk.held:
             copy(self._ends, self._job, self._disk.node, chunk, partial(self._done.__setitem__, chunk))
         self._done[chunk] = chunk.held
@@ -4494,7 +4684,7 @@ class ChunkSender:
         # Not for a file whose exact length is set later, nor for an image that is being written.
         is_whole = chunk.offset + chunk.length < self._job.length or self._job.length % 512 == 0
         with defer_signals():
-            can_be_read = self._job.new_format == "raw" and is_whole
+            can_be_read = self._job.landing.format == "raw" and is_whole
             there = prover.submit(self._digests, self._ends.destination, self._job.new, chunk) if can_be_read else None
             self._unproven.append((chunk, here, there))
         while self._unproven and (found := self._unproven[0][2]) and found.done() and (
@@ -4554,7 +4744,7 @@ def unchanged_since(source: Host, folder: str, job: DiskJob, known: Known) -> fr
     """
     bitmap = bitmap_of(job.run)
     with served_here(source, folder, "bitmap", "-r", "-B", bitmap, "-f", "qcow2", job.source.path) as (_, node):
-        dirty = json.dumps({**node, "x-dirty-bitmap": f"qemu:dirty-bitmap:{bitmap}"})
+        dirty = json.dumps({**node.storage, "x-dirty-bitmap": f"qemu:dirty-bitmap:{bitmap}"})
         info = source.run("qemu-img", "info", "--output=json", "-f", "qcow2", job.source.path)
         cluster = info.read(lambda said: int(document_in(said)["cluster-size"]))
         lines = source.work(*blocks("unchanged", dirty, 0, job.source.size, 0, "", job.source.path, cluster), stall=600)
@@ -4571,7 +4761,7 @@ def digests_again(ends: Ends, host: Host, job: DiskJob, before: Mapping[int, str
         return found
     rate, priority = (job.settings.limit_rate, low_priority(job)) if job.is_live and host is ends.source else (0, ())
     listed, stall = put_list(host, ends.folder(host), extents), job.settings.stall_timeout
-    with nullcontext(where) if where else seen_by_guest(ends, host, job.new_image, job) as place:
+    with nullcontext(where) if where else seen_by_guest(ends, host, job.landing.image, job) as place:
         return found | digests(host, place, 0, job.length, stall, rate, listed, before=priority)
 
 
@@ -4594,7 +4784,7 @@ def settle_disk(host: Host, job: DiskJob) -> tuple[str, ...]:
         host.run("qemu-img", "bitmap", "--remove", "-f", "qcow2", "--", job.new, name)
     if job.fresh.size > job.source.size:
         host.run("qemu-img", "resize", "-q", "-f", job.fresh.format, job.new, str(job.fresh.size))
-    host.script(SWAP_IN, job.fresh.path, job.new, job.kept)
+    host.script(SWAP_IN, job.fresh.path, job.new, job.landing.kept)
     return lost
 
 
@@ -4875,13 +5065,16 @@ def next_commands(act: Act, now: Situation) -> str:
 DISK_UNSEEN: Final = ("is gone", "cannot be read")
 
 
-def disk_now(host: Host, path: str, record: RunRecord) -> str:
-    """What is wrong with a source's file, compared with when it was copied, or nothing."""
-    try:
-        now, stand = stat_of(host, path), str(record.job.get("stand", ""))
-    except HostError as error:
-        return f"cannot be read: {shorten(str(error))}"
-    return "is gone" if not now else "was changed" if stand and not same_file(now, stand) else ""
+def disk_now(host: Host, paths: Mapping[str, str], record: RunRecord) -> str:
+    """What is wrong with one of a source's files, compared with when it was copied, or nothing."""
+    for key, path in paths.items():
+        try:
+            now, stand = stat_of(host, path), str(record.disks.get(key, DiskRecord()).job.get("stand", ""))
+        except HostError as error:
+            return f"cannot be read: {shorten(str(error))}"
+        if wrong := "is gone" if not now else "was changed" if stand and not same_file(now, stand) else "":
+            return wrong if key == ROOT else f"{wrong} ({path})"
+    return ""
 
 
 def same_file(now: str, stand: str) -> bool:
@@ -5265,17 +5458,17 @@ class SourceFacts:
     cloud: Cloud | None = None
     server: Server | None = None
     host: Host | None = None
-    disk: Disk | None = None
+    disks: Mapping[str, Disk] = field(default_factory=dict)  # by key; empty if they cannot be read
     image: Image | None = None
     lacking: Sequence[str] = ()
     problems: list[Reason] = field(default_factory=list)
 
     @property
-    def whole(self) -> tuple[Cloud, Server, Host, Disk]:
+    def whole(self) -> tuple[Cloud, Server, Host, Mapping[str, Disk]]:
         """What a copy needs; raises Refused if something is missing."""
-        if not (self.cloud and self.server and self.host and self.disk):
+        if not (self.cloud and self.server and self.host and self.disks):
             raise Refused("the source's disk cannot be read", "check the state of the source instance")
-        return self.cloud, self.server, self.host, self.disk
+        return self.cloud, self.server, self.host, self.disks
 
 
 @dataclass
@@ -5312,7 +5505,7 @@ def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, 
             settings = settings.of("src")
             found.host = host = stack.enter_context(host_of(server, settings, screen))
             found.lacking = tools_lacking(host)
-            found.disk = survey_source_disk(host, server, found.lacking)
+            found.disks = survey_source_disks(host, server, found.lacking, root_only=settings.root_only)
     return found
 
 
@@ -5326,17 +5519,17 @@ def host_of(server: Server, settings: Settings, screen: Screen) -> closing[Host]
     return closing(connect(host_name(server, settings), settings, screen))
 
 
-def survey_source_disk(host: Host, server: Server, missing: Sequence[str]) -> Disk | None:
-    """The source's disk, None if other reasons prevent reading it; a stopped one must not be in use."""
+def survey_source_disks(host: Host, server: Server, missing: Sequence[str], *, root_only: bool) -> dict[str, Disk]:
+    """The source's disks, none if other reasons prevent reading them; those of a stopped one must not be in use."""
     if {"qemu-img", "virsh"} & set(missing) or not server.image or server.status not in ("ACTIVE", "SHUTOFF"):
-        return None
+        return {}
     path = host.disk_of(server.id)
     try:
-        return survey_disk(host, server.id, path, shared=server.status == "ACTIVE")
+        return survey_disks(host, server.id, path, shared=server.status == "ACTIVE", root_only=root_only)
     except CommandError as error:
         if not re.search("Failed to get .*lock", error.said):
             raise
-        raise HostError(f"{host.name}: {path} is in use although the instance is {server.status}: {error.said}",
+        raise HostError(f"{host.name}: a disk is in use although the instance is {server.status}: {error.said}",
                         "find out who has it open (virsh list, lsof) and end that first") from error
 
 
@@ -5394,8 +5587,8 @@ def refuse(settings: Settings, source: SourceFacts, destination: DestinationFact
         reasons += refuse_server(source.server, settings, known)
     if source.host:
         reasons += refuse_tools(source.host.name, source.lacking, settings, "nbd-server")
-    if source.disk:
-        reasons += refuse_disk(source.disk, settings)
+    for disk in source.disks.values():
+        reasons += (reason for reason in refuse_disk(disk) if reason not in reasons)
     if destination.cloud:
         reasons += refuse_destination(settings, source, destination, known)
     return reasons
@@ -5415,10 +5608,9 @@ def next_commands_for(run: str, source: str, known: Collection[str]) -> str:
 
 def refuse_server(server: Server, settings: Settings, known: Collection[str] = ()) -> list[Reason]:
     """Reasons to refuse in the source instance."""
-    id, status, reason, extra, whole = (
-        server.id, server.status, server.lock_reason, server.flavor.ephemeral, not settings.root_only)
+    id, status, reason, whole = server.id, server.status, server.lock_reason, not settings.root_only
     run = server.metadata.get(MARK) or lock_of(server)
-    ways, left = next_commands_for(run, id, known), "--root-only goes on without it"
+    ways = next_commands_for(run, id, known)
     was_moved = run and MARK not in server.metadata and " takes its place" in reason
     return reasons_from(
         (status not in ("ACTIVE", "SHUTOFF"), f"the source is {status}; it must be ACTIVE or SHUTOFF",
@@ -5433,10 +5625,7 @@ def refuse_server(server: Server, settings: Settings, known: Collection[str] = (
         (not server.image, "the source boots from a volume, which migrena does not copy",
          "move the volume with Cinder, as a backup or an image"),
         (whole and server.image and server.volumes, f"volumes are attached: {', '.join(server.volumes)}",
-         f"detach them, or {left}"),
-        (whole and extra, f"the source has an ephemeral disk of {extra} GiB; only the root disk is copied", left),
-        (whole and server.config_drive, "the source has a config drive; only the root disk is copied",
-         f"give 'config_drive': True in -e for a new one; {left}"))
+         "detach them, or --root-only goes on without them"))
 
 
 def refuse_tools(host: str, lacking: Sequence[str], settings: Settings, nbd_tool: str) -> list[Reason]:
@@ -5447,16 +5636,14 @@ def refuse_tools(host: str, lacking: Sequence[str], settings: Settings, nbd_tool
                   for tool in needed if tool in lacking]
 
 
-def refuse_disk(disk: Disk, settings: Settings) -> list[Reason]:
-    """Reasons to refuse in the source's disk."""
-    top, stays = disk.top, [name for name in disk.beside if not name.endswith(("swap", "config"))]
+def refuse_disk(disk: Disk) -> list[Reason]:
+    """Reasons to refuse in one of the source's disks."""
+    top = disk.top
     return [Reason(f"{image.path} has {flaw}", FLAW_WAYS[flaw])
             for image in disk.chain for flaw in image.flaws] + reasons_from(
         (disk.has_tpm, "the source has a TPM, whose secrets are not copied",
          "move what it protects first, then remove hw:tpm_version"),
-        (top.format not in ("qcow2", "raw"), f"{top.path} is {top.format}; only qcow2 and raw can be copied", ""),
-        (stays and not settings.root_only, f"there are other disks beside the root disk: {', '.join(stays)}",
-         "--root-only goes on without them"))
+        (top.format not in ("qcow2", "raw"), f"{top.path} is {top.format}; only qcow2 and raw can be copied", ""))
 
 
 def refuse_destination(settings: Settings, source: SourceFacts, destination: DestinationFacts,
@@ -5497,11 +5684,14 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
 
 def refuse_flavor(settings: Settings, flavor: Flavor, image: Image | None, source: SourceFacts) -> Iterator[Reason]:
     """Reasons to refuse a flavor of the destination, with the image that the disk is made from."""
-    server, size = source.server, source.disk.top.size if source.disk else 0
+    server, size = source.server, source.disks[ROOT].top.size if source.disks else 0
     for what, is_less in flavor.differs(server.flavor) if server and not settings.flavor else ():
         if is_less:
             yield Reason(
                 f"flavor {flavor.name} of the destination is smaller than the source's: {what}", "name one with -f")
+    if server and flavor.ephemeral < server.flavor.ephemeral and not settings.root_only:
+        yield Reason(f"flavor {flavor.name} has {flavor.ephemeral} GiB for ephemeral disks, the source's has "
+                     f"{server.flavor.ephemeral} GiB", "name a larger one with -f, or --root-only goes on without them")
     if 0 < flavor.disk * GiB < size:
         yield Reason(f"flavor {flavor.name} has a disk of {flavor.disk} GiB, the source's has {human(size)}",
             "name a larger one with -f")
@@ -5530,12 +5720,17 @@ class Plan:
 
     run: str
     server: Server
-    disk: Disk
+    disks: Mapping[str, Disk]
     flavor: Flavor
     image: Image
     left_behind: tuple[str, ...]
     was_running: bool = False
     carried: ImagePlan | None = None  # the image, if it must be carried first
+    extra: Mapping[str, Any] = field(default_factory=dict)  # arguments for Nova's create
+
+    @property
+    def root(self) -> Disk:
+        return self.disks[ROOT]
 
     def marks(self, key: str) -> dict[str, str]:
         """An instance's metadata during the run; `key`: MARK or MADE."""
@@ -5544,13 +5739,25 @@ class Plan:
 
 def make_plan(settings: Settings, source: SourceFacts, destination: DestinationFacts, run: str) -> Plan:
     """The plan, for facts without reasons to refuse."""
-    _, server, _, disk = source.whole
-    left = (*(f"volume {id}" for id in server.volumes), *(f"ephemeral disk {name}" for name in disk.beside
-            if re.search("local|eph", name)), *(["the config drive"] if server.config_drive else ()))
+    _, server, _, disks = source.whole
+    left = () if not settings.root_only else (
+        *(f"volume {id}" for id in server.volumes),
+        *(f"ephemeral disk {name}" for name in ephemeral_among(disks[ROOT].beside)),
+        *(["the config drive"] if server.config_drive else ()))
     carried, flavor = image_to_carry(settings, source, destination), pick_flavor(
         settings.flavor, destination.flavors, server)
     image = replace(carried.source, id="") if carried else pick_image(settings.image, destination.images, source.image)
-    return Plan(run, server, disk, flavor, image, left, server.status == "ACTIVE", carried)
+    extra = {**made_with(server, disks), **settings.extra_args}
+    return Plan(run, server, disks, flavor, image, left, server.status == "ACTIVE", carried, extra)
+
+
+def made_with(server: Server, disks: Mapping[str, Disk]) -> dict[str, Any]:
+    """Arguments for Nova's create that make disks like these; none for those that the flavor has made."""
+    sizes = [-(-disk.top.size // GiB) for key, disk in disks.items() if key != ROOT]
+    blank = [{"source_type": "blank", "destination_type": "local", "boot_index": -1, "delete_on_termination": True,
+              "volume_size": size} for size in sizes]
+    return ({"config_drive": True} if server.config_drive else {}) | (
+        {"block_device_mapping_v2": blank} if len(blank) > 1 else {})
 
 
 @dataclass
@@ -5587,9 +5794,14 @@ class Earlier:
 
     record: RunRecord
     seen: Seen = field(default_factory=Seen)
-    is_in_place: bool = False  # whether the copy is swapped in
+    in_place: Collection[str] = ()  # the keys of the disks whose copy is swapped in
     cloud: Cloud | None = None
     problems: list[Reason] = field(default_factory=list)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the copies of all disks are swapped in."""
+        return set(self.in_place) >= (self.record.disks.keys() or {ROOT})
 
 
 @dataclass(frozen=True)
@@ -5633,7 +5845,8 @@ def situation_now(run: Run, made: str = "", *, with_disk: bool = False, is_patie
         began, record = time.monotonic(), run.record
         source = see(run.source, run.plan.server.id, record.request("stop source") or None, is_patient=is_patient)
         if with_disk and source.server:
-            source = replace(source, disk=disk_now(run.source_host, run.plan.disk.top.path, record))
+            paths = {key: disk.top.path for key, disk in run.plan.disks.items()}
+            source = replace(source, disk=disk_now(run.source_host, paths, record))
         destination = see(run.destination, made or run.made, record.request("stop destination"), is_patient=is_patient)
         if (took := time.monotonic() - began) <= LOOK_LIMIT or source.unseen or destination.unseen:
             break
@@ -5713,8 +5926,8 @@ def execute(run: Run, stack: ExitStack) -> str:
         cloud.unmark(new.id, plan.run, MADE)
     run.undo.attempt(f"unlock destination {new.id}", lambda: release_destination(run, new.id))
     run.undo.attempt(f"give source {plan.server.id} back", lambda: release_source(run, arrived))
-    kept = files_beside(host.disk_of(new.id), plan.run)[1]
-    run.undo.attempt(f"remove {host.name}:{kept}", partial(host.run, "rm", "-f", "--", kept))
+    kept = [str(disk.job["kept"]) for disk in run.record.disks.values() if disk.job]
+    run.undo.attempt(f"remove {host.name}:{' '.join(kept)}", partial(host.run, "rm", "-f", "--", *kept))
     return new.id
 
 
@@ -5740,53 +5953,76 @@ def release_source(run: Run, arrived: Server | None) -> None:
     run.source.unmark(id, run.plan.run, MARK, WAS)
 
 
+@dataclass
+class DiskCopy:
+    """The copy of one disk: the ends that it uses, its job, and what its last pass has found."""
+
+    both: BothEnds
+    job: DiskJob
+    known: Known = NOTHING_KNOWN
+
+
 def copy_and_swap(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
-    """Copies the disk and swaps it in; returns when the source was asked to stop, by the monotonic clock."""
+    """Copies the disks and swaps them in; returns when the source was asked to stop, by the monotonic clock."""
     with slots(run.journal.path.parent, (run.source_host.name, host.name), run.settings.max_per_host, run.screen):
-        with BothEnds(run, host, locks) as both:
-            job, known = prepare(run, both.ends(), new), NOTHING_KNOWN
-            with_retries(both, lambda ends: ends.locks.hold(ends.destination, job.fresh.path), "stays as it is")
+        with ExitStack() as stack:
+            keys = [key for key in run.plan.disks if not run.earlier or key not in run.earlier.in_place]
+            both = {key: stack.enter_context(BothEnds(run, host, locks)) for key in keys}
+            copies = [DiskCopy(both[job.key], job) for job in prepare(run, both, new)]
+            for copy in copies:
+                with_retries(copy.both, partial(lock_fresh, copy.job), "stays as it is")
             if run.settings.warm and run.plan.server.is_running:
-                known = warm_copy(both, job)
+                warm_copy(run, copies)
             require_safe_stop(run)
             began = stop_source(run, new)
-            known = read_bitmap(run, job, known)
-            job = recheck_source(run, job)
-            transfer(both, job, known)
-        title = (f"{'Rebase backing file, check' if job.whole_file and job.fresh.backing else 'Check'} "
-                 "and swap in the disk.")
-        with run.screen.step(title):
-            locks.check()
-            gate(run, Act.SWAP)
-            with run.journal.act("swap in", new=job.new):
-                lost = settle_disk(host, job)
-        locks.release(host.name, job.fresh.path)
-        for name in lost:
-            run.screen.warn(f"the new disk lacks the dirty bitmap {name}, which a killed qemu had in use: "
-                            "the next backup will be a full one")
+            for copy in copies:
+                copy.known = read_bitmap(run, copy.job, copy.known)
+                copy.job = recheck_source(run, copy.job)
+            transfer(run, copies)
+        swap_in(run, host, [copy.job for copy in copies], locks)
     return began
 
 
-def warm_copy(both: BothEnds, job: DiskJob) -> Known:
-    """Copies the disk in passes while the source runs, until little is left to send after its stop.
+def lock_fresh(job: DiskJob, ends: Ends) -> None:
+    """Locks the disk that Nova made in the destination."""
+    ends.locks.hold(ends.destination, job.fresh.path)
 
-    Returns the digests of both ends, if a dirty bitmap shows what changes after them. Raises FinalError if
+
+def swap_in(run: Run, host: Host, jobs: Sequence[DiskJob], locks: DiskLocks) -> None:
+    """Puts the proven copies in their places."""
+    rebases = any(job.whole_file and job.fresh.backing for job in jobs)
+    with run.screen.step(f"{'Rebase backing file, check' if rebases else 'Check'} and swap in the disk."):
+        for job in jobs:
+            locks.check()
+            gate(run, Act.SWAP)
+            with run.journal.act("swap in", disk=job.key, new=job.new):
+                lost = settle_disk(host, job)
+            locks.release(host.name, job.fresh.path)
+            for name in lost:
+                run.screen.warn(f"the new disk lacks the dirty bitmap {name}, which a killed qemu had in use: "
+                                "the next backup will be a full one")
+
+
+def warm_copy(run: Run, copies: Sequence[DiskCopy]) -> None:
+    """Copies the disks in passes while the source runs, until little is left to send after its stop.
+
+    Each copy then knows the digests of both ends, if a dirty bitmap shows what changes after them. Raises FinalError if
     --max-downtime cannot be met, and HostError as `with_retries` does; the source runs on.
     """
-    job, passes, known, run, began = replace(job, is_live=True), list[Pass](), NOTHING_KNOWN, both.run, time.monotonic()
-    settings, screen = run.settings, run.screen
+    passes, began = list[Pass](), time.monotonic()
+    settings, screen, files = run.settings, run.screen, [copy.job.new for copy in copies]
     nova = nova_takes(run.source.actions(run.plan.server.id), screen.seconds.get(STOP_DESTINATION, 5.0))
     least, gap, pause = math.inf, 0.0, 0.0
-    with screen.step("Copy the disk while the source runs."), run.journal.act("warm copy", new=job.new) as result:
-        screen.note(f"{run.source_host.name}:{job.source.path} -> {both.destination.name}:{job.new}")
-        has_bitmap = settings.bitmap and begin_bitmap(run, job)
+    with screen.step("Copy the disk while the source runs."), run.journal.act("warm copy", new=files) as result:
+        for copy in copies:
+            screen.note(f"{run.source_host.name}:{copy.job.source.path} -> {copy.both.destination.name}:{copy.job.new}")
+        has_bitmap = {copy.job.key: settings.bitmap and begin_bitmap(run, copy.job) for copy in copies}
         while not passes or wants_another_pass(settings, passes, nova, time.monotonic() - began):
             if pause:
                 screen.note(f"Wait {duration(pause)}: the last pass gained nothing.")
                 time.sleep(pause)
                 passes[-1] = replace(passes[-1], seconds=passes[-1].seconds + pause)
-            one, known = with_retries(both, partial(one_pass, run, job, known), "runs on")
-            passes.append(one)
+            passes.append(one := sum_of([one_pass(run, copy) for copy in copies]))
             expected = downtime(passes, nova) if len(passes) > 1 else math.inf
             was_paused, pause = pause > 0, 0.0
             if len(passes) > 2 and not was_paused:  # a pass after a pause brings more, and tells nothing
@@ -5799,7 +6035,8 @@ def warm_copy(both: BothEnds, job: DiskJob) -> Known:
             run.journal.write("pass", number=len(passes), **asdict(one))
         result["passes"] = len(passes)
     run.report.copy["passes"] = [asdict(one) for one in passes]
-    return known if has_bitmap else NOTHING_KNOWN
+    for copy in copies:
+        copy.known = copy.known if has_bitmap[copy.job.key] else NOTHING_KNOWN
 
 
 def begin_bitmap(run: Run, job: DiskJob) -> bool:
@@ -5809,9 +6046,9 @@ def begin_bitmap(run: Run, job: DiskJob) -> bool:
     if job.source.format == "raw" or why:
         run.screen.warn(f"no dirty bitmap: {why or 'a raw disk has none'}")
         return False
-    drop_bitmap_on_failure(run)
+    drop_bitmap_on_failure(run, path)
     try:
-        with run.journal.act("add bitmap", path=path, bitmap=bitmap):
+        with run.journal.act("add bitmap", disk=job.key, path=path, bitmap=bitmap):
             drop_bitmap(host, run.plan.server.id, path, job.run)  # from an earlier process
             host.script(ADD_BITMAP, run.plan.server.id, path, bitmap)
     except CommandError as error:
@@ -5821,9 +6058,9 @@ def begin_bitmap(run: Run, job: DiskJob) -> bool:
     return True
 
 
-def drop_bitmap_on_failure(run: Run) -> None:
-    """Registers the removal of the source's dirty bitmap if the run fails; otherwise read_bitmap() removes it."""
-    host, path = run.source_host, run.plan.disk.top.path
+def drop_bitmap_on_failure(run: Run, path: str) -> None:
+    """Registers the removal of a disk's dirty bitmap if the run fails; otherwise read_bitmap() removes it."""
+    host = run.source_host
     run.undo.on_failure(f"remove the dirty bitmap from {host.name}:{path}",
         lambda: drop_bitmap(host, run.plan.server.id, path, run.plan.run))
 
@@ -5844,21 +6081,31 @@ def read_bitmap(run: Run, job: DiskJob, known: Known) -> Known:
                 known = replace(known, unchanged=unchanged_since(host, folder, job, known))
         except CommandError as error:
             run.screen.warn(f"the dirty bitmap is unusable, so both disks are read completely: {error}")
-    with run.journal.act("drop bitmap", path=job.source.path):
+    with run.journal.act("drop bitmap", disk=job.key, path=job.source.path):
         drop_bitmap(host, run.plan.server.id, job.source.path, job.run)
     return known
 
 
-def one_pass(run: Run, job: DiskJob, known: Known, ends: Ends) -> tuple[Pass, Known]:
-    """One pass over the source's file with its present length."""
-    require_it_runs(run, gate(run, Act.WRITE, is_live=True).source.server)
-    ends.locks.hold(ends.destination, job.fresh.path)
-    length, state = ends.source.script(
-        f'stat -c %s -- "$2"; {DOMAIN_STATE}', run.plan.server.id, job.source.path).split("\n", 1)
-    require_running(ends.source, state.strip())
-    job = replace(job, source=replace(job.source, length=int(length)))
-    moved, known = move_disk(ends, job, Callbacks(partial(journaled_progress, run)), known)
-    return Pass(moved.held, moved.looking, moved.sending, moved.seconds), known
+def one_pass(run: Run, copy: DiskCopy) -> Pass:
+    """One pass over a disk of the running source, of its file's present length; the copy then knows what it found."""
+    job = replace(copy.job, is_live=True)
+
+    def attempt(ends: Ends) -> tuple[Moved, Known]:
+        require_it_runs(run, gate(run, Act.WRITE, is_live=True).source.server)
+        lock_fresh(job, ends)
+        length, state = ends.source.script(
+            f'stat -c %s -- "$2"; {DOMAIN_STATE}', run.plan.server.id, job.source.path).split("\n", 1)
+        require_running(ends.source, state.strip())
+        now = replace(job, source=replace(job.source, length=int(length)))
+        return move_disk(ends, now, Callbacks(partial(journaled_progress, run, job.key)), copy.known)
+
+    moved, copy.known = with_retries(copy.both, attempt, "runs on")
+    return Pass(moved.held, moved.looking, moved.sending, moved.seconds)
+
+
+def sum_of(passes: Sequence[Pass]) -> Pass:
+    """A pass over one disk after the other."""
+    return Pass(*(sum(values) for values in zip(*map(astuple, passes), strict=True)))
 
 
 def require_it_runs(run: Run, server: Server | None) -> None:
@@ -5936,8 +6183,8 @@ def claim_source(run: Run) -> None:
     if run.earlier:
         delete_on_failure(run)
         undo_stop(run)
-        if run.settings.bitmap:
-            drop_bitmap_on_failure(run)
+        for disk in run.plan.disks.values() if run.settings.bitmap else ():
+            drop_bitmap_on_failure(run, disk.top.path)
         run.journal.write("resume", pid=os.getpid())
     with run.journal.act("mark source", server=id):
         require_mark(run, None)
@@ -5989,7 +6236,7 @@ def create_destination(run: Run) -> Server:
     plan, settings = run.plan, run.settings
     for line in (f"Name: {settings.dst_name}", f"Flavor: {plan.flavor.name}, ID: {plan.flavor.id}",
                  f"Image: {plan.image.name}, ID: {plan.image.id}",
-                 *(f"{key}: {value if key in SHOWN else '(not shown)'}" for key, value in settings.extra_args.items())):
+                 *(f"{key}: {value if key in SHOWN else '(not shown)'}" for key, value in plan.extra.items())):
         run.screen.note(line)
     delete_on_failure(run)
     with run.journal.act("create destination", name=settings.dst_name) as result:
@@ -6004,7 +6251,7 @@ def ask_for_destination(run: Run) -> str:
         with defer_signals():  # an instance without a known id is hard to undo
             run.journal.write("asked")
             try:
-                return run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, settings.extra_args,
+                return run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, plan.extra,
                                               plan.marks(MADE) | {ORIGIN: plan.server.id})
             except CloudError as error:
                 if error.code not in (0, 502, 504):  # else a proxy may still forward the request
@@ -6092,58 +6339,63 @@ class BothEnds(ExitStack):
             way.get("prefsrc", destination.nbd_address), way.get("dev", ""), self.locks)
 
 
-def prepare(run: Run, ends: Ends, new: Server) -> DiskJob:
+def prepare(run: Run, both: Mapping[str, BothEnds], new: Server) -> list[DiskJob]:
     """Stops the destination, plans the transfer and rehearses it, while the source still runs."""
-    screen, cloud = run.screen, run.destination
+    screen, cloud, ends = run.screen, run.destination, next(iter(both.values())).ends()
     with screen.step(f"{STOP_DESTINATION}."):
-        fresh = survey_disk(ends.destination, new.id, ends.destination.disk_of(new.id), shared=not new.is_stopped)
+        path = ends.destination.disk_of(new.id)
+        fresh = survey_disks(
+            ends.destination, new.id, path, shared=not new.is_stopped, root_only=run.settings.root_only)
+        if lacking := [key for key in both if key not in fresh]:
+            raise HostError(f"{ends.destination.name}: the new instance has no disk {', '.join(lacking)}",
+                            "name a flavor with -f that has ephemeral disks as the source's")
         gate(run, Act.STOP_DESTINATION)
         with run.journal.act("stop destination", server=new.id) as result:
             locked = cloud.lock(new.id, f"{LOCKED_BY}{run.plan.run}")
             result["request"] = cloud.stop(new.id, run.changed) or locked
         screen.note("Done. Current status: SHUTOFF")
     with screen.step("Compare bases, space and the way between the hypervisors."):
-        job = plan_job(run, ends, fresh)
+        jobs = [plan_job(run, ends, key, fresh[key]) for key in both]
+        needs = [space_needed(job.source, run.plan.disks[job.key], job.whole_file, 0) for job in jobs]
         host = f"{run.destination.url} {ends.destination.name}"
-        run.journal.write("space", host=host, need=space_needed(job.source, run.plan.disk, job.whole_file, 0))
-        refuse_job(ends, job, run.plan.disk, still_to_write(run.journal.path.parent, run.plan.run, host))
-        rate = rehearse(ends, job)
+        run.journal.write("space", host=host, need=sum(needs))
+        others = still_to_write(run.journal.path.parent, run.plan.run, host)
+        for job, need in zip(jobs, needs, strict=True):
+            refuse_job(ends, job, need, others)
+            others += need
+        rate = rehearse(ends, jobs[0])
         screen.note(
             f"Done. {human(SAMPLE)} went from {ends.source.nbd_address} to {ends.client_address} and were verified.")
-        if rate < SLOW_WIRE and job.may_be_compressed:
-            job = replace(job, transport="qemu", compress=True)
+        if rate < SLOW_WIRE and jobs[0].may_be_compressed:
+            jobs = [replace(job, transport=QemuTransport(compress=True)) for job in jobs]
             screen.note(f"The network carries {human(rate)}/s: compression is on.")
-            run.report.copy |= {"transport": job.transport, "compressed": True}
-            rehearse(ends, job)
-    return job
+            run.report.copy |= {"transport": QemuTransport.name, "compressed": True}
+            rehearse(ends, jobs[0])
+    return jobs
 
 
-def plan_job(run: Run, ends: Ends, fresh: Disk) -> DiskJob:
-    """Decides what is copied and how, from both disks; shows and reports it."""
-    settings, disk, host = run.settings, run.plan.disk, ends.destination
-    missing = {end: set(tools_lacking(end)) for end in (ends.source, host)}
-    for_nbd = (ends.source, "nbd-server"), (host, "nbd-client"), (host, "modprobe")
-    lacking = [f"{tool} on {end.name}" for end, tool in for_nbd if tool in missing[end]]
-    if not lacking and not host.succeeds("sh", "-c", "[ -e /sys/block/nbd0 ] || modprobe -n -q nbd"):
-        lacking = [f"the module nbd on {host.name}"]
-    equal = bool(disk.base and fresh.base and disk.top.backing_format
+def plan_job(run: Run, ends: Ends, key: str, fresh: Disk) -> DiskJob:
+    """Decides what is copied of a disk and how, from both sides; shows and reports it."""
+    settings, disk, host = run.settings, run.plan.disks[key], ends.destination
+    lacking = NbdTransport.lacking(ends.source, host)
+    equal = bool(key == ROOT and disk.base and fresh.base and disk.top.backing_format  # others are made by mkfs
                  and same_content((ends.source, disk.base), (host, fresh.base), settings.stall_timeout))
     whole_file, why_view = pick_view(disk, fresh, equal)
-    compress = settings.compress == "on"
-    transport, why_transport = pick_transport(settings, lacking, disk.top, whole_file)
-    if transport == "nbd" and lacking:
+    name, why_transport = pick_transport(settings, lacking, disk.top, whole_file)
+    transport = NbdTransport() if name == NbdTransport.name else QemuTransport(settings.compress == "on")
+    if name == NbdTransport.name and lacking:
         raise HostError(f"--transport nbd is impossible, missing: {', '.join(lacking)}",
             "use --transport qemu, or install what is missing")
     run.screen.note(f"Copy {'the file' if whole_file else 'what the guest sees'}: {why_view}.")
-    run.screen.note(f"Transport {transport}{', compressed,' if compress else ''}"
+    run.screen.note(f"Transport {name}{', compressed,' if transport.compress else ''}"
         f"{' with TLS' if settings.tls else ' in clear'}: {why_transport}.")
-    run.report.copy |= {"view": "file" if whole_file else "guest", "why_view": why_view, "transport": transport,
-                        "why_transport": why_transport, "tls": settings.tls, "compressed": compress}
-    return DiskJob(run.plan.run, settings, source=disk.top, fresh=fresh.top, whole_file=whole_file, transport=transport,
-                   source_direct=disk.direct_io, fresh_direct=fresh.direct_io, compress=compress)
+    run.report.copy |= {"view": "file" if whole_file else "guest", "why_view": why_view, "transport": name,
+                        "why_transport": why_transport, "tls": settings.tls, "compressed": transport.compress}
+    landing = BesideFile(run.plan.run, fresh.top, "raw" if whole_file else fresh.top.format, fresh.direct_io)
+    return DiskJob(key, settings, disk.top, landing, transport, whole_file, disk.direct_io)
 
 
-def refuse_job(ends: Ends, job: DiskJob, disk: Disk, others: int = 0) -> None:
+def refuse_job(ends: Ends, job: DiskJob, need: int, others: int = 0) -> None:
     """Raises HostError if the copy does not fit the destination's disk, or its host besides the bytes of `others`."""
     host, fresh = ends.destination, job.fresh
     if fresh.format not in ("qcow2", "raw"):
@@ -6151,11 +6403,11 @@ def refuse_job(ends: Ends, job: DiskJob, disk: Disk, others: int = 0) -> None:
     if fresh.size < job.source.size:
         raise HostError(f"the new instance's disk of {human(fresh.size)} is smaller than the source's "
             f"{human(job.source.size)}", "name a larger flavor with -f")
-    need = space_needed(job.source, disk, job.whole_file, job.settings.space_reserve)
+    need += job.settings.space_reserve
     there = host.script('[ ! -f "$1" ] || stat -c %b -- "$1"', job.new)  # a resumed run has some already
     free = free_space(host, fresh.path) + there.read(lambda said: int(said or 0)) * 512
     if free - others < need:
-        taken = f", of which other runs still need {human(others)}" if others else ""
+        taken = f", of which other disks and runs still need {human(others)}" if others else ""
         raise HostError(f"{host.name}: {human(free)} are free beside {fresh.path}{taken}, {human(need)} are needed",
                         "free space there, or choose another host with availability_zone in -e")
 
@@ -6210,11 +6462,12 @@ def require_safe_stop(run: Run) -> None:
     plan, host = run.plan, run.source_host
     if not run.source.server_retrying(plan.server.id).is_running:  # a resumed run may find it stopping
         return
-    domain = domain_of(host, plan.server.id, plan.disk.top.path)
+    domain = domain_of(host, plan.server.id, plan.root.top.path)
     if reasons := refuse_domain(host, domain):
         raise HostError.of(reasons)
     require_running(host, domain.state)
-    require_chain(host, domain, plan.disk.chain)
+    for key, disk in plan.disks.items():
+        require_chain(host, domain.drives[key], disk.chain)
 
 
 def require_running(host: Host, state: str) -> None:
@@ -6227,11 +6480,13 @@ def require_running(host: Host, state: str) -> None:
 def recheck_source(run: Run, job: DiskJob) -> DiskJob:
     """The job with the stopped source's disk as it is now; raises HostError if it was replaced or has errors."""
     host, path, warn = run.source_host, job.source.path, run.screen.warn
-    domain = domain_of(host, run.plan.server.id, path)
-    if other := misplaced(host, domain):
+    domain = domain_of(host, run.plan.server.id, run.plan.root.top.path)
+    if not (drive := domain.drives.get(job.key)):
+        raise HostError(f"{host.name}: by libvirt {path} is no disk of the source any more")
+    if other := misplaced(host, domain, drive):
         raise HostError.of([other])
-    chain = disk_chain(host, path, domain.format, shared=False)
-    planned = run.plan.disk.chain
+    chain = disk_chain(host, path, drive.format, shared=False)
+    planned = run.plan.disks[job.key].chain
     if [(image.path, image.format, image.size) for image in chain] != [
             (image.path, image.format, image.size) for image in planned]:
         raise HostError(f"{host.name}: {path} was replaced since the survey")
@@ -6240,6 +6495,8 @@ def recheck_source(run: Run, job: DiskJob) -> DiskJob:
         raise HostError(f"{path} has {flaw}", FLAW_WAYS[flaw])
     if top.leaks:
         warn(f"{host.name}: {path} has {top.leaks:,} leaked clusters, which waste space and are copied too")
+    if job.key != ROOT:
+        return replace(job, source=top, stand=stat_of(host, path))
     for reason in refuse_metadata(host, domain):
         warn(f"{reason.problem}; {reason.way_out}")
     if run.plan.was_running and domain.ended:
@@ -6247,12 +6504,25 @@ def recheck_source(run: Run, job: DiskJob) -> DiskJob:
     return replace(job, source=top, stand=stat_of(host, path))
 
 
-def transfer(both: BothEnds, job: DiskJob, known: Known) -> Moved:
-    """Copies and verifies; raises as `with_retries`. An incomplete file is deleted with the destination's folder."""
-    run, host = both.run, both.destination
+def transfer(run: Run, copies: Sequence[DiskCopy]) -> list[Moved]:
+    """Copies and verifies; raises as `with_retries`. Incomplete files are deleted with the destination's folder."""
+    jobs = [copy.job for copy in copies]
+    with run.screen.step("Migrate disk to destination instance."), run.journal.act(
+            "copy", new=[job.new for job in jobs], length=sum(job.length for job in jobs)) as result:
+        moved = [transfer_disk(run, copy) for copy in copies]
+        result |= {"held": sum(one.held for one in moved),
+                   "digests": {job.key: one.digest for job, one in zip(jobs, moved, strict=True)}}
+        report_moved(run, jobs, moved)
+    return moved
+
+
+def transfer_disk(run: Run, copy: DiskCopy) -> Moved:
+    """The same for one disk."""
+    job, host = copy.job, copy.both.destination
     inode = host.run("stat", "-c", "%i", "--", job.fresh.path).strip()
-    run.journal.write("job", new=job.new, kept=job.kept, host=host.name, stand=job.stand,
-        inode=inode, whole_file=job.whole_file)
+    run.journal.write(
+        "job", disk=job.key, path=job.source.path, fresh=job.fresh.path, new=job.new, kept=job.landing.kept,
+        host=host.name, stand=job.stand, inode=inode, whole_file=job.whole_file)
 
     def check() -> None:
         gate(run, Act.WRITE, is_held=True)
@@ -6260,37 +6530,36 @@ def transfer(both: BothEnds, job: DiskJob, known: Known) -> Moved:
             raise FinalError(f"{host.name}: only {human(free)} are left beside {job.fresh.path}: a full disk "
                 "pauses its guests", "free space there, and run it again; the limit is SPACE_RESERVE")
 
-    callbacks = Callbacks(partial(journaled_progress, run), lambda chunk, done: run.journal.write(
-        "chunk", offset=chunk.offset, length=chunk.length, done=done), at_intervals(10.0, check))
+    callbacks = Callbacks(partial(journaled_progress, run, job.key), lambda chunk, done: run.journal.write(
+        "chunk", disk=job.key, offset=chunk.offset, length=chunk.length, done=done), at_intervals(10.0, check))
 
     def attempt(ends: Ends) -> Moved:
         gate(run, Act.WRITE)
-        ends.locks.hold(ends.destination, job.fresh.path)
-        return move_disk(ends, job, callbacks, known)[0]
+        lock_fresh(job, ends)
+        return move_disk(ends, job, callbacks, copy.known)[0]
 
-    with run.screen.step("Migrate disk to destination instance."), run.journal.act(
-            "copy", new=job.new, length=job.length) as result:
-        run.screen.note(f"{run.source_host.name}:{job.source.path}")
-        run.screen.note(f"-> {host.name}:{job.fresh.path}")
-        moved = with_retries(both, attempt, "stays stopped")
-        report_moved(run, job, moved)
-        result |= {"held": moved.held, "digest": moved.digest}
-    return moved
-
-
-def report_moved(run: Run, job: DiskJob, moved: Moved) -> None:
-    """Shows and reports what was copied, and how it was verified."""
+    run.screen.note(f"{run.source_host.name}:{job.source.path}")
+    run.screen.note(f"-> {host.name}:{job.fresh.path}")
+    moved = with_retries(copy.both, attempt, "stays stopped")
     rate = moved.held / max(moved.seconds, 0.001)
     note = f"both ends have digest {moved.digest[:16]}…" if moved.digest else "not verified (--no-verify)"
     note += f", {human(moved.unread)} of it from before the stop, unchanged by the dirty bitmap" if moved.unread else ""
     what = f"{human(moved.held)} that had changed, in" if moved.is_rest else f"{human(moved.held)} in"
     run.screen.note(f"Done. {what} {duration(moved.seconds)}{'' if moved.is_rest else f', {human(rate)}/s'}; {note}")
+    return moved
+
+
+def report_moved(run: Run, jobs: Sequence[DiskJob], moved: Sequence[Moved]) -> None:
+    """Reports what was copied, and how it was verified: sums, and the digest of the root disk."""
+    count, sent, seconds = (sum(getattr(one, name) for one in moved) for name in ("held", "sent", "seconds"))
+    rate = count / max(seconds, 0.001)
     run.report.copy |= {
-        "verified": bool(moved.digest), "digest": moved.digest, "proven_by_bitmap": moved.unread, "bytes": moved.held,
-        "length": job.length, "sent": moved.sent, "sent_per_held": round(moved.sent / max(moved.held, 1), 4),
-        "seconds": round(moved.seconds, 2), "rate": round(rate)}
+        "verified": all(one.digest for one in moved), "digest": moved[0].digest,
+        "proven_by_bitmap": sum(one.unread for one in moved), "bytes": count, "length": sum(job.length for job in jobs),
+        "sent": sent, "sent_per_held": round(sent / max(count, 1), 4),
+        "seconds": round(seconds, 2), "rate": round(rate)}
     run.journal.write("finished", clouds=[run.source.url, run.destination.url],
-        rate=round(rate) if moved.held > MiB and not moved.is_rest else 0)
+        rate=round(rate) if count > MiB and not moved[0].is_rest else 0)
 
 
 def at_intervals(seconds: float, act: Callable[[], object]) -> Callable[[], None]:
@@ -6330,7 +6599,7 @@ def with_retries(both: BothEnds, act: Callable[[Ends], T], meanwhile: str) -> T:
 
 
 @contextmanager
-def journaled_progress(run: Run, total: int) -> Iterator[Callable[[int], None]]:
+def journaled_progress(run: Run, key: str, total: int) -> Iterator[Callable[[int], None]]:
     """Progress on the screen, and every five seconds in the journal, for `status`."""
     told = 0.0
     with run.screen.progress(total) as show:
@@ -6339,7 +6608,7 @@ def journaled_progress(run: Run, total: int) -> Iterator[Callable[[int], None]]:
             show(done)
             if time.monotonic() - told > 5 or done == total:
                 told = time.monotonic()
-                run.journal.write("progress", done=done, total=total)
+                run.journal.write("progress", disk=key, done=done, total=total)
 
         yield both
 
@@ -6359,18 +6628,48 @@ def start_named(run: Run, side: str, id: str) -> Server | None:
     return started
 
 
+def disk_lines(disks: Mapping[str, Disk]) -> Iterator[str]:
+    """A line for each disk: what and where it is, and how it is copied; and one for each of its bases."""
+    for key, disk in disks.items():
+        top, how = disk.top, "the file is copied, or what the guest sees" if key == ROOT else "what the guest sees"
+        yield (f"  {key:10} {top.path}: {top.format}, {human(top.size)} to the guest, "
+               f"{human(top.allocated)} in the file; {how}")
+        yield from (f"  base       {base.path}: {base.format}, {human(base.length)}" for base in disk.chain[1:])
+
+
+def estimate_lines(settings: Settings, plan: Plan, known: float, report: Report) -> Iterator[str]:
+    """How much is moved and how long that takes; puts the same into the report."""
+    disk, top = plan.root, plan.root.top
+    rest = sum(one.guest_bytes for key, one in plan.disks.items() if key != ROOT)
+    views = {"file": top.allocated + rest} | (
+        {} if top.format == "raw" or not disk.base else {"guest": disk.guest_bytes + rest})
+    rates = {f"{human(settings.limit_rate)}/s, the limit": float(settings.limit_rate)} if settings.limit_rate else {
+        f"{human(known)}/s, as in the last run": known} if known else {"1 Gbit/s": 1.25e8, "10 Gbit/s": 1.25e9}
+    is_down = plan.was_running and not settings.warm
+    kind, end = ("downtime", ", plus the time to stop and start") if is_down else ("duration", "")
+    for which, amount in views.items():
+        space = space_needed(top, disk, which == "file", settings.space_reserve + rest * 102 // 100)
+        yield (f"to move      {human(amount)}: "
+               f"{'the file' if which == 'file' else 'what the guest sees, if the bases differ'}")
+        yield f"  space      {human(space)} at the destination"
+        for name, rate in rates.items():
+            report.copy["estimates"].append({"view": which, "bytes": amount, "space": space, "rate": rate,
+                                             "why_rate": name, "seconds": round(amount / rate, 1)})
+            yield f"  {kind}   about {duration(amount / rate)} at {name}{end}"
+
+
 def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known: float, report: Report) -> Iterator[str]:
     """The plan's lines for the dry run; puts the same into the report."""
-    server, disk, top = plan.server, plan.disk, plan.disk.top
-    report.source |= {"status": server.status, "chain": disk.chain}
+    server, top = plan.server, plan.root.top
+    report.source |= {"status": server.status, "disks": {key: one.chain for key, one in plan.disks.items()}}
     yield f"source       {server.name} {server.id}, {server.status}, on {server.hypervisor}"
-    yield f"  disk       {top.path}: {top.format}, {human(top.size)} to the guest, {human(top.allocated)} in the file"
-    yield from (f"  base       {base.path}: {base.format}, {human(base.length)}" for base in disk.chain[1:])
+    yield from disk_lines(plan.disks)
     yield (f"destination  {settings.dst_name}, flavor {plan.flavor.name}, image {plan.image.name} "
            f"({plan.image.id or 'carried first'}), on the host that Nova chooses")
     differs = [what for what, _ in plan.image.differs(source.image)] if source.image else None
-    report.destination |= {"name": settings.dst_name, "flavor": plan.flavor, "image": {"id": plan.image.id,
-        "name": plan.image.name, "bytes": plan.carried.size if plan.carried else 0, "differs": differs}}
+    report.destination |= {"name": settings.dst_name, "flavor": plan.flavor, "image": {
+        "id": plan.image.id, "name": plan.image.name, "bytes": plan.carried.size if plan.carried else 0,
+        "differs": differs}}
     yield from ["  image      was not compared: the source's is gone, or could not be read"] if differs is None else (
         f"  image      has {what} of the source's" for what in differs)
     yield from (f"  flavor     has {what} of the source's" for what, _ in plan.flavor.differs(server.flavor))
@@ -6379,23 +6678,10 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known: float
            "(if the destination's host has the tools)")
     if plan.carried:
         yield f"to move      {human(plan.carried.size)}: the image, before anything is stopped"
-    views = {"file": top.allocated} | ({} if top.format == "raw" or not disk.base else {"guest": disk.guest_bytes})
-    rates = {f"{human(settings.limit_rate)}/s, the limit": float(settings.limit_rate)} if settings.limit_rate else {
-        f"{human(known)}/s, as in the last run": known} if known else {"1 Gbit/s": 1.25e8, "10 Gbit/s": 1.25e9}
-    warm = settings.warm and plan.was_running
-    kind, end = ("downtime", ", plus the time to stop and start") if plan.was_running and not warm else ("duration", "")
     report.copy = {"transport": transport, "why_transport": why, "estimates": [],
                    **{key: getattr(settings, key) for key in ("tls", "warm", "bitmap", "start_after")}}
-    for which, amount in views.items():
-        space = space_needed(top, disk, which == "file", settings.space_reserve)
-        yield (f"to move      {human(amount)}: "
-               f"{'the file' if which == 'file' else 'what the guest sees, if the bases differ'}")
-        yield f"  space      {human(space)} at the destination"
-        for name, rate in rates.items():
-            report.copy["estimates"].append({"view": which, "bytes": amount, "space": space, "rate": rate,
-                                             "why_rate": name, "seconds": round(amount / rate, 1)})
-            yield f"  {kind}   about {duration(amount / rate)} at {name}{end}"
-    if warm:
+    yield from estimate_lines(settings, plan, known, report)
+    if settings.warm and plan.was_running:
         yield "downtime     to find and send what changes meanwhile, and to stop and start"
         yield from [f"bitmap       {top.path} has a dirty bitmap meanwhile"] if settings.bitmap else ()
     yield ("guest        cloud-init treats the new instance id as a first boot: new SSH host keys, perhaps passwords "
@@ -6465,9 +6751,9 @@ def warn_left_behind(screen: Screen, plan: Plan) -> None:
     """Warns about what the new instance will lack."""
     for what in plan.left_behind:
         screen.warn(f"{what} is not copied (--root-only)")
-    if plan.server.flavor.swap or "disk.swap" in plan.disk.beside:
+    if plan.server.flavor.swap or "disk.swap" in plan.root.beside:
         screen.note("The swap disk is not copied: Nova makes a new one.")
-    if plan.disk.has_nvram:
+    if plan.root.has_nvram:
         screen.warn("the source uses UEFI: its NVRAM (boot entries) is not copied, Nova makes a new one")
 
 
@@ -6499,12 +6785,12 @@ def show_status(call: Call, settings: Settings, undo: Undo, report: Report) -> i
 def as_json(record: RunRecord) -> dict[str, Any]:
     """A run as JSON, with the report's names."""
     facts, told, clouds = record.facts, asdict(record), [*record.facts.get("clouds", ()), "", ""]
-    told["copy"] = {key: told.pop(key) for key in ("done", "rate", "retries")}
-    told["copy"] |= {"bytes": told.pop("total"), "seconds_left": record.seconds_left}
+    told["copy"] = {key: told.pop(key) for key in ("rate", "retries")}
+    told["copy"] |= {"done": record.done, "bytes": record.total, "seconds_left": record.seconds_left}
     told["source"] = {"cloud": clouds[0], "id": record.source, "name": facts.get("source_name", ""),
         "host": facts.get("source_host", "")}
     told["destination"] = {"cloud": clouds[1], "id": record.destination, "name": facts.get("name", ""),
-        "host": record.job.get("host", "")}
+        "host": next((disk.job["host"] for disk in record.disks.values() if disk.job), "")}
     told["error"] = [{"problem": record.error, "way_out": ""}] if record.error else []
     return told | {"result": told.pop("state"), "not_undone": told.pop("left"),
         "was_running": record.was_running, "step": record.step}
@@ -6549,7 +6835,7 @@ def detail_lines(record: RunRecord) -> Iterator[str]:
     if record.total:
         yield (f"copy         {human(record.done)} of {human(record.total)}, {record.done * 100 // record.total}%, "
                f"{human(record.rate)}/s{f', {duration(record.seconds_left)} left' if record.seconds_left else ''}; "
-               f"{len(record.arrived)} chunks, {record.retries} retries")
+               f"{sum(len(disk.arrived) for disk in record.disks.values())} chunks, {record.retries} retries")
     for act in record.acts:
         took = (datetime.fromisoformat(act.ended)
             - datetime.fromisoformat(act.began)).total_seconds() if act.ended else 0.0
@@ -6575,13 +6861,15 @@ def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord,
         if seen.server and seen.server.host:
             settings = settings.of("dst")
             with host_of(seen.server, settings, screen) as host:
-                path = host.disk_of(id)
-                new, kept = files_beside(path, record.run)
-                was_swapped = host.succeeds("test", "-e", kept) and not host.succeeds("test", "-e", new)
-                found.is_in_place = was_swapped or record.has_done("swap in")
-                inode = host.script('[ ! -e "$1" ] || stat -c %i -- "$1"', path).strip()  # not yet made by Nova
-                if record.job.get("inode", inode) != inode:
-                    found.seen = replace(seen, disk="is not the one that Nova made: somebody replaced it")
+                for key, disk in record.disks.items() or [(ROOT, DiskRecord())]:
+                    path = str(disk.job.get("fresh") or host.disk_of(id))
+                    new, kept = files_beside(path, record.run)
+                    was_swapped = host.succeeds("test", "-e", kept) and not host.succeeds("test", "-e", new)
+                    inode = host.script('[ ! -e "$1" ] || stat -c %i -- "$1"', path).strip()  # not yet made by Nova
+                    if was_swapped or key in record.swapped:
+                        found.in_place = {*found.in_place, key}
+                    elif disk.job.get("inode", inode) != inode:
+                        found.seen = replace(seen, disk="is not the one that Nova made: somebody replaced it")
     return found
 
 
@@ -6589,10 +6877,11 @@ def situation_of(source: SourceFacts, earlier: Earlier) -> Situation:
     """The Situation of an interrupted run."""
     record, seen = earlier.record, Seen(earlier.record.source, source.server)
     # Without a copy everything is repeated.
-    if source.cloud and source.server and (was := record.job.get("stand")) and not earlier.is_in_place:
+    stands = {key: disk.job["stand"] for key, disk in record.disks.items() if disk.job.get("stand")}
+    if source.cloud and source.server and stands and not earlier.is_in_place:
         seen = see(source.cloud, record.source, record.request("stop source") or None)
-        stand = stat_of(source.host, source.disk.top.path) if source.host and source.disk else ""
-        if stand != was or not (seen.server and seen.server.is_stopped):
+        now = {key: stat_of(source.host, disk.top.path) for key, disk in source.disks.items()} if source.host else {}
+        if any(now.get(key) != was for key, was in stands.items()) or not (seen.server and seen.server.is_stopped):
             seen = replace(seen, disk="was changed, or is in use")
     return situation(record, seen, earlier.seen, earlier.is_in_place)
 
@@ -6650,13 +6939,14 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         made = earlier.seen.server
         if reasons or not (earlier.cloud and made):
             raise Refused.of(reasons)
-        cloud, server, host, disk = source.whole
-        plan = Plan(run, server, disk, made.flavor, Image(made.image, "", "active", "", ""), (), record.was_running)
+        cloud, server, host, disks = source.whole
+        plan = Plan(run, server, disks, made.flavor, Image(made.image, "", "active", "", ""), (), record.was_running)
         report.run, report.source = run, reported(cloud, server)
         journal = Journal(folder, run)
         with journal.beginning():
             journal.write("asked to resume", pid=os.getpid())  # claim_source() writes `resume`; then failures undo it
-        screen.say(f"Resume run {run}; {human(sum(length for _, length in record.arrived))} were sent.")
+        sent = sum(length for disk in record.disks.values() for _, length in disk.arrived)
+        screen.say(f"Resume run {run}; {human(sent)} were sent.")
         return execute_or_undo(Run(settings, screen, journal, undo, report, plan, cloud, earlier.cloud, host, earlier))
 
 
@@ -6747,7 +7037,8 @@ def with_hosts(plan: UndoPlan) -> UndoPlan:
         try:
             with host_of(source, plan.settings.of("src"), plan.screen) as host:
                 alive = "" if record.run else at_work(host, now.run)
-                disk = disk_now(host, host.disk_of(source.id), record)
+                paths = {key: disk.job["path"] for key, disk in record.disks.items() if "path" in disk.job}
+                disk = disk_now(host, {ROOT: host.disk_of(source.id)} | paths, record)
         except HostError as error:
             disk = f"cannot be read: {shorten(str(error))}"
         now = replace(now, source=replace(now.source, disk=disk))
@@ -6891,8 +7182,10 @@ def clean_host(plan: UndoPlan, server: Server) -> None:
         path = host.disk_of(server.id)
         while (left := host.script(LEFT_FOLDERS, run).splitlines()) and time.monotonic() < limit:
             time.sleep(1)
-        if left := [*left, *(() if is_source else files_beside(path, run))]:
+        if left:
             host.run("rm", "-rf", "--", *left)
+        if not is_source:
+            host.script('rm -f -- "${1%/*}"/disk*.migrena-"$2" "${1%/*}"/disk*.migrena-"$2"-fresh', path, run)
         if is_source and host.succeeds("grep", "-qsE", f'/{server.id}/disk" *: *"qcow2"', f"{path}.info"):
             drop_bitmap(host, server.id, path, run)
 

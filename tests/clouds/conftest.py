@@ -266,35 +266,36 @@ def has_moved(api: Api, id: str, to: str) -> bool:
     return (server["status"], server["locked"], server["metadata"]) == ("SHUTOFF", True, {}) and to in server["locked_reason"]
 
 
-def disk(id: str) -> str:
+def disk(id: str, name: str = "disk") -> str:
     """The path of an instance's disk on its hypervisor."""
-    return f"{DISKS}/{id}/disk"
+    return f"{DISKS}/{id}/{name}"
 
 
-def write_random(host: Host, id: str, *places: tuple[int, int]) -> None:
+def write_random(host: Host, id: str, *places: tuple[int, int], name: str = "disk") -> None:
     """A guest writes random bytes to these places (offset, length) of its disk."""
-    script = "cat > /var/tmp/commands; head -c $1 /dev/urandom > /var/tmp/random; qemu-io -f qcow2 $2 < /var/tmp/commands; rm /var/tmp/random"
+    script = "cat > /var/tmp/commands; head -c $1 /dev/urandom > /var/tmp/random; qemu-io -f $3 $2 < /var/tmp/commands; rm /var/tmp/random"
     commands = "".join(f"write -q -s /var/tmp/random {offset} {length}\n" for offset, length in places)
-    host.run("sh", "-ec", script, "sh", str(max(length for _, length in places)), disk(id), input=commands)
+    longest = max(length for _, length in places)
+    host.run("sh", "-ec", script, "sh", str(longest), disk(id, name), format_of(host, id, name), input=commands)
 
 
-def node(host: Host, id: str) -> str:
+def node(host: Host, id: str, name: str = "disk") -> str:
     """An instance's disk as this machine's own qemu-img sees it, for --image-opts; its base is looked up on its own host."""
-    found = json.loads(host.run("qemu-img", "info", "--output=json", disk(id), "-f", format_of(host, id)).stdout)
-    opts = f"driver={found['format']},file.filename={host.root}{disk(id)}"
+    found = json.loads(host.run("qemu-img", "info", "--output=json", disk(id, name), "-f", format_of(host, id, name)).stdout)
+    opts = f"driver={found['format']},file.filename={host.root}{disk(id, name)}"
     if "full-backing-filename" in found:
         opts += f",backing.driver={found['backing-filename-format']},backing.file.filename={host.root}{found['full-backing-filename']}"
     return opts
 
 
-def format_of(host: Host, id: str) -> str:
+def format_of(host: Host, id: str, name: str = "disk") -> str:
     """The format of a disk, as Nova wrote it down."""
-    return str(json.loads(host.run("cat", f"{disk(id)}.info").stdout)[disk(id)])
+    return str(json.loads(host.run("cat", f"{disk(id)}.info").stdout)[disk(id, name)])
 
 
-def same_to_both_guests(one: Host, source: str, other: Host, arrived: str) -> bool:
+def same_to_both_guests(one: Host, source: str, other: Host, arrived: str, name: str = "disk") -> bool:
     """Whether qemu-img, which has no part in migrena's own proof, finds both disks equal."""
-    words = ["qemu-img", "compare", "--image-opts", node(one, source), node(other, arrived)]
+    words = ["qemu-img", "compare", "--image-opts", node(one, source, name), node(other, arrived, name)]
     return subprocess.run(words, check=False, capture_output=True, text=True).returncode == 0
 
 

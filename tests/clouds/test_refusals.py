@@ -144,17 +144,6 @@ def test_hazard_a_source_that_is_neither_running_nor_stopped(operator: Operator,
         back(src, changing)
 
 
-def test_hazard_only_the_root_disk_is_copied_and_nobody_says_so(operator: Operator, src: Api) -> None:
-    id = src.create("with-more", flavor="ephemeral", availability_zone="nova:src-cmp1", config_drive=True)
-    try:
-        words = ("-s", id, "-d", "arrived", "-f", "ephemeral", "-i", "guest")
-        refused(operator.run(*words), "an ephemeral disk of 1 GiB", "there are other disks beside the root disk: disk.eph0", "has a config drive")
-        done = operator.run(*words, "--root-only", "-n")
-        assert done.returncode == 0 and "ephemeral disk disk.eph0 is not copied" in done.stderr and "warning: the config drive" in done.stderr
-    finally:
-        src.delete(id)
-
-
 def test_hazard_a_second_run_makes_a_second_instance_of_the_same_name(operator: Operator, dst: Api, source: str) -> None:
     there = dst.create("theirs", network="none", availability_zone="nova:dst-cmp1")
     refused(operator.run("-s", source, "-d", "theirs", "-f", "tiny", "-i", "guest"), f"the name 'theirs' is taken by {there}")

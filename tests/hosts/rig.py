@@ -21,11 +21,12 @@ from typing import Any
 from lab.hosts import Host as LabHost
 from lab.hosts import Lab
 from migrena import (
-    NOTHING_KNOWN,
+    ROOT,
     BothEnds,
     Callbacks,
     Cloud,
     Disk,
+    DiskCopy,
     DiskJob,
     DiskLocks,
     Earlier,
@@ -50,9 +51,10 @@ from migrena import (
     refuse_job,
     settle_disk,
     signals,
+    space_needed,
     stat_of,
-    survey_disk,
-    transfer,
+    survey_disks,
+    transfer_disk,
 )
 from unit.makers import a_flavor, a_server, an_image
 
@@ -274,7 +276,7 @@ class Copy:
         """The facts that a copy's steps share, without any cloud."""
         self.name = self.name or f"test-{uuid.uuid4().hex[:8]}"
         server = a_server(id=self.settings.src_uid, status="SHUTOFF", power=4)
-        plan = Plan(self.name, server, disk, a_flavor(), an_image(), ())
+        plan = Plan(self.name, server, {ROOT: disk}, a_flavor(), an_image(), ())
         has_begun = (self.state / f"{self.name}.jsonl").exists()
         earlier = Earlier(read_run(self.state, self.name), Seen("new")) if has_begun else None
         journal, cloud = Journal(self.state, plan.run), NEVER_ASKED
@@ -282,15 +284,15 @@ class Copy:
 
     def job_of(self, run: Run, ends: Ends, fresh: Instance) -> DiskJob:
         """The job, refused where it must be, for a source that has stopped."""
-        self.job = plan_job(run, ends, survey_disk(self.destination, fresh.id, fresh.path, shared=False))
-        refuse_job(ends, self.job, run.plan.disk)
+        self.job = plan_job(run, ends, ROOT, survey_disks(self.destination, fresh.id, fresh.path, shared=False)[ROOT])
+        refuse_job(ends, self.job, space_needed(self.job.source, run.plan.root, self.job.whole_file, 0))
         self.job = replace(self.job, stand=stat_of(self.source, self.job.source.path))
         return self.job
 
     @contextlib.contextmanager
     def prepared(self, source: Instance, fresh: Instance) -> Iterator[tuple[Ends, DiskJob]]:
         """Both ends and the job, refused where it must be; folders and certificates are gone with the scope."""
-        run = self.run_of(survey_disk(self.source, source.id, source.path, shared=False))
+        run = self.run_of(survey_disks(self.source, source.id, source.path, shared=False)[ROOT])
         with contextlib.closing(run.journal), DiskLocks(run.plan.run) as locks, BothEnds(run, self.destination, locks) as both:
             yield both.ends(), self.job_of(run, both.ends(), fresh)
 
@@ -305,14 +307,14 @@ class Copy:
 
     def arrive(self, source: Instance, fresh: Instance, check: Callable[[], None] = lambda: None) -> Moved:
         """The bytes arrive and are proven, as often tried again as the settings say; nothing is swapped in."""
-        run = self.run_of(survey_disk(self.source, source.id, source.path, shared=False))
+        run = self.run_of(survey_disks(self.source, source.id, source.path, shared=False)[ROOT])
         self.undo.screen.progress = self.shown  # type: ignore[method-assign]
         with contextlib.closing(run.journal), DiskLocks(run.plan.run) as locks, BothEnds(run, self.destination, locks) as both:
             job = self.job_of(run, both.ends(), fresh)
-            if run.earlier and (stand := run.earlier.record.job.get("stand")):
+            if run.earlier and (stand := run.earlier.record.disks[ROOT].job.get("stand")):
                 job = replace(job, stand=stand)
             with unittest.mock.patch("migrena.gate", lambda *_, **__: None), unittest.mock.patch("migrena.at_intervals", lambda *_: check):
-                return transfer(both, job, NOTHING_KNOWN)  # there are no clouds to be asked
+                return transfer_disk(run, DiskCopy(both, job))  # there are no clouds to be asked
 
     def __call__(self, source: Instance, fresh: Instance) -> Moved:
         """The whole of it."""

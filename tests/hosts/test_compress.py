@@ -13,7 +13,7 @@ from hosts.operators import Operator, is_complete
 from hosts.rig import Instance, MiB, processes
 from hosts.test_copy import a_raw_disk, an_overlay, arrives
 from lab.hosts import Lab
-from migrena import DiskJob, Ends, Export, exported
+from migrena import DiskJob, Ends, Export, Node, exported
 
 TEXT = 'seq 1 9999999 | head -c "$2" | dd of="$1" bs=1M conv=notrunc status=none'  # numbers: a third of them is left by zlib
 
@@ -89,7 +89,7 @@ except OSError:
 @pytest.fixture(params=[True, False], ids=["tls", "clear"])
 def served(request: pytest.FixtureRequest, text: tuple[Instance, Instance], make_copy: MakeCopy) -> Iterator[tuple[Ends, DiskJob, Export]]:
     """A disk that is served deflated."""
-    with make_copy(compress="on", tls=request.param).prepared(*text) as (ends, job), exported(ends, job, text[0].path, "raw") as (export, _):
+    with make_copy(compress="on", tls=request.param).prepared(*text) as (ends, job), exported(ends, job, Node.of_file(text[0].path)) as (export, _):
         yield ends, job, export
 
 

@@ -11,7 +11,7 @@ from hosts.conftest import MakeCopy, Reach
 from hosts.rig import INSTANCES, Copy, Instance, MiB, base, chain_of, same_guest
 from lab.hosts import Host as LabHost
 from lab.hosts import Lab
-from migrena import Host, HostError, Moved, survey_disk
+from migrena import ROOT, Host, HostError, Moved, survey_disks
 from unit.makers import a_server
 
 Make = Callable[[LabHost], Instance]
@@ -28,7 +28,7 @@ def arrives(copy: Copy, source: Instance, fresh: Instance) -> Moved:
     assert (fresh.node()["format"], fresh.node()["virtual-size"]) == (node["format"], node["virtual-size"])
     below = node.get("full-backing-filename") if copy.job.whole_file else None
     assert fresh.node().get("full-backing-filename") == below
-    assert fresh.host.run("stat", "-c", "%h", copy.job.kept).stdout == "1\n"  # the fresh disk is kept until all has succeeded
+    assert fresh.host.run("stat", "-c", "%h", copy.job.landing.kept).stdout == "1\n"  # the fresh disk is kept until all has succeeded
     if fresh.format == "qcow2":
         fresh.host.run("qemu-img", "check", "-q", "-f", "qcow2", fresh.path)
     return moved
@@ -248,15 +248,15 @@ def test_the_instance_s_own_folder_holds_the_new_disk_and_the_old_one_alone(over
     arrives(copy, source, fresh)
     assert copy.job
     names = fresh.host.run("ls", "-A", fresh.path.rpartition("/")[0]).stdout.split()
-    assert sorted(names) == sorted(["disk", "disk.info", copy.job.kept.rpartition("/")[2]])
-    assert fresh.host.run("sha256sum", copy.job.kept).stdout.split()[0] == old
+    assert sorted(names) == sorted(["disk", "disk.info", copy.job.landing.kept.rpartition("/")[2]])
+    assert fresh.host.run("sha256sum", copy.job.landing.kept).stdout.split()[0] == old
 
 
 def test_what_the_survey_finds_is_what_there_is(lab: Lab, src: Host, overlays: tuple[Instance, Instance]) -> None:
     source, _ = overlays
     for name in ("disk.eph0", "disk.local", "disk.swap", "disk.config", "disk.info.old", "console.log"):
         lab["src"].run("touch", f"{source.path.rpartition('/')[0]}/{name}")
-    disk = survey_disk(src, source.id, source.path, shared=False)
+    disk = survey_disks(src, source.id, source.path, shared=False)[ROOT]
     assert (disk.top.path, disk.top.format, disk.top.size, disk.top.length) == (source.path, "qcow2", 64 * MiB, source.length)
     assert disk.top.allocated == source.allocated
     assert disk.base and (disk.base.path, disk.base.format, disk.base.size) == (source.node()["full-backing-filename"], "raw", 32 * MiB)

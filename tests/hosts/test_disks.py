@@ -16,6 +16,7 @@ from lab.hosts import Host as LabHost
 from lab.hosts import Lab
 from migrena import (
     BROKEN,
+    ROOT,
     CommandError,
     Host,
     HostError,
@@ -26,8 +27,8 @@ from migrena import (
     free_space,
     held,
     same_content,
-    survey_disk,
-    survey_source_disk,
+    survey_disks,
+    survey_source_disks,
     tools_lacking,
 )
 from unit.makers import a_server
@@ -64,37 +65,37 @@ def test_a_raw_disk_into_which_the_guest_wrote_a_qcow2_header_stays_raw(lab: Lab
     lab["src"].run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", "/etc/shadow", "/var/lib/nova/forged", "1G")
     lab["src"].run("dd", "if=/var/lib/nova/forged", f"of={raw.path}", "conv=notrunc", "status=none")
     assert json.loads(lab["src"].run("qemu-img", "info", "--output=json", raw.path).stdout)["format"] == "qcow2"  # what a look into it says
-    found = survey_disk(src, raw.id, raw.path, shared=False)
+    found = survey_disks(src, raw.id, raw.path, shared=False)[ROOT]
     assert [(image.path, image.format, image.size) for image in found.chain] == [(raw.path, "raw", 64 * MiB)]
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "not json", '{"/elsewhere/image": "raw"}', '{"%s": null}'])
 def test_a_disk_info_that_tells_nothing_makes_no_difference(lab: Lab, src: Host, overlay: Instance, content: str) -> None:
     lab["src"].run("tee", f"{overlay.path}.info", input=content.replace("%s", overlay.path))
-    assert survey_disk(src, overlay.id, overlay.path, shared=False).top.format == "qcow2"
+    assert survey_disks(src, overlay.id, overlay.path, shared=False)[ROOT].top.format == "qcow2"
 
 
 def test_a_file_that_is_not_there_is_reported_as_that(lab: Lab, src: Host, overlay: Instance) -> None:
     lab["src"].run("rm", overlay.path)
     with pytest.raises(HostError, match=f"{overlay.path} is the disk by libvirt, but does not exist"):
-        survey_disk(src, overlay.id, overlay.path, shared=False)
+        survey_disks(src, overlay.id, overlay.path, shared=False)
 
 
 def test_a_disk_that_lies_elsewhere_is_reported_with_the_setting(src: Host, overlay: Instance) -> None:
     with pytest.raises(HostError, match=f"the disk is {overlay.path}, not /srv/x/disk") as caught:
-        survey_disk(src, overlay.id, "/srv/x/disk", shared=False)
+        survey_disks(src, overlay.id, "/srv/x/disk", shared=False)
     assert "DISK_PATH" in caught.value.reasons[0].way_out
 
 
 def test_a_disk_path_that_is_a_link_to_the_file_is_as_good(lab: Lab, src: Host, overlay: Instance) -> None:
     lab["src"].run("ln", "-s", "/var/lib/nova/instances", "/srv/instances")
     other = f"/srv/instances/{overlay.id}/disk"
-    assert survey_disk(src, overlay.id, other, shared=False).top.path == other
+    assert survey_disks(src, overlay.id, other, shared=False)[ROOT].top.path == other
 
 
 def test_an_instance_that_libvirt_does_not_know_is_reported_with_the_host(src: Host) -> None:
     with pytest.raises(HostError, match=r"src: libvirt gives no information on x: .*failed to get domain") as caught:
-        survey_disk(src, "x", "/var/lib/nova/instances/x/disk", shared=False)
+        survey_disks(src, "x", "/var/lib/nova/instances/x/disk", shared=False)
     assert "virsh list" in caught.value.reasons[0].way_out
 
 
@@ -122,7 +123,7 @@ def test_encryption_is_seen(lab: Lab, src: Host) -> None:
     wait_for("qemu-img", lambda: lab["src"].run(*words, check=False).returncode == 0, 60)
     instance.info("qcow2")
     assert flaws(src, instance) == [("encryption",)]
-    assert survey_disk(src, instance.id, instance.path, shared=False).top.flaws == ("encryption",)  # and not qemu-img's word for it
+    assert survey_disks(src, instance.id, instance.path, shared=False)[ROOT].top.flaws == ("encryption",)  # and not qemu-img's word for it
 
 
 def test_an_external_data_file_is_seen(lab: Lab, src: Host) -> None:
@@ -155,19 +156,19 @@ def damaged(instance: Instance, entry: int, value: str) -> Instance:
 def test_a_damaged_table_is_seen_although_the_file_is_not_marked(src: Host, overlay: Instance) -> None:
     damaged(overlay, 17, "80007fffffff0000")
     before = overlay.sha256()
-    assert survey_disk(src, overlay.id, overlay.path, shared=False).top.flaws == (BROKEN,)
+    assert survey_disks(src, overlay.id, overlay.path, shared=False)[ROOT].top.flaws == (BROKEN,)
     assert overlay.sha256() == before
 
 
 def test_leaked_clusters_are_counted_and_are_no_flaw(src: Host, overlay: Instance) -> None:
     damaged(overlay, 17, "0")
-    top = survey_disk(src, overlay.id, overlay.path, shared=False).top
+    top = survey_disks(src, overlay.id, overlay.path, shared=False)[ROOT].top
     assert (top.flaws, top.leaks) == ((), 1)
 
 
 def test_a_chain_of_three_files_is_seen_whole_and_has_no_single_base(lab: Lab, src: Host, overlay: Instance) -> None:
     top = Instance.make(lab["src"]).overlay(overlay.path, 64 * MiB, "qcow2")
-    found = survey_disk(src, top.id, top.path, shared=False)
+    found = survey_disks(src, top.id, top.path, shared=False)[ROOT]
     assert [image.format for image in found.chain] == ["qcow2", "qcow2", "raw"]
     assert [image.path for image in found.chain[:2]] == [top.path, overlay.path]
     assert found.base is None
@@ -176,7 +177,7 @@ def test_a_chain_of_three_files_is_seen_whole_and_has_no_single_base(lab: Lab, s
 def test_a_missing_base_is_reported(lab: Lab, src: Host, overlay: Instance) -> None:
     lab["src"].run("mv", overlay.node()["full-backing-filename"], "/var/lib/nova/away")
     with pytest.raises(HostError, match=f"{overlay.path} has the backing file .*, which does not exist"):
-        survey_disk(src, overlay.id, overlay.path, shared=False)
+        survey_disks(src, overlay.id, overlay.path, shared=False)
 
 
 def writer(host: LabHost, instance: Instance) -> tuple[str, ...]:
@@ -197,7 +198,7 @@ def looked_at(host: Host, instance: Instance, status: str) -> Server:
     """Looks at a disk as a survey does, and gives the server back when nothing speaks against it."""
     identity = instance.path.split("/")[-2]
     server = a_server(id=identity, status=status)
-    assert survey_source_disk(host, server, ())
+    assert survey_source_disks(host, server, (), root_only=False)
     return server
 
 

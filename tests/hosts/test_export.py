@@ -12,7 +12,7 @@ import pytest
 from hosts.rig import Copy, Instance, MiB, processes, running, settings_for, wait_for, wait_until_clean
 from lab.hosts import Host as LabHost
 from lab.hosts import Lab
-from migrena import DiskJob, Ends, Export, HostError, Screen, certificates, connect, exported, rehearse
+from migrena import DiskJob, Ends, Export, HostError, NbdTransport, Node, QemuTransport, Screen, certificates, connect, exported, rehearse
 
 READ = "/root/read.raw"
 OTHER = "/root/other"
@@ -69,7 +69,7 @@ def prepared(namespaces: Lab, both: Copy, instance: Instance, request: pytest.Fi
     transport, tls = request.param
     fresh = Instance.make(namespaces["dst"]).raw(4 * MiB)
     with replace(both, settings=replace(both.settings, tls=tls)).prepared(instance, fresh) as (ends, job):
-        yield ends, replace(job, transport=transport)
+        yield ends, replace(job, transport=NbdTransport() if transport == "nbd" else QemuTransport())
     for host in namespaces:
         wait_until_clean(host)
 
@@ -78,7 +78,7 @@ def prepared(namespaces: Lab, both: Copy, instance: Instance, request: pytest.Fi
 def served(namespaces: Lab, instance: Instance, prepared: tuple[Ends, DiskJob]) -> Iterator[Served]:
     """The disk, exported."""
     ends, job = prepared
-    with exported(ends, job, instance.path, "raw") as (export, _):
+    with exported(ends, job, Node.of_file(instance.path)) as (export, _):
         yield Served(instance, ends, job, export)
     for host in namespaces:
         host.run("rm", "-rf", READ, OTHER)
@@ -179,7 +179,7 @@ def test_hazard_the_export_is_on_every_interface(namespaces: Lab, served: Served
 def test_keys_and_certificates_are_for_root_alone_and_gone_afterwards(namespaces: Lab, both: Copy, instance: Instance) -> None:
     with both.prepared(instance, Instance.make(namespaces["dst"]).raw(4 * MiB)) as (ends, job):
         folders = (("src", ends.source_folder, "server"), ("dst", ends.destination_folder, "client"))
-        with exported(ends, job, instance.path, "raw"):
+        with exported(ends, job, Node.of_file(instance.path)):
             for name, folder, who in folders:
                 found = namespaces[name].run("find", folder, "-name", "*.pem", "-printf", r"%m:%U %f\n").stdout.splitlines()
                 assert sorted(found) == [f"600:0 {file}.pem" for file in ("ca-cert", f"{who}-cert", f"{who}-key")]
@@ -209,7 +209,7 @@ def listener(host: LabHost, *ports: int) -> Iterator[None]:
 @every_way
 def test_hazard_a_fixed_port_where_another_one_is_free(namespaces: Lab, prepared: tuple[Ends, DiskJob], instance: Instance) -> None:
     ends, job = prepared
-    with listener(namespaces["src"], 2666, 2667), exported(ends, job, instance.path, "raw") as (export, _):
+    with listener(namespaces["src"], 2666, 2667), exported(ends, job, Node.of_file(instance.path)) as (export, _):
         assert export.port == 2668
 
 
@@ -217,14 +217,14 @@ def test_hazard_a_fixed_port_where_another_one_is_free(namespaces: Lab, prepared
 def test_no_free_port_is_reported_with_the_setting(namespaces: Lab, prepared: tuple[Ends, DiskJob], instance: Instance) -> None:
     ends, job = prepared
     with listener(namespaces["src"], 2666), pytest.raises(HostError, match="port 2666 is taken") as caught, \
-            exported(ends, replace(job, settings=replace(job.settings, nbd_server_port=range(2666, 2667))), instance.path, "raw"):
+            exported(ends, replace(job, settings=replace(job.settings, nbd_server_port=range(2666, 2667))), Node.of_file(instance.path)):
         pass
     assert "NBD_SERVER_PORT" in caught.value.reasons[0].way_out
 
 
 @every_way
 def test_hazard_other_people_s_exports_are_cut_off(namespaces: Lab, served: Served) -> None:
-    with exported(served.ends, served.job, served.instance.path, "raw") as (second, _):
+    with exported(served.ends, served.job, Node.of_file(served.instance.path)) as (second, _):
         assert second.port != served.export.port and second.name != served.export.name
     assert served.read(namespaces["dst"], served.ends.destination_folder if served.job.settings.tls else "").returncode == 0
 
@@ -278,7 +278,7 @@ def test_hazard_20_no_child_of_an_nbd_server_outlives_the_lease_whoever_has_ende
         return [pid for pid, words in processes(namespaces["src"]).items() if words[0] == "nbd-server"]
 
     with contextlib.ExitStack() as stack:
-        with exported(ends, job, instance.path, "raw") as (export, _):
+        with exported(ends, job, Node.of_file(instance.path)) as (export, _):
             stack.enter_context(running(namespaces["dst"], "python3", "-c", CONNECTED, export.address, str(export.port)))
             wait_for("a child of nbd-server", lambda: len(servers()) == 2)
             namespaces["src"].run("kill", "-9", str(min(servers())))

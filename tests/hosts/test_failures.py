@@ -58,12 +58,12 @@ def either(request: pytest.FixtureRequest, lab: Lab, broken: Broken) -> Broken:
 
 def flip(host: LabHost, job: DiskJob, offset: int) -> None:
     """Changes one byte of the new file, as a bad disk would."""
-    if job.new_format == "raw":
+    if job.landing.format == "raw":
         script = 'dd if="$1" bs=1 skip="$2" count=1 status=none | ' \
                  'tr "\\000-\\377" "\\001-\\377\\000" | dd of="$1" bs=1 seek="$2" conv=notrunc status=none'
         host.run("sh", "-c", script, "sh", job.new, str(offset))
     else:
-        host.run("qemu-io", "-f", job.new_format, "-c", f"write -q -P 99 {offset} 1", job.new)
+        host.run("qemu-io", "-f", job.landing.format, "-c", f"write -q -P 99 {offset} 1", job.new)
 
 
 def test_control_nothing_fails_where_nothing_is_thrown(either: Broken) -> None:

@@ -58,7 +58,7 @@ def test_an_overlay_arrives_by_nbd_server_and_nbd_client_with_tls(
     seen: list[bool] = []
     copy.progress = lambda done: seen.append(bool(ours(lab["src"], "nbd-server")) and size_of(lab["dst"], "nbd0") > 0) if not seen else None
     moved = arrives(copy, source, fresh)
-    assert copy.job and copy.job.transport == "nbd" and copy.job.whole_file
+    assert copy.job and copy.job.transport.name == "nbd" and copy.job.whole_file
     assert moved.digest and seen == [True]
 
 
@@ -84,7 +84,7 @@ def test_hazard_the_size_is_no_multiple_of_the_nbd_block_and_196_640_bytes_arriv
 def test_the_guest_s_view_arrives_by_qemu_nbd_and_nbd_client(lab: Lab, overlays: tuple[Instance, Instance], make_copy: MakeCopy) -> None:
     copy = make_copy(chunk=8 * MiB)  # each chunk costs an emulated machine half a minute
     arrives(copy, overlays[0], an_overlay(lab["dst"], "other"))
-    assert copy.job and copy.job.transport == "nbd" and not copy.job.whole_file
+    assert copy.job and copy.job.transport.name == "nbd" and not copy.job.whole_file
 
 
 @pytest.mark.long
@@ -226,7 +226,7 @@ def test_a_missing_module_is_seen_before_anything_is_done(lab: Lab, overlays: tu
             pass
         copy = make_copy(transport="auto")
         with copy.prepared(*overlays) as (_, job):
-            assert job.transport == "qemu"
+            assert job.transport.name == "qemu"
         assert "the module nbd on dst" in str(copy.report.copy["why_transport"])
 
 
@@ -236,4 +236,4 @@ def test_auto_takes_nbd_where_it_serves(lab: Lab, overlays: tuple[Instance, Inst
     assert source.length % 512 == 0
     copy = make_copy(transport="auto")
     with copy.prepared(source, fresh) as (_, job):
-        assert job.transport == "nbd"
+        assert job.transport.name == "nbd"

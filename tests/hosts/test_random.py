@@ -23,7 +23,7 @@ from hosts.test_resume import end_connections
 from lab.hosts import Host as LabHost
 from lab.hosts import Lab
 from lab.processes import command
-from migrena import DONE, RunRecord, read_run
+from migrena import DONE, ROOT, DiskRecord, RunRecord, read_run
 
 STRANGER = 2666  # somebody else's server listens on the first port that migrena would take
 pytestmark = pytest.mark.long
@@ -133,7 +133,7 @@ class Trial:
 
     def tamper(self, record: RunRecord) -> None:
         """While nobody runs: a stretch of the new file is overwritten, or the journal's last line is cut."""
-        new, host = record.job.get("new"), self.operator.lab["dst"]
+        new, host = record.disks.get(ROOT, DiskRecord()).job.get("new"), self.operator.lab["dst"]
         if self.dice.random() < 0.3 and new and host.run("test", "-s", new, check=False).returncode == 0:
             self.told.append("new file overwritten")
             at = self.dice.randrange(max(int(host.run("stat", "-c", "%s", new).stdout) - 65536, 1))

@@ -59,7 +59,7 @@ FLAVORS: Final[Mapping[str, Mapping[str, int]]] = {
     "tiny": {"vcpus": 1, "ram": 128, "disk": 1},
     "small": {"vcpus": 1, "ram": 192, "disk": 2},
     "large": {"vcpus": 1, "ram": 256, "disk": 12},
-    "ephemeral": {"vcpus": 1, "ram": 128, "disk": 1, "OS-FLV-EXT-DATA:ephemeral": 1},
+    "several": {"vcpus": 1, "ram": 128, "disk": 1, "OS-FLV-EXT-DATA:ephemeral": 3, "swap": 16},
 }
 SERVICES: Final = {"glance": ("image", ""), "placement": ("placement", ""), "nova": ("compute", "/v2.1"),
                    "neutron": ("network", "")}

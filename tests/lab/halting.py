@@ -21,9 +21,10 @@ HALT = 0
 
 
 def line_of(event: str, facts: Mapping[str, Any]) -> str:
-    """A line of the journal as tests name it: `intent of stop source`, `chunk`."""
+    """A line of the journal as tests name it: `intent of stop source`, `chunk`; `chunk on eph0` where it is not about the root disk."""
     act = re.sub(r" [0-9a-f-]{36}", "", str(facts.get("act", "")))
-    return f"{event} of {act}" if act else event
+    disk = f" on {facts['disk']}" if facts.get("disk", "root") != "root" else ""
+    return (f"{event} of {act}" if act else event) + disk
 
 
 def halt(file: Path) -> None:

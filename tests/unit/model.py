@@ -608,7 +608,7 @@ class Disks:
         return HostStandIn(self.world, name)
 
     def domain_of(self, host: HostStandIn, id: str, path: str) -> SimpleNamespace:
-        return SimpleNamespace(path=path, format="qcow2", state=host.state(id), ended="")
+        return SimpleNamespace(drives={migrena.ROOT: SimpleNamespace(path=path, format="qcow2")}, state=host.state(id), ended="")
 
     def disk_chain(self, host: HostStandIn, path: str, format: str, *, shared: bool) -> tuple[migrena.DiskImage, ...]:
         file = self.world.files.get((host.name, path))
@@ -619,9 +619,9 @@ class Disks:
         return (migrena.DiskImage(path, "qcow2", size=10 * 1024**3, length=1024**3, allocated=1024**3, backing="/base", backing_format="raw"),
                 migrena.DiskImage("/base", "raw", size=1024**3, length=1024**3, allocated=1024**3))
 
-    def survey_disk(self, host: HostStandIn, instance: str, path: str, *, shared: bool) -> migrena.Disk:
+    def survey_disks(self, host: HostStandIn, instance: str, path: str, *, shared: bool, root_only: bool) -> dict[str, migrena.Disk]:
         self.world.point(f"{host.name}.survey disk")
-        return migrena.Disk(self.disk_chain(host, path, "qcow2", shared=shared))
+        return {migrena.ROOT: migrena.Disk(self.disk_chain(host, path, "qcow2", shared=shared))}
 
     def stat_of(self, host: HostStandIn, path: str) -> str:
         file = self.world.files.get((host.name, path))
@@ -714,6 +714,6 @@ class Disks:
             world.breaks(f"3 {world.process.words}: the disk of {machine.name} is swapped while it runs")
         elif machine and machine.used and not world.process.yes:
             world.breaks(f"3 {world.process.words}: the disk of {machine.name} is overwritten, which was in use")
-        world.files[host.name, job.kept], world.files[host.name, job.fresh.path] = old, new
+        world.files[host.name, job.landing.kept], world.files[host.name, job.fresh.path] = old, new
         del world.files[host.name, job.new]
         return ()

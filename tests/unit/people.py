@@ -358,10 +358,10 @@ def on_the_model(world: World) -> Iterator[None]:
         "Cloud": Modelled, "Screen": Screen, "Journal": Journal, "datetime": Clock, "ThreadPoolExecutor": Inline, "new_run": new_run,
         "time": SimpleNamespace(sleep=lambda seconds: world.point("sleep", seconds), monotonic=lambda: world.now, time=lambda: world.now),
         "read_call": lambda arguments, environment, screen: CALLS[-1], "require_packages": lambda: None, "check_extra": lambda extra: None,
-        "connect": disks.connect, "disk_chain": disks.disk_chain, "survey_disk": disks.survey_disk, "stat_of": disks.stat_of,
+        "connect": disks.connect, "disk_chain": disks.disk_chain, "survey_disks": disks.survey_disks, "stat_of": disks.stat_of,
         "held": disks.held, "rehearse": disks.rehearse, "move_disk": disks.move_disk, "settle_disk": disks.settle_disk,
         "domain_of": disks.domain_of, "refuse_domain": lambda host, domain: [], "refuse_metadata": lambda host, domain: [],
-        "misplaced": lambda host, domain: None, "require_chain": lambda host, domain, chain: None, "checked": lambda host, image: image,
+        "misplaced": lambda host, domain, drive: None, "require_chain": lambda host, drive, chain: None, "checked": lambda host, image: image,
         "tools_lacking": lambda host: [], "same_content": lambda one, other, stall: True, "free_space": lambda host, path: 1 << 50,
         "route": lambda host, to: {"prefsrc": "10.0.0.2"}, "certificates": lambda server: {},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from migrena import Domain, Reason, domain_in, refuse_domain
+from migrena import ROOT, Domain, Reason, domain_in, refuse_domain
 
 PATH = "/var/lib/nova/instances/x/disk"
 BASE = f"{PATH.rpartition('/')[0]}/../_base/1"
@@ -39,7 +39,8 @@ def reasons(domain: Domain) -> list[Reason]:
 
 def test_a_plain_instance_is_not_refused() -> None:
     domain = told(disk("file='/dev/null'", target="vdb"), disk(f"file='{PATH}' index='1'", inside=layer(BASE, "raw")), info=f'{{"{PATH}": "qcow2"}}')
-    assert (domain.format, domain.target, domain.chain) == ("qcow2", "vda", ((PATH, "qcow2"), (BASE, "raw")))
+    root = domain.drives[ROOT]
+    assert (root.format, root.target, root.chain) == ("qcow2", "vda", ((PATH, "qcow2"), (BASE, "raw")))
     assert reasons(domain) == [] and not domain.is_off and domain.ended == ""
 
 
@@ -89,7 +90,7 @@ def test_checkpoints_and_snapshots_are_reported_by_name_and_ours_are_not() -> No
 @pytest.mark.parametrize(("info", "refused"), [(f'{{"{PATH}": "raw"}}', True), (f'{{"{PATH}": "qcow2"}}', False), ("[]", False), ("?", False)])
 def test_disk_info_is_a_witness_and_no_more(info: str, refused: bool) -> None:
     domain = told(disk(f"file='{PATH}'"), info=info)
-    assert bool(reasons(domain)) is refused and domain.format == "qcow2"
+    assert bool(reasons(domain)) is refused and domain.drives[ROOT].format == "qcow2"
 
 
 @pytest.mark.parametrize(("state", "is_off", "ended"), [
@@ -105,6 +106,15 @@ def test_the_way_in_which_qemu_ended(state: str, is_off: bool, ended: str) -> No
 def test_what_is_not_an_answer_of_virsh_is_an_error(printed: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         domain_in("x", PATH, printed)
+
+
+def test_ephemeral_disks_are_found_by_the_names_of_their_files_in_nova_s_order() -> None:
+    folder = PATH.rpartition("/")[0]
+    files = {"vda": PATH, "vdb": f"{folder}/disk.eph10", "vdc": f"{folder}/disk.eph2", "vdd": f"{folder}/disk.local", "vde": "/volumes/1"}
+    lines = "vda same Active Block Commit: [  1 %] \nvdb beside Backup: [ 2 %]\nvdc beside \nvdd beside \nvde other \n"
+    domain = told(*(disk(f"file='{file}'", target=target) for target, file in files.items()), lines=lines, info=f'{{"{files["vdb"]}": "raw"}}')
+    assert {key: drive.target for key, drive in domain.drives.items()} == {ROOT: "vda", "eph0": "vdd", "eph1": "vdc", "eph2": "vdb"}
+    assert [reason.way_out.partition("or: ")[2] for reason in reasons(domain)] == ["virsh blockjob x vda --abort", "", "virsh domjobabort x"]
 
 
 def test_an_instance_without_disks_is_refused() -> None:

@@ -18,6 +18,7 @@ from migrena import (
     NEEDED,
     ORIGIN,
     PACKAGES,
+    ROOT,
     Cloud,
     CloudError,
     DestinationFacts,
@@ -50,7 +51,7 @@ UNKNOWN = DestinationFacts(None)
 def a_source(**different: Any) -> SourceFacts:
     """A source that nothing speaks against."""
     host = SimpleNamespace(name="cmp1")
-    return SourceFacts(**{"cloud": NEVER_ASKED, "server": a_server(), "host": host, "disk": a_disk(), "image": an_image(), **different})
+    return SourceFacts(**{"cloud": NEVER_ASKED, "server": a_server(), "host": host, "disks": {ROOT: a_disk()}, "image": an_image(), **different})
 
 
 def a_destination(**different: Any) -> DestinationFacts:
@@ -135,32 +136,43 @@ def test_a_source_that_boots_from_a_volume_is_refused_even_with_root_only() -> N
         assert "boots from a volume" in only(list(refuse_server(a_server(image="", volumes=("v1",)), settings))).problem
 
 
-@pytest.mark.parametrize(("different", "names"), [
-    ({"volumes": ("v1", "v2")}, "v1, v2"), ({"flavor": a_flavor(ephemeral=5)}, "ephemeral disk of 5 GiB"), ({"config_drive": True}, "config drive"),
-])
-def test_what_would_stay_behind_is_refused_unless_root_only_is_given(different: dict[str, Any], names: str) -> None:
-    reason = only(list(refuse_server(a_server(**different), some_settings())))
-    assert names in reason.problem
-    assert "--root-only" in reason.way_out
-    assert list(refuse_server(a_server(**different), some_settings(root_only=True))) == []
+def test_what_would_stay_behind_is_refused_unless_root_only_is_given() -> None:
+    reason = only(list(refuse_server(a_server(volumes=("v1", "v2")), some_settings())))
+    assert "v1, v2" in reason.problem and "--root-only" in reason.way_out
+    assert list(refuse_server(a_server(volumes=("v1", "v2")), some_settings(root_only=True))) == []
 
 
-def test_further_disks_beside_the_root_disk_are_refused_unless_root_only_is_given() -> None:
-    disk = a_disk(beside=("disk.eph0", "disk.local"))
-    assert "disk.eph0, disk.local" in only(list(refuse_disk(disk, some_settings()))).problem
-    assert list(refuse_disk(disk, some_settings(root_only=True))) == []
+def test_ephemeral_disks_and_a_config_drive_are_made_in_the_destination() -> None:
+    server = a_server(flavor=a_flavor(ephemeral=3), config_drive=True)
+    disks = {ROOT: a_disk(), "eph0": a_disk(an_overlay(size=GiB)), "eph1": a_disk(an_overlay(size=2 * GiB))}
+    plan = make_plan(some_settings(), a_source(server=server, disks=disks), a_destination(flavors=(server.flavor,)), "run-1")
+    assert plan.extra["config_drive"] is True and plan.left_behind == ()
+    assert [(each["source_type"], each["volume_size"]) for each in plan.extra["block_device_mapping_v2"]] == [("blank", 1), ("blank", 2)]
+    disks.pop("eph1")  # the flavor has one made
+    settings = some_settings(extra_args={"config_drive": False})
+    plan = make_plan(settings, a_source(server=server, disks=disks), a_destination(flavors=(server.flavor,)), "run-1")
+    assert plan.extra == {"config_drive": False}
+
+
+def test_a_flavor_with_less_for_ephemeral_disks_is_refused_unless_root_only_is_given() -> None:
+    source, flavor = a_source(server=a_server(flavor=a_flavor(ephemeral=2))), a_flavor(name="less", ephemeral=1)
+    destination = a_destination(flavors=(flavor,))
+    reason = only(list(refuse_destination(some_settings(flavor="less"), source, destination)))
+    assert "1 GiB for ephemeral disks, the source's has 2 GiB" in reason.problem and "--root-only" in reason.way_out
+    assert refuse_destination(some_settings(flavor="less", root_only=True), source, destination) == []
 
 
 def test_swap_stops_nothing() -> None:
     server = a_server(flavor=a_flavor(swap=512))
-    assert refuse(some_settings(), a_source(server=server, disk=a_disk(beside=("disk.swap",))), a_destination(flavors=(server.flavor,))) == []
+    source = a_source(server=server, disks={ROOT: a_disk(beside=("disk.swap",))})
+    assert refuse(some_settings(), source, a_destination(flavors=(server.flavor,))) == []
 
 
 def test_with_root_only_the_plan_lists_what_stays_behind() -> None:
     server = a_server(volumes=("v1", "v2"), config_drive=True, flavor=a_flavor(ephemeral=1))
-    source = a_source(server=server, disk=a_disk(beside=("disk.config", "disk.eph0", "disk.local", "disk.swap")))
+    source = a_source(server=server, disks={ROOT: a_disk(beside=("disk.config", "disk.eph0", "disk.local", "disk.swap"))})
     plan = make_plan(some_settings(root_only=True), source, a_destination(flavors=(server.flavor,)), "run-1")
-    assert plan.left_behind == ("volume v1", "volume v2", "ephemeral disk disk.eph0", "ephemeral disk disk.local", "the config drive")
+    assert plan.left_behind == ("volume v1", "volume v2", "ephemeral disk disk.local", "ephemeral disk disk.eph0", "the config drive")
 
 
 def an_image_with(**properties: Any) -> Image:
@@ -232,7 +244,7 @@ def test_an_image_that_is_carried_has_the_properties_of_the_source_s() -> None:
 def test_a_disk_with_a_flaw_anywhere_in_its_chain_is_refused(flaw: str, place: int) -> None:
     chain = [an_overlay(), a_base()]
     chain[place] = [an_overlay, a_base][place](flaws=(flaw,))
-    reason = only(list(refuse_disk(Disk(tuple(chain)), some_settings())))
+    reason = only(list(refuse_disk(Disk(tuple(chain)))))
     assert reason.problem == f"{chain[place].path} has {flaw}"
     assert reason.way_out
 
@@ -242,12 +254,12 @@ def test_the_flaws_are_those_that_the_issue_names() -> None:
 
 
 def test_a_tpm_is_refused() -> None:
-    assert "TPM" in only(list(refuse_disk(a_disk(has_tpm=True), some_settings()))).problem
+    assert "TPM" in only(list(refuse_disk(a_disk(has_tpm=True)))).problem
 
 
 @pytest.mark.parametrize("format", ["vmdk", "luks", "qed"])
 def test_a_format_that_nova_does_not_make_is_refused(format: str) -> None:
-    assert f"is {format}" in only(list(refuse_disk(a_disk(an_overlay(format=format)), some_settings()))).problem
+    assert f"is {format}" in only(list(refuse_disk(a_disk(an_overlay(format=format))))).problem
 
 
 @pytest.mark.parametrize("tool", NEEDED)
@@ -279,7 +291,7 @@ def test_a_flavor_with_a_smaller_disk_than_the_guest_sees_is_refused() -> None:
 
 def test_a_flavor_whose_disk_is_a_byte_too_small_is_refused_and_one_that_fits_is_not() -> None:
     for size, refused in ((10 * GiB, False), (10 * GiB + 1, True)):
-        source = a_source(disk=a_disk(an_overlay(size=size), a_base()))
+        source = a_source(disks={ROOT: a_disk(an_overlay(size=size), a_base())})
         assert bool(refuse_destination(some_settings(), source, a_destination())) is refused
 
 
@@ -355,12 +367,12 @@ def test_all_reasons_come_at_once() -> None:
     server = a_server(status="PAUSED", task="migrating", locked=True, metadata={MARK: "r"}, host="", volumes=("v1",), config_drive=True,
                       flavor=a_flavor(ephemeral=1))
     disk = a_disk(an_overlay(flaws=("internal snapshots",)), a_base(flaws=("encryption",)), has_tpm=True, beside=("disk.eph0",))
-    source = a_source(server=server, disk=disk, problems=[Reason("source: trouble")])
+    source = a_source(server=server, disks={ROOT: disk}, problems=[Reason("source: trouble")])
     destination = a_destination(same_name=(a_server(id="x"),), sees_hosts=False, limits={"maxTotalCores": 0})
     reasons = refuse(some_settings(flavor="none such", image="none such"), source, destination)
     assert [next(word for word in words if word in reason.problem) for reason, words in zip(reasons, (
-        ["trouble"], ["PAUSED"], ["task"], ["locked"], ["run r"], ["host"], ["v1"], ["ephemeral"], ["config drive"], ["internal snapshots"],
-        ["encryption"], ["TPM"], ["disk.eph0"], ["taken"], ["destination cloud: these credentials"], ["flavor"], ["image"]), strict=True)]
+        ["trouble"], ["PAUSED"], ["task"], ["locked"], ["run r"], ["host"], ["v1"], ["internal snapshots"],
+        ["encryption"], ["TPM"], ["taken"], ["destination cloud: these credentials"], ["flavor"], ["image"]), strict=True)]
     assert all(reason.way_out for reason in reasons[1:])
 
 

@@ -20,7 +20,7 @@ from unit.people import Events, People, Schedule, Step, play
 from unit.test_refusals import a_destination, a_source
 
 FIELDS = {row.name for row in dataclasses.fields(Report)}
-JOURNALS_OWN = {"began", "was_running", "step", "facts", "acts", "job", "arrived", "is_undoing"}
+JOURNALS_OWN = {"began", "was_running", "step", "facts", "acts", "disks", "is_undoing"}
 
 
 @pytest.fixture
@@ -86,11 +86,11 @@ def test_control_what_a_report_lacks_is_noticed(tmp_path: Path, capsys: pytest.C
 def test_a_plan_is_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, (report,) = reports(tmp_path / "state", capsys, "copy -n -a dst")
     source, destination, copy = report["source"], report["destination"], report["copy"]
-    assert source.keys() == {"cloud", "id", "name", "host", "status", "flavor", "chain"}
+    assert source.keys() == {"cloud", "id", "name", "host", "status", "flavor", "disks"}
     assert destination.keys() == {"cloud", "name", "flavor", "image"} and destination["name"] == "new"
     assert source["flavor"].keys() == destination["flavor"].keys() >= {"id", "name", "vcpus", "ram", "disk", "swap", "extra_specs"}
     assert destination["image"].keys() == {"id", "name", "bytes", "differs"} and destination["image"]["bytes"] == 0
-    for file in source["chain"]:
+    for file in source["disks"]["root"]:
         assert isinstance(file["path"], str) and all(type(file[key]) is int for key in ("size", "length", "allocated"))
     assert copy["transport"] in ("nbd", "qemu") and copy["tls"] is True and copy["start_after"] == "dst" and copy["bitmap"] is False
     assert report["api_calls"].keys() == {"source", "destination"}

@@ -16,6 +16,8 @@ import pytest
 
 from conftest import REPOSITORY, Migrena
 from migrena import (
+    ROOT,
+    DiskRecord,
     Journal,
     Refused,
     RunRecord,
@@ -97,7 +99,7 @@ def test_all_that_the_journal_tells_is_read(tmp_path: Path) -> None:
     told(tmp_path, *CREATED, *COPYING)
     record = read_run(tmp_path, RUN)
     assert (record.source, record.destination, record.was_running, record.step) == (UUID, "new", True, "copy")
-    assert (record.done, record.total, record.arrived, record.rate) == (25 * MiB, 100 * MiB, ((0, MiB),), 25 * MiB / 2)
+    assert (record.done, record.total, record.disks[ROOT].arrived, record.rate) == (25 * MiB, 100 * MiB, ((0, MiB),), 25 * MiB / 2)
     assert record.has_done("create destination") and not record.has_done("copy")
 
 
@@ -180,7 +182,7 @@ def test_status_without_runs_says_so(migrena: Migrena) -> None:
 
 
 def test_a_running_copy_tells_the_time_left() -> None:
-    record = RunRecord(RUN, "running", "", {}, done=MiB, total=4 * MiB, rate=float(MiB))
+    record = RunRecord(RUN, "running", "", {}, disks={ROOT: DiskRecord(done=MiB, total=4 * MiB)}, rate=float(MiB))
     assert "3.0 s" in list(table_lines([record]))[1]
 
 
@@ -201,7 +203,7 @@ def test_the_help_of_a_subcommand_names_it_and_its_flags_alone(migrena: Migrena,
     assert f"  {word} " in migrena("--help").stdout
 
 
-RECORD = RunRecord(RUN, "killed", "", {"source": UUID, "name": "web-1"}, job={"stand": "1 2 3", "inode": "7"})
+RECORD = RunRecord(RUN, "killed", "", {"source": UUID, "name": "web-1"}, disks={ROOT: DiskRecord(job={"stand": "1 2 3", "inode": "7"})})
 def test_a_run_whose_journal_tells_no_source_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="does not name a source"), only_run_of(tmp_path, "", RUN):
         pass
