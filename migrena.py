@@ -1209,15 +1209,15 @@ class Screen:
                 self._wipe = "\r\033[K"
 
     @contextmanager
-    def progress(self, total: int) -> Iterator[Callable[[int], None]]:
+    def progress(self, total: int, label: str = "") -> Iterator[Callable[[int], None]]:
         """A progress bar, or a line now and then; yields a function to call with the bytes done so far."""
         from tqdm import tqdm
 
         has_bar = self.is_terminal and not self.quiet
-        tell = LogProgress(self.record if has_bar else self.note, total)
+        tell = LogProgress(lambda line: (self.record if has_bar else self.note)(label + line), total)
         with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, file=self.stream, dynamic_ncols=True,
-                  disable=not has_bar,
-                  bar_format="  {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} left]") as bar:
+                  disable=not has_bar, desc=f"  {label}", bar_format=
+                  "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} left]") as bar:
             def show(done: int) -> None:
                 bar.update(done - bar.n)
                 tell(done)
@@ -3890,7 +3890,7 @@ def survey_disks(host: Host, instance: str, path: str, *, shared: bool, root_onl
     Raises HostError for LVM, Ceph and missing disks.
     """
     domain = domain_of(host, instance, path)
-    names = host.run("ls", "-A", "--", path.rpartition("/")[0]).split("\n")
+    names = host.script('ls -A -- "${1%/*}" 2>/dev/null; true', path).split("\n")  # no folder: there is a reason below
     beside = tuple(sorted(name for name in names if re.fullmatch(r"disk\.(local|eph\d+|config|swap)", name)))
     if root_only:
         domain = replace(domain, drives={ROOT: domain.drives[ROOT]})
@@ -5834,6 +5834,10 @@ class Run:
         """Whether an earlier process has swapped the copy in."""
         return bool(self.earlier and self.earlier.is_in_place)
 
+    def label(self, key: str) -> str:
+        """What a line about a disk begins with; nothing if it is the only one."""
+        return f"{key}: " if len(self.plan.disks) > 1 else ""
+
     def changed(self, server: Server) -> None:
         """Shows an instance's status."""
         self.screen.status(f"Current status: {server.status} {server.task}")
@@ -6386,8 +6390,8 @@ def plan_job(run: Run, ends: Ends, key: str, fresh: Disk) -> DiskJob:
     if name == NbdTransport.name and lacking:
         raise HostError(f"--transport nbd is impossible, missing: {', '.join(lacking)}",
             "use --transport qemu, or install what is missing")
-    run.screen.note(f"Copy {'the file' if whole_file else 'what the guest sees'}: {why_view}.")
-    run.screen.note(f"Transport {name}{', compressed,' if transport.compress else ''}"
+    run.screen.note(f"{run.label(key)}Copy {'the file' if whole_file else 'what the guest sees'}: {why_view}.")
+    run.screen.note(f"{run.label(key)}Transport {name}{', compressed,' if transport.compress else ''}"
         f"{' with TLS' if settings.tls else ' in clear'}: {why_transport}.")
     run.report.copy |= {"view": "file" if whole_file else "guest", "why_view": why_view, "transport": name,
                         "why_transport": why_transport, "tls": settings.tls, "compressed": transport.compress}
@@ -6538,7 +6542,7 @@ def transfer_disk(run: Run, copy: DiskCopy) -> Moved:
         lock_fresh(job, ends)
         return move_disk(ends, job, callbacks, copy.known)[0]
 
-    run.screen.note(f"{run.source_host.name}:{job.source.path}")
+    run.screen.note(f"{run.label(job.key)}{run.source_host.name}:{job.source.path}")
     run.screen.note(f"-> {host.name}:{job.fresh.path}")
     moved = with_retries(copy.both, attempt, "stays stopped")
     rate = moved.held / max(moved.seconds, 0.001)
@@ -6602,7 +6606,7 @@ def with_retries(both: BothEnds, act: Callable[[Ends], T], meanwhile: str) -> T:
 def journaled_progress(run: Run, key: str, total: int) -> Iterator[Callable[[int], None]]:
     """Progress on the screen, and every five seconds in the journal, for `status`."""
     told = 0.0
-    with run.screen.progress(total) as show:
+    with run.screen.progress(total, run.label(key)) as show:
         def both(done: int) -> None:
             nonlocal told
             show(done)

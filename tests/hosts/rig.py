@@ -297,7 +297,7 @@ class Copy:
             yield both.ends(), self.job_of(run, both.ends(), fresh)
 
     @contextlib.contextmanager
-    def shown(self, total: int) -> Iterator[Callable[[int], None]]:
+    def shown(self, total: int, label: str = "") -> Iterator[Callable[[int], None]]:
         """Progress, for those who look on."""
         yield self.progress
 

@@ -312,7 +312,7 @@ class Screen(migrena.Screen):
         """There is no log."""
 
     @contextlib.contextmanager
-    def progress(self, total: int) -> Iterator[Callable[[int], None]]:
+    def progress(self, total: int, label: str = "") -> Iterator[Callable[[int], None]]:
         yield lambda done: None
 
 
