@@ -6048,7 +6048,7 @@ def begin_bitmap(run: Run, job: DiskJob) -> bool:
     host, path, bitmap = run.source_host, job.source.path, bitmap_of(job.run)
     why = "" if job.whole_file else "what the guest sees is copied, not the file"
     if job.source.format == "raw" or why:
-        run.screen.warn(f"no dirty bitmap: {why or 'a raw disk has none'}")
+        run.screen.warn(f"{run.label(job.key)}no dirty bitmap: {why or 'a raw disk has none'}")
         return False
     drop_bitmap_on_failure(run, path)
     try:
@@ -6076,7 +6076,7 @@ def drop_bitmap(host: Host, source: str, path: str, run: str) -> None:
 
 def read_bitmap(run: Run, job: DiskJob, known: Known) -> Known:
     """Adds the blocks unchanged by the stopped source's dirty bitmap, if any, to what is known; removes the bitmap."""
-    if not run.settings.bitmap:
+    if not run.settings.bitmap or job.source.format == "raw":  # only a qcow2 file is ever opened as one
         return known
     host = run.source_host
     if known.here:
@@ -6187,8 +6187,9 @@ def claim_source(run: Run) -> None:
     if run.earlier:
         delete_on_failure(run)
         undo_stop(run)
-        for disk in run.plan.disks.values() if run.settings.bitmap else ():
-            drop_bitmap_on_failure(run, disk.top.path)
+        for disk in run.plan.disks.values():
+            if run.settings.bitmap and disk.top.format != "raw":
+                drop_bitmap_on_failure(run, disk.top.path)
         run.journal.write("resume", pid=os.getpid())
     with run.journal.act("mark source", server=id):
         require_mark(run, None)

@@ -79,8 +79,9 @@ def raw(src: Api) -> Iterator[str]:
 
 
 def test_a_raw_disk_goes_over_while_its_guest_writes(operator: Operator, clouds: Clouds, dst: Api, raw: str, source: str) -> None:
-    report = operator.report("-s", raw, *operator.to("dst-cmp2"), "--warm", "-a", "dst")
+    report = operator.report("-s", raw, *operator.to("dst-cmp2"), "--warm", "--bitmap", "-a", "dst")
     assert (report["copy"]["view"], report["copy"]["why_view"]) == ("file", "both disks are raw")
+    assert "no dirty bitmap: a raw disk has none" in report["warnings"]
     went_on(clouds, dst, raw, report["destination"]["id"], "src-cmp2")
 
 

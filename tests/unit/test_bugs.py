@@ -6,13 +6,14 @@ import contextlib
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 
 import migrena
-from migrena import Cloud, HostError, Run, read_run
-from unit.makers import a_server
+from migrena import NOTHING_KNOWN, Cloud, HostError, Run, read_bitmap, read_run
+from unit.makers import a_server, an_overlay, some_settings
 from unit.model import HostStandIn, Modelled, World
 from unit.people import Schedule, play
 
@@ -168,3 +169,11 @@ def test_a_bug_in_live_migrate_says_whether_it_had_begun(
     monkeypatch.setattr(migrena, where, buggy)
     assert spread(tmp_path) == code
     assert f"{BUG}; {told}" in json.loads(capsys.readouterr().out)["error"][0]["problem"]
+
+
+def test_a_raw_disk_is_never_opened_as_a_qcow2_file_to_look_for_a_bitmap() -> None:
+    run, job = SimpleNamespace(settings=some_settings(bitmap=True), source_host=None), SimpleNamespace(source=an_overlay(format="raw"))
+    assert read_bitmap(run, job, NOTHING_KNOWN) is NOTHING_KNOWN  # type: ignore[arg-type]
+    job.source = an_overlay()
+    with pytest.raises(AttributeError):  # control: a host would be needed
+        read_bitmap(run, job, NOTHING_KNOWN)  # type: ignore[arg-type]
