@@ -169,7 +169,8 @@ def _nova(cloud: Cloud) -> Ini:
     return {
         "DEFAULT": {"use_stderr": True, "my_ip": cloud.address, "host": f"{cloud.name}-ctl", "transport_url": cloud.bus,
                     "state_path": cloud.folder / "nova", "enabled_apis": "osapi_compute", "shutdown_timeout": 5,
-                    "osapi_compute_listen": cloud.address, "osapi_compute_workers": 1, "allow_resize_to_same_host": True},
+                    "osapi_compute_listen": cloud.address, "osapi_compute_workers": 1, "allow_resize_to_same_host": True,
+                    "max_local_block_devices": 5},  # the default of 3 has no room for swap beside two ephemeral disks
         "wsgi": {"api_paste_config": "/etc/nova/api-paste.ini"},
         "database": _database(cloud, "nova"),
         "api_database": _database(cloud, "nova_api"),
