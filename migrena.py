@@ -6963,6 +6963,8 @@ for folder in /run/migrena-"$1"-* /tmp/migrena-"$1"-*; do
   [ ! -e "$folder" ] || { [ -n "$2" ] && flock -n -- "$folder/lease" true; } || echo "$folder"
 done
 """
+# Removes a run's files beside all disks of the instance whose root disk is $1.
+REMOVE_NEW: Final = 'rm -f -- "${1%/*}"/disk*.migrena-"$2" "${1%/*}"/disk*.migrena-"$2"-fresh'
 LEASE_LIMIT: Final = 75.0  # seconds after which an interrupted run's leases have ended
 
 
@@ -7190,7 +7192,7 @@ def clean_host(plan: UndoPlan, server: Server) -> None:
         if left:
             host.run("rm", "-rf", "--", *left)
         if not is_source:
-            host.script('rm -f -- "${1%/*}"/disk*.migrena-"$2" "${1%/*}"/disk*.migrena-"$2"-fresh', path, run)
+            host.script(REMOVE_NEW, path, run)
         if is_source and host.succeeds("grep", "-qsE", f'/{server.id}/disk" *: *"qcow2"', f"{path}.info"):
             drop_bitmap(host, server.id, path, run)
 

@@ -556,6 +556,11 @@ class HostStandIn:
             self.world.point(f"{self.name}.folders")
             return self.said("".join(f"{path}\n" for (host, path), owner in self.world.folders.items()
                                      if host == self.name and self.world.lives(owner) and owner.run == values[0]))
+        if script == migrena.REMOVE_NEW:
+            self.world.point(f"{self.name}.rm")
+            for path in migrena.files_beside(*values):
+                self.remove(path)
+            return self.said("")
         if "stat -c %i" in script:
             return self.said(self.inode(values[0]))
         if script == migrena.PRIVATE_FILES or "stat -c %b" in script or values[0].endswith("/hold.pid"):  # a lease tells whether it holds
