@@ -1322,13 +1322,14 @@ class Journal:
         """A scope around an act: writes its intent, then `done` with the yielded dictionary, or `failed`."""
         self.write("intent", act=act, **facts)
         result: dict[str, object] = {}
+        disk = {key: facts[key] for key in {"disk"} & facts.keys()}  # every line about a disk names it
         try:
             yield result
         except BaseException as error:
             with suppress(StateError):  # the first error is reported
-                self.write("failed", act=act, error=str(error))
+                self.write("failed", act=act, **disk, error=str(error))
             raise
-        self.write("done", act=act, **result)
+        self.write("done", act=act, **disk, **result)
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
