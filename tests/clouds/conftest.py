@@ -32,6 +32,8 @@ SOURCE, DESTINATION = "src-cmp1", "dst-cmp1"  # the hypervisors of most tests
 MiB = 1024**2
 HYPERVISORS = Options(("src-cmp1", "dst-cmp1", "src-cmp2", "dst-cmp2"), {"src-cmp2": "raw", "dst-cmp2": "raw"})
 
+STORAGE = HYPERVISORS.with_storage("src", "nfs").with_storage("dst", "rbd")  # volumes in files, and on Ceph
+
 
 @dataclass(frozen=True)
 class Operator:
@@ -156,6 +158,15 @@ def clouds() -> Iterator[Clouds]:
     yield found
     if not was_up:
         found.down()
+
+
+@pytest.fixture(scope="session")
+def storage(clouds: Clouds) -> Iterator[Clouds]:
+    """The same clouds, with Cinder in both; what that takes is started when the first test needs it, and runs on."""
+    more = Clouds(STORAGE)
+    more.up()
+    yield more
+    HYPERVISORS.keep()
 
 
 @pytest.fixture(scope="session")

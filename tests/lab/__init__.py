@@ -13,5 +13,7 @@ Underneath:
 - namespaces  hypervisors as namespaces of this machine
 - machines    hypervisors as virtual machines; image: their kernel and root disk
 - settings    the configuration files of the clouds' services
+- controllers the services of a cloud, and their accounts
+- ceph        a Ceph cluster for a cloud; volumes: its Cinder
 - stores      MariaDB, RabbitMQ, memcached and the databases
 """

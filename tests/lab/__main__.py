@@ -12,7 +12,10 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # so that `lab` is a 
 
 from lab.clouds import IMAGES_TYPES, Clouds, Options, credentials, purge
 from lab.processes import LabError, say
-from lab.settings import COMPUTES, Cloud
+from lab.settings import ADDRESSES, COMPUTES, Cloud
+from lab.volumes import BACKENDS
+
+STORAGE = {"ceph": ("glance", "nova", "rbd")}  # short for several
 
 
 def up(words: argparse.Namespace) -> None:
@@ -22,7 +25,10 @@ def up(words: argparse.Namespace) -> None:
     kept = Options.kept()
     chosen = [name for name, kind in COMPUTES.items() if kind == (words.kind or "ns") and int(name[-1]) <= (words.computes or 1)]
     asked = bool(words.kind or words.computes)
-    clouds = Clouds(kept.with_hosts(*(chosen if asked else ())) if kept else Options(tuple(chosen)))
+    options = kept.with_hosts(*(chosen if asked else ())) if kept else Options(tuple(chosen))
+    for cloud, what in words.storage:
+        options = options.with_storage(cloud, *what)
+    clouds = Clouds(options)
     clouds.up()
     network = clouds.api("dst").need("neutron", "networks", "net1")
     print(f"\nA server to move:  {_self()} server src victim\n"
@@ -34,6 +40,15 @@ def up(words: argparse.Namespace) -> None:
 
 def _self() -> str:
     return f"python3 {os.path.relpath(Path(__file__).parent)}"
+
+
+def _storage(word: str) -> tuple[str, list[str]]:
+    """The cloud and the storage that `dst:glance,rbd` names."""
+    cloud, _, names = word.partition(":")
+    what = [part for name in names.split(",") for part in STORAGE.get(name, (name,))]
+    if cloud not in ADDRESSES or not {*what} <= {"glance", "nova", *BACKENDS}:
+        raise argparse.ArgumentTypeError(f"not a cloud and its storage: {word}")
+    return cloud, what
 
 
 def down(_: argparse.Namespace) -> None:
@@ -89,6 +104,15 @@ def delete(words: argparse.Namespace) -> None:
     api.delete(api.need("nova", "servers", words.name))
 
 
+def volume(words: argparse.Namespace) -> None:
+    """Create a volume, attach it to a server if one is named, print its id."""
+    api = Clouds.running().api(words.cloud, words.user)
+    made = api.create_volume(words.name, words.size)
+    if words.server:
+        api.attach(api.need("nova", "servers", words.server), made)
+    print(made)
+
+
 def image(words: argparse.Namespace) -> None:
     """Upload a public image, print its id."""
     print(Clouds.running().api(words.cloud).upload(words.name, words.file, words.format))
@@ -122,6 +146,9 @@ def parser() -> argparse.ArgumentParser:
     start = job("up", up)
     start.add_argument("--kind", choices=("ns", "vm"), help="namespaces (quick) or virtual machines; what is there already stays")
     start.add_argument("--computes", type=int, choices=(1, 2), help="hypervisors in each cloud")
+    start.add_argument("--storage", type=_storage, action="append", default=[], metavar="CLOUD:WHAT,…",
+                       help="images (glance) and instances' disks (nova) on a Ceph of this cloud's, and Cinder with volumes "
+                            "there (rbd) or in files (nfs); ceph is short for glance,nova,rbd")
     job("down", down)
     job("purge", clear).add_argument("--all", action="store_true", help="also what makes the next start quick")
     job("status", status)
@@ -129,6 +156,10 @@ def parser() -> argparse.ArgumentParser:
     create = job("server", server, "cloud", "name")
     for option, value in (("--image", "guest"), ("--flavor", "tiny"), ("--network", "net1"), ("--user", "admin")):
         create.add_argument(option, default=value)
+    store = job("volume", volume, "cloud", "name")
+    store.add_argument("--size", type=int, default=1, help="GiB (default: 1)")
+    store.add_argument("--server", help="name or id")
+    store.add_argument("--user", default="admin")
     job("id", identity, "cloud", "name")
     job("console", console, "cloud", "name")
     job("delete", delete, "cloud", "name")

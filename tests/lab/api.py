@@ -14,8 +14,8 @@ from typing import Any, Final
 from lab.processes import LabError
 from lab.settings import PASSWORD, Cloud
 
-MICROVERSION: Final = "2.93"  # Nova's in Zed
-ROOTS: Final = {"keystone": "/v3", "nova": "/v2.1", "glance": "/v2", "neutron": "/v2.0", "placement": ""}
+VERSIONS: Final = {"nova": "compute 2.93", "cinder": "volume 3.70"}  # those in Zed
+ROOTS: Final = {"keystone": "/v3", "nova": "/v2.1", "glance": "/v2", "neutron": "/v2.0", "placement": "", "cinder": "/v3"}
 POLL: Final = 0.5  # seconds between two questions to a service
 
 
@@ -57,7 +57,7 @@ class Api:
         """What the service answers to somebody who has logged in."""
         if not self._token:
             self._login()
-        sent = {"X-Auth-Token": self._token, "OpenStack-API-Version": f"compute {MICROVERSION}", **headers}
+        sent = {"X-Auth-Token": self._token, "OpenStack-API-Version": VERSIONS.get(service, VERSIONS["nova"]), **headers}
         return self._send(method, self.cloud.url(service) + ROOTS[service] + path, body, sent)[0]
 
     def _send(self, method: str, url: str, body: object, headers: Mapping[str, str]) -> tuple[bytes, dict[str, str]]:
@@ -120,10 +120,14 @@ class Api:
 
     def create(self, name: str, image: str = "guest", flavor: str = "tiny", network: str = "net1",
                **more: object) -> str:
-        """The id of a new server that is ACTIVE. `network` may be "none"; `more` goes into Nova's request."""
+        """The id of a new server that is ACTIVE. `network` may be "none"; `more` goes into Nova's request.
+
+        Without an image it boots from what `block_device_mapping_v2` in `more` says.
+        """
         networks = "none" if network == "none" else [{"uuid": self.need("neutron", "networks", network)}]
-        body = {"name": name, "imageRef": self.need("glance", "images", image), "networks": networks,
-                "flavorRef": self.need("nova", "flavors", flavor), **more}
+        body = {"name": name, "networks": networks, "flavorRef": self.need("nova", "flavors", flavor), **more}
+        if image:
+            body["imageRef"] = self.need("glance", "images", image)
         identity = str(self.call("POST", "nova", "/servers", {"server": body})["server"]["id"])
         self.await_status(identity, "ACTIVE")
         return identity
@@ -152,15 +156,59 @@ class Api:
     def delete(self, identity: str) -> None:
         """Delete a server and wait until it is gone."""
         self.call("DELETE", "nova", f"/servers/{identity}")
+        patiently(f"{self.cloud.name}: server {identity} to be deleted", lambda: self._is_gone("nova", f"/servers/{identity}"), 120)
 
-        def gone() -> bool:
-            try:
-                self.call("GET", "nova", f"/servers/{identity}")
-            except ApiError as error:
-                return error.status == 404
-            return False
+    def _is_gone(self, service: str, path: str) -> bool:
+        """Whether the service knows nothing there."""
+        try:
+            self.call("GET", service, path)
+        except ApiError as error:
+            return error.status == 404
+        return False
 
-        patiently(f"{self.cloud.name}: server {identity} to be deleted", gone, 120)
+
+    # ---- volumes ----
+
+    def volume(self, identity: str) -> dict[str, Any]:
+        """All that Cinder tells of a volume."""
+        return dict(self.call("GET", "cinder", f"/volumes/{identity}")["volume"])
+
+    def volumes(self) -> list[dict[str, Any]]:
+        """All volumes of the project."""
+        return [dict(entry) for entry in self.call("GET", "cinder", "/volumes/detail")["volumes"]]
+
+    def create_volume(self, name: str, size: int = 1, **more: object) -> str:
+        """The id of a new volume of so many GiB that is available; `more` (volume_type, imageRef, metadata …) goes into Cinder's request."""
+        identity = str(self.call("POST", "cinder", "/volumes", {"volume": {"name": name, "size": size, **more}})["volume"]["id"])
+        self.await_volume(identity, "available")
+        return identity
+
+    def await_volume(self, identity: str, status: str, seconds: float = 180) -> None:
+        """Return when the volume has this status; raises LabError if it has an error instead, or too late."""
+        def reached() -> bool:
+            now = self.volume(identity)["status"]
+            if now.startswith("error") and not status.startswith("error"):
+                raise LabError(f"{self.cloud.name}: volume {identity} has the status {now}")
+            return bool(now == status)
+
+        patiently(f"{self.cloud.name}: volume {identity} to become {status}", reached, seconds)
+
+    def attach(self, server: str, volume: str, **more: object) -> str:
+        """Attach a volume to a server and return its device's name, when the volume is in use."""
+        asked = {"volumeAttachment": {"volumeId": volume, **more}}
+        made = self.call("POST", "nova", f"/servers/{server}/os-volume_attachments", asked)["volumeAttachment"]
+        self.await_volume(volume, "in-use")
+        return str(made["device"])
+
+    def detach(self, server: str, volume: str) -> None:
+        """Detach a volume from a server and wait until it is available."""
+        self.call("DELETE", "nova", f"/servers/{server}/os-volume_attachments/{volume}")
+        self.await_volume(volume, "available")
+
+    def delete_volume(self, identity: str) -> None:
+        """Delete a volume and wait until it is gone."""
+        self.call("DELETE", "cinder", f"/volumes/{identity}")
+        patiently(f"{self.cloud.name}: volume {identity} to be deleted", lambda: self._is_gone("cinder", f"/volumes/{identity}"), 180)
 
 
 def patiently(what: str, reached: Callable[[], bool], seconds: float) -> None:

@@ -10,26 +10,28 @@ times. A second `up` starts only what does not run.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final
 
 from lab.api import Api, ApiError, patiently
+from lab.ceph import Cluster
+from lab.controllers import start_controller
 from lab.guest import PACKAGES, guest_image
 from lab.hosts import Host, Lab, claim
-from lab.orders import Spec
-from lab.packages import HOSTS, MACHINES, install
+from lab.orders import Role, Spec
+from lab.packages import CEPH, CEPH_CLIENT, CINDER, HOSTS, MACHINES, install
 from lab.processes import (
     LabError,
     Process,
     alone,
     command,
     home,
-    logged,
     say,
 )
 from lab.roster import Roster
@@ -39,21 +41,22 @@ from lab.settings import (
     GO,
     NETWORK,
     PASSWORD,
-    PORTS,
     TENANTS,
     Cloud,
+    Storage,
     compute_role,
     nova_compute,
     write_controller,
 )
-from lab.stores import STORES, in_parallel, prepare_databases, start_stores
+from lab.stores import CORE, STORES, VOLUMES, in_parallel, prepare_databases, start_stores
+from lab.volumes import BACKENDS, EXPORT, MOUNT_NFS, exported, has_reported, lvm_role, types_and_quotas, write_nfs
 
 CONTROLLERS: Final = (
     "keystone", "glance-api", "placement-api", "nova-api", "nova-conductor", "nova-scheduler", "neutron-common",
     "mariadb-server", "rabbitmq-server", "memcached", "python3-pymysql",
     "uwsgi-core", "uwsgi-plugin-python3")
 HYPERVISORS: Final = ("nova-compute-qemu", "neutron-linuxbridge-agent", "libvirt-daemon-system", "libvirt-clients",
-                      "qemu-system-x86", "ebtables", "iptables", "genisoimage")
+                      "qemu-system-x86", "ebtables", "iptables", "genisoimage", *CEPH_CLIENT)
 NEEDED: Final = (*HOSTS, *MACHINES, *PACKAGES, *CONTROLLERS, *HYPERVISORS)
 FLAVORS: Final[Mapping[str, Mapping[str, int]]] = {
     "tiny": {"vcpus": 1, "ram": 128, "disk": 1},
@@ -61,10 +64,10 @@ FLAVORS: Final[Mapping[str, Mapping[str, int]]] = {
     "large": {"vcpus": 1, "ram": 256, "disk": 12},
     "several": {"vcpus": 1, "ram": 128, "disk": 1, "OS-FLV-EXT-DATA:ephemeral": 3, "swap": 16},
 }
-SERVICES: Final = {"glance": ("image", ""), "placement": ("placement", ""), "nova": ("compute", "/v2.1"),
-                   "neutron": ("network", "")}
+# What has to start again when a file of a controller changes; the others' files are always the same.
+READERS: Final = {"glance/glance-api.conf": ("glance",), "cinder/cinder.conf": ("cinder", "cinder-scheduler", "cinder-volume")}
 PATIENCE: Final = {"ns": 180.0, "vm": 900.0}  # seconds for a nova-compute to report
-IMAGES_TYPES: Final = ("qcow2", "raw", "flat")
+IMAGES_TYPES: Final = ("qcow2", "raw", "flat", "rbd")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,30 @@ class Options:
 
     hosts: tuple[str, ...] = ("src-cmp1", "dst-cmp1")  # the hypervisors that are to run
     images: Mapping[str, str] = field(default_factory=dict)  # hypervisor: images_type, where it is not qcow2
+    glance: tuple[str, ...] = ()  # clouds whose Glance has its images on Ceph
+    volumes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # cloud: backends of its Cinder; without them it has none
+
+    def storage(self, cloud: Cloud) -> Storage:
+        """Where this cloud keeps things; it has a Ceph cluster if anything is to be there."""
+        volumes = self.volumes.get(cloud.name, ())
+        on_ceph = "rbd" in (*volumes, *(self.images.get(host) for host in cloud.computes))
+        images = "rbd" if cloud.name in self.glance else "fs"
+        return Storage(on_ceph or images == "rbd", images, volumes)
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Debian's packages for them."""
+        storages = [self.storage(cloud) for cloud in CLOUDS]
+        more = ((CEPH, any(storage.ceph for storage in storages)), (CINDER, any(storage.volumes for storage in storages)))
+        return (*NEEDED, *(package for packages, wanted in more if wanted for package in packages))
+
+    def with_storage(self, name: str, *what: str) -> Options:
+        """The same with this storage in a cloud: `glance` and `nova` are then on Ceph, anything else is a backend of Cinder."""
+        images = {host: "rbd" for host in Cloud(name).computes if "nova" in what}
+        glance = tuple(cloud.name for cloud in CLOUDS if cloud.name in self.glance or (cloud.name == name and "glance" in what))
+        backends = tuple(dict.fromkeys((*self.volumes.get(name, ()), *(word for word in what if word in BACKENDS))))
+        return replace(self, images={**self.images, **images}, glance=glance,
+                       volumes={**self.volumes, **({name: backends} if backends else {})})
 
     def with_hosts(self, *names: str) -> Options:
         """The same with these hypervisors too."""
@@ -85,7 +112,8 @@ class Options:
         if not path.exists():
             return None
         content = json.loads(path.read_text())
-        return cls(tuple(content["hosts"]), content["images"])
+        volumes = {name: tuple(backends) for name, backends in content.get("volumes", {}).items()}
+        return cls(tuple(content["hosts"]), content["images"], tuple(content.get("glance", ())), volumes)
 
     def keep(self) -> None:
         """Write them down."""
@@ -137,92 +165,72 @@ class Clouds:
 
     def up(self) -> None:
         """Bring up whatever does not run. Raises LabError with the cause and the log."""
-        install(NEEDED)
+        install(self.options.needed)
         with alone("clouds"):
+            self.roster = Roster(self.folder)  # what others have started since counts too
             self.options.keep()
             for cloud in CLOUDS:
-                write_controller(cloud)
+                self._write(cloud)
             self._start_hosts()
             say(f"{', '.join(self.options.hosts)} answer on SSH")
-            start_stores(self.roster)
-            say("MariaDB, RabbitMQ and memcached run")
-            prepare_databases(self.roster)
-            say("the databases are ready")
-            in_parallel(self._controller, CLOUDS)
+            in_parallel(lambda work: work(), (self._start_stores, *self._clusters()))
+            in_parallel(self._start_controller, CLOUDS)
             say("the controllers' APIs answer")
             in_parallel(self._await_computes, CLOUDS)
             say("the hypervisors have reported")
             in_parallel(self._resources, CLOUDS)
             self._write_config()
+            for host in self.options.hosts:
+                self._settle_images_type(host)
             say("both clouds are up")
+
+    def _write(self, cloud: Cloud) -> None:
+        """Write the configuration of a cloud's services; those that run with another one are ended, and start again with the others."""
+        changed = write_controller(cloud, self.options.storage(cloud))
+        Cluster(cloud).write()
+        write_nfs(cloud)
+        self.roster.stop([f"{cloud.name}-{name}" for file, names in READERS.items() if file in changed for name in names])
+
+    def _start_stores(self) -> None:
+        """What both clouds stand on, with their databases."""
+        start_stores(self.roster)
+        say("MariaDB, RabbitMQ and memcached run")
+        prepare_databases(self.roster, CORE, CLOUDS)
+        prepare_databases(self.roster, VOLUMES, [cloud for cloud in CLOUDS if self.options.storage(cloud).volumes])
+        say("the databases are ready")
+
+    def _clusters(self) -> list[Callable[[], None]]:
+        """What starts the Ceph clusters, one for each cloud that has one."""
+        def start(cloud: Cloud) -> None:
+            Cluster(cloud).start(self.roster)
+            say(f"Ceph of {cloud.name} is up")
+
+        return [functools.partial(start, cloud) for cloud in CLOUDS if self.options.storage(cloud).ceph]
+
+    def _role(self, cloud: Cloud, host: str) -> Role:
+        """What makes a host a hypervisor of this cloud, ready for storage that the cloud may get later."""
+        made = compute_role(cloud, self.spec, host, self.options.images.get(host, "qcow2"))
+        files = (*made.files, *Cluster(cloud).files_of_hypervisor())
+        if COMPUTES[host] == "vm":
+            made = replace(made, files=files)
+            return lvm_role(cloud, self.spec, host, made) if "lvm" in self.options.storage(cloud).volumes else made
+        # qemu has a mount namespace of its own, and sees what is mounted after its start only if mounts are shared.
+        return replace(made, files=(*files, MOUNT_NFS), setup=(*made.setup, ["mount", "--make-rshared", "/"]),
+                       binds={EXPORT: str(exported(cloud))})
 
     def _start_hosts(self) -> None:
         """The hypervisors' machines with libvirtd, and the controllers' addresses beside them."""
         before = Lab.recorded(self.spec.tag) or claim(self.spec, None)
         lab = Lab(self.spec, None, {host.name: host.process for host in before})
-        lab.up({name: compute_role(cloud, self.spec, name, self.options.images.get(name, "qcow2"))
-                for cloud in CLOUDS for name in cloud.computes if name in self.options.hosts})
+        lab.up({name: self._role(cloud, name) for cloud in CLOUDS for name in cloud.computes if name in self.options.hosts})
         present = command("ip", "-o", "addr", "show", "dev", self.spec.tag)
         for cloud in CLOUDS:
             if f" {cloud.address}/" not in present:
                 command("ip", "addr", "add", f"{cloud.address}/24", "dev", self.spec.tag)
 
-    def _controller(self, cloud: Cloud) -> None:
-        """Start one cloud's services, make its accounts meanwhile, and return when all its APIs answer."""
-        etc, name = cloud.etc, cloud.name
-        self._wsgi(cloud, "keystone", "keystone-wsgi-public", {
-            "OS_KEYSTONE_CONFIG_DIR": etc / "keystone", "OS_KEYSTONE_CONFIG_FILES": etc / "keystone/keystone.conf"})
-        self._wsgi(cloud, "placement", "placement-api", {"OS_PLACEMENT_CONFIG_DIR": etc / "placement"})
-        self._accounts(cloud)
-        self.roster.start(f"{name}-glance", ["glance-api", "--config-file", etc / "glance/glance-api.conf"],
-                          place=(cloud.address, PORTS["glance"]))
-        for part, place in (("api", (cloud.address, PORTS["nova"])), ("conductor", None), ("scheduler", None)):
-            self.roster.start(f"{name}-nova-{part}", [f"nova-{part}", "--config-file", etc / "nova/nova.conf"],
-                              place=place)
-        # Not under uWSGI as Debian would have it: there its threads stop to talk with RabbitMQ after a minute of quiet.
-        self.roster.start(f"{name}-neutron", [
-            "neutron-server", "--config-file", etc / "neutron/neutron.conf",
-            "--config-file", etc / "neutron/ml2_conf.ini",
-        ], place=(cloud.address, PORTS["neutron"]))
-        for service in ("placement", "glance", "neutron"):
-            self.roster.await_listening(f"{name}-{service}", (cloud.address, PORTS[service]))
-        self.roster.await_listening(f"{name}-nova-api", (cloud.address, PORTS["nova"]))
-
-    def _wsgi(self, cloud: Cloud, service: str, script: str, env: Mapping[str, str | Path]) -> None:
-        """Start a service that Debian runs under uWSGI."""
-        place = (cloud.address, PORTS[service])
-        self.roster.start(f"{cloud.name}-{service}", [
-            "uwsgi_python3", "--plugin", "python3", "--http-socket", f"{place[0]}:{place[1]}", "--master",
-            "--wsgi-file", f"/usr/bin/{script}", "--lazy-apps", "--need-app", "--die-on-term", "--no-orphans",
-            "--processes", "1", "--threads", "8", "--enable-threads", "--buffer-size", "65535",
-            "--add-header", "Connection: close",
-        ], {key: str(value) for key, value in env.items()}, place)
-
-    def _accounts(self, cloud: Cloud) -> None:
-        """Users, projects, roles and the catalogue, once."""
-        marker = cloud.folder / "accounts.done"
-        self.roster.await_listening(f"{cloud.name}-keystone", (cloud.address, PORTS["keystone"]))
-        if marker.exists():
-            return
-        url = f"{cloud.url('keystone')}/v3"
-        logged(["keystone-manage", "--config-file", cloud.etc / "keystone/keystone.conf", "bootstrap",
-                "--bootstrap-password", PASSWORD, "--bootstrap-region-id", "RegionOne",
-                *(word for kind in ("public", "internal", "admin") for word in (f"--bootstrap-{kind}-url", url))],
-               self.roster.log(f"{cloud.name}-bootstrap"))
-        api = self.api(cloud.name)
-        service = api.ensure("keystone", "projects", "service", domain_id="default")
-        api.ensure("keystone", "roles", "service")
-        for name, (kind, path) in SERVICES.items():
-            _grant(api, service, name, "admin", "service")
-            entry = api.ensure("keystone", "services", name, type=kind)
-            for interface in ("public", "internal", "admin"):
-                api.call("POST", "keystone", "/endpoints", {"endpoint": {
-                    "service_id": entry, "interface": interface, "region_id": "RegionOne",
-                    "url": cloud.url(name) + path}})
-        demo = api.ensure("keystone", "projects", "demo", domain_id="default")
-        _grant(api, demo, "demo", "member")
-        _grant(api, demo, "admin", "admin")
-        marker.touch()
+    def _start_controller(self, cloud: Cloud) -> None:
+        """Start one cloud's services, and return when all its APIs answer."""
+        start_controller(self.roster, self.api(cloud.name), self.options.storage(cloud))
 
     # ---- the hypervisors' services ----
 
@@ -254,15 +262,23 @@ class Clouds:
         return known and any(time >= since for time in heard) and any(time >= since for time in heard_of)
 
     def set_images_type(self, host: str, images_type: str) -> None:
-        """Let new disks on this hypervisor be qcow2, raw or flat; returns when its nova-compute runs again."""
+        """Let new disks on this hypervisor be of another kind; returns when its nova-compute runs again."""
         if host not in self.options.hosts or images_type not in IMAGES_TYPES:
             raise LabError(f"one of {', '.join(self.options.hosts)} and one of {', '.join(IMAGES_TYPES)}, please")
+        cloud = next(cloud for cloud in CLOUDS if host in cloud.computes)
+        if images_type == "rbd" and not self.options.storage(cloud).ceph:
+            raise LabError(f"{cloud.name} has no Ceph cluster; `up --storage {cloud.name}:nova` starts one")
         self.options = replace(self.options, images={**self.options.images, host: images_type})
         self.options.keep()
-        cloud = next(cloud for cloud in CLOUDS if host in cloud.computes)
         text = nova_compute(cloud, self.spec, host, images_type)
         self.host(host).run("sh", "-c", "cat >/etc/nova/nova.conf", input=text)
         self.restart(host, "nova-compute")
+
+    def _settle_images_type(self, host: str) -> None:
+        """Let a hypervisor that ran before have the images_type that it should have now."""
+        wanted = self.options.images.get(host, "qcow2")
+        if f"images_type = {wanted}\n" not in self.host(host).run("cat", "/etc/nova/nova.conf").stdout:
+            self.set_images_type(host, wanted)
 
     def restart(self, host: str, service: str) -> None:
         """Restart nova-compute (or another service) of a hypervisor; returns when Nova sees it alive again."""
@@ -283,7 +299,12 @@ class Clouds:
 
     def _resources(self, cloud: Cloud) -> None:
         """Flavors, a network and images, as far as they are missing."""
-        api = self.api(cloud.name)
+        api, storage = self.api(cloud.name), self.options.storage(cloud)
+        if storage.volumes:
+            machines = [name for name in cloud.computes if COMPUTES[name] == "vm" and name in self.options.hosts]
+            patiently(f"{cloud.name}: Cinder's services to report", lambda: has_reported(self.roster, api, storage, machines),
+                      PATIENCE["vm" if machines else "ns"])
+            types_and_quotas(api, storage)
         for name, sizes in FLAVORS.items():
             api.ensure("nova", "flavors", name, **sizes)
         # Without port security: its ARP rules hold the agent up for minutes when an address has a part below 10 (hexadecimal), which
@@ -313,6 +334,7 @@ class Clouds:
     def down(self) -> None:
         """End all that was started, and nothing else; the clouds' data stays."""
         with alone("clouds"):
+            self.roster = Roster(self.folder)
             lab = Lab.recorded(self.spec.tag)
             if not lab and not self.roster.processes:
                 say("the clouds are not up")
@@ -321,8 +343,9 @@ class Clouds:
                 say("ending the hypervisors")
                 lab.down()
             say("ending the controllers")
-            self.roster.stop([name for name in self.roster.processes if name not in STORES], seconds=5)
-            for name in STORES:
+            below = [name for part in ("ceph-osd", "ceph-mon") for name in self.roster.processes if name.endswith(part)]
+            self.roster.stop([name for name in self.roster.processes if name not in (*STORES, *below)], seconds=5)
+            for name in (*below, *STORES):
                 self.roster.stop([name], seconds=30)
             say("the clouds are down; their data is kept")
 
@@ -336,14 +359,6 @@ def credentials(cloud: Cloud, user: str) -> dict[str, str]:
     """What logs a user in, in the words of keystoneauth."""
     return {"auth_url": f"{cloud.url('keystone')}/v3", "username": user, "password": PASSWORD, "project_name": user,
             "user_domain_name": "Default", "project_domain_name": "Default"}
-
-
-def _grant(api: Api, project: str, user: str, *roles: str) -> None:
-    """Give a user roles in a project; the user is made when there is none of that name."""
-    identity = api.ensure("keystone", "users", user, password=PASSWORD, domain_id="default")
-    for role in roles:
-        number = api.need("keystone", "roles", role)
-        api.call("PUT", "keystone", f"/projects/{project}/users/{identity}/roles/{number}")
 
 
 def _other_content(image: Path) -> Path:

@@ -25,6 +25,11 @@ gaps=$(awk '$1 != NR || length($2) != 32 {n++} END {print n + 0}' records 2>/dev
 [ "$last" = 0 ] || [ "${newest#* }" = "$(digest "$last")" ] || gaps=$((gaps + 1))
 sync
 say "boots=$boots last=$last broken=$gaps base=$(md5sum base.bin | cut -c1-12)"
+for disk in /sys/block/vd[b-z]; do # every other disk: its serial, its size in bytes, and the md5 of its first MiB
+	[ -d "$disk" ] || continue
+	first=$(dd "if=/dev/${disk##*/}" bs=1M count=1 2>/dev/null | md5sum | cut -c1-12)
+	say "disk ${disk##*/} serial=$(cat "$disk/serial") size=$(($(cat "$disk/size") * 512)) first=$first"
+done
 
 mkdir -p /etc/acpi/PWRF # the folder that acpid looks into when the power button is pressed
 cat >/etc/acpi/PWRF/00000080 <<'X'

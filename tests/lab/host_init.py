@@ -66,6 +66,9 @@ def build_view(orders: Orders) -> None:
     run("mount", "-t", "overlay", "-o", layers, "overlay", root)
     for name in OWN:
         give_own(root + "/" + name, folder + "/data/" + name)
+    for place, shared in orders["binds"].items():
+        os.makedirs(root + place, exist_ok=True)
+        run("mount", "--bind", shared, root + place)
     os.makedirs(root + "/var/lib/nova", exist_ok=True)
     run("mount", "-o", "loop,noatime,discard", orders["disk"], root + "/var/lib/nova")
     run("mount", "-t", "proc", "proc", root + "/proc")

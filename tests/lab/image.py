@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lab.packages import HOSTS
+from lab.packages import CEPH_CLIENT, HOSTS
 from lab.processes import CLEAN_ENV, LabError, alone, command, home, say
 
 SYSTEM: Final = ("base-files", "base-passwd", "bash", "busybox-static", "coreutils", "dash", "debianutils", "diffutils",
@@ -26,12 +26,14 @@ SYSTEM: Final = ("base-files", "base-passwd", "bash", "busybox-static", "coreuti
 CONTENTS: Final = {  # image: the packages it is made for
     "host": (*HOSTS, *SYSTEM),
     "compute": (*HOSTS, *SYSTEM, "nova-compute-qemu", "neutron-linuxbridge-agent", "libvirt-daemon-system",
-                "libvirt-clients", "qemu-system-x86", "ebtables", "iptables"),
+                "libvirt-clients", "qemu-system-x86", "ebtables", "iptables", *CEPH_CLIENT,
+                # for volumes of its own, as far as the lab has installed that
+                "cinder-volume", "lvm2", "thin-provisioning-tools", "open-iscsi", "python3-rtslib-fb", "udev"),
 }
 LEFT_OUT: Final = re.compile(r"/usr/share/(doc|man|locale|info|lintian|bash-completion|i18n|perl)/|/usr/lib/systemd/"
                              r"|/usr/bin/qemu-system-(?!x86_64$)|/etc/ssh/ssh_host_|/usr/include/|\.a$")
 DRIVERS: Final = ("virtio_net", "virtio_blk", "virtio_pci", "virtio_rng", "nbd", "loop", "dm_mod", "dm_snapshot", "tun",
-                  "veth", "fuse", "sch_tbf")
+                  "veth", "fuse", "sch_tbf", "dm_thin_pool", "sd_mod", "iscsi_tcp", "target_core_iblock", "iscsi_target_mod", "configfs")
 FILTERS: Final = ("net/bridge", "net/netfilter", "net/ipv4/netfilter", "net/ipv6/netfilter")  # for security groups
 PLACES: Final = ("proc", "sys", "dev", "run", "tmp", "root", "home", "mnt", "var/log", "var/tmp", "var/lib/nova",
                  "var/lib/libvirt", "var/cache/libvirt", "var/lib/neutron", "var/spool")

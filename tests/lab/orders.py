@@ -57,6 +57,7 @@ class Role:
     files: Sequence[File] = ()
     services: Sequence[Service] = ()
     setup: Sequence[Sequence[str]] = ()
+    binds: Mapping[str, str] = field(default_factory=dict)  # folders of this machine that a host of kind `ns` sees: place there, folder
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ def write_orders(spec: Spec, name: str, disk: Path, role: Role) -> Path:
         "files": [asdict(file) for file in (*_identity(spec, name), *role.files)],
         "services": [asdict(service) for service in (sshd, *role.services)],
         "setup": role.setup,
+        "binds": role.binds,
     }
     path = spec.folder / name / "orders.json"
     path.write_text(json.dumps(orders, indent=1))

@@ -13,6 +13,9 @@ from lab.processes import CLEAN_ENV, LabError, home, say, tail
 
 HOSTS: Final = ("openssh-server", "openssh-client", "sudo", "python3", "iproute2", "util-linux", "e2fsprogs", "kmod",
                 "qemu-utils", "nbd-server", "nbd-client", "procps", "iptables", "tcsh", "fish")
+CEPH: Final = ("ceph-mon", "ceph-osd", "ceph-mgr")
+CEPH_CLIENT: Final = ("ceph-common", "qemu-block-extra", "python3-rbd")  # what a hypervisor needs to use it
+CINDER: Final = ("cinder-api", "cinder-scheduler", "cinder-volume", "lvm2", "thin-provisioning-tools", "open-iscsi", "python3-rtslib-fb")
 MACHINES: Final = ("qemu-system-x86", "busybox-static", "lz4")
 POLICY: Final = Path("/usr/sbin/policy-rc.d")  # Debian asks this file before it starts a service: 101 says no
 SAYS_NO: Final = "#!/bin/sh\n# The lab is installing packages and wants no service started.\nexit 101\n"

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,14 +20,16 @@ from lab.orders import File, Role, Service, Spec
 from lab.processes import home
 
 PASSWORD: Final = "lab-only"  # every account's; the clouds are reachable from this machine alone
+FIXED_KEY: Final = "5a" * 32  # of all encrypted volumes
 NETWORK: Final = "10.80.0.0/24"
 ADDRESSES: Final = {"src": "10.80.0.1", "dst": "10.80.0.2"}  # of the clouds' APIs
 KINDS: Final = {"cmp": "ns", "vm": "vm"}  # a hypervisor's name tells what it is made of
 COMPUTES: Final = {f"{cloud}-{made}{number}": kind for made, kind in KINDS.items() for number in (1, 2) for cloud in ADDRESSES}  # from .11 on
 TENANTS: Final = {"src": "10.90.1.0/24", "dst": "10.90.2.0/24"}
-PORTS: Final = {"keystone": 5000, "glance": 9292, "placement": 8778, "nova": 8774, "neutron": 9696}
+PORTS: Final = {"keystone": 5000, "glance": 9292, "placement": 8778, "nova": 8774, "neutron": 9696, "cinder": 8776}
 DATABASES: Final = ("keystone", "glance", "placement", "nova_api", "nova", "nova_cell0", "neutron")
 BUS: Final = (ADDRESSES["src"], 5672)
+DATABASE: Final = (ADDRESSES["src"], 13306)  # for virtual machines that have volumes; all others use its socket
 EPMD_PORT: Final = 4388
 DIST_PORT: Final = 25688
 
@@ -51,6 +53,16 @@ class Cloud:
         return self.folder / "etc"
 
     @property
+    def ceph(self) -> Path:
+        """All that belongs to its Ceph cluster."""
+        return self.folder / "ceph"
+
+    @property
+    def ceph_conf(self) -> Path:
+        """What the controller's services need to know of the cluster."""
+        return self.ceph / "client.conf"
+
+    @property
     def address(self) -> str:
         """Where its APIs listen."""
         return ADDRESSES[self.name]
@@ -64,9 +76,10 @@ class Cloud:
         """The address of one of its APIs."""
         return f"http://{self.address}:{PORTS[service]}"
 
-    def database(self, name: str) -> str:
-        """What SQLAlchemy needs to reach one of its databases."""
-        return f"mysql+pymysql://lab:{PASSWORD}@localhost/{name}_{self.name}?unix_socket={socket()}&charset=utf8"
+    def database(self, name: str, here: bool = True) -> str:
+        """What SQLAlchemy needs to reach one of its databases, from this machine or from a virtual one."""
+        place, way = ("localhost", f"unix_socket={socket()}&") if here else (f"{DATABASE[0]}:{DATABASE[1]}", "")
+        return f"mysql+pymysql://lab:{PASSWORD}@{place}/{name}_{self.name}?{way}charset=utf8"
 
     @property
     def bus(self) -> str:
@@ -77,8 +90,27 @@ class Cloud:
 CLOUDS: Final = (Cloud("src"), Cloud("dst"))
 
 
+@dataclass(frozen=True)
+class Storage:
+    """Where one cloud keeps what is not on its hypervisors' own disks."""
+
+    ceph: bool = False  # it has a Ceph cluster
+    images: str = "fs"  # where Glance puts new images: fs (files) or rbd (Ceph)
+    volumes: tuple[str, ...] = ()  # Cinder's backends, the default one first; none: the cloud has no Cinder
+
+    @property
+    def on_controller(self) -> tuple[str, ...]:
+        """The backends that the controller's cinder-volume serves; `lvm` is on the virtual machines."""
+        return tuple(name for name in self.volumes if name != "lvm")
+
+
+def ceph_secret(cloud: Cloud, user: str) -> str:
+    """The id under which libvirt keeps the key of one of the cluster's users."""
+    return str(uuid.uuid5(uuid.NAMESPACE_DNS, f"client.{user} {cloud.folder}"))
+
+
 def socket() -> Path:
-    """MariaDB's socket; it listens nowhere else."""
+    """MariaDB's socket."""
     return home() / "clouds" / "mariadb" / "socket"
 
 
@@ -126,16 +158,28 @@ def _keystone(cloud: Cloud) -> Ini:
     }
 
 
-def _glance(cloud: Cloud) -> Ini:
+def _glance(cloud: Cloud, storage: Storage) -> Ini:
     return {
-        "DEFAULT": {"bind_host": cloud.address, "workers": 0, "use_stderr": True, "enabled_backends": "",
-                    "node_staging_uri": f"file://{cloud.folder}/staging"},
+        "DEFAULT": {"bind_host": cloud.address, "workers": 0, "use_stderr": True,
+                    **({"enabled_backends": "rbd:rbd, fs:file", "show_image_direct_url": True} if storage.images == "rbd" else
+                       {"enabled_backends": "", "node_staging_uri": f"file://{cloud.folder}/staging"})},
         "database": _database(cloud, "glance"),
         "keystone_authtoken": _guard(cloud, "glance"),
         "paste_deploy": {"flavor": "keystone", "config_file": "/etc/glance/glance-api-paste.ini"},
-        "glance_store": {"stores": "file", "default_store": "file",
-                         "filesystem_store_datadir": cloud.folder / "images"},
+        **(_stores(cloud) if storage.images == "rbd" else {
+            "glance_store": {"stores": "file", "default_store": "file", "filesystem_store_datadir": cloud.folder / "images"}}),
         **_paths(cloud, "glance"),
+    }
+
+
+def _stores(cloud: Cloud) -> Ini:
+    """Glance's stores where there are several."""
+    return {
+        "glance_store": {"default_backend": "rbd"},
+        "rbd": {"rbd_store_pool": "images", "rbd_store_user": "glance", "rbd_store_ceph_conf": cloud.ceph_conf},
+        "fs": {"filesystem_store_datadir": cloud.folder / "images"},
+        "os_glance_staging_store": {"filesystem_store_datadir": cloud.folder / "staging"},
+        "os_glance_tasks_store": {"filesystem_store_datadir": cloud.folder / "tasks"},
     }
 
 
@@ -159,6 +203,8 @@ def _nova_common(cloud: Cloud) -> dict[str, dict[str, object]]:
         "neutron": {**_login(cloud, "neutron"), "service_metadata_proxy": True,
                     "metadata_proxy_shared_secret": PASSWORD},
         "glance": {"region_name": "RegionOne"},
+        "cinder": {**_login(cloud, "nova"), "os_region_name": "RegionOne"},
+        "key_manager": {"backend": "nova.keymgr.conf_key_mgr.ConfKeyManager", "fixed_key": FIXED_KEY},
         "vnc": {"enabled": False},
         "spice": {"enabled": False},
         "oslo_messaging_notifications": {"driver": "noop"},
@@ -184,7 +230,9 @@ def _nova(cloud: Cloud) -> Ini:
 
 
 def nova_compute(cloud: Cloud, spec: Spec, host: str, images_type: str) -> str:
-    """The hypervisor's own nova.conf; `images_type` is qcow2, raw or flat."""
+    """The hypervisor's own nova.conf; `images_type` is qcow2, raw, flat or rbd."""
+    ceph = {"images_rbd_pool": "vms", "images_rbd_ceph_conf": "/etc/ceph/ceph.conf", "rbd_user": "nova",
+            "rbd_secret_uuid": ceph_secret(cloud, "nova")} if images_type == "rbd" else {}
     return ini({
         "DEFAULT": {"my_ip": spec.address(host), "host": host, "transport_url": cloud.bus,
                     "state_path": "/var/lib/nova", "log_file": "/var/log/nova/nova-compute.log",
@@ -192,7 +240,7 @@ def nova_compute(cloud: Cloud, spec: Spec, host: str, images_type: str) -> str:
                     "resume_guests_state_on_host_boot": True, "reserved_host_memory_mb": 256, "report_interval": 5,
                     "shutdown_timeout": 10, "vif_plugging_timeout": 300, "allow_resize_to_same_host": True},
         "libvirt": {"virt_type": "qemu", "cpu_mode": "none", "images_type": images_type, "inject_partition": -2,
-                    "live_migration_inbound_addr": spec.address(host)},
+                    "live_migration_inbound_addr": spec.address(host), **ceph},
         # When a guest has been moved, libvirt's event and the migration itself both have Neutron activate the port on the new host. Where
         # they do so at once Neutron answers one of them with 500, and Nova puts an instance that runs into ERROR.
         "workarounds": {"handle_virt_lifecycle_events": False},
@@ -200,6 +248,42 @@ def nova_compute(cloud: Cloud, spec: Spec, host: str, images_type: str) -> str:
         "oslo_policy": {"policy_dirs": "/etc/nova/policy.d"},
         **_nova_common(cloud),
     })
+
+
+def cinder(cloud: Cloud, address: str, host: str, backends: Sequence[str]) -> Ini:
+    """Cinder's configuration on the controller, or on a virtual machine that holds volumes itself."""
+    here = address == cloud.address
+    state = cloud.folder / "cinder" if here else Path("/var/lib/cinder")
+    return {
+        "DEFAULT": {"use_stderr": True, "my_ip": address, "host": host, "transport_url": cloud.bus, "state_path": state,
+                    "api_paste_config": "/etc/cinder/api-paste.ini", "rootwrap_config": "/etc/cinder/rootwrap.conf",
+                    "resource_query_filters_file": "/etc/cinder/resource_filters.json",
+                    "default_volume_type": "standard", "enabled_backends": ",".join(backends),
+                    "glance_api_servers": cloud.url("glance"), "allowed_direct_url_schemes": "rbd",
+                    "image_conversion_dir": state / "conversion", "report_interval": 5},
+        "database": {**_database(cloud, "cinder"), "connection": cloud.database("cinder", here)},
+        "keystone_authtoken": {**_guard(cloud, "cinder"), "service_token_roles": "service", "service_token_roles_required": True},
+        "service_user": {"send_service_user_token": True, **_login(cloud, "cinder")},
+        "nova": {**_login(cloud, "cinder"), "interface": "internal"},
+        "key_manager": {"backend": "cinder.keymgr.conf_key_mgr.ConfKeyManager", "fixed_key": FIXED_KEY},
+        "oslo_concurrency": {"lock_path": state / "lock"},
+        "oslo_policy": {"policy_dirs": "/etc/cinder/policy.d"},
+        "oslo_messaging_notifications": {"driver": "noop"},
+        **{name: {"volume_backend_name": name, **_backend(cloud, name, address, state)} for name in backends},
+    }
+
+
+def _backend(cloud: Cloud, name: str, address: str, state: Path) -> dict[str, object]:
+    """One of Cinder's backends: rbd (Ceph), nfs (files) or lvm (by iSCSI)."""
+    if name == "rbd":
+        return {"volume_driver": "cinder.volume.drivers.rbd.RBDDriver", "rbd_pool": "volumes", "rbd_user": "cinder",
+                "rbd_ceph_conf": cloud.ceph_conf, "rbd_secret_uuid": ceph_secret(cloud, "cinder")}
+    if name == "nfs":
+        return {"volume_driver": "cinder.volume.drivers.nfs.NfsDriver", "nfs_shares_config": cloud.etc / "cinder/shares",
+                "nfs_mount_point_base": state / "mnt", "nfs_mount_attempts": 1,
+                "nas_secure_file_operations": False, "nas_secure_file_permissions": False}
+    return {"volume_driver": "cinder.volume.drivers.lvm.LVMVolumeDriver", "volume_group": "volumes", "lvm_type": "thin",
+            "target_helper": "lioadm", "target_protocol": "iscsi", "target_ip_address": address}
 
 
 def _neutron(cloud: Cloud) -> Ini:
@@ -247,19 +331,16 @@ def _bridges() -> Ini:
     }
 
 
-def write_controller(cloud: Cloud) -> None:
-    """Write the configuration of the cloud's controller, 0600: passwords are in it."""
+def write_controller(cloud: Cloud, storage: Storage) -> list[str]:
+    """Write the configuration of the cloud's controller, 0600: passwords are in it. Returns the names of files that are not as they were."""
     files: dict[str, Ini] = {
-        "keystone/keystone.conf": _keystone(cloud), "glance/glance-api.conf": _glance(cloud),
+        "keystone/keystone.conf": _keystone(cloud), "glance/glance-api.conf": _glance(cloud, storage),
         "placement/placement.conf": _placement(cloud), "nova/nova.conf": _nova(cloud),
         "neutron/neutron.conf": _neutron(cloud), "neutron/ml2_conf.ini": _ml2(),
+        **({"cinder/cinder.conf": cinder(cloud, cloud.address, f"{cloud.name}-ctl", storage.on_controller)} if storage.volumes else {}),
     }
-    for name, sections in files.items():
-        path = cloud.etc / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        path.write_text(ini(sections))
-    for name in ("lock", "images", "staging", "nova", "neutron", "log"):
+    changed = [name for name, sections in files.items() if write_private(cloud.etc / name, ini(sections))]
+    for name in ("lock", "images", "staging", "tasks", "nova", "neutron", "cinder", "log"):
         (cloud.folder / name).mkdir(exist_ok=True)
     for name in ("fernet", "credential"):  # what `keystone-manage fernet_setup` and `credential_setup` would make
         folder = cloud.folder / name
@@ -268,6 +349,17 @@ def write_controller(cloud: Cloud) -> None:
             if not (folder / key).exists():
                 (folder / key).touch(mode=0o600)
                 (folder / key).write_bytes(base64.urlsafe_b64encode(os.urandom(32)))
+    return changed
+
+
+def write_private(path: Path, text: str) -> bool:
+    """Write a file, 0600; False if it was there with this text."""
+    if path.exists() and path.read_text() == text:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(text)
+    return True
 
 
 def write_bus(folder: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -18,6 +19,7 @@ from lab.roster import Roster
 from lab.settings import (
     BUS,
     CLOUDS,
+    DATABASE,
     DATABASES,
     EPMD_PORT,
     PASSWORD,
@@ -26,9 +28,30 @@ from lab.settings import (
     write_bus,
 )
 
-OWNERS: Final = ("keystone", "glance-common", "placement-common", "nova-common", "neutron-common")
 STORES: Final = ("rabbitmq", "mariadb", "epmd")  # in the order in which they end
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Databases that are made together, and the packages whose tools make their tables."""
+
+    name: str
+    databases: tuple[str, ...]
+    owners: tuple[str, ...]
+
+    def marker(self, cloud: Cloud) -> Path:
+        """The file that is there when a cloud has these databases."""
+        return cloud.folder / f"{self.name}.done"
+
+    def kept(self) -> Path:
+        """The folder with the SQL that fits the installed packages."""
+        versions = command("dpkg-query", "-W", "-f", "${Package} ${Version}\n", *self.owners)
+        return home() / "cache" / f"{self.name}-{hashlib.sha256(versions.encode()).hexdigest()[:12]}"
+
+
+CORE: Final = Schema("tables", DATABASES, ("keystone", "glance-common", "placement-common", "nova-common", "neutron-common"))
+VOLUMES: Final = Schema("volume-tables", ("cinder",), ("cinder-common",))
 
 
 def in_parallel(work: Callable[[Item], None], items: Iterable[Item]) -> None:
@@ -63,9 +86,10 @@ def _start_mariadb(roster: Roster) -> None:
         logged(["mariadb-install-db", "--no-defaults", "--user=mysql", f"--datadir={folder}", "--skip-test-db",
                 "--auth-root-authentication-method=normal"], roster.log("mariadb"))
     roster.start("mariadb", [
-        "mariadbd", "--no-defaults", "--user=mysql", f"--datadir={folder}", f"--socket={socket()}", "--skip-networking",
+        "mariadbd", "--no-defaults", "--user=mysql", f"--datadir={folder}", f"--socket={socket()}",
+        f"--bind-address={DATABASE[0]}", f"--port={DATABASE[1]}", "--skip-name-resolve",
         f"--pid-file={folder}/pid", "--max-connections=600", "--innodb-buffer-pool-size=192M",
-        "--performance-schema=OFF", "--innodb-flush-log-at-trx-commit=0", "--character-set-server=utf8mb3"])
+        "--performance-schema=OFF", "--innodb-flush-log-at-trx-commit=0", "--character-set-server=utf8mb3"], place=DATABASE)
 
 
 def _answers(roster: Roster) -> bool:
@@ -86,38 +110,42 @@ def sql(statements: str, database: str = "") -> str:
 # ---- tables ----
 
 
-def prepare_databases(roster: Roster) -> None:
-    """Give both clouds their databases with empty tables, unless they have them."""
-    wanting = [cloud for cloud in CLOUDS if not _marker(cloud).exists()]
+def prepare_databases(roster: Roster, schema: Schema, clouds: Iterable[Cloud]) -> None:
+    """Give these clouds databases with empty tables, unless they have them."""
+    wanting = [cloud for cloud in clouds if not schema.marker(cloud).exists()]
     if not wanting:
         return
-    names = [f"{database}_{cloud.name}" for cloud in wanting for database in DATABASES]
-    sql(f"CREATE USER IF NOT EXISTS 'lab'@'localhost' IDENTIFIED BY '{PASSWORD}';" + "".join(
-        f"DROP DATABASE IF EXISTS {name}; CREATE DATABASE {name}; GRANT ALL ON {name}.* TO 'lab'@'localhost';"
+    names = [f"{database}_{cloud.name}" for cloud in wanting for database in schema.databases]
+    users = ("'lab'@'localhost'", "'lab'@'%'")
+    sql("".join(f"CREATE USER IF NOT EXISTS {user} IDENTIFIED BY '{PASSWORD}';" for user in users) + "".join(
+        f"DROP DATABASE IF EXISTS {name}; CREATE DATABASE {name};" + "".join(f"GRANT ALL ON {name}.* TO {user};" for user in users)
         for name in names))
-    tables = _kept_tables()
+    tables = schema.kept()
     if not tables.is_dir():
-        _make_tables(wanting[0], tables, roster.log("tables"))
-    in_parallel(lambda cloud: _load_tables(cloud, tables), wanting)
+        _make_tables(schema, wanting[0], tables, roster.log("tables"))
+    in_parallel(lambda cloud: _load_tables(schema, cloud, tables), wanting)
 
 
-def _marker(cloud: Cloud) -> Path:
-    return cloud.folder / "tables.done"
-
-
-def _kept_tables() -> Path:
-    """The folder with the SQL that fits the installed packages."""
-    versions = command("dpkg-query", "-W", "-f", "${Package} ${Version}\n", *OWNERS)
-    return home() / "cache" / f"tables-{hashlib.sha256(versions.encode()).hexdigest()[:12]}"
-
-
-def _make_tables(cloud: Cloud, tables: Path, log: Path) -> None:
+def _make_tables(schema: Schema, cloud: Cloud, tables: Path, log: Path) -> None:
     """Let OpenStack's tools make the tables in this cloud's databases, and keep them as SQL."""
-    say("making the tables of OpenStack's databases (once; they are kept as SQL)")
-    etc = cloud.etc
-    placement = {"OS_PLACEMENT_CONFIG_DIR": str(etc / "placement")}
+    say(f"making the tables of {', '.join(schema.databases)} (once; they are kept as SQL)")
+    placement = {"OS_PLACEMENT_CONFIG_DIR": str(cloud.etc / "placement")}
+    in_parallel(lambda argv: logged(argv, log, placement), _makers(schema, cloud.etc))
+    draft = tables.with_suffix(".new")
+    draft.mkdir(parents=True, exist_ok=True)
+    for database in schema.databases:
+        source = "nova" if database == "nova_cell0" else database  # Nova's two cells have the same tables
+        (draft / f"{database}.sql").write_text(
+            command("mariadb-dump", "--no-defaults", "-S", socket(), "-u", "root", f"{source}_{cloud.name}"))
+    draft.rename(tables)
+
+
+def _makers(schema: Schema, etc: Path) -> list[list[str | Path]]:
+    """The commands that make the tables."""
+    if schema == VOLUMES:
+        return [["cinder-manage", "--config-file", etc / "cinder/cinder.conf", "db", "sync"]]
     nova: list[str | Path] = ["nova-manage", "--config-file", etc / "nova/nova.conf"]
-    jobs: list[list[str | Path]] = [
+    return [
         [*nova, "db", "sync", "--local_cell"],
         ["neutron-db-manage", "--config-file", etc / "neutron/neutron.conf",
          "--config-file", etc / "neutron/ml2_conf.ini", "upgrade", "heads"],
@@ -126,23 +154,21 @@ def _make_tables(cloud: Cloud, tables: Path, log: Path) -> None:
         ["glance-manage", "--config-file", etc / "glance/glance-api.conf", "db_sync"],
         ["placement-manage", "--config-file", etc / "placement/placement.conf", "db", "sync"],
     ]
-    in_parallel(lambda argv: logged(argv, log, placement), jobs)
-    draft = tables.with_suffix(".new")
-    draft.mkdir(parents=True, exist_ok=True)
-    for database in DATABASES:
-        source = "nova" if database == "nova_cell0" else database  # Nova's two cells have the same tables
-        (draft / f"{database}.sql").write_text(
-            command("mariadb-dump", "--no-defaults", "-S", socket(), "-u", "root", f"{source}_{cloud.name}"))
-    draft.rename(tables)
 
 
-def _load_tables(cloud: Cloud, tables: Path) -> None:
-    """Load the tables and tell Nova its two cells, as `nova-manage cell_v2` would."""
-    for database in DATABASES:
+def _load_tables(schema: Schema, cloud: Cloud, tables: Path) -> None:
+    """Load the tables."""
+    for database in schema.databases:
         sql((tables / f"{database}.sql").read_text(), f"{database}_{cloud.name}")
+    if schema == CORE:
+        _name_cells(cloud)
+    schema.marker(cloud).touch()
+
+
+def _name_cells(cloud: Cloud) -> None:
+    """Tell Nova its two cells, as `nova-manage cell_v2` would."""
     cells = (("cell0", "00000000-0000-0000-0000-000000000000", "none:///", "nova_cell0"),
              ("cell1", "11111111-1111-4111-8111-111111111111", cloud.bus, "nova"))
     sql("".join(f"INSERT INTO cell_mappings (created_at, uuid, name, transport_url, database_connection, disabled) "
                 f"VALUES (NOW(), '{uuid}', '{name}', '{bus}', '{cloud.database(database)}', 0);"
                 for name, uuid, bus, database in cells), f"nova_api_{cloud.name}")
-    _marker(cloud).touch()
