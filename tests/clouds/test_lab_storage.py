@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 
 import pytest
 
-from clouds.conftest import MiB, wait_for_console
+from clouds.conftest import STORAGE, MiB, wait_for_console
 from lab.api import Api
 from lab.ceph import Cluster
 from lab.clouds import Clouds
@@ -19,6 +20,8 @@ from lab.volumes import exported
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 ON_CEPH = "dst-cmp2"
+MACHINE = "src-vm1"
+PATIENCE = 900.0  # seconds for a guest to boot in a virtual machine without KVM
 PATTERN = bytes(range(256)) * (MiB // 256)
 
 
@@ -28,6 +31,16 @@ def on_ceph(storage: Clouds) -> Iterator[Host]:
     storage.set_images_type(ON_CEPH, "rbd")
     yield storage.host(ON_CEPH)
     storage.set_images_type(ON_CEPH, "raw")
+
+
+@pytest.fixture(scope="module")
+def machine(storage: Clouds) -> Iterator[Host]:
+    """A virtual machine with LVM, whose volumes go by iSCSI to whoever uses them."""
+    more = Clouds(STORAGE.with_storage("src", "lvm").with_hosts(MACHINE))
+    more.up()
+    yield more.host(MACHINE)
+    more.host(MACHINE).kill()
+    STORAGE.keep()
 
 
 def domain(host: Host, api: Api, id: str) -> ET.Element:
@@ -109,3 +122,26 @@ def test_a_guest_with_all_its_disks_on_ceph_boots(storage: Clouds, on_ceph: Host
     assert key == Cluster(dst.cloud).key("nova")
     dst.delete(id)
     assert id not in rbd(dst.cloud, "ls", "vms")
+
+
+@pytest.mark.timeout(2400)
+def test_a_volume_on_lvm_goes_by_iscsi_to_a_guest_whose_root_is_on_lvm(storage: Clouds, machine: Host, src: Api) -> None:
+    lab = Clouds.running()
+    lab.set_images_type(MACHINE, "lvm")
+    volume = src.create_volume("data", volume_type="lvm")
+    id = src.create("with-volume", availability_zone=f"nova:{MACHINE}")
+    src.attach(id, volume)
+    found = disks(domain(machine, src, id))
+    places = {name: disk.find("source").get("dev", "") for name, disk in found.items()}  # type: ignore[union-attr]
+    assert places["vda"] == f"/dev/instances/{id}_disk" and places["vdb"].startswith("/dev/sd") and found["vdb"].findtext("serial") == volume
+    src.act(id, "os-stop", until="SHUTOFF")
+    links = machine.run("sh", "-c", "ls -l /dev/disk/by-path").stdout
+    assert f"iscsi-iqn.2010-10.org.openstack:volume-{volume}-lun-0" in links
+    machine.run("sh", "-ec", "base64 -d | dd of=$1 bs=1M oflag=direct iflag=fullblock", "sh", places["vdb"],
+                input=base64.b64encode(PATTERN).decode())
+    src.act(id, "os-start", until="ACTIVE")
+    shown = wait_for_console(src, id, f"GUEST disk vdb serial={volume[:20]} ", PATIENCE, 15)
+    assert f"size={1024 * MiB} first={hashlib.md5(PATTERN).hexdigest()[:12]}" in shown
+    src.detach(id, volume)
+    src.delete(id)
+    src.delete_volume(volume)

@@ -67,7 +67,7 @@ FLAVORS: Final[Mapping[str, Mapping[str, int]]] = {
 # What has to start again when a file of a controller changes; the others' files are always the same.
 READERS: Final = {"glance/glance-api.conf": ("glance",), "cinder/cinder.conf": ("cinder", "cinder-scheduler", "cinder-volume")}
 PATIENCE: Final = {"ns": 180.0, "vm": 900.0}  # seconds for a nova-compute to report
-IMAGES_TYPES: Final = ("qcow2", "raw", "flat", "rbd")
+IMAGES_TYPES: Final = ("qcow2", "raw", "flat", "rbd", "lvm")
 
 
 @dataclass(frozen=True)
@@ -266,8 +266,9 @@ class Clouds:
         if host not in self.options.hosts or images_type not in IMAGES_TYPES:
             raise LabError(f"one of {', '.join(self.options.hosts)} and one of {', '.join(IMAGES_TYPES)}, please")
         cloud = next(cloud for cloud in CLOUDS if host in cloud.computes)
-        if images_type == "rbd" and not self.options.storage(cloud).ceph:
-            raise LabError(f"{cloud.name} has no Ceph cluster; `up --storage {cloud.name}:nova` starts one")
+        storage = self.options.storage(cloud)
+        if (images_type == "rbd" and not storage.ceph) or (images_type == "lvm" and (COMPUTES[host], "lvm" in storage.volumes) != ("vm", True)):
+            raise LabError(f"{host} has nothing to put {images_type} disks on; see `up --storage`")
         self.options = replace(self.options, images={**self.options.images, host: images_type})
         self.options.keep()
         text = nova_compute(cloud, self.spec, host, images_type)

@@ -230,9 +230,12 @@ def _nova(cloud: Cloud) -> Ini:
 
 
 def nova_compute(cloud: Cloud, spec: Spec, host: str, images_type: str) -> str:
-    """The hypervisor's own nova.conf; `images_type` is qcow2, raw, flat or rbd."""
-    ceph = {"images_rbd_pool": "vms", "images_rbd_ceph_conf": "/etc/ceph/ceph.conf", "rbd_user": "nova",
-            "rbd_secret_uuid": ceph_secret(cloud, "nova")} if images_type == "rbd" else {}
+    """The hypervisor's own nova.conf; `images_type` is qcow2, raw, flat, rbd or lvm."""
+    where = {
+        "rbd": {"images_rbd_pool": "vms", "images_rbd_ceph_conf": "/etc/ceph/ceph.conf", "rbd_user": "nova",
+                "rbd_secret_uuid": ceph_secret(cloud, "nova")},
+        "lvm": {"images_volume_group": "instances"},
+    }
     return ini({
         "DEFAULT": {"my_ip": spec.address(host), "host": host, "transport_url": cloud.bus,
                     "state_path": "/var/lib/nova", "log_file": "/var/log/nova/nova-compute.log",
@@ -240,7 +243,7 @@ def nova_compute(cloud: Cloud, spec: Spec, host: str, images_type: str) -> str:
                     "resume_guests_state_on_host_boot": True, "reserved_host_memory_mb": 256, "report_interval": 5,
                     "shutdown_timeout": 10, "vif_plugging_timeout": 300, "allow_resize_to_same_host": True},
         "libvirt": {"virt_type": "qemu", "cpu_mode": "none", "images_type": images_type, "inject_partition": -2,
-                    "live_migration_inbound_addr": spec.address(host), **ceph},
+                    "live_migration_inbound_addr": spec.address(host), **where.get(images_type, {})},
         # When a guest has been moved, libvirt's event and the migration itself both have Neutron activate the port on the new host. Where
         # they do so at once Neutron answers one of them with 500, and Nova puts an instance that runs into ERROR.
         "workarounds": {"handle_virt_lifecycle_events": False},

@@ -31,14 +31,18 @@ exec mount --bind {} "$2"
 """
 MOUNT_NFS: Final = File("/usr/sbin/mount.nfs", MOUNT.format(EXPORT), 0o755)  # of a hypervisor
 MODULES: Final = ("loop", "dm_thin_pool", "sd_mod", "iscsi_tcp", "iscsi_target_mod", "target_core_iblock")
-# The volume group on a file of the host's own disk, and what LIO needs; then the program.
-GROUP: Final = """\
-file=/var/lib/nova/volumes.img
-[ -e $file ] || truncate -s 12G $file
-device=$(losetup -n -O NAME -j $file)
-[ -n "$device" ] || device=$(losetup -f --show $file)
-vgs volumes || vgcreate volumes "$device"
-vgchange -ay volumes
+# Volume groups on files of the host's own disk, for Cinder and for Nova, and what LIO needs; then the program.
+GROUPS: Final = """\
+udevadm trigger --subsystem-match=block
+udevadm settle
+for group in volumes instances; do
+    file=/var/lib/nova/$group.img
+    [ -e $file ] || truncate -s 12G $file
+    device=$(losetup -n -O NAME -j $file)
+    [ -n "$device" ] || device=$(losetup -f --show $file)
+    vgs $group || vgcreate $group "$device"
+    vgchange -ay $group
+done
 mountpoint -q /sys/kernel/config || mount -t configfs configfs /sys/kernel/config
 mkdir -p /etc/target /var/lib/cinder/lock
 exec "$@"
@@ -65,10 +69,10 @@ def write_nfs(cloud: Cloud) -> None:
 
 
 def lvm_role(cloud: Cloud, spec: Spec, host: str, made: Role) -> Role:
-    """The same virtual machine with a volume group of its own, and with Cinder's volume service that exports it."""
+    """The same virtual machine with LVM, and with Cinder's volume service that exports volumes there."""
     text = ini(cinder(cloud, spec.address(host), host, ("lvm",)))
     files = (File("/etc/cinder/cinder.conf", text, 0o600), File("/etc/iscsi/initiatorname.iscsi", f"InitiatorName=iqn.2026-01.example.lab:{host}\n"))
-    argv = ["sh", "-ec", GROUP, "sh", "/usr/bin/cinder-volume", "--config-file", "/etc/cinder/cinder.conf"]
+    argv = ["sh", "-ec", GROUPS, "sh", "/usr/bin/cinder-volume", "--config-file", "/etc/cinder/cinder.conf"]
     services = (
         Service("udevd", ["bash", "-c", "exec -a systemd-udevd /usr/bin/udevadm"]),
         Service("iscsid", ["/sbin/iscsid", "-f"]),
