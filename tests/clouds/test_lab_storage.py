@@ -108,8 +108,8 @@ def test_a_guest_with_all_its_disks_on_ceph_boots(storage: Clouds, on_ceph: Host
     image = dst.need("glance", "images", "guest")
     mapping = [{"boot_index": 0, "uuid": image, "source_type": "image", "destination_type": "local"},
                *({"boot_index": -1, "source_type": "blank", "destination_type": "local", "volume_size": 1} for _ in range(2)),
-               {"boot_index": -1, "source_type": "blank", "destination_type": "local", "guest_format": "swap", "volume_size": 64}]
-    id = dst.create("on-ceph", flavor="disks", block_device_mapping_v2=mapping, config_drive=True, availability_zone=f"nova:{ON_CEPH}")
+               {"boot_index": -1, "source_type": "blank", "destination_type": "local", "guest_format": "swap", "volume_size": 16}]
+    id = dst.create("on-ceph", flavor="several", block_device_mapping_v2=mapping, config_drive=True, availability_zone=f"nova:{ON_CEPH}")
     shown = wait_for_console(dst, id, "GUEST wrote=")
     assert "GUEST boots=1 " in shown and all(f"GUEST disk {name} " in shown for name in ("vdb", "vdc", "vdd"))
     found = disks(domain(on_ceph, dst, id))
