@@ -91,7 +91,8 @@ def test_a_volume_is_attached_to_a_running_guest_and_is_there_after_a_stop(stora
     api.delete_volume(volume)
 
 
-def test_a_guest_boots_from_a_volume_on_ceph(storage: Clouds, dst: Api) -> None:
+def test_a_guest_boots_from_a_volume_on_ceph(storage: Clouds) -> None:
+    dst = storage.api("dst")  # whose token, unlike an older one, has Cinder in its catalog, from which Nova takes the endpoint
     image = dst.need("glance", "images", "guest")
     root = {"boot_index": 0, "uuid": image, "source_type": "image", "destination_type": "volume", "volume_size": 1,
             "delete_on_termination": True}
@@ -104,7 +105,8 @@ def test_a_guest_boots_from_a_volume_on_ceph(storage: Clouds, dst: Api) -> None:
     assert f"volume-{volume}" not in rbd(dst.cloud, "ls", "volumes")
 
 
-def test_a_guest_with_all_its_disks_on_ceph_boots(storage: Clouds, on_ceph: Host, dst: Api) -> None:
+def test_a_guest_with_all_its_disks_on_ceph_boots(storage: Clouds, on_ceph: Host) -> None:
+    dst = storage.api("dst")
     image = dst.need("glance", "images", "guest")
     mapping = [{"boot_index": 0, "uuid": image, "source_type": "image", "destination_type": "local"},
                *({"boot_index": -1, "source_type": "blank", "destination_type": "local", "volume_size": 1} for _ in range(2)),
@@ -125,8 +127,8 @@ def test_a_guest_with_all_its_disks_on_ceph_boots(storage: Clouds, on_ceph: Host
 
 
 @pytest.mark.timeout(2400)
-def test_a_volume_on_lvm_goes_by_iscsi_to_a_guest_whose_root_is_on_lvm(storage: Clouds, machine: Host, src: Api) -> None:
-    lab = Clouds.running()
+def test_a_volume_on_lvm_goes_by_iscsi_to_a_guest_whose_root_is_on_lvm(storage: Clouds, machine: Host) -> None:
+    lab, src = Clouds.running(), storage.api("src")
     lab.set_images_type(MACHINE, "lvm")
     volume = src.create_volume("data", volume_type="lvm")
     id = src.create("with-volume", availability_zone=f"nova:{MACHINE}")
