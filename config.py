@@ -49,6 +49,8 @@ WORK_FOLDER = ""  # where images are converted (image --disk-format); empty: thi
 STALL_TIMEOUT = 120  # seconds without a byte after which a copy has stalled; there is no limit on the whole
 SPACE_RESERVE = "64M"  # what has to stay free beside the copy, before it begins and while it goes on
 RETRIES = 5  # retries of a copy that broke off or stalled; the source stays stopped
+LANES = 2  # disks of an instance copied in parallel; with LIMIT_RATE one
+VOLUME_TYPE = {}  # the destination's volume types by the source's, as in {"ssd": "fast"}; else the same name
 MAX_PER_HOST = 2  # copies at a time from or to one hypervisor, of all runs on this machine; later ones wait
 
 # --- migrena itself ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""migrena: moves an instance, with its local disks, from one OpenStack cloud to another.
+"""migrena: moves an instance, with its disks, from one OpenStack cloud to another.
 
     ./migrena.py -s SRC_UUID -d DST_NAME -f FLAVOR -i IMAGE [-e EXTRA] [-a [all|src|dst]]
 
@@ -25,7 +25,7 @@ Sections; each uses only those above it:
      6 Threads     work in several threads, and signals meanwhile
      7 Programs    what runs on hypervisors, sent as the source that it is here
      8 Host        one hypervisor over SSH
-     9 Cloud       one OpenStack cloud: Nova and Glance
+     9 Cloud       one OpenStack cloud: Nova, Glance and Cinder
     10 Disks       images, exports, attachments, ranges, digests
     11 Gate        whether an act may be done now
     12 Image       carries images from one Glance to another
@@ -101,6 +101,7 @@ if sys.version_info < (3, 10):  # noqa: UP036  # above anything that Python 3.8 
 VERSION: Final = "1.0.0"
 MiB: Final = 1024**2
 GiB: Final = 1024**3
+ROOT: Final = "root"  # the root disk's key; the names of an instance's disks in journal, report and status
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -326,6 +327,16 @@ def parse_literal(value: object) -> dict[str, Any]:
     return value
 
 
+def parse_volume_types(value: object) -> dict[str, str]:
+    """The destination's volume types by the source's, from `SRC=DST,SRC=DST` or a dictionary."""
+    if isinstance(value, str) and re.fullmatch(r"[^=,{]+=[^=,]+(,[^=,]+=[^=,]+)*", value):
+        return dict(pair.split("=") for pair in value.split(","))
+    found = parse_literal(value)
+    if not all(isinstance(name, str) for name in found.values()):
+        raise ValueError("has something else than a volume type in it")
+    return found
+
+
 @dataclass(frozen=True)
 class HostEntry:
     """An entry of HOSTS: how a hypervisor is reached; empty fields come from Settings or ~/.ssh/config."""
@@ -455,7 +466,15 @@ class Settings:
         "what to start afterwards; -a alone: all; without -a: nothing", read=parse_start, nargs="?", const="all")
     ignore_properties: bool = per_call(False, "--ignore-properties",
         "go on even if the guest may not boot with the image's properties")
-    root_only: bool = per_call(False, "--root-only", "go on without the volumes, ephemeral disks and config drive")
+    root_only: bool = per_call(False, "--root-only", "go on without further volumes, ephemeral disks and config drive")
+    disks: tuple[str, ...] = per_call((), "--disks NAME,…",
+        "move only these besides the root disk, by the plan's names or as the guest's devices, such as eph0,vdc",
+        read=lambda value: parse_names(value) if value else ())
+    lanes: int = option(2, "--lanes N", "disks copied in parallel, with --limit-rate one (default: 2)",
+                        read=parse_positive, of=COPY_RESUME)
+    volume_type: dict[str, str] = option({}, "--volume-type SRC=DST",
+        "the destination's type for volumes of a type of the source (default: the same name); more with commas",
+        read=parse_volume_types)
     transport: str = option("auto", "--transport auto|nbd|qemu",
         "nbd: nbd-server and nbd-client; qemu: qemu-nbd and qemu-img", read=one_of("auto", "nbd", "qemu"))
     tls: bool = option(True, "--no-tls", "send the disk unencrypted; only the destination's address may connect")
@@ -512,6 +531,11 @@ class Settings:
         """What HOSTS says of a host."""
         return self.hosts.get(name) or self.hosts.get("*", HostEntry())
 
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The names of the only disks to be moved; none: all."""
+        return (ROOT, *self.disks) if self.disks or self.root_only else ()
+
     def of(self, side: str) -> Settings:
         """The settings for the hypervisors of src or dst."""
         return replace(self, **{name[4:]: value for name, value in self.per_side.items() if name.startswith(side)})
@@ -522,8 +546,8 @@ PER_SIDE: Final = (  # also SRC_HOSTS etc.
 
 # Settings of a run that resume takes from its journal; never credentials, nor -e, which may hold secrets.
 FOR_RESUME: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "compress", "limit_rate",
-                     "chunk", "root_only", "warm", "warm_passes", "max_downtime", "warm_timeout", "bitmap", "src_cloud",
-                     "dst_cloud")
+                     "chunk", "root_only", "disks", "lanes", "warm", "warm_passes", "max_downtime", "warm_timeout",
+                     "bitmap", "src_cloud", "dst_cloud")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -778,6 +802,7 @@ class Server:
     fixed_addresses: frozenset[str]
     fault: str
     key: str = ""  # the name of its key pair, which belongs to a user and may be gone
+    deleted_with: frozenset[str] = frozenset()  # the volumes that are deleted with it
 
     @property
     def is_running(self) -> bool:
@@ -788,6 +813,47 @@ class Server:
     def is_stopped(self) -> bool:
         """Stopped, with no task: the status alone is still SHUTOFF while a start opens the disk."""
         return self.status == "SHUTOFF" and not self.task and self.power == 4
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A volume as Cinder shows it; `size` in GiB."""
+
+    id: str
+    name: str
+    status: str
+    size: int
+    type: str
+    facts: Mapping[str, Any] = field(repr=False, compare=False)  # all that Cinder tells
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Volume:
+        """A volume from Cinder's answer."""
+        return cls(told["id"], told.get("name") or "", told["status"], int(told["size"]),
+                   told.get("volume_type") or "", told)
+
+    @property
+    def label(self) -> str:
+        return f"volume {self.name or 'without a name'} {self.id}"
+
+    @property
+    def is_bootable(self) -> bool:
+        return str(self.facts.get("bootable")).lower() == "true"
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.facts.get("metadata") or {}
+
+    @property
+    def servers(self) -> list[str]:
+        """The ids of the instances that it is attached to."""
+        return [one["server_id"] for one in self.facts.get("attachments") or ()]
+
+    @property
+    def image_facts(self) -> dict[str, str]:
+        """The properties of the image that it was made from, which Nova goes by; ids differ from Glance to Glance."""
+        told = self.facts.get("volume_image_metadata") or {}
+        return {key: value for key, value in told.items() if key != "image_id"}
 
 
 @dataclass(frozen=True)
@@ -869,6 +935,11 @@ class Node:
                            **{f"file.{key}": value for key, value in whole.items()}})
 
     @property
+    def has_locks(self) -> bool:
+        """Whether qemu locks it: others than files and devices of the host it does not."""
+        return self.storage["driver"] in ("file", "host_device")
+
+    @property
     def locked(self) -> str:
         """Its storage for --image-opts, opened only while nobody writes to it, and not to be written to while open.
 
@@ -880,7 +951,7 @@ class Node:
     @property
     def unlocked(self) -> str:
         """It for --image-opts, opened even while a guest writes to it: what is read may be inconsistent."""
-        return image_opts({**self.options, "file.locking": "off"})
+        return image_opts({**self.options, **({"file.locking": "off"} if self.has_locks else {})})
 
 
 def image_opts(options: Mapping[str, str]) -> str:
@@ -890,9 +961,10 @@ def image_opts(options: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class DiskImage:
-    """One file of a disk's chain: sizes in bytes, `size` as the guest sees it, `length` as the file has it."""
+    """One file of a disk's chain, or a disk that is no file: sizes in bytes, `size` as the guest sees it, `length` as
+    the file has it."""
 
-    path: str
+    path: str  # of what is no file a name to be shown
     format: str
     size: int
     length: int
@@ -902,13 +974,17 @@ class DiskImage:
     flaws: tuple[str, ...] = ()
     leaks: int = 0  # clusters that are allocated but not referenced
     lost_bitmaps: tuple[str, ...] = ()  # marked "in-use": by a qemu that has the file open, or by one that was killed
+    storage: Mapping[str, str] = field(default_factory=dict)  # a Node's, of a device or an image on Ceph
+    identity: tuple[str, ...] = ()  # of a device: what proves, on its host, that it is the right one
 
     @property
     def node(self) -> Node:
-        return Node.of_file(self.path, self.format)
+        return Node(self.storage, self.format) if self.storage else Node.of_file(self.path, self.format)
 
-
-ROOT: Final = "root"  # the root disk's key; the names of an instance's disks in journal, report and status
+    @property
+    def is_file(self) -> bool:
+        """Whether it is one, whose holes can be trusted: all of anything else is read."""
+        return not self.storage
 
 
 @dataclass(frozen=True)
@@ -921,11 +997,19 @@ class Disk:
     has_nvram: bool = False
     has_tpm: bool = False
     direct_io: bool = True  # whether O_DIRECT works on it
+    volume: str = ""  # the id of the volume that it is
+    target: str = ""  # its name and its bus in the guest
+    bus: str = ""
 
     @property
     def top(self) -> DiskImage:
         """The file that the guest writes to."""
         return self.chain[0]
+
+    @property
+    def file_name(self) -> str:
+        """What Nova calls it: disk, disk.local…"""
+        return re.sub(f"^{UUID_FORM}_", "", self.top.path.rpartition("/")[2])
 
     @property
     def base(self) -> DiskImage | None:
@@ -1016,20 +1100,24 @@ class Moved:
     unread: int = 0  # bytes unchanged since both digests were taken, by the dirty bitmap
 
 
-def over_quota(limits: Mapping[str, int], flavor: Flavor) -> list[str]:
-    """Which quotas one more instance would exceed; limits by Nova's names, -1: none."""
+def over_quota(limits: Mapping[str, int], flavor: Flavor | None, volumes: Collection[Volume] = ()) -> list[str]:
+    """Which quotas one more instance or volumes would exceed; limits by Nova's and Cinder's names, -1: none."""
     rows = (("Instances", "Instances", "instances", 1), ("Cores", "Cores", "cores", flavor.vcpus),
-            ("RAMSize", "RAM", "MiB of RAM", flavor.ram))
+            ("RAMSize", "RAM", "MiB of RAM", flavor.ram)) if flavor else (
+        ("Volumes", "Volumes", "volumes", len(volumes)),
+        ("VolumeGigabytes", "Gigabytes", "GiB of volumes", sum(volume.size for volume in volumes)))
     told = [(limits.get(f"maxTotal{most}", -1), limits.get(f"total{used}Used", 0), what, need)
             for most, used, what, need in rows]
     return [f"{used} of {most} {what} are used, {need} more are needed"
             for most, used, what, need in told if 0 <= most < used + need]
 
 
-def pick_view(source: Disk, fresh: Disk, bases_equal: bool) -> tuple[bool, str]:
+def pick_view(source: Disk, fresh: Disk, bases_equal: bool, *, in_place: bool = False) -> tuple[bool, str]:
     """Whether the file itself is copied (else the guest's view), and why."""
     source_format, fresh_format = source.top.format, fresh.top.format
     rules = (  # the first that holds
+        (not source.top.is_file, False, "the source's disk is no file"),
+        (in_place, False, "it is written to where it lies"),
         (source_format == fresh_format == "raw", True, "both disks are raw"),
         (not source_format == fresh_format == "qcow2", False,
          f"the source is {source_format}, the destination {fresh_format}"),
@@ -1134,6 +1222,16 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+@dataclass
+class Share:
+    """What a progress bar has of one disk, in bytes."""
+
+    label: str
+    total: int
+    done: int = 0
+    has_ended: bool = False
+
+
 class Screen:
     """Output on standard error: bold titles and bars on a terminal, lines with their time elsewhere."""
 
@@ -1148,6 +1246,8 @@ class Screen:
         self.commands: dict[str, int] = {}  # number by host
         self._lock = threading.Lock()
         self._wipe = ""  # erases a status
+        self._bar: Any = None
+        self._shares, self._bar_lock = list[Share](), threading.Lock()
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
@@ -1210,19 +1310,43 @@ class Screen:
 
     @contextmanager
     def progress(self, total: int, label: str = "") -> Iterator[Callable[[int], None]]:
-        """A progress bar, or a line now and then; yields a function to call with the bytes done so far."""
+        """A progress bar, or a line now and then; yields a function to call with the bytes done so far.
+
+        What is done in parallel has one bar, of the sums.
+        """
         from tqdm import tqdm
 
-        has_bar = self.is_terminal and not self.quiet
+        has_bar, mine = self.is_terminal and not self.quiet, Share(label.removesuffix(": "), total)
         tell = LogProgress(lambda line: (self.record if has_bar else self.note)(label + line), total)
-        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, file=self.stream, dynamic_ncols=True,
-                  disable=not has_bar, desc=f"  {label}", bar_format=
-                  "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} left]") as bar:
-            def show(done: int) -> None:
-                bar.update(done - bar.n)
-                tell(done)
 
+        def show_sums() -> None:
+            bar, parts = self._bar, self._shares
+            bar.total = sum(one.total for one in parts)
+            names = ", ".join(one.label for one in parts if not one.has_ended)
+            bar.set_description_str(f"  {names}: " if names else "  ", refresh=False)
+            bar.update(sum(one.done for one in parts) - bar.n)
+
+        def show(done: int) -> None:
+            with self._bar_lock:
+                mine.done = done
+                show_sums()
+            tell(done)
+
+        with self._bar_lock:
+            if all(one.has_ended for one in self._shares):
+                self._shares, self._bar = [], tqdm(
+                    unit="B", unit_scale=True, unit_divisor=1024, file=self.stream, dynamic_ncols=True,
+                    disable=not has_bar, bar_format=
+                    "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} left]")
+            self._shares.append(mine)
+            show_sums()
+        try:
             yield show
+        finally:
+            with self._bar_lock:
+                mine.has_ended = True
+                if all(one.has_ended for one in self._shares):
+                    self._bar.close()
 
 
 class LogProgress:
@@ -1299,23 +1423,24 @@ class Journal:
             os.truncate(self.path, whole)  # a line appended to an incomplete one would be unreadable
         except OSError as error:
             raise UsageError(f"the journal {self.path} cannot be written: {error}", ELSEWHERE) from error
-        self.is_broken = False
+        self.is_broken, self._writing = False, threading.Lock()
 
     def write(self, event: str, **facts: object) -> None:
         """Writes one line and syncs it. Raises StateError, but only once: undoing then goes on without it."""
-        entry = {"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": event, **facts}
-        self.entries.append(entry)
-        if self.is_broken:
-            return
-        line = json.dumps(entry).encode() + b"\n"
-        try:
-            if self._file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            self.is_broken = True
-            raise StateError(f"the journal {self.path} can no longer be written: {error}",
-                "free space there, then run it again") from error
+        with self._writing:  # disks are copied in parallel
+            entry = {"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": event, **facts}
+            self.entries.append(entry)
+            if self.is_broken:
+                return
+            line = json.dumps(entry).encode() + b"\n"
+            try:
+                if self._file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                self.is_broken = True
+                raise StateError(f"the journal {self.path} can no longer be written: {error}",
+                    "free space there, then run it again") from error
 
     @contextmanager
     def act(self, act: str, **facts: object) -> Iterator[dict[str, object]]:
@@ -1327,7 +1452,7 @@ class Journal:
             yield result
         except BaseException as error:
             with suppress(StateError):  # the first error is reported
-                self.write("failed", act=act, **disk, error=str(error))
+                self.write("failed", act=act, **disk, **result, error=str(error))
             raise
         self.write("done", act=act, **disk, **result)
 
@@ -1494,6 +1619,12 @@ class RunRecord:
     def destination(self) -> str:
         """The new instance's id, empty if Nova's answer was lost."""
         return self._told("create destination", "server")
+
+    @property
+    def volumes(self) -> dict[str, str]:
+        """The ids of the volumes that it made, by the disk's key."""
+        return {act.facts["disk"]: act.facts["volume"] for act in self.acts
+                if act.name == "create volume" and "volume" in act.facts}
 
     @property
     def was_running(self) -> bool:
@@ -1855,6 +1986,7 @@ def map_of(node: Mapping[str, Any], *more: str) -> Any:
 
 
 CELL: Final = 64 * 1024  # bytes, which a digest leaves out where all are zeros
+NO_HOLES: Final = "all of it is read"  # in an export's node: what it tells of holes is not believed
 
 
 class DiskFile:
@@ -1919,6 +2051,9 @@ class ExportClient:
         self.own = threading.local()
 
     def extents(self) -> Iterator[tuple[int, int]]:
+        if NO_HOLES in self.node:
+            yield self.begin, self.end
+            return
         wanted = f"--start-offset={self.begin}", f"--max-length={self.end - self.begin}"
         for part in map_of({"driver": "raw", "file": self.node}, *wanted):
             if part["data"] and not part["zero"] and part["start"] < self.end:
@@ -2634,7 +2769,10 @@ class Host:
         self._prefix: tuple[str, ...] = ()
         self._is_far = False
         self._tools: tuple[str, ...] = ()  # what finds the tools that are in a container
-        self._tools_lease: Lease | None = None
+        self.keys: dict[str, tuple[str, str]] = {}  # for Ceph, by user: libvirt's secret, and the key
+        self.with_keys: tuple[str, ...] = ()  # what finds them
+        self.further: list[Host] = []  # the same one, over connections of their own
+        self._lasting: set[Lease] = set()  # leases that end with the connections
         self._probe: tuple[str, ...] = ("true",)  # what succeeds as long as connection and container answer
         self._stack = ExitStack()
         self._leases: set[Lease] = set()
@@ -2679,9 +2817,7 @@ class Host:
             return
         try:
             files = self.script(CONTAINER, *enter).strip()
-            scope = self.lease(LEASED_TOOLS, "mktemp", "-d", given=(files or "/dev/null",))
-            self._tools_lease = self._stack.enter_context(scope)
-            folder, lease = self._tools_lease.line(15.0).split()
+            folder, lease = self.keep(LEASED_TOOLS, files or "/dev/null").split()
             if files:
                 enter = ("nsenter", f"--mount=/proc/{lease}/fd/8", "--")
             tool = shlex.join((*PYTHON, program(contained), json.dumps([enter, paths])))
@@ -2694,6 +2830,12 @@ class Host:
             raise HostError(f"{self.name}: the container is not reached by {way!r}: {error.said}",
                             "correct prefix in HOSTS") from error
         self._tools, self._probe = tools, probe
+
+    def keep(self, script: str, *given: str) -> Answer:
+        """What a lease says that lasts as long as the connections."""
+        lease = self._stack.enter_context(self.lease(script, "mktemp", "-d", given=given))
+        self._lasting.add(lease)
+        return lease.line(15.0)
 
     def reconnect(self) -> None:
         """Reconnects if a connection or a container does not answer; old connections' leases end within a minute."""
@@ -2708,8 +2850,10 @@ class Host:
                 return
         self._stack.close()
         self._leases.clear()
+        self._lasting.clear()
         self.open()
         self.enter_container()
+        keep_keys(self)
         self.unconfirmed.clear()
 
     def run(self, *words: str, stdin: bytes = b"", seconds: float = 60.0) -> Answer:
@@ -2763,15 +2907,16 @@ class Host:
 
     def end_work(self, *, is_silent: bool = False) -> None:
         """Ends all leases, to free threads that wait for one; `is_silent`: without waiting for output."""
-        for lease in self._leases - {self._tools_lease}:
+        for lease in self._leases - self._lasting:
             lease.release()
             if is_silent:
                 lease.drop()
 
     def confirm_all_ended(self) -> None:
         """Raises HostError if something of ours may still be there."""
-        if self.unconfirmed or self.not_cleaned:
-            raise HostError("; ".join([*self.not_cleaned, *self.unconfirmed]))
+        hosts = (self, *self.further)
+        if left := [line for host in hosts for line in (*host.not_cleaned, *host.unconfirmed)]:
+            raise HostError("; ".join(left))
 
     def close(self) -> None:
         """Closes the connections, which ends all leases."""
@@ -2790,7 +2935,8 @@ class Host:
             try:
                 channel = self._session()
                 channel.settimeout(75.0)  # for writing
-                command = form.format(shlex.join((*self._prefix, *self._tools, *before, *words)))
+                command = form.format(shlex.join(
+                    (*self._prefix, *self._tools, *self.with_keys, *before, *words)))
                 alarm = threading.Timer(START_TIMEOUT, channel.close)  # paramiko has no timeout of its own here
                 alarm.daemon = True
                 alarm.start()
@@ -2858,6 +3004,38 @@ class Host:
         while not self._closing.wait(HEARTBEAT):
             for lease in list(self._leases):
                 lease.beat()
+
+
+def learn_key(host: Host, user: str, secret: str) -> None:
+    """Has a host's commands find the key for Ceph of a user, which libvirt keeps as this secret; raises HostError."""
+    known, kept = host.keys.get(user, ("", ""))
+    if known == secret:
+        return
+    key = host.run("virsh", "-q", "--connect", "qemu:///system", "secret-get-value", secret).strip()
+    if known and key != kept:
+        raise HostError(f"{host.name}: user {user} of Ceph has two keys, by libvirt's secrets {known} and {secret}",
+                        "an instance with disks on two clusters cannot be moved whole: detach the volumes of one")
+    host.keys[user] = secret, key
+    if not known:
+        keep_keys(host)
+
+
+def share_keys(host: Host) -> None:
+    """Has the keys for Ceph over a host's further connections too; one that is broken gets them when renewed."""
+    for more in host.further:
+        more.keys = host.keys
+        with suppress(HostError):
+            keep_keys(more)
+
+
+def keep_keys(host: Host) -> None:
+    """Writes the keys for Ceph into a folder that only root can read, removed with the host's connections."""
+    if host.keys:
+        folder = host.keep(LEASED_FOLDER, "keys")
+        sections = (f"[client.{user}]\nkey = {key}\n" for user, (_, key) in host.keys.items())
+        content = "".join(("[global]\nclient_mount_timeout = 5\n", *sections)).encode()
+        host.script(PRIVATE_FILES, folder, "ceph.conf", str(len(content)), stdin=content)
+        host.with_keys = ("env", f"CEPH_CONF={folder}/ceph.conf")
 
 
 class Answer(str):
@@ -3162,6 +3340,116 @@ class ImageStore:
             self._images.delete(id)
 
 
+class VolumeStore:
+    """A cloud's Cinder, through a keystoneauth adapter. Every method raises CloudError."""
+
+    def __init__(self, cloud: Cloud, adapter: Any) -> None:
+        self._cloud, self._adapter = cloud, adapter
+
+    def _ask(self, act: str, path: str, **how: str) -> dict[str, Any]:
+        return self._cloud.retrying(act, lambda: dict(self._adapter.get(path, **how).json()))
+
+    def one(self, id: str) -> Volume | None:
+        """A volume by its id, or None."""
+        with ignoring(404):
+            return Volume.of(self._ask(f"show volume {id}", f"/volumes/{id}")["volume"])
+        return None
+
+    def made_by(self, run: str) -> list[Volume]:
+        """The volumes that a run made, by its mark."""
+        found = [Volume.of(told) for key in (MADE, DONE) for told in self._ask("list volumes", "/volumes/detail?" +
+                 urllib.parse.urlencode({"metadata": str({key: run})}))["volumes"]]
+        return [volume for volume in found if run in (volume.metadata.get(MADE), volume.metadata.get(DONE))]
+
+    def connection(self, volume: Volume, server: str) -> tuple[str, ...]:
+        """How a volume is connected to an instance's host: ends of its device's names in /dev/disk/by-path."""
+        ids = [one["attachment_id"] for one in volume.facts.get("attachments") or () if one["server_id"] == server]
+        if len(ids) != 1:
+            raise self._cloud.error(f"{volume.label} is attached to {server} {len(ids)} times")
+        told = self._ask(f"show attachment of volume {volume.id}", f"/attachments/{ids[0]}", microversion="3.27")
+        info = told["attachment"].get("connection_info") or {}
+        kind = info.get("driver_volume_type")
+        luns = info.get("target_luns") or [info.get("target_lun")]
+        if kind == "iscsi":
+            targets = info.get("target_iqns") or [info.get("target_iqn")]
+        elif kind == "fibre_channel":
+            wwns = info.get("target_wwn") or []
+            targets = [f"fc-0x{wwn}" for wwn in ([wwns] if isinstance(wwns, str) else wwns)]
+        else:
+            raise self._cloud.error(f"{volume.label} is connected by {kind or 'unknown means'}: its device cannot be "
+                                    "proven to be that volume", "--root-only or --disks goes on without it")
+        pairs = zip(targets, luns * len(targets) if len(luns) == 1 else luns, strict=False)
+        return tuple(f"{target}-lun-{lun}" for target, lun in pairs)
+
+    def with_snapshots(self) -> set[str]:
+        """The ids of volumes that have snapshots."""
+        return {one["volume_id"] for one in self._ask("list volume snapshots", "/snapshots")["snapshots"]}
+
+    def types(self) -> list[str]:
+        return [one["name"] for one in self._ask("list volume types", "/types")["volume_types"]]
+
+    def zones(self) -> list[str]:
+        """The names of the availability zones that can be used."""
+        told = self._ask("list availability zones of volumes", "/os-availability-zone")["availabilityZoneInfo"]
+        return [one["zoneName"] for one in told if one["zoneState"]["available"]]
+
+    def limits(self) -> dict[str, int]:
+        """The project's quota and its use, by Cinder's names."""
+        return dict(self._ask("show limits of volumes", "/limits")["limits"]["absolute"])
+
+    def make(self, **facts: object) -> str:
+        """Requests a new volume; returns its id."""
+        with self._cloud.translating(f"create volume {facts.get('name')}"):
+            return str(self._adapter.post("/volumes", json={"volume": facts}).json()["volume"]["id"])
+
+    def wait(self, id: str) -> Volume:
+        """The volume once it can be used; raises CloudError if it becomes something else, or not for half an hour."""
+        limit = time.monotonic() + UNCHANGED_LIMIT
+        for _ in self._cloud.polls():
+            volume = self.one(id)
+            if volume and volume.status == "available":
+                return volume
+            status = volume.status if volume else "gone"
+            if status not in ("creating", "downloading") or time.monotonic() > limit:
+                raise self._cloud.error(f"volume {id} is {status}", "see its messages: openstack volume message list")
+        raise AssertionError("polls never end")
+
+    def describe(self, id: str, image_facts: Mapping[str, str], *, is_bootable: bool) -> None:
+        """Sets what can only be set once a volume exists."""
+        acts: dict[str, dict[str, object]] = {
+            **({"os-set_image_metadata": {"metadata": dict(image_facts)}} if image_facts else {}),
+            "os-set_bootable": {"bootable": is_bootable}}
+        for name, facts in acts.items():
+            self._cloud.retrying(f"{name} of volume {id}",
+                                 partial(self._adapter.post, f"/volumes/{id}/action", json={name: facts}))
+
+    def mark(self, id: str, marks: Mapping[str, str], *without: str) -> None:
+        """Adds these marks to a volume's metadata, and removes others."""
+        path = f"/volumes/{id}/metadata"
+        if marks:
+            self._cloud.retrying(f"mark volume {id}", lambda: self._adapter.post(path, json={"metadata": dict(marks)}))
+        for key in without:
+            with ignoring(404):
+                self._cloud.retrying(f"unmark volume {id}", partial(self._adapter.delete, f"{path}/{key}"))
+
+    def delete(self, id: str) -> None:
+        """Deletes a volume and waits until it is gone; raises Kept if it is attached to an instance."""
+        limit, refused = time.monotonic() + UNCHANGED_LIMIT, 0
+        for _ in self._cloud.polls():
+            if not (volume := self.one(id)):
+                return
+            if volume.status == "in-use" and volume.servers and self._cloud.find_server(volume.servers[0]):
+                raise Kept(f"{volume.label} is attached to {volume.servers[0]}, and is kept",
+                           f"once nobody needs it: openstack volume delete {id}")
+            if volume.status.startswith("error_") or time.monotonic() > limit or refused == 10:
+                raise self._cloud.error(f"volume {id} was not deleted: it is {volume.status}",
+                                        "find out what needs it, such as snapshots")
+            if volume.status in ("available", "error"):
+                refused += 1
+                with ignoring(400, 404):  # 400: Nova reserves it, or its deletion has begun
+                    self._cloud.retrying(f"delete volume {id}", partial(self._adapter.delete, f"/volumes/{id}"))
+
+
 class Service:
     """Common parts of requests to a cloud: its label, errors as CloudError, retries."""
 
@@ -3267,6 +3555,8 @@ class Compute(Service):
             lock_reason=told.get("locked_reason", ""), metadata=told.get("metadata", {}),
             image=told.get("image", {}).get("id", ""), flavor=self._flavor_of(told.get("flavor", {})),
             volumes=tuple(volume["id"] for volume in told.get("volumes_attached", ())),
+            deleted_with=frozenset(
+                one["id"] for one in told.get("volumes_attached", ()) if one.get("delete_on_termination")),
             config_drive="config_drive" in told, fault=told.get("fault", {}).get("message", ""),
             key=told.get("key_name", ""),
             fixed_addresses=frozenset(entry["addr"] for entries in told.get("addresses", {}).values()
@@ -3344,7 +3634,7 @@ class Cloud(Compute):
 
     def _open(self, creds: dict[str, Any], glance_endpoint: str) -> None:
         from glanceclient import Client as GlanceClient
-        from keystoneauth1 import loading, session
+        from keystoneauth1 import adapter, loading, session
         from novaclient import api_versions
         from novaclient import client as nova_client
 
@@ -3370,6 +3660,8 @@ class Cloud(Compute):
         self._nova_2_87 = nova(min(newest, api_versions.APIVersion("2.87")))
         self._placement = lambda path: opened.get(path, endpoint_filter={"service_type": "placement", **where}).json()
         self.store = ImageStore(self, GlanceClient("2", session=opened, endpoint=glance_endpoint or None, **where))
+        self.has_volumes = bool(opened.get_endpoint(service_type="block-storage", **where))
+        self.volumes = VolumeStore(self, adapter.Adapter(opened, service_type="block-storage", **where))
         self.identity = {"nova": str(opened.get_endpoint(service_type="compute", **where)), "region": region or "",
                          "project": str(opened.get_project_id() or "")}
 
@@ -3415,7 +3707,7 @@ class Cloud(Compute):
             return {limit.name: limit.value for limit in self._nova.limits.get().absolute}
 
     def create(self, name: str, image: str, flavor: str, extra: Mapping[str, Any], marks: Mapping[str, str]) -> str:
-        """Requests a new instance with these marks in its metadata; returns its id."""
+        """Requests a new instance with these marks in its metadata; returns its id. Without an image: from a volume."""
         with self.translating(f"create server {name}"):
             return str(self._nova.servers.create(name, image, flavor, **self._arguments(extra, marks)).id)
 
@@ -3592,11 +3884,44 @@ sync "$(dirname "$1")"
 """
 
 
-# Succeeds if nobody writes to $1: tests the lock that our own writers share, and qemu's by opening $2.
+# Succeeds if nobody writes to $1: tests the lock that our own writers share, and qemu's by opening $2, if given.
 NO_WRITER: Final = """
+umask 077
 flock -n -- "$1" true || { echo "an earlier attempt still writes to $1" >&2; exit 1; }
-exec qemu-img info --image-opts "$2"
+[ -z "$2" ] || exec qemu-img info --image-opts "$2"
 """
+
+# What changes whenever $1 is written to: of a file size, times and inode, of a device what was written on this host.
+STAND: Final = """
+[ -e "$1" ] || exit 0
+[ -b "$1" ] || exec stat -c "%s %.Y %.Z %i" -- "$1"
+device=$(printf "%d:%d" $(stat -L -c "0x%t 0x%T" -- "$1")) && size=$(cat "/sys/dev/block/$device/size") || exit
+set -- $(cat "/sys/dev/block/$device/stat")
+echo "$size $7 - $device"
+"""
+# What has image $1 of Ceph open, where there is an `rbd` to ask.
+WATCHERS: Final = """
+command -v rbd >/dev/null || exit 0
+image=$1; shift
+rbd status --format json "$@" -- "$image"
+"""
+# What a block device $1 is: the name of a logical volume, and for it or each path to it how that is connected.
+IDENTITY: Final = """
+device=$(readlink -f -- "$1")
+[ -b "$device" ] || { echo "there is no device $1" >&2; exit 1; }
+node=/sys/dev/block/$(printf "%d:%d" $(stat -c "0x%t 0x%T" -- "$device"))
+[ ! -e "$node/dm/name" ] || echo "dm:$(cat "$node/dm/name")"
+set -- "$node"/slaves/*
+[ -e "$1" ] || set -- "$(readlink -f -- "$node")"
+for leaf; do
+  found=
+  for link in /dev/disk/by-path/*; do
+    [ "$(readlink -f -- "$link")" != "/dev/${leaf##*/}" ] || { echo "path:${link##*/}"; found=yes; }
+  done
+  [ "$found" ] || echo "path:unknown ${leaf##*/}"
+done
+"""
+WATCH_LIMIT: Final = 120.0  # seconds: a lost connection's export lives on for 75, one that was killed is seen for 30
 
 VIRSH: Final = """
 virsh() { LC_ALL=C command virsh -q --connect qemu:///system "$@"; }
@@ -3674,6 +3999,19 @@ until said=$(drop 2>&1); do  # it may be starting or stopping
 done
 """
 
+# Puts what is told in the place of $1, a file of the same length.
+PUT_NVRAM: Final = """
+set -e
+umask 077
+[ -f "$1" ] || { echo "there is no $1" >&2; exit 1; }
+trap 'rm -f -- "$1.migrena"' EXIT
+base64 -d > "$1.migrena"
+[ "$(stat -c %s -- "$1")" = "$(stat -c %s -- "$1.migrena")" ] || { echo "$1 has another length" >&2; exit 1; }
+chown --reference="$1" -- "$1.migrena"
+chmod --reference="$1" -- "$1.migrena"
+sync "$1.migrena"
+mv -fT -- "$1.migrena" "$1"
+"""
 SAMPLE: Final = 8 * MiB  # for the rehearsal
 SLOW_WIRE: Final = 16 * MiB  # bytes per second; below this zlib, at 30 to 50 MiB/s on one core, is not the bottleneck
 
@@ -3702,6 +4040,7 @@ class Drive:
     job: str  # its active block job
     info: str  # the file's format by disk.info, if known
     is_there: bool  # whether the file exists
+    storage: Mapping[str, str] = field(default_factory=dict)  # a Node's, if it is no file
 
     @property
     def format(self) -> str:
@@ -3712,6 +4051,16 @@ class Drive:
     def target(self) -> str:
         return target_of(self.xml)
 
+    @property
+    def bus(self) -> str:
+        target = self.xml.find("target")
+        return "" if target is None else target.get("bus", "")
+
+    @property
+    def volume(self) -> str:
+        """The id of the volume that it is, or nothing."""
+        return volume_of(self.xml)
+
 
 @dataclass(frozen=True)
 class Domain:
@@ -3719,7 +4068,7 @@ class Domain:
 
     id: str
     xml: ElementTree.Element
-    drives: Mapping[str, Drive]  # by key: the root disk, then the ephemeral ones
+    drives: Mapping[str, Drive]  # by key: the root disk, the ephemeral ones, then volumes by the guest's order
     state: str  # such as "shut off (destroyed)"
     metadata: Mapping[str, Sequence[str]]  # names by "checkpoint" and "snapshot"
 
@@ -3751,9 +4100,16 @@ def chain_in(disk: ElementTree.Element) -> tuple[Layer, ...]:
 
 
 def domain_of(host: Host, id: str, path: str) -> Domain:
-    """What libvirt on a host says about an instance whose root disk should be at this path."""
+    """What libvirt on a host says about an instance whose root disk should be at this path.
+
+    The host then has the keys for disks that are on Ceph.
+    """
     try:
-        return host.script(DOMAIN, id, path).read(partial(domain_in, id, path))
+        domain = host.script(DOMAIN, id, path).read(partial(domain_in, id, path))
+        for secret in {(auth.get("username", ""), one.get("uuid", "")) for drive in domain.drives.values()
+                       for auth in drive.xml.iter("auth") for one in auth.iter("secret")}:
+            learn_key(host, *secret)
+        return domain
     except CommandError as error:
         raise HostError(f"{host.name}: libvirt gives no information on {id}: {error.said}",
                         "see there: virsh list --all; an instance that is not listed must be started once") from error
@@ -3772,11 +4128,17 @@ def domain_in(id: str, path: str, printed: str) -> Domain:
     on_it = [disk for disk in found if any(file == path for file, _ in chain_in(disk))]
     root = next(iter((*same, *on_it, *found)), tree)
     drives = {ROOT: drive_in(root, path, lines, info, is_there=bool(there.strip()), is_it=root in same)}
+    folder, own = path.rpartition("/")[0], {name_of(id, disk): disk for disk in found if storage_of(disk)}
+    volumes = sorted(filter(volume_of, found), key=lambda disk: (len(target_of(disk)), target_of(disk)))
+    first = min(found, key=lambda disk: disk.find("boot[@order='1']") is None, default=tree)  # keeps their order
+    if not (same or on_it) and (lies := own.get("disk", first if first in volumes else None)) is not None:
+        drives = {ROOT: stored(lies, lines)}
     beside = {chain_in(disk)[0][0].rpartition("/")[2]: disk for disk in found
-              if " beside " in lines.get(target_of(disk), "")}
+              if " beside " in lines.get(target_of(disk), "")} | own
     for number, name in enumerate(ephemeral_among(beside)):
-        place = f"{path.rpartition('/')[0]}/{name}"
-        drives[f"eph{number}"] = drive_in(beside[name], place, lines, info, is_there=True, is_it=True)
+        drives[f"eph{number}"] = stored(own[name], lines) if name in own else drive_in(
+            beside[name], f"{folder}/{name}", lines, info, is_there=True, is_it=True)
+    drives |= {f"volume-{volume_of(disk)}": stored(disk, lines) for disk in volumes if disk is not drives[ROOT].xml}
     names = {kind: [name for name in told.split("\n") if name and not name.startswith("migrena-")]  # not ours
              for kind, told in (("checkpoint", checkpoints), ("snapshot", snapshots))}
     return Domain(id, tree, drives, state.strip(), names)
@@ -3785,14 +4147,58 @@ def domain_in(id: str, path: str, printed: str) -> Domain:
 def drive_in(disk: ElementTree.Element, path: str, lines: Mapping[str, str], info: str, *, is_there: bool,
              is_it: bool) -> Drive:
     """A Drive from the domain's disk; `is_it`: it is the file at this path, perhaps by another name."""
-    job, mirror = re.search(r"([A-Z][A-Za-z ]*): *\[", lines.get(target_of(disk), "")), disk.find("mirror")
     chain, known = chain_in(disk), None
     with suppress(ValueError, AttributeError):
         end = "/" + "/".join(path.split("/")[-2:])  # the same in a container and outside
         known = next((told for file, told in json.loads(info).items() if file.endswith(end)), None)
-    under_way = job[1] if job else "" if mirror is None else f"block {mirror.get('job')}"
     chain = ((path, chain[0][1]), *chain[1:]) if is_it else chain
-    return Drive(path, disk, chain, under_way, str(known or ""), is_there)
+    return Drive(path, disk, chain, job_of(disk, lines), str(known or ""), is_there)
+
+
+def job_of(disk: ElementTree.Element, lines: Mapping[str, str]) -> str:
+    """A disk's active block job, or nothing."""
+    job, mirror = re.search(r"([A-Z][A-Za-z ]*): *\[", lines.get(target_of(disk), "")), disk.find("mirror")
+    return job[1] if job else "" if mirror is None else f"block {mirror.get('job')}"
+
+
+def storage_of(disk: ElementTree.Element) -> dict[str, str]:
+    """qemu's options for a domain's disk that is a device or an image on Ceph; none for a file and what is not known.
+
+    The key for Ceph is not among them, but in a file on the host: see Host.learn_key().
+    """
+    source, auth = disk.find("source"), disk.find(".//auth")
+    if source is None:
+        return {}
+    if disk.get("type") == "block":
+        return {"driver": "host_device", "filename": source.get("dev", "")}
+    if source.get("protocol") != "rbd":
+        return {}
+    pool, _, image = source.get("name", "").partition("/")
+    hosts = [(one.get("name", "").strip("[]"), one.get("port", "6789")) for one in source.findall("host")]
+    user = {} if auth is None else {"user": auth.get("username", "")}
+    return {"driver": "rbd", "pool": pool, "image": image, **user,
+            **{f"server.{number}.{key}": value for number, pair in enumerate(hosts)
+               for key, value in zip(("host", "port"), pair, strict=True)}}
+
+
+def stored(disk: ElementTree.Element, lines: Mapping[str, str]) -> Drive:
+    """A Drive from a domain's disk that is a volume or no file."""
+    storage, (top, *below) = storage_of(disk), chain_in(disk)
+    path = f"rbd:{top[0]}" if storage.get("driver") == "rbd" else top[0]
+    return Drive(path, disk, ((path, top[1]), *below), job_of(disk, lines), "", is_there=True, storage=storage)
+
+
+def volume_of(disk: ElementTree.Element) -> str:
+    """The id of the volume that a domain's disk is, or nothing: by its serial, from Nova 29 on also by its alias."""
+    alias = disk.find("alias")
+    told = disk.findtext("serial") or ("" if alias is None else alias.get("name", "").removeprefix("ua-"))
+    return told if re.fullmatch(UUID_FORM, told) else ""
+
+
+def name_of(id: str, disk: ElementTree.Element) -> str:
+    """What Nova calls a disk of an instance on LVM or Ceph, as it would call its file: disk, disk.local, disk.swap…"""
+    before, is_own, name = chain_in(disk)[0][0].rpartition("/")[2].partition(f"{id}_")
+    return name if is_own and not before else ""
 
 
 def ephemeral_among(names: Iterable[str]) -> list[str]:
@@ -3802,10 +4208,10 @@ def ephemeral_among(names: Iterable[str]) -> list[str]:
     return [found[number] for number in sorted(found)]
 
 
-def refuse_domain(host: Host, domain: Domain) -> list[Reason]:
-    """Why libvirt's information forbids copying the files as the instance's disks."""
+def refuse_domain(host: Host, domain: Domain, keys: Collection[str] = ()) -> list[Reason]:
+    """Why libvirt's information forbids copying the files as the instance's disks: those with these keys, or all."""
     reasons = list[Reason]()
-    for drive in domain.drives.values():
+    for drive in (drive for key, drive in domain.drives.items() if not keys or key in keys):
         path, format = drive.path, drive.format
         if other := misplaced(host, domain, drive):
             reasons.append(other)
@@ -3834,14 +4240,11 @@ def misplaced(host: Host, domain: Domain, drive: Drive) -> Reason | None:
     if not drive.chain:
         return Reason(f"{host.name}: by libvirt the instance has no disk", "see there: virsh domblklist")
     top, format = drive.chain[0]
+    if drive.xml.get("type") in ("network", "block") and not (drive.storage and top == path):
+        return Reason(f"{host.name}: the disk is {top}, which migrena does not know: neither Nova's nor a volume", way)
     if top == path:
         lost = Reason(f"{host.name}: {path} is the disk by libvirt, but does not exist", "find out what happened to it")
         return None if drive.is_there else lost
-    if drive.xml.get("type") == "network":
-        return Reason(f"{host.name}: the disk is on Ceph ({top}), which migrena does not copy yet",
-                      f"{way}, or use rbd export and import")
-    if drive.xml.get("type") == "block":
-        return Reason(f"{host.name}: the disk is an LVM volume ({top}), which migrena does not copy yet", way)
     files = [file for file, _ in drive.chain]
     with suppress(CommandError):  # libvirt may not list the bases of a stopped one
         files += [image.path for image in disk_chain(host, top, format, shared=True)]
@@ -3885,19 +4288,25 @@ def _disk_image(node: Mapping[str, Any]) -> DiskImage:
         lost_bitmaps=tuple(one["name"] for one in details.get("bitmaps", ()) if "in-use" in one["flags"]))
 
 
-def survey_disks(host: Host, instance: str, path: str, *, shared: bool, root_only: bool = False) -> dict[str, Disk]:
+def survey_disks(host: Host, instance: str, path: str, *, shared: bool, only: Sequence[str] = ()) -> dict[str, Disk]:
     """An instance's disks by key, of which the root disk should be at this path.
 
-    Raises HostError for LVM, Ceph and missing disks.
+    Raises HostError for missing disks.
     """
     domain = domain_of(host, instance, path)
     names = host.script('ls -A -- "${1%/*}" 2>/dev/null; true', path).split("\n")  # no folder: there is a reason below
-    beside = tuple(sorted(name for name in names if re.fullmatch(r"disk\.(local|eph\d+|config|swap)", name)))
-    if root_only:
-        domain = replace(domain, drives={ROOT: domain.drives[ROOT]})
+    own = {name_of(instance, drive.xml) for drive in domain.drives.values() if drive.storage}
+    beside = tuple(sorted(name for name in own.union(names) if re.fullmatch(r"disk\.(local|eph\d+|config|swap)", name)))
+    if only:
+        known = {name for key, drive in domain.drives.items() for name in (key, drive.target, drive.volume)}
+        if unknown := set(only) - known:
+            raise HostError(f"{host.name}: the instance has no disk {', '.join(sorted(unknown))}",
+                            f"name it in --disks as one of {', '.join(domain.drives)}, or as the guest's device")
+        domain = replace(domain, drives={key: drive for key, drive in domain.drives.items()
+                                         if {key, drive.target, drive.volume} & {*only}})
     reasons = refuse_domain(host, domain)
-    lost = set(ephemeral_among(beside)) - {drive.path.rpartition("/")[2] for drive in domain.drives.values()}
-    if lost and not root_only:
+    lost = set(ephemeral_among(beside)) - own - {drive.path.rpartition("/")[2] for drive in domain.drives.values()}
+    if lost and not only:
         reasons.append(Reason(
             f"{host.name}: by libvirt the guest does not write to {', '.join(sorted(lost))} beside {path}",
             "find out whether there is an external snapshot (virsh domblklist); --root-only goes on without it"))
@@ -3908,11 +4317,14 @@ def survey_disks(host: Host, instance: str, path: str, *, shared: bool, root_onl
         raise HostError.of(reasons)
     return {key: replace(
         survey_drive(host, drive, shared=shared), beside=beside, has_nvram=domain.xml.find("os/nvram") is not None,
-        has_tpm=domain.xml.find("devices/tpm") is not None) for key, drive in domain.drives.items()}
+        has_tpm=domain.xml.find("devices/tpm") is not None, volume=drive.volume, target=drive.target, bus=drive.bus)
+        for key, drive in domain.drives.items()}
 
 
 def survey_drive(host: Host, drive: Drive, *, shared: bool) -> Disk:
     """Facts about one disk."""
+    if drive.storage:
+        return survey_stored(host, drive, shared=shared)
     path = drive.path
     if not shared:
         host.run("qemu-img", "info", "--image-opts", Node.of_file(path).locked)
@@ -3928,6 +4340,32 @@ def survey_drive(host: Host, drive: Drive, *, shared: bool) -> Disk:
         guest_bytes = measured.read(lambda said: int(document_in(said)["required"]))
     return Disk(chain, guest_bytes, direct_io=host.succeeds(
         "dd", f"if={path}", "of=/dev/null", "iflag=direct", "bs=4096", "count=1"))
+
+
+def survey_stored(host: Host, drive: Drive, *, shared: bool) -> Disk:
+    """Facts about one disk that is a device or an image on Ceph."""
+    image = stored_image(host, drive)
+    if not shared and image.node.has_locks:
+        host.run("qemu-img", "info", "--image-opts", image.node.locked)
+    measured = host.run(
+        "qemu-img", "measure", "--output=json", "-O", "qcow2", "--image-opts", image.node.unlocked, seconds=600)
+    taken = measured.read(lambda said: int(document_in(said)["required"]))
+    return Disk((replace(image, allocated=taken),), taken, direct_io=image.node.has_locks)
+
+
+def stored_image(host: Host, drive: Drive) -> DiskImage:
+    """A disk that is a device or an image on Ceph, as it is now."""
+    try:
+        info = host.run("qemu-img", "info", "--output=json", "--image-opts", Node(drive.storage).unlocked)
+    except CommandError as error:
+        if "Unknown driver 'rbd'" not in error.said:
+            raise
+        raise HostError(f"{host.name}: qemu-img there knows no disks on Ceph",
+                        "install its driver (Debian: qemu-block-extra, RPM: qemu-kvm-block-rbd)") from error
+    size = info.read(lambda said: int(document_in(said)["virtual-size"]))
+    flaws = ("encryption",) if drive.xml.find(".//encryption") is not None else ()
+    own = logical_volume(drive.path) if drive.storage["driver"] == "host_device" and not drive.volume else ()
+    return DiskImage(drive.path, drive.format, size, size, 0, flaws=flaws, storage=drive.storage, identity=own)
 
 
 def require_chain(host: Host, drive: Drive, chain: Sequence[DiskImage]) -> None:
@@ -3998,51 +4436,115 @@ def served_here(host: Host, folder: str, name: str, *words: str,
         yield lease, Node({"driver": "nbd", "server.type": "unix", "server.path": socket_file})
 
 
-def held(host: Host, path: str, folder: str) -> AbstractContextManager[tuple[Lease, Node]]:
+def held(host: Host, node: Node, folder: str) -> AbstractContextManager[tuple[Lease, Node]]:
     """Holds qemu's lock on a disk with a qemu-nbd: nobody writes to it; raises CommandError if somebody does."""
-    return served_here(host, folder, "hold", "-r", "--image-opts", Node.of_file(path).locked)
+    return served_here(host, folder, "hold", "-r", "--image-opts", node.locked)
+
+
+def watchers_of(host: Host, node: Node) -> str:
+    """The addresses of those that have an image on Ceph open; empty where there is no `rbd` to ask.
+
+    Our own exports are among them while they last: qemu opens it to write to it, even where it only reads.
+    """
+    told = node.storage
+    hosts = [f"{f'[{value}]' if ':' in value else value}:{told[key.replace('host', 'port')]}"
+             for key, value in told.items() if key.endswith(".host")]
+    user = ("--id", told["user"]) if "user" in told else ()
+    said = host.script(WATCHERS, f"{told['pool']}/{told['image']}", *user, *(("-m", ",".join(hosts)) if hosts else ()))
+    users = said.read(lambda said: [str(one["address"]) for one in document_in(said)["watchers"]]) if said else []
+    return " ".join(users)
+
+
+def require_identity(host: Host, image: DiskImage) -> None:
+    """Raises FinalError unless a device is proven to be what it should be: its path may be another device's by now."""
+    if image.node.storage["driver"] != "host_device":
+        return
+    try:
+        found = host.script(IDENTITY, image.path).splitlines()
+    except CommandError as error:
+        raise FinalError(f"{host.name}: {image.path} cannot be used: {error.said}",
+                         "start and stop the instance once, so that Nova connects its disks") from error
+    kind = "dm:" if any(name.startswith("dm:") for name in image.identity) else "path:"
+    seen = [name for name in found if name.startswith(kind)]
+    if not seen or not all(name.endswith(image.identity) for name in seen):
+        raise FinalError(f"{host.name}: {image.path} is not proven to be the instance's disk: it is "
+                         f"{', '.join(found)}, and should be {' or '.join(image.identity) or 'known'}",
+                         "start and stop the instance once, so that Nova connects its disks")
+
+
+def logical_volume(path: str) -> tuple[str, ...]:
+    """The identity of a logical volume /dev/GROUP/NAME: device mapper's name for it."""
+    group, _, name = path.removeprefix("/dev/").partition("/")
+    return ("dm:{}-{}".format(*(word.replace("-", "--") for word in (group, name))),) if name else ()
+
+
+def require_unwatched(host: Host, image: DiskImage) -> None:
+    """Raises FinalError if somebody has an image on Ceph open, for longer than one that was killed is remembered."""
+    limit = time.monotonic() + WATCH_LIMIT
+    while not image.node.has_locks and (users := watchers_of(host, image.node)):
+        if time.monotonic() > limit:
+            raise FinalError(f"{host.name}: {image.path} is in use by {users}", "find out who has it open")
+        time.sleep(2.0)
 
 
 class DiskLocks(ExitStack):
-    """qemu's locks on both disks of a copy, each held by a qemu-nbd until released: no guest can start on them."""
+    """qemu's locks on both disks of a copy, each held by a qemu-nbd until released: no guest can start on them.
+
+    Images on Ceph have none: a second writer gets in, so that only those who have one open are looked for.
+    """
 
     def __init__(self, run: str) -> None:
         super().__init__()
-        self._run = run
-        self._held: dict[tuple[str, str], tuple[ExitStack, Lease, Callable[[], object]]] = {}
+        self._run, self._changing = run, threading.RLock()
+        self._held: dict[tuple[str, ...], tuple[ExitStack, Lease, Callable[[], object]]] = {}
 
-    def hold(self, host: Host, path: str) -> Lease:
-        """Locks a disk, or again after a lost connection. Raises FinalError if somebody has it open."""
-        place = host.name, path
-        if place in self._held and self._holds(place):
-            return self._held[place][1]
-        self.release(*place)
+    @staticmethod
+    def _place(host: Host, image: DiskImage) -> tuple[str, ...]:
+        return host.name, host.nbd_address, image.path  # two clouds may have hosts of one name
+
+    def hold(self, host: Host, image: DiskImage) -> tuple[Lease, ...]:
+        """Locks a disk, or again after a lost connection. Raises FinalError if it is in use, or another's."""
+        place, node = self._place(host, image), image.node
+        require_identity(host, image)
+        if not node.has_locks:
+            require_unwatched(host, image)
+            return ()
+        if (known := self._held.get(place)) and self._holds(known):
+            return (known[1],)
+        self.release(host, image)
         with ExitStack() as stack:
             folder = stack.enter_context(host.private_folder(self._run))
             try:
-                lease, _ = stack.enter_context(held(host, path, folder))
+                lease, _ = stack.enter_context(held(host, node, folder))
             except CommandError as error:
-                raise FinalError(f"{host.name}: {path} is in use: {error.said}",
+                raise FinalError(f"{host.name}: {image.path} is in use: {error.said}",
                     "find out who has it open (virsh list, lsof)") from error
             alive = 'readlink "/proc/$(cat "$1")/exe"'  # kill -0 would also find a zombie
-            self._held[place] = self.enter_context(stack.pop_all()), lease, partial(
-                host.script, alive, f"{folder}/hold.pid")
-        return lease
+            with self._changing:
+                self._held[place] = self.enter_context(stack.pop_all()), lease, partial(
+                    host.script, alive, f"{folder}/hold.pid")
+        return (lease,)
 
-    def _holds(self, place: tuple[str, str]) -> bool:
-        _, lease, see_it = self._held[place]
+    @staticmethod
+    def _holds(known: tuple[ExitStack, Lease, Callable[[], object]]) -> bool:
+        _, lease, see_it = known
         return does_succeed(partial(lease.check, is_running=True), HostError) and does_succeed(see_it, HostError)
 
-    def check(self) -> None:
-        """Raises HostError where a lock is lost; both hosts are asked at the same time."""
+    def check(self, *disks: tuple[Host, DiskImage]) -> None:
+        """Raises HostError where a lock is lost, on these disks or on all; they are asked for at the same time."""
+        with self._changing:
+            all_held, wanted = dict(self._held), {self._place(*disk) for disk in disks}
         with ThreadPoolExecutor() as pool:
-            asked = {place: pool.submit(self._holds, place) for place in self._held}
-        for host, path in (place for place, holds in asked.items() if not holds.result()):
-            raise HostError(f"{host}: the qemu-nbd that locked {path} ended", "run it again")
+            asked = {place: pool.submit(self._holds, known) for place, known in all_held.items()
+                     if not wanted or place in wanted}
+        for place in (place for place, holds in asked.items() if not holds.result()):
+            raise HostError(f"{place[0]}: the qemu-nbd that locked {place[-1]} ended", "run it again")
 
-    def release(self, host: str, path: str) -> None:
-        if place := self._held.pop((host, path), None):
-            place[0].close()
+    def release(self, host: Host, image: DiskImage) -> None:
+        with self._changing:
+            known = self._held.pop(self._place(host, image), None)
+        if known:
+            known[0].close()
 
 
 @dataclass(frozen=True)
@@ -4079,7 +4581,7 @@ def route(host: Host, to: str) -> dict[str, str]:
 
 def received(ends: Ends) -> int:
     """Bytes received by the destination's interface towards the source, of all connections; 0 if unknown."""
-    with suppress(CommandError, ValueError):
+    with suppress(HostError, ValueError):
         return int(ends.destination.run(
             "cat", f"/sys/class/net/{ends.device}/statistics/rx_bytes")) if ends.device else 0
     return 0
@@ -4127,8 +4629,10 @@ class BesideFile:
 
     @property
     def new(self) -> str:
-        """The file the copy is written to."""
+        """The file the copy is written to; its writers lock it."""
         return files_beside(self.fresh.path, self.run)[0]
+
+    lock = new
 
     @property
     def kept(self) -> str:
@@ -4145,7 +4649,44 @@ class BesideFile:
         return Node.of_file(self.new, locking="off") if self.format == "raw" else self.image.node
 
 
-Landing = BesideFile  # how a copy takes its place
+@dataclass(frozen=True)
+class InPlace:
+    """A Landing: the copy is written to the disk that was made for it, a volume or what is no file."""
+
+    run: str
+    fresh: DiskImage
+    lock: str  # a file in the instance's folder, for its writers
+    is_blank: bool  # whether it holds only zeros, and nothing was written to it yet
+
+    @property
+    def direct_io(self) -> bool:
+        return True
+
+    @property
+    def format(self) -> str:
+        return self.fresh.format
+
+    @property
+    def new(self) -> str:
+        return self.fresh.path
+
+    @property
+    def kept(self) -> str:
+        """What is removed at the end."""
+        return self.lock
+
+    @property
+    def image(self) -> DiskImage:
+        return self.fresh
+
+    @property
+    def written(self) -> Node:
+        """The disk for its writers, while the run itself has qemu's lock on it."""
+        node = self.fresh.node
+        return Node({**node.storage, "locking": "off"}, node.format) if node.has_locks else node
+
+
+Landing = BesideFile | InPlace  # how a copy takes its place
 
 
 @dataclass(frozen=True)
@@ -4186,8 +4727,9 @@ class DiskJob:
 
     @property
     def max_parallel(self) -> int:
-        """Chunks copied in parallel: one if a format's tables allow one writer, or the rate limit is one command's."""
-        return 2 if self.landing.format == "raw" and not self.settings.limit_rate else 1
+        """Chunks copied in parallel: one if a format's tables or Ceph allow one writer, or a rate is one command's."""
+        is_open = self.landing.format == "raw" and self.landing.image.node.has_locks
+        return 2 if is_open and not self.settings.limit_rate else 1
 
     @property
     def chunk(self) -> int:
@@ -4283,7 +4825,7 @@ class NbdTransport(Transport):
         return length // 512 * 512
 
     def serve(self, ends: Ends, job: DiskJob, place: Export, image: Node, stack: ExitStack) -> tuple[str, ...]:
-        if image.format != "raw":
+        if image.format != "raw" or "filename" not in image.storage:
             return QemuTransport().serve(ends, job, place, image, stack)
         return nbd_server(ends, job, place, image.place)
 
@@ -4343,7 +4885,8 @@ def low_priority(job: DiskJob) -> tuple[str, ...]:
 
 def disk_options(image: Node, *, is_live: bool) -> tuple[str, ...]:
     """qemu-nbd's arguments for a disk; one that a guest has open is read without locks."""
-    return ("--image-opts", image.unlocked) if is_live else ("-f", image.format, image.place)
+    is_file = image.storage["driver"] == "file" and not is_live
+    return ("-f", image.format, image.place) if is_file else ("--image-opts", image.unlocked)
 
 
 def tls_options(job: DiskJob, folder: str, endpoint: str) -> tuple[str, ...]:
@@ -4404,14 +4947,22 @@ class Callbacks:
     check: Callable[[], object] = lambda: None  # called between chunks; may raise
 
 
-def stat_of(host: Host, path: str) -> str:
-    """Size, times and inode of a file, to detect any change; empty if it is gone."""
-    return host.script('[ ! -e "$1" ] || stat -c "%s %.Y %.Z %i" -- "$1"', path).strip()
+def stand_of(host: Host, node: Node) -> str:
+    """What tells any change of a disk; empty if it is gone. Of an image on Ceph only the size does."""
+    if "filename" in node.storage:
+        return host.script(STAND, node.storage["filename"]).strip()
+    try:
+        info = host.run("qemu-img", "info", "--output=json", "--image-opts", node.unlocked)
+    except CommandError as error:
+        if "No such file or directory" in error.said:
+            return ""
+        raise
+    return info.read(lambda said: str(document_in(said)["virtual-size"]))
 
 
 def require_unchanged(source: Host, job: DiskJob) -> None:
-    """Raises FinalError if the source's file has changed since the source was stopped."""
-    stand = stat_of(source, job.source.path)
+    """Raises FinalError if the source's disk has changed since the source was stopped."""
+    stand = stand_of(source, job.source.node)
     if not stand:
         raise FinalError(f"{source.name}: {job.source.path} was deleted while it was being copied",
                          "find out by whom; the copy is incomplete")
@@ -4442,20 +4993,21 @@ def reading(ends: Ends, job: DiskJob) -> Iterator[Reading]:
     with ExitStack() as stack:
         if not job.is_live:
             require_unchanged(ends.source, job)
-        holds = () if job.is_live else (ends.locks.hold(ends.source, job.source.path),)
+        require_identity(ends.source, job.source)
+        holds = () if job.is_live else ends.locks.hold(ends.source, job.source)
         export, server = stack.enter_context(exported(ends, job, job.exported))
         readable = stack.enter_context(seen_by_guest(ends, ends.source, job.source, job))
         node = stack.enter_context(job.transport.reach(ends, job, export, job.length))
         yield Reading(readable, node, (*holds, server))
         if not job.is_live:
             require_unchanged(ends.source, job)
-            ends.locks.check()
+            ends.locks.check((ends.source, job.source), (ends.destination, job.fresh))
         server.release()
 
 
 @dataclass(frozen=True)
 class Known:
-    """The result of a warm copy's pass: the digests of both ends, and stat_of() the new file after that."""
+    """The result of a warm copy's pass: the digests of both ends, and stand_of() the new disk after that."""
 
     here: Mapping[int, str]
     there: Mapping[int, str]
@@ -4473,29 +5025,32 @@ def move_disk(ends: Ends, job: DiskJob, callbacks: Callbacks, known: Known = NOT
     Raises HostError if a host, a command or the verification fails.
     """
     began, destination = time.monotonic(), ends.destination
-    is_same = bool(known.stand) and stat_of(destination, job.new) == known.stand
+    is_same = bool(known.stand) and stand_of(destination, job.landing.image.node) == known.stand
     before, is_there = in_parallel(partial(received, ends), partial(is_begun, destination, job))
     is_rest = is_there and job.settings.warm
     known = known if is_there and is_same else NOTHING_KNOWN
     with reading(ends, job) as disk:
         here, there = compared(ends, job, disk, known) if is_there else ({}, {})
         rest = as_extents(differing(here, there), max(job.length, job.transport.reaches(job.length)))
-        extents = rest if is_rest else find_extents(ends.source, disk.readable, job)
+        extents = rest if is_rest or (is_there and not job.source.is_file) else find_extents(
+            ends.source, disk.readable, job)
         looked = time.monotonic()
-        digest = ChunkSender(ends, job, disk, callbacks, there, is_new=not is_there).send(rest if is_there else extents)
+        sender = ChunkSender(ends, job, disk, callbacks, there, is_new=not is_there)
+        digest = sender.send(rest if is_there else extents)
+        amount = sum(count for _, count in extents) if is_there else sender.held
         if is_there and digest and not job.is_live:
             require_equal(Chunk(0, job.length, 0), here, there)
             digest = hashlib.sha256(lines_of(here)).hexdigest()
-    moved = Moved(
-        sum(count for _, count in extents), received(ends) - before, digest, time.monotonic() - began, looked - began,
-        time.monotonic() - looked, is_rest, len(known.unchanged) * MiB)
-    return moved, Known(here, there, stat_of(destination, job.new)) if job.is_live else NOTHING_KNOWN
+    moved = Moved(amount, received(ends) - before, digest, time.monotonic() - began, looked - began,
+                  time.monotonic() - looked, is_rest, len(known.unchanged) * MiB)
+    stand = stand_of(destination, job.landing.image.node) if job.is_live else ""
+    return moved, Known(here, there, stand) if job.is_live else NOTHING_KNOWN
 
 
 def compared(ends: Ends, job: DiskJob, disk: Reading, known: Known) -> tuple[dict[int, str], dict[int, str]]:
     """The digests of the source's disk and the new file; those of unchanged blocks and the last pass are used again."""
     asked = as_extents(set(range(-(-job.length // MiB))) - known.unchanged, job.length)
-    with threads_for(ends.destination, 1) as pool:
+    with threads_for(1, ends.destination) as pool:
         again = [] if job.is_live and known.stand else asked
         with defer_signals():
             proving = pool.submit(digests_again, ends, ends.destination, job, known.there, again)
@@ -4504,6 +5059,9 @@ def compared(ends: Ends, job: DiskJob, disk: Reading, known: Known) -> tuple[dic
 
 def is_begun(destination: Host, job: DiskJob) -> bool:
     """Whether there is a new file to continue; else makes one. Raises CommandError while an earlier attempt writes."""
+    if isinstance(job.landing, InPlace):
+        destination.script(NO_WRITER, job.landing.lock, "")
+        return not job.landing.is_blank
     if destination.succeeds("test", "-f", job.new):
         destination.script(NO_WRITER, job.new, Node.of_file(job.new).locked)
         with suppress(HostError):
@@ -4520,13 +5078,17 @@ def is_begun(destination: Host, job: DiskJob) -> bool:
 @contextmanager
 def seen_by_guest(ends: Ends, host: Host, image: DiskImage, job: DiskJob, *, is_written: bool = False) -> Iterator[str]:
     """What `blocks` reads, or writes to: the file itself, or an export that shows what the guest sees."""
-    if job.whole_file or image.format == "raw":
+    if image.is_file and (job.whole_file or image.format == "raw"):
         yield image.path
         return
-    words = disk_options(image.node, is_live=job.is_live and host is ends.source)
+    opened = job.landing.written if is_written else image.node
+    words = disk_options(opened, is_live=is_written or (job.is_live and host is ends.source))
     words = (*(("--discard=unmap",) if is_written else ("-r", "-e", "8")), *words)
-    with served_here(host, ends.folder(host), "guest", *words) as (_, node):
-        yield node.place
+    if not image.is_file:
+        words = ("--cache=none", *words)
+    name = f"{job.key}-{secrets.token_hex(4)}"  # disks are copied in parallel
+    with served_here(host, ends.folder(host), name, *words) as (_, node):
+        yield json.dumps({**node.storage, **({} if image.is_file else {NO_HOLES: "yes"})})
 
 
 def make_new(destination: Host, job: DiskJob) -> None:
@@ -4550,7 +5112,8 @@ def copy_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Callabl
     ends.destination.work(
         "qemu-img", "convert", "-p", "-n", "-m", str(requests), "-W", *cache, *rate, *options, "--image-opts",
         "--target-image-opts", node.part(chunk.offset, length), job.landing.written.part(chunk.offset, length),
-        stall=job.settings.stall_timeout, on_output=progress_of(chunk.held, show), given=("flock", "-s", job.new))
+        stall=job.settings.stall_timeout, on_output=progress_of(chunk.held, show),
+        given=("flock", "-s", job.landing.lock))
 
 
 def progress_of(total: int, show: Callable[[int], None]) -> Callable[[str], None]:
@@ -4562,6 +5125,9 @@ def progress_of(total: int, show: Callable[[int], None]) -> Callable[[str], None
 
 
 def find_extents(source: Host, readable: str, job: DiskJob) -> list[Extent]:
+    """Where data is, in a file; of anything else only reading it shows that."""
+    if not job.source.is_file:
+        return [(0, job.length)]
     printed = source.work(*low_priority(job), *blocks("extents", readable, 0, job.length), stall=600)
     return [(start, count) for start, count in printed.read(lambda said: numbers_in(said, 2))]
 
@@ -4573,7 +5139,7 @@ def patch_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Callab
         listed = put_list(ends.destination, folder, chunk.extents)
         words = blocks("patch", node.place, 0, job.length, job.settings.limit_rate, listed, target, folder)
         ends.destination.work(*words, stall=job.settings.stall_timeout, on_output=progress_of(chunk.held, show),
-            given=("flock", "-s", job.new))
+            given=("flock", "-s", job.landing.lock))
 
 
 def put_list(host: Host, folder: str, extents: Sequence[Extent]) -> str:
@@ -4591,7 +5157,7 @@ def put_files(host: Host, folder: str, files: Mapping[str, bytes]) -> None:
 def copy_tail(ends: Ends, job: DiskJob) -> None:
     """Sets the exact length of a new file that ends within a sector, and copies the bytes that a block device lacks."""
     tail = job.length % 512
-    if job.landing.format != "raw" or not tail:
+    if job.landing.format != "raw" or not tail or isinstance(job.landing, InPlace):
         return
     if job.transport.reaches(job.length) < job.length:
         text_of_tail = ends.source.script('tail -c "$1" -- "$2" | base64', str(tail), job.source.path)
@@ -4604,8 +5170,8 @@ Digests = Future[dict[int, str]]
 
 
 @contextmanager
-def threads_for(host: Host, count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for commands on a host. If the scope fails, all leases on the host are ended."""
+def threads_for(count: int, *hosts: Host) -> Iterator[ThreadPoolExecutor]:
+    """Threads for commands on hosts. If the scope fails, all leases there are ended."""
     pool = ThreadPoolExecutor(count)
     try:
         yield pool
@@ -4614,7 +5180,8 @@ def threads_for(host: Host, count: int) -> Iterator[ThreadPoolExecutor]:
             ending = threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": True})
             ending.start()
             for turn in itertools.takewhile(lambda _: ending.is_alive(), itertools.count()):
-                host.end_work(is_silent=turn >= 30)
+                for host in hosts:
+                    host.end_work(is_silent=turn >= 30)
                 ending.join(0.5)
         raise
     finally:
@@ -4629,6 +5196,7 @@ class ChunkSender:
         self._ends, self._job, self._disk, self._callbacks, self._there, self._is_new = (
             ends, job, disk, callbacks, there, is_new)
         self._is_proven = job.settings.verify or job.settings.warm  # of a running source only digests count
+        self.held = 0  # bytes of data found
         self._done: dict[Chunk, int] = {}  # bytes arrived of each
         self._unproven = deque[tuple[Chunk, Digests | None, Digests | None]]()  # digests of source and new, to compare
         self._whole = hashlib.sha256()
@@ -4642,16 +5210,16 @@ class ChunkSender:
         hole = 0 if job.transport.has_holes else LEAST_CHUNK
         split = [chunk for chunk in chunks(job.length, extents, job.chunk, least, hole) if chunk.held or self._is_new]
         on_way = deque[tuple[Chunk, Digests | None, Future[None]]]()
-        with threads_for(source, 1) as reader, threads_for(destination, 1) as prover, \
-                threads_for(destination, job.max_parallel) as senders, \
+        is_read = self._is_new and not (job.is_live and job.source.is_file)
+        with threads_for(1, source) as reader, threads_for(1, destination) as prover, \
+                threads_for(job.max_parallel, destination) as senders, self._opened() as self._place, \
                 self._callbacks.progress(sum(chunk.held for chunk in split)) as show:
             for chunk in split:
                 if len(on_way) == job.max_parallel:
                     self._arrive(*on_way.popleft(), prover, show)
                 with defer_signals():
-                    here = reader.submit(
-                        self._digests, source, self._disk.readable, chunk) if self._is_new and not job.is_live else None
-                    on_way.append((chunk, here, senders.submit(self._copy, chunk)))
+                    here = reader.submit(self._digests, source, self._disk.readable, chunk) if is_read else None
+                    on_way.append((chunk, here, senders.submit(self._copy, chunk, here)))
             while on_way:
                 self._arrive(*on_way.popleft(), prover, show)
             copy_tail(self._ends, job)
@@ -4665,14 +5233,28 @@ class ChunkSender:
                     self._compare(chunk, known, there)
         return self._whole.hexdigest()
 
-    def _copy(self, chunk: Chunk) -> None:
-        """Copies a chunk's data."""
+    @contextmanager
+    def _opened(self) -> Iterator[str]:
+        """What is read of the new disk while more is written: a raw one."""
+        ends, job = self._ends, self._job
+        with nullcontext(job.new) if job.landing.image.is_file else seen_by_guest(
+                ends, ends.destination, job.landing.image, job) as place:
+            yield place
+
+    def _copy(self, chunk: Chunk, here: Digests | None) -> None:
+        """Copies a chunk's data; of what is no file, only the blocks that are not all zeros by their digests."""
         self._done[chunk] = 0
-        is_scattered = chunk.is_scattered and self._job.landing.format == "raw"
+        part, job = chunk, self._job
+        if here and not job.source.is_file:
+            known: dict[int, str] = result_of(here)
+            found = as_extents(known, chunk.offset + chunk.length)
+            part = replace(chunk, extents=tuple(found), held=sum(count for _, count in found))
+        is_scattered = (part.is_scattered and job.landing.format == "raw") or part.held < chunk.held * 3 // 4
         copy = patch_chunk if is_scattered or not self._is_new else copy_chunk
-        if chunk.held:
-            copy(self._ends, self._job, self._disk.node, chunk, partial(self._done.__setitem__, chunk))
+        if part.held:
+            copy(self._ends, job, self._disk.node, part, partial(self._done.__setitem__, chunk))
         self._done[chunk] = chunk.held
+        self.held += part.held
 
     def _arrive(self, chunk: Chunk, here: Digests | None, future: Future[None],
             prover: ThreadPoolExecutor, show: Callable[[int], None]) -> None:
@@ -4686,8 +5268,8 @@ class ChunkSender:
         is_whole = chunk.offset + chunk.length < self._job.length or self._job.length % 512 == 0
         with defer_signals():
             can_be_read = self._job.landing.format == "raw" and is_whole
-            there = prover.submit(self._digests, self._ends.destination, self._job.new, chunk) if can_be_read else None
-            self._unproven.append((chunk, here, there))
+            there = prover.submit(self._digests, self._ends.destination, self._place, chunk) if can_be_read else None
+            self._unproven.append((chunk, here if self._is_proven and not self._job.is_live else None, there))
         while self._unproven and (found := self._unproven[0][2]) and found.done() and (
                 not self._unproven[0][1] or self._unproven[0][1].done()):
             first, known, _ = self._unproven.popleft()
@@ -4707,10 +5289,13 @@ class ChunkSender:
             self._there.update(found)
 
     def _digests(self, host: Host, place: str, chunk: Chunk) -> dict[int, str]:
-        if not self._is_proven:
+        if not self._is_proven and (host is self._ends.destination or self._job.source.is_file):
             return {}
         if self._is_new:
-            return digests(host, place, chunk.offset, chunk.length, self._job.settings.stall_timeout)
+            is_live = self._job.is_live and host is self._ends.source
+            rate, priority = (self._job.settings.limit_rate, low_priority(self._job)) if is_live else (0, ())
+            stall = self._job.settings.stall_timeout
+            return digests(host, place, chunk.offset, chunk.length, stall, rate, before=priority)
         return digests_again(self._ends, host, self._job, {}, chunk.extents, place)
 
 
@@ -4766,7 +5351,7 @@ def digests_again(ends: Ends, host: Host, job: DiskJob, before: Mapping[int, str
         return found | digests(host, place, 0, job.length, stall, rate, listed, before=priority)
 
 
-def as_extents(changed: Iterable[int], length: int) -> list[Extent]:
+def as_extents(changed: Collection[int], length: int) -> list[Extent]:
     """The extents that blocks are, of a disk of `length` bytes."""
     spans = joined((block * MiB, min((block + 1) * MiB, length)) for block in sorted(changed))
     return [(start, stop - start) for start, stop in spans if start < stop]
@@ -4776,7 +5361,10 @@ def settle_disk(host: Host, job: DiskJob) -> tuple[str, ...]:
     """Rebases the new file onto the destination's base, checks it, grows it to the fresh disk's size and swaps it in.
 
     Returns the names of removed dirty bitmaps: a file cannot be resized with those that a killed qemu had in use.
+    A disk that was written to in place is there already.
     """
+    if isinstance(job.landing, InPlace):
+        return ()
     if job.whole_file and job.fresh.backing:
         host.run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", job.fresh.backing_format,
             "-b", job.fresh.backing, job.new)
@@ -4827,6 +5415,7 @@ class Act(enum.Enum):
     UNMARK = "take the mark off the source"
     STOP_DESTINATION = "stop the destination"
     DELETE = "delete the destination"
+    DELETE_VOLUMES = "delete the volumes made for the destination"
     CLEAN = "remove the copy beside the destination's disk"
     GO_ON = "resume the run"
 
@@ -4964,6 +5553,8 @@ def rule_one_machine(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
 
 def rule_own_data(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     """An instance that may have written data of its own is neither overwritten nor deleted without --yes."""
+    if act is Act.DELETE_VOLUMES and now.stage >= Stage.STARTED and not asked.yes:
+        yield "the destination was started, and the volumes may have newer data"
     if asked.yes or act not in (*REMOVING, *WRITING, Act.GO_ON) or not (made := now.destination.server):
         return
     if act in REMOVING and now.stage is Stage.DONE:
@@ -4977,8 +5568,8 @@ def rule_own_data(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
 
 def rule_one_copy(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     """A destination with the proven copy is deleted only while the source and its disk are seen to exist."""
-    source = now.source
-    if act not in (Act.DELETE, Act.CLEAN) or not now.destination.server or now.stage < Stage.PROVEN:
+    source, is_there = now.source, now.destination.server or act is Act.DELETE_VOLUMES
+    if act not in (Act.DELETE, Act.CLEAN, Act.DELETE_VOLUMES) or not is_there or now.stage < Stage.PROVEN:
         return
     if source.is_gone:
         yield "the source is gone: this is its only copy"
@@ -5015,7 +5606,7 @@ def rule_seen(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     needed = {Act.STOP_SOURCE: source, Act.UNMARK: source, Act.STOP_DESTINATION: made,
               Act.GIVE_BACK: source + made if now.has_copy else source}
     if now.stage < Stage.PROVEN:
-        needed |= {Act.DELETE: made, Act.CLEAN: made}
+        needed |= {Act.DELETE: made, Act.CLEAN: made, Act.DELETE_VOLUMES: made}
     if not (act in WRITING and asked.is_held):
         yield from (f"{seen.id} could not be looked up: {seen.unseen}"
             for seen in needed.get(act, source + made) if seen.unseen)
@@ -5054,6 +5645,8 @@ def next_commands(act: Act, now: Situation) -> str:
     if act in (*REMOVING, Act.GO_ON) and made.server and not (source.is_gone or source.unseen):
         ways.append(f"./migrena.py {'rollback' if act in REMOVING else 'resume'} {run} --yes, "
             f"if data written by {made.id} may be lost")
+    if act is Act.DELETE_VOLUMES:
+        ways.append(f"./migrena.py rollback {run} --yes, if what is on them may be lost")
     if made.server and made.server.locked and not made.is_locked_by(run):
         ways.append(f"openstack server unlock {made.id}, if whoever locked it agrees")
     if act is Act.GIVE_BACK and source.server:
@@ -5066,20 +5659,22 @@ def next_commands(act: Act, now: Situation) -> str:
 DISK_UNSEEN: Final = ("is gone", "cannot be read")
 
 
-def disk_now(host: Host, paths: Mapping[str, str], record: RunRecord) -> str:
-    """What is wrong with one of a source's files, compared with when it was copied, or nothing."""
-    for key, path in paths.items():
+def disk_now(host: Host, nodes: Mapping[str, Node], record: RunRecord) -> str:
+    """What is wrong with one of a source's disks, compared with when it was copied, or nothing."""
+    for key, node in nodes.items():
         try:
-            now, stand = stat_of(host, path), str(record.disks.get(key, DiskRecord()).job.get("stand", ""))
+            now, stand = stand_of(host, node), str(record.disks.get(key, DiskRecord()).job.get("stand", ""))
+            users = watchers_of(host, node) if now and stand and not node.has_locks else ""
         except HostError as error:
             return f"cannot be read: {shorten(str(error))}"
-        if wrong := "is gone" if not now else "was changed" if stand and not same_file(now, stand) else "":
-            return wrong if key == ROOT else f"{wrong} ({path})"
+        wrong = "is gone" if not now else "was changed" if stand and not same_file(now, stand) else ""
+        if wrong := wrong or (f"is in use by {users}" if users else ""):
+            return wrong if key == ROOT else f"{wrong} ({key})"
     return ""
 
 
 def same_file(now: str, stand: str) -> bool:
-    """Whether a file is the same by two results of stat_of(); the ctime is ignored, since a failed start changes it."""
+    """Whether a disk is the same by two results of stand_of(); a file's ctime is ignored: a failed start changes it."""
     one, other = now.split(), stand.split()
     return one[:2] + one[3:] == other[:2] + other[3:]
 
@@ -5436,6 +6031,7 @@ LOST_ANSWER: Final = 10.0  # seconds for an instance to appear although Nova ans
 LATE_ANSWER: Final = 60.0  # the same for one that must be deleted
 CLAIM_PAUSE: Final = 1.0  # seconds in which another run that did not see our mark writes its own
 
+NO_IMAGE: Final = Image("", "none, it boots from a volume", "active", "", "")
 STATE_WAYS: Final = {  # arguments of `openstack server`
     "PAUSED": "unpause", "SUSPENDED": "resume", "SHELVED": "unshelve", "SHELVED_OFFLOADED": "unshelve",
     "RESCUE": "unrescue", "VERIFY_RESIZE": "resize confirm", "ERROR": "set --state active",
@@ -5460,6 +6056,8 @@ class SourceFacts:
     server: Server | None = None
     host: Host | None = None
     disks: Mapping[str, Disk] = field(default_factory=dict)  # by key; empty if they cannot be read
+    volumes: Mapping[str, Volume] = field(default_factory=dict)  # those among them, by key
+    with_snapshots: Collection[str] = ()  # the ids of those that have some
     image: Image | None = None
     lacking: Sequence[str] = ()
     problems: list[Reason] = field(default_factory=list)
@@ -5483,6 +6081,9 @@ class DestinationFacts:
     sees_hosts: bool = True
     limits: Mapping[str, int] = field(default_factory=dict)
     refused: str = ""  # why -e is not accepted
+    volume_types: Collection[str] = ()  # this and the next two: only if the source has volumes
+    volume_zones: Collection[str] = ()
+    volume_limits: Mapping[str, int] = field(default_factory=dict)
     made: Sequence[Server] = ()  # from the source, by earlier runs
     problems: Sequence[Reason] = ()
 
@@ -5506,8 +6107,35 @@ def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, 
             settings = settings.of("src")
             found.host = host = stack.enter_context(host_of(server, settings, screen))
             found.lacking = tools_lacking(host)
-            found.disks = survey_source_disks(host, server, found.lacking, root_only=settings.root_only)
+            found.disks = survey_source_disks(host, server, found.lacking, only=settings.chosen)
+            survey_volumes(found, cloud, server)
     return found
+
+
+def identified(cloud: Cloud, server: str, disk: Disk, volume: Volume) -> Disk:
+    """A disk with what proves that it is this volume; raises Refused if it is not."""
+    top = disk.top
+    if top.size != volume.size * GiB:
+        raise Refused(f"{cloud.label} cloud: {volume.label} has {volume.size} GiB, but {top.path} {human(top.size)}",
+                      "start and stop the instance once, so that Nova connects its disks")
+    if top.node.storage["driver"] != "host_device":
+        return disk
+    return replace(disk, chain=(replace(top, identity=cloud.volumes.connection(volume, server)),))
+
+
+def survey_volumes(found: SourceFacts, cloud: Cloud, server: Server) -> None:
+    """Adds the volumes among an instance's disks; raises Refused unless Nova, Cinder and libvirt agree on them."""
+    ids = {key: disk.volume for key, disk in found.disks.items() if disk.volume}
+    if unknown := set(ids.values()) - set(server.volumes):
+        raise Refused(f"by libvirt volume {', '.join(sorted(unknown))} is attached, but not by Nova",
+                      f"openstack server reboot --hard {server.id}")
+    volumes = {key: cloud.volumes.one(id) for key, id in ids.items()}
+    if lost := [ids[key] for key, volume in volumes.items() if not volume]:
+        raise Refused(f"source cloud: Cinder does not show volume {', '.join(lost)}", "use an admin's credentials")
+    found.volumes = {key: volume for key, volume in volumes.items() if volume}
+    found.disks = {key: identified(cloud, server.id, disk, found.volumes[key]) if disk.volume else disk
+                   for key, disk in found.disks.items()}
+    found.with_snapshots = cloud.volumes.with_snapshots() & set(ids.values()) if ids else ()
 
 
 def host_name(server: Server, settings: Settings) -> str:
@@ -5520,18 +6148,27 @@ def host_of(server: Server, settings: Settings, screen: Screen) -> closing[Host]
     return closing(connect(host_name(server, settings), settings, screen))
 
 
-def survey_source_disks(host: Host, server: Server, missing: Sequence[str], *, root_only: bool) -> dict[str, Disk]:
+def survey_source_disks(host: Host, server: Server, missing: Sequence[str], *,
+                        only: Sequence[str]) -> dict[str, Disk]:
     """The source's disks, none if other reasons prevent reading them; those of a stopped one must not be in use."""
-    if {"qemu-img", "virsh"} & set(missing) or not server.image or server.status not in ("ACTIVE", "SHUTOFF"):
+    if {"qemu-img", "virsh"} & set(missing) or server.status not in ("ACTIVE", "SHUTOFF"):
         return {}
     path = host.disk_of(server.id)
     try:
-        return survey_disks(host, server.id, path, shared=server.status == "ACTIVE", root_only=root_only)
+        return survey_disks(host, server.id, path, shared=server.status == "ACTIVE", only=only)
     except CommandError as error:
         if not re.search("Failed to get .*lock", error.said):
             raise
         raise HostError(f"{host.name}: a disk is in use although the instance is {server.status}: {error.said}",
                         "find out who has it open (virsh list, lsof) and end that first") from error
+
+
+def survey_storage(destination: DestinationFacts) -> None:
+    """Adds what the destination has for volumes."""
+    if cloud := destination.cloud:
+        store = cloud.volumes
+        destination.volume_types, destination.volume_zones = store.types(), store.zones()
+        destination.volume_limits = store.limits()
 
 
 def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> DestinationFacts:
@@ -5540,7 +6177,8 @@ def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> Destinat
         cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
         return DestinationFacts(
             cloud, cloud.servers_named(settings.dst_name), cloud.flavors(), cloud.store.all(settings.image),
-            cloud.sees_hosts(), cloud.limits(), cloud.refuses(settings.extra_args), cloud.made_by("", settings.src_uid))
+            cloud.sees_hosts(), cloud.limits(), cloud.refuses(settings.extra_args),
+            made=cloud.made_by("", settings.src_uid))
     except CloudError as error:
         return DestinationFacts(None, problems=error.reasons)
 
@@ -5590,6 +6228,8 @@ def refuse(settings: Settings, source: SourceFacts, destination: DestinationFact
         reasons += refuse_tools(source.host.name, source.lacking, settings, "nbd-server")
     for disk in source.disks.values():
         reasons += (reason for reason in refuse_disk(disk) if reason not in reasons)
+    if source.server and source.disks:
+        reasons += refuse_volumes(settings, source, source.server, destination)
     if destination.cloud:
         reasons += refuse_destination(settings, source, destination, known)
     return reasons
@@ -5609,7 +6249,7 @@ def next_commands_for(run: str, source: str, known: Collection[str]) -> str:
 
 def refuse_server(server: Server, settings: Settings, known: Collection[str] = ()) -> list[Reason]:
     """Reasons to refuse in the source instance."""
-    id, status, reason, whole = server.id, server.status, server.lock_reason, not settings.root_only
+    id, status, reason = server.id, server.status, server.lock_reason
     run = server.metadata.get(MARK) or lock_of(server)
     ways = next_commands_for(run, id, known)
     was_moved = run and MARK not in server.metadata and " takes its place" in reason
@@ -5622,11 +6262,40 @@ def refuse_server(server: Server, settings: Settings, known: Collection[str] = (
         (was_moved, f"the source was or is being moved: {reason}",
          f"{ways}; openstack server unlock {id} allows another move"),
         (run and not was_moved, f"run {run} is moving the source, or was interrupted", ways),
-        (not server.host, f"source cloud: {NO_HOSTS} the instance is", "use an admin's credentials"),
-        (not server.image, "the source boots from a volume, which migrena does not copy",
-         "move the volume with Cinder, as a backup or an image"),
-        (whole and server.image and server.volumes, f"volumes are attached: {', '.join(server.volumes)}",
-         "detach them, or --root-only goes on without them"))
+        (not server.host, f"source cloud: {NO_HOSTS} the instance is", "use an admin's credentials"))
+
+
+def refuse_volumes(settings: Settings, source: SourceFacts, server: Server,
+                   destination: DestinationFacts) -> list[Reason]:
+    """Reasons to refuse in the source's volumes, and in what the destination has for them."""
+    reasons, seen = list[Reason](), {disk.volume for disk in source.disks.values()}
+    if lost := [] if settings.chosen else [id for id in server.volumes if id not in seen]:
+        reasons.append(Reason(f"by Nova volume {', '.join(lost)} is attached, but libvirt shows no such disk",
+                              f"detach it, openstack server reboot --hard {server.id}, or --root-only"))
+    if settings.image and ROOT in source.volumes:
+        reasons.append(Reason("the source boots from a volume: the new instance has no image", "leave -i out"))
+    for volume in source.volumes.values():
+        facts, wanted = volume.facts, type_of(settings, volume)
+        reasons += reasons_from(
+            (facts.get("multiattach"), f"{volume.label} may be attached to several instances",
+             f"cinder retype {volume.id} to a type without multiattach, or --root-only goes on without it"),
+            (facts.get("encrypted"), f"{volume.label} is encrypted", f"openstack volume set --retype-policy on-demand "
+             f"--type TYPE {volume.id} with a type without encryption, or --root-only goes on without it"),
+            (volume.status != "in-use" or volume.servers != [server.id],
+             f"{volume.label} is {volume.status}, attached to {', '.join(volume.servers) or 'nothing'}",
+             "find out what is done with it"),
+            (destination.volume_types and wanted and wanted not in destination.volume_types,
+             f"destination cloud: there is no volume type {wanted!r}, for {volume.label}",
+             f"--volume-type {volume.type}=TYPE; there are: {', '.join(destination.volume_types)}"))
+    return reasons + [
+        Reason(f"destination cloud: the quota is exceeded: {exceeded}",
+               "delete unused resources, or have the quota raised")
+        for exceeded in over_quota(destination.volume_limits, None, source.volumes.values())]
+
+
+def type_of(settings: Settings, volume: Volume) -> str:
+    """The destination's type for a volume of the source."""
+    return settings.volume_type.get(volume.type, volume.type)
 
 
 def refuse_tools(host: str, lacking: Sequence[str], settings: Settings, nbd_tool: str) -> list[Reason]:
@@ -5644,7 +6313,8 @@ def refuse_disk(disk: Disk) -> list[Reason]:
             for image in disk.chain for flaw in image.flaws] + reasons_from(
         (disk.has_tpm, "the source has a TPM, whose secrets are not copied",
          "move what it protects first, then remove hw:tpm_version"),
-        (top.format not in ("qcow2", "raw"), f"{top.path} is {top.format}; only qcow2 and raw can be copied", ""))
+        (top.format not in ("qcow2", "raw"), f"{top.path} is {top.format}; only qcow2 and raw can be copied", ""),
+        (top.storage and top.format != "raw", f"{top.path} is {top.format}; only files may be that", ""))
 
 
 def refuse_destination(settings: Settings, source: SourceFacts, destination: DestinationFacts,
@@ -5685,12 +6355,12 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
 
 def refuse_flavor(settings: Settings, flavor: Flavor, image: Image | None, source: SourceFacts) -> Iterator[Reason]:
     """Reasons to refuse a flavor of the destination, with the image that the disk is made from."""
-    server, size = source.server, source.disks[ROOT].top.size if source.disks else 0
+    server, size = source.server, source.disks[ROOT].top.size if source.disks and ROOT not in source.volumes else 0
     for what, is_less in flavor.differs(server.flavor) if server and not settings.flavor else ():
         if is_less:
             yield Reason(
                 f"flavor {flavor.name} of the destination is smaller than the source's: {what}", "name one with -f")
-    if server and flavor.ephemeral < server.flavor.ephemeral and not settings.root_only:
+    if server and flavor.ephemeral < server.flavor.ephemeral and not settings.chosen:
         yield Reason(f"flavor {flavor.name} has {flavor.ephemeral} GiB for ephemeral disks, the source's has "
                      f"{server.flavor.ephemeral} GiB", "name a larger one with -f, or --root-only goes on without them")
     if 0 < flavor.disk * GiB < size:
@@ -5723,11 +6393,14 @@ class Plan:
     server: Server
     disks: Mapping[str, Disk]
     flavor: Flavor
-    image: Image
+    image: Image  # without an id if there is none yet, or none at all: the root disk is a volume
     left_behind: tuple[str, ...]
     was_running: bool = False
     carried: ImagePlan | None = None  # the image, if it must be carried first
     extra: Mapping[str, Any] = field(default_factory=dict)  # arguments for Nova's create
+    volumes: Mapping[str, Volume] = field(default_factory=dict)  # the source's, by key
+    requests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # what Cinder is asked for instead of them
+    with_snapshots: Collection[str] = ()  # the ids of those that have some
 
     @property
     def root(self) -> Disk:
@@ -5741,24 +6414,44 @@ class Plan:
 def make_plan(settings: Settings, source: SourceFacts, destination: DestinationFacts, run: str) -> Plan:
     """The plan, for facts without reasons to refuse."""
     _, server, _, disks = source.whole
-    left = () if not settings.root_only else (
-        *(f"volume {id}" for id in server.volumes),
-        *(f"ephemeral disk {name}" for name in ephemeral_among(disks[ROOT].beside)),
+    moved = {disk.volume for disk in disks.values()} | {disk.file_name for disk in disks.values()}
+    left = () if not settings.chosen else (
+        *(f"volume {id}" for id in server.volumes if id not in moved),
+        *(f"ephemeral disk {name}" for name in ephemeral_among(disks[ROOT].beside) if name not in moved),
         *(["the config drive"] if server.config_drive else ()))
     carried, flavor = image_to_carry(settings, source, destination), pick_flavor(
         settings.flavor, destination.flavors, server)
-    image = replace(carried.source, id="") if carried else pick_image(settings.image, destination.images, source.image)
+    image = NO_IMAGE if ROOT in source.volumes else replace(carried.source, id="") if carried else pick_image(
+        settings.image, destination.images, source.image)
     extra = {**made_with(server, disks), **settings.extra_args}
-    return Plan(run, server, disks, flavor, image, left, server.status == "ACTIVE", carried, extra)
+    requests = {key: request_for(settings, volume, run, destination) for key, volume in source.volumes.items()}
+    return Plan(run, server, disks, flavor, image, left, server.status == "ACTIVE", carried, extra,
+                source.volumes, requests, source.with_snapshots)
 
 
-def made_with(server: Server, disks: Mapping[str, Disk]) -> dict[str, Any]:
-    """Arguments for Nova's create that make disks like these; none for those that the flavor has made."""
-    sizes = [-(-disk.top.size // GiB) for key, disk in disks.items() if key != ROOT]
+def request_for(settings: Settings, volume: Volume, run: str, destination: DestinationFacts) -> dict[str, Any]:
+    """What Cinder is asked for, to have a volume like this one in the destination."""
+    zone = volume.facts.get("availability_zone")
+    marks = {MADE: run, ORIGIN: volume.id}
+    facts = {"name": volume.name, "description": volume.facts.get("description"),
+             "volume_type": type_of(settings, volume),
+             "availability_zone": zone if zone in destination.volume_zones else ""}
+    return {"size": volume.size, **{key: value for key, value in facts.items() if value}, "metadata": marks | {
+        key: value for key, value in volume.metadata.items() if not key.startswith("migrena:")}}
+
+
+def made_with(server: Server, disks: Mapping[str, Disk], volumes: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Arguments for Nova's create that make disks like these, with volumes by key; none for those of the flavor."""
+    sizes = [-(-disk.top.size // GiB) for key, disk in disks.items() if key != ROOT and not disk.volume]
     blank = [{"source_type": "blank", "destination_type": "local", "boot_index": -1, "delete_on_termination": True,
               "volume_size": size} for size in sizes]
+    attached = [{"source_type": "volume", "destination_type": "volume", "uuid": id,
+                 "boot_index": 0 if key == ROOT else -1, "disk_bus": disks[key].bus,
+                 "delete_on_termination": disks[key].volume in server.deleted_with}
+                for key, id in (volumes or {}).items()]
+    mapping = [*(blank if len(blank) > 1 else ()), *attached]
     return ({"config_drive": True} if server.config_drive else {}) | (
-        {"block_device_mapping_v2": blank} if len(blank) > 1 else {})
+        {"block_device_mapping_v2": sorted(mapping, key=lambda one: one["boot_index"] != 0)} if mapping else {})
 
 
 @dataclass
@@ -5819,6 +6512,7 @@ class Run:
     destination: Cloud
     source_host: Host
     earlier: Earlier | None = None
+    looking: threading.Lock = field(default_factory=threading.Lock)  # the clouds' clients are for one thread
 
     @property
     def record(self) -> RunRecord:
@@ -5850,8 +6544,8 @@ def situation_now(run: Run, made: str = "", *, with_disk: bool = False, is_patie
         began, record = time.monotonic(), run.record
         source = see(run.source, run.plan.server.id, record.request("stop source") or None, is_patient=is_patient)
         if with_disk and source.server:
-            paths = {key: disk.top.path for key, disk in run.plan.disks.items()}
-            source = replace(source, disk=disk_now(run.source_host, paths, record))
+            nodes = {key: disk.top.node for key, disk in run.plan.disks.items()}
+            source = replace(source, disk=disk_now(run.source_host, nodes, record))
         destination = see(run.destination, made or run.made, record.request("stop destination"), is_patient=is_patient)
         if (took := time.monotonic() - began) <= LOOK_LIMIT or source.unseen or destination.unseen:
             break
@@ -5862,8 +6556,9 @@ def situation_now(run: Run, made: str = "", *, with_disk: bool = False, is_patie
 
 def gate(run: Run, act: Act, *, is_live: bool = False, is_held: bool = False) -> Situation:
     """Looks at both sides now; if an act must not be done, raises FinalError, or Kept once the copy is proven."""
-    after, now = run.settings.start_after, situation_now(
-        run, with_disk=act in (Act.SWAP, Act.START_DESTINATION), is_patient=not is_held)
+    after = run.settings.start_after
+    with run.looking:
+        now = situation_now(run, with_disk=act in (Act.SWAP, Act.START_DESTINATION), is_patient=not is_held)
     asked = Asked(run.settings.yes, after == "all", after in ("all", "src"), is_live, is_held)
     allow(act, now, asked, Kept if now.stage >= Stage.PROVEN else FinalError)
     return now
@@ -5930,6 +6625,8 @@ def execute(run: Run, stack: ExitStack) -> str:
         cloud.mark(new.id, {DONE: plan.run, ORIGIN: plan.server.id})  # somebody may have removed them
         cloud.unmark(new.id, plan.run, MADE)
     run.undo.attempt(f"unlock destination {new.id}", lambda: release_destination(run, new.id))
+    for id in run.record.volumes.values():
+        run.undo.attempt(f"mark volume {id} done", partial(cloud.volumes.mark, id, {DONE: plan.run}, MADE))
     run.undo.attempt(f"give source {plan.server.id} back", lambda: release_source(run, arrived))
     kept = [str(disk.job["kept"]) for disk in run.record.disks.values() if disk.job]
     run.undo.attempt(f"remove {host.name}:{' '.join(kept)}", partial(host.run, "rm", "-f", "--", *kept))
@@ -5966,14 +6663,24 @@ class DiskCopy:
     job: DiskJob
     known: Known = NOTHING_KNOWN
 
+    def begun(self, **facts: Any) -> DiskJob:
+        """The job, with these facts, for an attempt; a disk that is written to in place is not blank after it."""
+        job = replace(self.job, **facts)
+        if isinstance(job.landing, InPlace):
+            self.job = replace(self.job, landing=replace(job.landing, is_blank=False))
+        return job
+
 
 def copy_and_swap(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
     """Copies the disks and swaps them in; returns when the source was asked to stop, by the monotonic clock."""
     with slots(run.journal.path.parent, (run.source_host.name, host.name), run.settings.max_per_host, run.screen):
         with ExitStack() as stack:
             keys = [key for key in run.plan.disks if not run.earlier or key not in run.earlier.in_place]
-            both = {key: stack.enter_context(BothEnds(run, host, locks)) for key in keys}
+            both = {key: stack.enter_context(BothEnds(run, ends, locks)) for key, ends in zip(
+                keys, connections(run, host, len(keys), locks), strict=True)}
             copies = [DiskCopy(both[job.key], job) for job in prepare(run, both, new)]
+            share_keys(run.source_host)
+            share_keys(host)
             for copy in copies:
                 with_retries(copy.both, partial(lock_fresh, copy.job), "stays as it is")
             if run.settings.warm and run.plan.server.is_running:
@@ -5984,25 +6691,96 @@ def copy_and_swap(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
                 copy.known = read_bitmap(run, copy.job, copy.known)
                 copy.job = recheck_source(run, copy.job)
             transfer(run, copies)
+        for copy in copies:
+            require_unwatched(run.source_host, copy.job.source)
+            if len(copies) > 1:  # the retry of one disk may have ended the locks of others
+                with_retries(copy.both, partial(lock_both, copy.job), "stays stopped")
+        if run.plan.root.has_nvram:
+            copy_nvram(run, host, new.id)
         swap_in(run, host, [copy.job for copy in copies], locks)
     return began
 
 
+def lock_both(job: DiskJob, ends: Ends) -> None:
+    """Locks both disks of a copy, those that are not locked still."""
+    ends.locks.hold(ends.source, job.source)
+    lock_fresh(job, ends)
+
+
+def copy_nvram(run: Run, host: Host, made: str) -> None:
+    """Copies the file in which UEFI keeps its variables, such as boot entries; warns where that is not possible."""
+    sides, path = ((run.source_host, run.plan.server.id), (host, made)), ""
+    gate(run, Act.SWAP)
+    try:
+        there, path = (domain_of(one, id, one.disk_of(id)).xml.findtext("os/nvram", "") for one, id in sides)
+        content = run.source_host.run("base64", "--", there)
+        with run.journal.act("copy nvram", path=path):
+            host.script(PUT_NVRAM, path, stdin=content.encode())
+    except CommandError as error:
+        run.screen.warn(f"the UEFI NVRAM is not copied, Nova has made a new one: {error.said}")
+
+
+def connections(run: Run, host: Host, count: int, locks: DiskLocks) -> Iterator[tuple[Host, Host]]:
+    """Both hosts for each of so many disks: what is copied in parallel has connections, and what they hold, of its own.
+
+    They last as long as the locks.
+    """
+    for number in range(count):
+        ends = run.source_host, host
+        if number and run.settings.lanes > 1 and not run.settings.limit_rate:
+            ends = once_more(run, run.source_host, "src", locks), once_more(run, host, "dst", locks)
+        yield ends
+
+
+def once_more(run: Run, host: Host, side: str, locks: DiskLocks) -> Host:
+    """A host over further connections."""
+    more = locks.enter_context(closing(connect(host.name, run.settings.of(side), run.screen)))
+    host.further.append(more)
+    return more
+
+
+def for_each(run: Run, copies: Sequence[DiskCopy], act: Callable[[DiskCopy], T]) -> list[T]:
+    """The results of an act on each disk, as many at a time as --lanes allows; raises what the first failure was.
+
+    The others are ended then, and not tried again.
+    """
+    by_nbd = [copy for copy in copies if copy.job.transport.name == NbdTransport.name]  # one device, and ports untold
+    lanes = 1 if run.settings.limit_rate or len(by_nbd) > 1 else min(run.settings.lanes, len(copies))
+    if lanes == 1:
+        return [act(copy) for copy in copies]
+    hosts = {host for copy in copies for host in copy.both.hosts}
+    with threads_for(lanes, *hosts) as pool:
+        try:
+            with defer_signals():
+                acting = [pool.submit(act, copy) for copy in copies]
+            while not all(one.done() for one in acting) and not any(
+                    one.done() and one.exception() for one in acting):
+                time.sleep(0.1)
+            if failed := next((error for one in acting if one.done() and (error := one.exception())), None):
+                raise failed
+        except BaseException:
+            for copy in copies:
+                copy.both.is_ending = True
+            raise
+        return [one.result() for one in acting]
+
+
 def lock_fresh(job: DiskJob, ends: Ends) -> None:
     """Locks the disk that Nova made in the destination."""
-    ends.locks.hold(ends.destination, job.fresh.path)
+    ends.locks.hold(ends.destination, job.fresh)
 
 
 def swap_in(run: Run, host: Host, jobs: Sequence[DiskJob], locks: DiskLocks) -> None:
     """Puts the proven copies in their places."""
     rebases = any(job.whole_file and job.fresh.backing for job in jobs)
     with run.screen.step(f"{'Rebase backing file, check' if rebases else 'Check'} and swap in the disk."):
-        for job in jobs:
-            locks.check()
-            gate(run, Act.SWAP)
+        for number, job in enumerate(jobs):
+            if not number or not isinstance(job.landing, InPlace):
+                locks.check()
+                gate(run, Act.SWAP)
             with run.journal.act("swap in", disk=job.key, new=job.new):
                 lost = settle_disk(host, job)
-            locks.release(host.name, job.fresh.path)
+            locks.release(host, job.fresh)
             for name in lost:
                 run.screen.warn(f"the new disk lacks the dirty bitmap {name}, which a killed qemu had in use: "
                                 "the next backup will be a full one")
@@ -6027,7 +6805,8 @@ def warm_copy(run: Run, copies: Sequence[DiskCopy]) -> None:
                 screen.note(f"Wait {duration(pause)}: the last pass gained nothing.")
                 time.sleep(pause)
                 passes[-1] = replace(passes[-1], seconds=passes[-1].seconds + pause)
-            passes.append(one := sum_of([one_pass(run, copy) for copy in copies]))
+            since = time.monotonic()
+            passes.append(one := sum_of(for_each(run, copies, partial(one_pass, run)), time.monotonic() - since))
             expected = downtime(passes, nova) if len(passes) > 1 else math.inf
             was_paused, pause = pause > 0, 0.0
             if len(passes) > 2 and not was_paused:  # a pass after a pause brings more, and tells nothing
@@ -6094,23 +6873,26 @@ def read_bitmap(run: Run, job: DiskJob, known: Known) -> Known:
 def one_pass(run: Run, copy: DiskCopy) -> Pass:
     """One pass over a disk of the running source, of its file's present length; the copy then knows what it found."""
     job = replace(copy.job, is_live=True)
+    words = (job.source.path,) if job.source.is_file else ()
 
     def attempt(ends: Ends) -> tuple[Moved, Known]:
         require_it_runs(run, gate(run, Act.WRITE, is_live=True).source.server)
         lock_fresh(job, ends)
         length, state = ends.source.script(
-            f'stat -c %s -- "$2"; {DOMAIN_STATE}', run.plan.server.id, job.source.path).split("\n", 1)
+            f'[ $# = 1 ] && echo 0 || stat -c %s -- "$2"; {DOMAIN_STATE}', run.plan.server.id, *words).split("\n", 1)
         require_running(ends.source, state.strip())
-        now = replace(job, source=replace(job.source, length=int(length)))
+        now = copy.begun(is_live=True, source=replace(job.source, length=int(length) or job.source.length))
         return move_disk(ends, now, Callbacks(partial(journaled_progress, run, job.key)), copy.known)
 
     moved, copy.known = with_retries(copy.both, attempt, "runs on")
     return Pass(moved.held, moved.looking, moved.sending, moved.seconds)
 
 
-def sum_of(passes: Sequence[Pass]) -> Pass:
-    """A pass over one disk after the other."""
-    return Pass(*(sum(values) for values in zip(*map(astuple, passes), strict=True)))
+def sum_of(passes: Sequence[Pass], seconds: float) -> Pass:
+    """A pass over several disks that took so long in all; what each took counts less if they were in parallel."""
+    changed, looking, sending, took = (sum(values) for values in zip(*map(astuple, passes), strict=True))
+    share = min(1.0, seconds / max(took, 0.001))
+    return Pass(int(changed), looking * share, sending * share, seconds)
 
 
 def require_it_runs(run: Run, server: Server | None) -> None:
@@ -6186,6 +6968,7 @@ def claim_source(run: Run) -> None:
     run.undo.always(f"check that nothing of ours is left on {run.source_host.name}", run.source_host.confirm_all_ended)
     run.undo.on_failure(f"take the mark off source {id}", lambda: take_mark_off(run.source, situation_now(run)))
     if run.earlier:
+        delete_volumes_on_failure(run)
         delete_on_failure(run)
         undo_stop(run)
         for disk in run.plan.disks.values():
@@ -6244,20 +7027,101 @@ def create_destination(run: Run) -> Server:
                  f"Image: {plan.image.name}, ID: {plan.image.id}",
                  *(f"{key}: {value if key in SHOWN else '(not shown)'}" for key, value in plan.extra.items())):
         run.screen.note(line)
+    create_volumes(run)
     delete_on_failure(run)
     with run.journal.act("create destination", name=settings.dst_name) as result:
         result["server"] = id = ask_for_destination(run)
     return run.destination.wait(id, lambda server: server.is_running, run.changed)
 
 
+def create_volumes(run: Run) -> None:
+    """Makes volumes for the source's, and waits until they can be used. A failure deletes them."""
+    if not run.plan.requests:
+        return
+    store = run.destination.volumes
+    delete_volumes_on_failure(run)
+    for key, facts in run.plan.requests.items():
+        run.screen.note(f"Volume for {run.plan.volumes[key].label}: {facts['size']} GiB"
+                        f"{' of type ' + facts['volume_type'] if 'volume_type' in facts else ''}")
+        with run.journal.act("create volume", disk=key) as result:
+            try:
+                result["volume"] = ask_for_volume(run, key, facts)
+            except CloudError as error:
+                result["refused"] = not error.is_temporary
+                raise
+    for key, id in run.record.volumes.items():
+        volume, made = run.plan.volumes[key], store.wait(id)
+        if what := next((what for what in ("encrypted", "multiattach") if made.facts.get(what)), ""):
+            raise CloudError(f"destination cloud: volumes of type {made.type} are {what}",
+                             f"--volume-type {volume.type}=TYPE names another one")
+        store.describe(id, volume.image_facts, is_bootable=volume.is_bootable)
+
+
+def ask_for_volume(run: Run, key: str, facts: Mapping[str, Any]) -> str:
+    """Requests a volume once; returns its id even if the answer is lost."""
+    store, limit = run.destination.volumes, time.monotonic() + LOST_ANSWER
+    try:
+        with defer_signals():
+            return store.make(**facts)
+    except CloudError as error:
+        if not error.is_temporary:
+            raise
+        while True:
+            for volume in store.made_by(run.plan.run):
+                if volume.metadata.get(ORIGIN) == run.plan.volumes[key].id:
+                    return volume.id
+            if time.monotonic() > limit:
+                raise
+            time.sleep(CLAIM_PAUSE)
+
+
+def delete_volumes_on_failure(run: Run) -> None:
+    """Registers the deletion of the run's volumes if it fails: by id, and by marks if Cinder's answer was lost."""
+    def delete() -> None:
+        now = situation_now(run, with_disk=stage_of(run.record) >= Stage.PROVEN)
+        allow(Act.DELETE_VOLUMES, now, asked_in_undo(run))
+        delete_volumes(run.destination, run.record, now, run.journal, LATE_ANSWER)
+
+    if run.plan.volumes or run.record.volumes:
+        run.undo.on_failure("delete the volumes made for it", delete)
+
+
+def delete_volumes(cloud: Cloud, record: RunRecord, now: Situation, journal: Journal, patience: float) -> None:
+    """Deletes the volumes that a run made; raises Kept for those that are in use, and for one that may still be made.
+
+    They are known by the journal; where it is lost, or Cinder's answer was (which is waited for), by their marks. While
+    the instance that the run made is there, all are kept: they may be its only copy.
+    """
+    store, ids, problems, limit = cloud.volumes, {*record.volumes.values()}, list[Reason](), time.monotonic() + patience
+    is_lost = any(act.name == "create volume" and not (act.facts.get("volume") or act.facts.get("refused"))
+                  for act in record.acts)
+    if is_lost or not record.run:
+        while not (found := {volume.id for volume in store.made_by(now.run)} - ids) and time.monotonic() < limit:
+            time.sleep(CLAIM_PAUSE)
+        ids |= found
+        if is_lost and patience and not found:
+            problems.append(Reason("Cinder did not answer the request for a volume, and may still make it",
+                                   f"openstack volume list; ./migrena.py rollback {now.run} deletes it"))
+    if ids and not now.destination.is_gone:
+        raise Kept(f"volumes {', '.join(sorted(ids))} are kept with instance {now.destination.id}")
+    for id in sorted(ids):
+        with collecting(problems), journal.act("delete volume", volume=id):
+            store.delete(id)
+    if problems:
+        raise Kept.of(problems)
+
+
 def ask_for_destination(run: Run) -> str:
     """Requests the new instance once; returns its id even if the answer is lost."""
     plan, settings, limit = run.plan, run.settings, time.monotonic() + LOST_ANSWER
+    volumes, extra = run.record.volumes, dict(plan.extra)
+    if volumes:
+        extra["block_device_mapping_v2"] = made_with(plan.server, plan.disks, volumes)["block_device_mapping_v2"]
     try:
         with defer_signals():  # an instance without a known id is hard to undo
             run.journal.write("asked")
             try:
-                return run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, plan.extra,
+                return run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, extra,
                                               plan.marks(MADE) | {ORIGIN: plan.server.id})
             except CloudError as error:
                 if error.code not in (0, 502, 504):  # else a proxy may still forward the request
@@ -6317,9 +7181,10 @@ def connect_destination(run: Run, new: Server, stack: ExitStack) -> Host:
 class BothEnds(ExitStack):
     """Both hosts of a copy with a private folder each, and certificates in them where TLS is wanted."""
 
-    def __init__(self, run: Run, destination: Host, locks: DiskLocks) -> None:
+    def __init__(self, run: Run, hosts: tuple[Host, Host], locks: DiskLocks) -> None:
         super().__init__()
-        self.run, self.destination, self.locks = run, destination, locks
+        self.run, self.hosts, self.locks = run, hosts, locks
+        self.destination, self.is_ending = hosts[1], False  # whether a failure is final, because another disk's was
         self._ends: Ends | None = None
 
     def ends(self) -> Ends:
@@ -6331,11 +7196,11 @@ class BothEnds(ExitStack):
         """Has all set up again, over connections that answer."""
         self.close()
         self._ends = None
-        for host in (self.run.source_host, self.destination):
+        for host in self.hosts:
             host.reconnect()
 
     def _open(self) -> Ends:
-        source, destination = self.run.source_host, self.destination
+        source, destination = self.hosts
         one, other = (self.enter_context(host.private_folder(self.run.plan.run)) for host in (source, destination))
         for who, files in certificates(source.nbd_address).items() if self.run.settings.tls else ():
             host, folder = (source, one) if who == "server" else (destination, other)
@@ -6351,8 +7216,14 @@ def prepare(run: Run, both: Mapping[str, BothEnds], new: Server) -> list[DiskJob
     with screen.step(f"{STOP_DESTINATION}."):
         path = ends.destination.disk_of(new.id)
         fresh = survey_disks(
-            ends.destination, new.id, path, shared=not new.is_stopped, root_only=run.settings.root_only)
-        if lacking := [key for key in both if key not in fresh]:
+            ends.destination, new.id, path, shared=not new.is_stopped)
+        volumes = run.record.volumes
+        fresh = {next((key for key, id in volumes.items() if id == disk.volume), key): disk
+                 for key, disk in fresh.items()}
+        for key, id in volumes.items():
+            if key in fresh and (volume := cloud.volumes.one(id)):
+                fresh[key] = identified(cloud, new.id, fresh[key], volume)
+        if lacking := [key for key in both if key not in fresh or fresh[key].volume != volumes.get(key, "")]:
             raise HostError(f"{ends.destination.name}: the new instance has no disk {', '.join(lacking)}",
                             "name a flavor with -f that has ephemeral disks as the source's")
         gate(run, Act.STOP_DESTINATION)
@@ -6362,7 +7233,8 @@ def prepare(run: Run, both: Mapping[str, BothEnds], new: Server) -> list[DiskJob
         screen.note("Done. Current status: SHUTOFF")
     with screen.step("Compare bases, space and the way between the hypervisors."):
         jobs = [plan_job(run, ends, key, fresh[key]) for key in both]
-        needs = [space_needed(job.source, run.plan.disks[job.key], job.whole_file, 0) for job in jobs]
+        needs = [0 if isinstance(job.landing, InPlace) else space_needed(
+            job.source, run.plan.disks[job.key], job.whole_file, 0) for job in jobs]
         host = f"{run.destination.url} {ends.destination.name}"
         run.journal.write("space", host=host, need=sum(needs))
         others = still_to_write(run.journal.path.parent, run.plan.run, host)
@@ -6386,7 +7258,8 @@ def plan_job(run: Run, ends: Ends, key: str, fresh: Disk) -> DiskJob:
     lacking = NbdTransport.lacking(ends.source, host)
     equal = bool(key == ROOT and disk.base and fresh.base and disk.top.backing_format  # others are made by mkfs
                  and same_content((ends.source, disk.base), (host, fresh.base), settings.stall_timeout))
-    whole_file, why_view = pick_view(disk, fresh, equal)
+    in_place = bool(fresh.volume or fresh.top.storage)
+    whole_file, why_view = pick_view(disk, fresh, equal, in_place=in_place)
     name, why_transport = pick_transport(settings, lacking, disk.top, whole_file)
     transport = NbdTransport() if name == NbdTransport.name else QemuTransport(settings.compress == "on")
     if name == NbdTransport.name and lacking:
@@ -6395,10 +7268,32 @@ def plan_job(run: Run, ends: Ends, key: str, fresh: Disk) -> DiskJob:
     run.screen.note(f"{run.label(key)}Copy {'the file' if whole_file else 'what the guest sees'}: {why_view}.")
     run.screen.note(f"{run.label(key)}Transport {name}{', compressed,' if transport.compress else ''}"
         f"{' with TLS' if settings.tls else ' in clear'}: {why_transport}.")
-    run.report.copy |= {"view": "file" if whole_file else "guest", "why_view": why_view, "transport": name,
-                        "why_transport": why_transport, "tls": settings.tls, "compressed": transport.compress}
-    landing = BesideFile(run.plan.run, fresh.top, "raw" if whole_file else fresh.top.format, fresh.direct_io)
-    return DiskJob(key, settings, disk.top, landing, transport, whole_file, disk.direct_io)
+    told = {"view": "file" if whole_file else "guest", "why_view": why_view}
+    how = {"transport": name, "why_transport": why_transport, "tls": settings.tls, "compressed": transport.compress}
+    run.report.copy = {**told, **how, **run.report.copy}  # the first disk's
+    run.report.copy.setdefault("disks", {})[key] = {**told, "source": disk.top.path, "destination": fresh.top.path}
+    landing: Landing = BesideFile(
+        run.plan.run, fresh.top, "raw" if whole_file else fresh.top.format, fresh.direct_io)
+    if in_place:
+        lock = files_beside(f"{host.disk_of(run.made)}.{key}", run.plan.run)[0]
+        landing = InPlace(run.plan.run, fresh.top, lock, is_blank=False)
+    job = DiskJob(key, settings, disk.top, landing, transport, whole_file, disk.direct_io)
+    return replace(job, landing=replace(landing, is_blank=is_blank(ends, job))) if isinstance(
+        landing, InPlace) else job
+
+
+def is_blank(ends: Ends, job: DiskJob) -> bool:
+    """Whether the disk made for a copy holds only zeros; raises HostError if it holds something behind the copy."""
+    host, fresh = ends.destination, job.fresh
+    if fresh.size < job.source.size:
+        return False  # refused later
+    require_identity(host, fresh)
+    with seen_by_guest(ends, host, fresh, job) as place:
+        found = digests(host, place, 0, fresh.size, job.settings.stall_timeout)
+    if behind := [block for block in found if block * MiB >= job.source.size]:
+        raise HostError(f"{host.name}: {fresh.path} holds data at byte {behind[0] * MiB:,}, behind the source's end",
+                        "name another image or flavor, with a disk no larger than the source's")
+    return not found
 
 
 def refuse_job(ends: Ends, job: DiskJob, need: int, others: int = 0) -> None:
@@ -6409,6 +7304,10 @@ def refuse_job(ends: Ends, job: DiskJob, need: int, others: int = 0) -> None:
     if fresh.size < job.source.size:
         raise HostError(f"the new instance's disk of {human(fresh.size)} is smaller than the source's "
             f"{human(job.source.size)}", "name a larger flavor with -f")
+    for flaw in fresh.flaws:
+        raise HostError(f"{host.name}: {fresh.path} has {flaw}", FLAW_WAYS[flaw])
+    if isinstance(job.landing, InPlace):
+        return
     need += job.settings.space_reserve
     there = host.script('[ ! -f "$1" ] || stat -c %b -- "$1"', job.new)  # a resumed run has some already
     free = free_space(host, fresh.path) + there.read(lambda said: int(said or 0)) * 512
@@ -6468,12 +7367,24 @@ def require_safe_stop(run: Run) -> None:
     plan, host = run.plan, run.source_host
     if not run.source.server_retrying(plan.server.id).is_running:  # a resumed run may find it stopping
         return
-    domain = domain_of(host, plan.server.id, plan.root.top.path)
-    if reasons := refuse_domain(host, domain):
+    domain = domain_of(host, plan.server.id, host.disk_of(plan.server.id))
+    require_no_more_volumes(run, domain)
+    if reasons := refuse_domain(host, domain, plan.disks):
         raise HostError.of(reasons)
     require_running(host, domain.state)
     for key, disk in plan.disks.items():
+        if key not in domain.drives:
+            raise HostError(f"{host.name}: by libvirt {disk.top.path} is no disk of the source any more")
         require_chain(host, domain.drives[key], disk.chain)
+
+
+def require_no_more_volumes(run: Run, domain: Domain) -> None:
+    """Raises HostError if a volume was attached since the survey, which would stay behind."""
+    known = {disk.volume for disk in run.plan.disks.values()}
+    more = [drive.volume for drive in domain.drives.values() if drive.volume and drive.volume not in known]
+    if more and not run.settings.chosen:
+        raise HostError(f"{run.source_host.name}: volume {', '.join(more)} was attached to the source since the survey",
+                        "run it again")
 
 
 def require_running(host: Host, state: str) -> None:
@@ -6486,28 +7397,33 @@ def require_running(host: Host, state: str) -> None:
 def recheck_source(run: Run, job: DiskJob) -> DiskJob:
     """The job with the stopped source's disk as it is now; raises HostError if it was replaced or has errors."""
     host, path, warn = run.source_host, job.source.path, run.screen.warn
-    domain = domain_of(host, run.plan.server.id, run.plan.root.top.path)
+    domain = domain_of(host, run.plan.server.id, host.disk_of(run.plan.server.id))
     if not (drive := domain.drives.get(job.key)):
         raise HostError(f"{host.name}: by libvirt {path} is no disk of the source any more")
     if other := misplaced(host, domain, drive):
         raise HostError.of([other])
-    chain = disk_chain(host, path, drive.format, shared=False)
+    chain = (stored_image(host, drive),) if drive.storage else disk_chain(host, path, drive.format, shared=False)
     planned = run.plan.disks[job.key].chain
     if [(image.path, image.format, image.size) for image in chain] != [
             (image.path, image.format, image.size) for image in planned]:
         raise HostError(f"{host.name}: {path} was replaced since the survey")
-    top = checked(host, chain[0])
+    top = replace(checked(host, chain[0]), identity=planned[0].identity)
     for flaw in top.flaws:
         raise HostError(f"{path} has {flaw}", FLAW_WAYS[flaw])
     if top.leaks:
         warn(f"{host.name}: {path} has {top.leaks:,} leaked clusters, which waste space and are copied too")
+    require_unwatched(host, top)
+    job = replace(job, source=top, stand=stand_of(host, top.node))
+    if not top.node.has_locks and not host.succeeds("sh", "-c", "command -v rbd"):
+        warn(f"{host.name} has no `rbd`: whether somebody else has {path} open cannot be seen")
     if job.key != ROOT:
-        return replace(job, source=top, stand=stat_of(host, path))
+        return job
+    require_no_more_volumes(run, domain)
     for reason in refuse_metadata(host, domain):
         warn(f"{reason.problem}; {reason.way_out}")
     if run.plan.was_running and domain.ended:
         warn(f"{domain.ended}: its file systems are as after a power failure")
-    return replace(job, source=top, stand=stat_of(host, path))
+    return job
 
 
 def transfer(run: Run, copies: Sequence[DiskCopy]) -> list[Moved]:
@@ -6515,24 +7431,28 @@ def transfer(run: Run, copies: Sequence[DiskCopy]) -> list[Moved]:
     jobs = [copy.job for copy in copies]
     with run.screen.step("Migrate disk to destination instance."), run.journal.act(
             "copy", new=[job.new for job in jobs], length=sum(job.length for job in jobs)) as result:
-        moved = [transfer_disk(run, copy) for copy in copies]
+        began, before = time.monotonic(), received(copies[0].both.ends())
+        moved = for_each(run, copies, partial(transfer_disk, run))
+        sent = max(0, received(copies[0].both.ends()) - before)
         result |= {"held": sum(one.held for one in moved),
                    "digests": {job.key: one.digest for job, one in zip(jobs, moved, strict=True)}}
-        report_moved(run, jobs, moved)
+        report_moved(run, jobs, moved, sent, time.monotonic() - began)
     return moved
 
 
 def transfer_disk(run: Run, copy: DiskCopy) -> Moved:
     """The same for one disk."""
     job, host = copy.job, copy.both.destination
-    inode = host.run("stat", "-c", "%i", "--", job.fresh.path).strip()
+    in_place = isinstance(job.landing, InPlace)
+    inode = "" if in_place else host.run("stat", "-c", "%i", "--", job.fresh.path).strip()
     run.journal.write(
         "job", disk=job.key, path=job.source.path, fresh=job.fresh.path, new=job.new, kept=job.landing.kept,
-        host=host.name, stand=job.stand, inode=inode, whole_file=job.whole_file)
+        host=host.name, stand=job.stand, inode=inode, whole_file=job.whole_file, in_place=in_place,
+        **({"storage": dict(job.source.storage)} if job.source.storage else {}))
 
     def check() -> None:
         gate(run, Act.WRITE, is_held=True)
-        if (free := free_space(host, job.fresh.path)) < run.settings.space_reserve:
+        if not in_place and (free := free_space(host, job.fresh.path)) < run.settings.space_reserve:
             raise FinalError(f"{host.name}: only {human(free)} are left beside {job.fresh.path}: a full disk "
                 "pauses its guests", "free space there, and run it again; the limit is SPACE_RESERVE")
 
@@ -6542,7 +7462,7 @@ def transfer_disk(run: Run, copy: DiskCopy) -> Moved:
     def attempt(ends: Ends) -> Moved:
         gate(run, Act.WRITE)
         lock_fresh(job, ends)
-        return move_disk(ends, job, callbacks, copy.known)[0]
+        return move_disk(ends, copy.begun(), callbacks, copy.known)[0]
 
     run.screen.note(f"{run.label(job.key)}{run.source_host.name}:{job.source.path}")
     run.screen.note(f"-> {host.name}:{job.fresh.path}")
@@ -6555,10 +7475,13 @@ def transfer_disk(run: Run, copy: DiskCopy) -> Moved:
     return moved
 
 
-def report_moved(run: Run, jobs: Sequence[DiskJob], moved: Sequence[Moved]) -> None:
+def report_moved(run: Run, jobs: Sequence[DiskJob], moved: Sequence[Moved], sent: int, seconds: float) -> None:
     """Reports what was copied, and how it was verified: sums, and the digest of the root disk."""
-    count, sent, seconds = (sum(getattr(one, name) for one in moved) for name in ("held", "sent", "seconds"))
+    count = sum(one.held for one in moved)
     rate = count / max(seconds, 0.001)
+    for job, one in zip(jobs, moved, strict=True):
+        run.report.copy["disks"][job.key] |= {
+            "bytes": one.held, "length": job.length, "digest": one.digest, "seconds": round(one.seconds, 2)}
     run.report.copy |= {
         "verified": all(one.digest for one in moved), "digest": moved[0].digest,
         "proven_by_bitmap": sum(one.unread for one in moved), "bytes": count, "length": sum(job.length for job in jobs),
@@ -6593,14 +7516,17 @@ def with_retries(both: BothEnds, act: Callable[[Ends], T], meanwhile: str) -> T:
                 both.renew()
             return act(both.ends())
         except HostError as error:
-            if attempt == run.settings.retries or isinstance(error, FinalError) or any(
+            if both.is_ending or attempt == run.settings.retries or isinstance(error, FinalError) or any(
                     words in str(error) for words in DISK_FULL):
                 raise
             pause = min(2 ** (attempt + 1), 60)
             run.journal.write("retry", attempt=attempt + 1, error=str(error), pause=pause)
             run.screen.warn(f"{error}; attempt {attempt + 2} of {run.settings.retries + 1} follows in {pause} s, "
                 f"the source {meanwhile}")
-            time.sleep(pause)
+            for _ in range(pause):
+                time.sleep(1.0)
+                if both.is_ending:
+                    raise
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -6634,12 +7560,17 @@ def start_named(run: Run, side: str, id: str) -> Server | None:
     return started
 
 
-def disk_lines(disks: Mapping[str, Disk]) -> Iterator[str]:
+def disk_lines(plan: Plan) -> Iterator[str]:
     """A line for each disk: what and where it is, and how it is copied; and one for each of its bases."""
-    for key, disk in disks.items():
+    for key, disk in plan.disks.items():
         top, how = disk.top, "the file is copied, or what the guest sees" if key == ROOT else "what the guest sees"
+        there = "in the file" if top.is_file else "allocated"
+        if key in plan.requests:
+            volume, asked = plan.volumes[key], plan.requests[key]
+            how = (f"what the guest sees, into a new volume of {asked['size']} GiB"
+                   f"{', type ' + asked['volume_type'] if 'volume_type' in asked else ''}; {volume.label}")
         yield (f"  {key:10} {top.path}: {top.format}, {human(top.size)} to the guest, "
-               f"{human(top.allocated)} in the file; {how}")
+               f"{human(top.allocated)} {there}; {how}")
         yield from (f"  base       {base.path}: {base.format}, {human(base.length)}" for base in disk.chain[1:])
 
 
@@ -6669,9 +7600,9 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known: float
     server, top = plan.server, plan.root.top
     report.source |= {"status": server.status, "disks": {key: one.chain for key, one in plan.disks.items()}}
     yield f"source       {server.name} {server.id}, {server.status}, on {server.hypervisor}"
-    yield from disk_lines(plan.disks)
+    yield from disk_lines(plan)
     yield (f"destination  {settings.dst_name}, flavor {plan.flavor.name}, image {plan.image.name} "
-           f"({plan.image.id or 'carried first'}), on the host that Nova chooses")
+           f"({plan.image.id or ('carried first' if plan.carried else 'no id')}), on the host that Nova chooses")
     differs = [what for what, _ in plan.image.differs(source.image)] if source.image else None
     report.destination |= {"name": settings.dst_name, "flavor": plan.flavor, "image": {
         "id": plan.image.id, "name": plan.image.name, "bytes": plan.carried.size if plan.carried else 0,
@@ -6684,7 +7615,9 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known: float
            "(if the destination's host has the tools)")
     if plan.carried:
         yield f"to move      {human(plan.carried.size)}: the image, before anything is stopped"
-    report.copy = {"transport": transport, "why_transport": why, "estimates": [],
+    report.copy = {"transport": transport, "why_transport": why, "estimates": [], "disks": {
+        key: {"source": disk.top.path, "bytes": disk.guest_bytes, "length": disk.top.size, "volume": disk.volume,
+              "volume_type": plan.requests.get(key, {}).get("volume_type", "")} for key, disk in plan.disks.items()},
                    **{key: getattr(settings, key) for key in ("tls", "warm", "bitmap", "start_after")}}
     yield from estimate_lines(settings, plan, known, report)
     if settings.warm and plan.was_running:
@@ -6713,6 +7646,10 @@ def copy_instance(call: Call, settings: Settings, undo: Undo, report: Report) ->
                                               lambda: survey_destination(settings, creds["dst"]))
         if there := already_there(settings, destination):
             return report_already_moved(settings, there, screen, report)
+        if source.volumes:
+            with collecting(missing := list[Reason]()):
+                survey_storage(destination)
+            destination.problems = [*destination.problems, *missing]
         reasons = refuse(settings, source, destination, known_runs(folder))
         if reasons or not destination.cloud:
             raise Refused.of(reasons)
@@ -6755,12 +7692,17 @@ def report_already_moved(settings: Settings, there: Server, screen: Screen, repo
 
 def warn_left_behind(screen: Screen, plan: Plan) -> None:
     """Warns about what the new instance will lack."""
+    for id in plan.with_snapshots:
+        screen.note(f"The snapshots of volume {id} stay behind.")
+    for key, volume in plan.volumes.items():
+        if (zone := volume.facts.get("availability_zone")) and "availability_zone" not in plan.requests.get(key, {}):
+            screen.note(f"The destination has no zone {zone} for volumes: {volume.label} gets the default one.")
     for what in plan.left_behind:
-        screen.warn(f"{what} is not copied (--root-only)")
+        screen.warn(f"{what} is not copied (as asked for)")
     if plan.server.flavor.swap or "disk.swap" in plan.root.beside:
         screen.note("The swap disk is not copied: Nova makes a new one.")
     if plan.root.has_nvram:
-        screen.warn("the source uses UEFI: its NVRAM (boot entries) is not copied, Nova makes a new one")
+        screen.note("The source uses UEFI: its NVRAM (boot entries) is copied, for a Nova that keeps it at a start.")
 
 
 # ---- 14. Status ------------------------------------------------------------------------------------------------------
@@ -6869,6 +7811,9 @@ def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord,
             with host_of(seen.server, settings, screen) as host:
                 for key, disk in record.disks.items() or [(ROOT, DiskRecord())]:
                     path = str(disk.job.get("fresh") or host.disk_of(id))
+                    if disk.job.get("in_place"):
+                        found.in_place = {*found.in_place, *({key} & {*record.swapped})}
+                        continue
                     new, kept = files_beside(path, record.run)
                     was_swapped = host.succeeds("test", "-e", kept) and not host.succeeds("test", "-e", new)
                     inode = host.script('[ ! -e "$1" ] || stat -c %i -- "$1"', path).strip()  # not yet made by Nova
@@ -6886,7 +7831,7 @@ def situation_of(source: SourceFacts, earlier: Earlier) -> Situation:
     stands = {key: disk.job["stand"] for key, disk in record.disks.items() if disk.job.get("stand")}
     if source.cloud and source.server and stands and not earlier.is_in_place:
         seen = see(source.cloud, record.source, record.request("stop source") or None)
-        now = {key: stat_of(source.host, disk.top.path) for key, disk in source.disks.items()} if source.host else {}
+        now = {key: stand_of(source.host, disk.top.node) for key, disk in source.disks.items()} if source.host else {}
         if any(now.get(key) != was for key, was in stands.items()) or not (seen.server and seen.server.is_stopped):
             seen = replace(seen, disk="was changed, or is in use")
     return situation(record, seen, earlier.seen, earlier.is_in_place)
@@ -6946,7 +7891,8 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         if reasons or not (earlier.cloud and made):
             raise Refused.of(reasons)
         cloud, server, host, disks = source.whole
-        plan = Plan(run, server, disks, made.flavor, Image(made.image, "", "active", "", ""), (), record.was_running)
+        plan = Plan(run, server, disks, made.flavor, Image(made.image, "", "active", "", ""), (), record.was_running,
+                    volumes=source.volumes)
         report.run, report.source = run, reported(cloud, server)
         journal = Journal(folder, run)
         with journal.beginning():
@@ -7045,8 +7991,13 @@ def with_hosts(plan: UndoPlan) -> UndoPlan:
         try:
             with host_of(source, plan.settings.of("src"), plan.screen) as host:
                 alive = "" if record.run else at_work(host, now.run)
-                paths = {key: disk.job["path"] for key, disk in record.disks.items() if "path" in disk.job}
-                disk = disk_now(host, {ROOT: host.disk_of(source.id)} | paths, record)
+                jobs = {key: disk.job for key, disk in record.disks.items() if "path" in disk.job}
+                nodes = {ROOT: Node.of_file(host.disk_of(source.id))} | {
+                    key: Node(job["storage"]) if "storage" in job else Node.of_file(job["path"])
+                    for key, job in jobs.items()}
+                if not all("filename" in node.storage for node in nodes.values()):
+                    domain_of(host, source.id, host.disk_of(source.id))  # for the keys
+                disk = disk_now(host, nodes, record)
         except HostError as error:
             disk = f"cannot be read: {shorten(str(error))}"
         now = replace(now, source=replace(now.source, disk=disk))
@@ -7156,11 +8107,18 @@ def undo_steps(plan: UndoPlan, journal: Journal) -> Iterator[tuple[str, Callable
     if made:
         yield f"{'stop' if settings.keep_destination else 'delete'} destination {made.id}", partial(
             remove_destination, plan)
+    has_volumes = any(act.name == "create volume" for act in plan.record.acts) or (
+        not plan.record.run and clouds[1].has_volumes)
+    if has_volumes and not settings.keep_destination:
+        yield "delete the volumes made for it", lambda: delete_volumes(
+            clouds[1], plan.record, plan.allow(Act.DELETE_VOLUMES), journal, 0.0)
     for server in (made, source):
         if server and server.host:
             yield f"see that nothing is left on {host_name(server, plan.settings_of(server))}", partial(
                 clean_host, plan, server)
     if made and settings.keep_destination:
+        for id in plan.record.volumes.values():
+            yield f"take the marks off volume {id}", partial(clouds[1].volumes.mark, id, {}, MADE, DONE)
         yield f"take the marks off destination {made.id}", partial(clouds[1].unmark, made.id, run, MADE, DONE, WAS)
     if source:
         yield f"give source {source.id} back", lambda: give_back(

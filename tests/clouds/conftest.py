@@ -32,7 +32,8 @@ SOURCE, DESTINATION = "src-cmp1", "dst-cmp1"  # the hypervisors of most tests
 MiB = 1024**2
 HYPERVISORS = Options(("src-cmp1", "dst-cmp1", "src-cmp2", "dst-cmp2"), {"src-cmp2": "raw", "dst-cmp2": "raw"})
 
-STORAGE = HYPERVISORS.with_storage("src", "nfs").with_storage("dst", "rbd")  # volumes in files, and on Ceph
+STORAGE = HYPERVISORS.with_storage("src", "nfs", "rbd").with_storage("dst", "rbd")  # volumes in files, and on Ceph
+MACHINE = "src-vm1"  # a virtual machine, for what this machine's kernel has not: LVM and iSCSI
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,16 @@ def storage(clouds: Clouds) -> Iterator[Clouds]:
     more.up()
     yield more
     HYPERVISORS.keep()
+
+
+@pytest.fixture(scope="session")
+def machine(storage: Clouds) -> Iterator[Host]:
+    """A virtual machine with LVM, whose volumes go by iSCSI to whoever uses them."""
+    more = Clouds(STORAGE.with_storage("src", "lvm").with_hosts(MACHINE))
+    more.up()
+    yield more.host(MACHINE)
+    more.host(MACHINE).kill()
+    STORAGE.keep()
 
 
 @pytest.fixture(scope="session")

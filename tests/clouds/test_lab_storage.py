@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from clouds.conftest import STORAGE, MiB, wait_for_console
+from clouds.conftest import MACHINE, MiB, wait_for_console
 from lab.api import Api
 from lab.ceph import Cluster
 from lab.clouds import Clouds
@@ -20,7 +20,6 @@ from lab.volumes import exported
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 ON_CEPH = "dst-cmp2"
-MACHINE = "src-vm1"
 PATIENCE = 900.0  # seconds for a guest to boot in a virtual machine without KVM
 PATTERN = bytes(range(256)) * (MiB // 256)
 
@@ -31,16 +30,6 @@ def on_ceph(storage: Clouds) -> Iterator[Host]:
     storage.set_images_type(ON_CEPH, "rbd")
     yield storage.host(ON_CEPH)
     storage.set_images_type(ON_CEPH, "raw")
-
-
-@pytest.fixture(scope="module")
-def machine(storage: Clouds) -> Iterator[Host]:
-    """A virtual machine with LVM, whose volumes go by iSCSI to whoever uses them."""
-    more = Clouds(STORAGE.with_storage("src", "lvm").with_hosts(MACHINE))
-    more.up()
-    yield more.host(MACHINE)
-    more.host(MACHINE).kill()
-    STORAGE.keep()
 
 
 def domain(host: Host, api: Api, id: str) -> ET.Element:

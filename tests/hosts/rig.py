@@ -52,7 +52,7 @@ from migrena import (
     settle_disk,
     signals,
     space_needed,
-    stat_of,
+    stand_of,
     survey_disks,
     transfer_disk,
 )
@@ -286,14 +286,14 @@ class Copy:
         """The job, refused where it must be, for a source that has stopped."""
         self.job = plan_job(run, ends, ROOT, survey_disks(self.destination, fresh.id, fresh.path, shared=False)[ROOT])
         refuse_job(ends, self.job, space_needed(self.job.source, run.plan.root, self.job.whole_file, 0))
-        self.job = replace(self.job, stand=stat_of(self.source, self.job.source.path))
+        self.job = replace(self.job, stand=stand_of(self.source, self.job.source.node))
         return self.job
 
     @contextlib.contextmanager
     def prepared(self, source: Instance, fresh: Instance) -> Iterator[tuple[Ends, DiskJob]]:
         """Both ends and the job, refused where it must be; folders and certificates are gone with the scope."""
         run = self.run_of(survey_disks(self.source, source.id, source.path, shared=False)[ROOT])
-        with contextlib.closing(run.journal), DiskLocks(run.plan.run) as locks, BothEnds(run, self.destination, locks) as both:
+        with contextlib.closing(run.journal), DiskLocks(run.plan.run) as locks, BothEnds(run, (self.source, self.destination), locks) as both:
             yield both.ends(), self.job_of(run, both.ends(), fresh)
 
     @contextlib.contextmanager
@@ -309,7 +309,7 @@ class Copy:
         """The bytes arrive and are proven, as often tried again as the settings say; nothing is swapped in."""
         run = self.run_of(survey_disks(self.source, source.id, source.path, shared=False)[ROOT])
         self.undo.screen.progress = self.shown  # type: ignore[method-assign]
-        with contextlib.closing(run.journal), DiskLocks(run.plan.run) as locks, BothEnds(run, self.destination, locks) as both:
+        with contextlib.closing(run.journal), DiskLocks(run.plan.run) as locks, BothEnds(run, (self.source, self.destination), locks) as both:
             job = self.job_of(run, both.ends(), fresh)
             if run.earlier and (stand := run.earlier.record.disks[ROOT].job.get("stand")):
                 job = replace(job, stand=stand)

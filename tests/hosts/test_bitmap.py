@@ -28,7 +28,7 @@ from migrena import (
     drop_bitmap,
     move_disk,
     settle_disk,
-    stat_of,
+    stand_of,
     unchanged_since,
 )
 
@@ -69,13 +69,13 @@ def prepared(pair: tuple[Instance, Instance], make_copy: MakeCopy) -> Iterator[t
         here = digests_of(ends.source, source.path)
         shutil.copy(f"{source.host.root}{source.path}", f"{fresh.host.root}{job.new}")
         ends.destination.script('printf "?" | dd of="$1" bs=1 seek=$((9 << 20)) conv=notrunc status=none', job.new)
-        yield ends, job, Known(here, digests_of(ends.destination, job.new), stat_of(ends.destination, job.new))
+        yield ends, job, Known(here, digests_of(ends.destination, job.new), stand_of(ends.destination, job.landing.image.node))
 
 
 def looked_at_again(ends: Ends, job: DiskJob) -> DiskJob:
     """The job for the file as it is by now."""
     top = disk_chain(ends.source, job.source.path, "qcow2", shared=False)[0]
-    return dataclasses.replace(job, source=top, stand=stat_of(ends.source, job.source.path))
+    return dataclasses.replace(job, source=top, stand=stand_of(ends.source, job.source.node))
 
 
 def written(seed: int) -> list[str]:
@@ -119,7 +119,7 @@ def test_what_was_moved_to_a_new_place_with_a_small_write_is_not_called_unchange
     with make_copy(warm=True).prepared(source, fresh) as (ends, job):
         with_bitmap(source, bitmap_of(job.run))
         shutil.copy(f"{source.host.root}{source.path}", f"{fresh.host.root}{job.new}")
-        known = Known(digests_of(ends.source, source.path), digests_of(ends.destination, job.new), stat_of(ends.destination, job.new))
+        known = Known(digests_of(ends.source, source.path), digests_of(ends.destination, job.new), stand_of(ends.destination, job.landing.image.node))
         source.host.run("qemu-io", "-f", "qcow2", "-c", "write -q -P 7 64k 4k", "-c", "write -q -P 8 26M 512", source.path)
         unchanged = unchanged_since(ends.source, ends.source_folder, job, known)
         now = digests_of(ends.source, source.path)

@@ -95,8 +95,8 @@ def test_a_container_is_entered_again_by_a_retry_and_a_folder_without_programs_i
             host = reach("src", hosts={"src": HostEntry(lab["src"].address, prefix=tuple(prefix.split()), paths={INSIDE: "/var/lib/nova"})})
             folder = host._tools[1].partition("=")[2].partition(":")[0]
             assert folder.startswith("/var/tmp/")
-            assert host._tools_lease
-            host._tools_lease.release()
+            (lease,) = host._lasting
+            lease.release()
             wait_for("the end of the wrappers", lambda: lab["src"].run("test", "-d", folder, check=False).returncode != 0)
             host.reconnect()
             assert host._tools and host.run("qemu-img", "--version").startswith("qemu-img") and folder not in host._tools[1]

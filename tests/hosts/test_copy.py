@@ -258,7 +258,7 @@ def test_what_the_survey_finds_is_what_there_is(lab: Lab, src: Host, overlays: t
         lab["src"].run("touch", f"{source.path.rpartition('/')[0]}/{name}")
     with pytest.raises(HostError, match=r"does not write to disk\.eph0, disk\.local beside"):
         survey_disks(src, source.id, source.path, shared=False)
-    disk = survey_disks(src, source.id, source.path, shared=False, root_only=True)[ROOT]
+    disk = survey_disks(src, source.id, source.path, shared=False, only=(ROOT,))[ROOT]
     assert (disk.top.path, disk.top.format, disk.top.size, disk.top.length) == (source.path, "qcow2", 64 * MiB, source.length)
     assert disk.top.allocated == source.allocated
     assert disk.base and (disk.base.path, disk.base.format, disk.base.size) == (source.node()["full-backing-filename"], "raw", 32 * MiB)

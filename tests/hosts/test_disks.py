@@ -20,6 +20,7 @@ from migrena import (
     CommandError,
     Host,
     HostError,
+    Node,
     Server,
     differing,
     digests,
@@ -198,7 +199,7 @@ def looked_at(host: Host, instance: Instance, status: str) -> Server:
     """Looks at a disk as a survey does, and gives the server back when nothing speaks against it."""
     identity = instance.path.split("/")[-2]
     server = a_server(id=identity, status=status)
-    assert survey_source_disks(host, server, (), root_only=False)
+    assert survey_source_disks(host, server, (), only=())
     return server
 
 
@@ -218,7 +219,7 @@ def test_control_a_disk_that_nobody_uses_is_not_refused(src: Host, disk: Instanc
 
 def test_nobody_can_open_the_disk_for_writing_while_it_is_held(src: Host, disk: Instance) -> None:
     before = disk.sha256()
-    with src.private_folder("test") as folder, held(src, disk.path, folder):
+    with src.private_folder("test") as folder, held(src, Node.of_file(disk.path), folder):
         refused = disk.host.run("qemu-io", "-f", disk.format, *WRITE, disk.path, check=False)
         assert refused.returncode and "lock" in refused.stderr
         assert disk.host.run("qemu-img", "resize", "-f", disk.format, disk.path, "128M", check=False).returncode
@@ -229,13 +230,13 @@ def test_nobody_can_open_the_disk_for_writing_while_it_is_held(src: Host, disk: 
 
 
 def test_a_disk_that_somebody_writes_to_cannot_be_held(src: Host, in_use: Instance) -> None:
-    with src.private_folder("test") as folder, pytest.raises(CommandError, match="lock"), held(src, in_use.path, folder):
+    with src.private_folder("test") as folder, pytest.raises(CommandError, match="lock"), held(src, Node.of_file(in_use.path), folder):
         pass
 
 
 def test_a_disk_with_an_awkward_name_can_be_held(lab: Lab, src: Host) -> None:
     instance = Instance.make(lab["src"], "/var/lib/nova/a, b,,c 'd' \"e\"/%s/disk").raw(MiB)
-    with src.private_folder("test") as folder, held(src, instance.path, folder):
+    with src.private_folder("test") as folder, held(src, Node.of_file(instance.path), folder):
         assert lab["src"].run("qemu-io", "-f", "raw", *WRITE, instance.path, check=False).returncode
 
 

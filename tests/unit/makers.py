@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, TextIO
 
-from migrena import Disk, DiskImage, Flavor, Image, Screen, Server, Settings
+from migrena import Disk, DiskImage, Flavor, Image, Screen, Server, Settings, Volume
 
 GiB = 1024**3
 UUID = "11111111-2222-3333-4444-555555555555"
@@ -28,6 +28,12 @@ def a_server(**different: Any) -> Server:
                     lock_reason="", metadata={}, image="image-1", flavor=a_flavor(), volumes=(), config_drive=False,
                     fixed_addresses=frozenset({"10.0.0.5"}), fault="")
     return replace(server, **different)
+
+
+def a_volume(**told: Any) -> Volume:
+    """The volume `data` of 2 GiB, attached to that instance, as Cinder tells it."""
+    return Volume.of({"id": "v1", "name": "data", "status": "in-use", "size": 2, "volume_type": "fast", "bootable": "false",
+                      "attachments": [{"server_id": UUID}], **told})
 
 
 def an_overlay(**different: Any) -> DiskImage:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from novaclient import exceptions
 
@@ -495,7 +495,7 @@ class Modelled(migrena.Cloud):
                           hypervisors=some(list=lambda detailed: servers.reach("hypervisors", admin=True)),
                           limits=some(get=lambda: some(absolute=[])))
         self.store = migrena.ImageStore(self, some(images=some(list=lambda filters: [IMAGE], get=lambda id: IMAGE)))
-        self.identity = {"nova": self.url, "region": "", "project": "p"}
+        self.identity, self.has_volumes = {"nova": self.url, "region": "", "project": "p"}, False
 
     @staticmethod
     def polls() -> Iterator[float]:
@@ -509,6 +509,9 @@ class Modelled(migrena.Cloud):
 
 class HostStandIn:
     """A hypervisor: the few words that are asked of it outside of what moves a disk."""
+
+    keys: ClassVar[dict[str, tuple[str, str]]] = {}  # for Ceph, of which the model has none
+    further: ClassVar[list[migrena.Host]] = []  # it has one disk
 
     def __init__(self, world: World, name: str) -> None:
         self.world, self.name, self.nbd_address = world, name, "10.0.0.1"
@@ -613,7 +616,8 @@ class Disks:
         return HostStandIn(self.world, name)
 
     def domain_of(self, host: HostStandIn, id: str, path: str) -> SimpleNamespace:
-        return SimpleNamespace(drives={migrena.ROOT: SimpleNamespace(path=path, format="qcow2")}, state=host.state(id), ended="")
+        drive = SimpleNamespace(path=path, format="qcow2", storage={}, volume="")
+        return SimpleNamespace(drives={migrena.ROOT: drive}, state=host.state(id), ended="")
 
     def disk_chain(self, host: HostStandIn, path: str, format: str, *, shared: bool) -> tuple[migrena.DiskImage, ...]:
         file = self.world.files.get((host.name, path))
@@ -624,12 +628,12 @@ class Disks:
         return (migrena.DiskImage(path, "qcow2", size=10 * 1024**3, length=1024**3, allocated=1024**3, backing="/base", backing_format="raw"),
                 migrena.DiskImage("/base", "raw", size=1024**3, length=1024**3, allocated=1024**3))
 
-    def survey_disks(self, host: HostStandIn, instance: str, path: str, *, shared: bool, root_only: bool) -> dict[str, migrena.Disk]:
+    def survey_disks(self, host: HostStandIn, instance: str, path: str, *, shared: bool, only: Sequence[str] = ()) -> dict[str, migrena.Disk]:
         self.world.point(f"{host.name}.survey disk")
         return {migrena.ROOT: migrena.Disk(self.disk_chain(host, path, "qcow2", shared=shared))}
 
-    def stat_of(self, host: HostStandIn, path: str) -> str:
-        file = self.world.files.get((host.name, path))
+    def stand_of(self, host: HostStandIn, node: migrena.Node) -> str:
+        file = self.world.files.get((host.name, node.place))
         return f"1 {file.stamp} {file.stamp} {file.inode}" if file else ""
 
     def require_free(self, host: HostStandIn, path: str) -> File:
@@ -642,16 +646,16 @@ class Disks:
         return file
 
     @contextlib.contextmanager
-    def held(self, host: HostStandIn, path: str, folder: str) -> Iterator[tuple[SimpleNamespace, None]]:
+    def held(self, host: HostStandIn, node: migrena.Node, folder: str) -> Iterator[tuple[SimpleNamespace, None]]:
         """qemu's lock, by a process that has the file open and may lose it."""
         world = self.world
         world.point(f"{host.name}.hold")
-        file, process = self.require_free(host, path), world.process
+        file, process = self.require_free(host, node.place), world.process
         file.hold = process
 
         def check(*, is_running: bool = False) -> None:
             if file.hold is not process:
-                raise migrena.HostError(f"{host.name}: the lock on {path} was lost")
+                raise migrena.HostError(f"{host.name}: the lock on {node.place} was lost")
 
         try:
             yield SimpleNamespace(check=check, release=lambda: None), None
@@ -686,7 +690,7 @@ class Disks:
         if job.is_live:
             return self.warm_pass(ends, job), known
         world, source, target = self.world, ends.source, (ends.destination.name, job.new)
-        ends.locks.hold(source, job.source.path)
+        ends.locks.hold(source, job.source)
         migrena.require_unchanged(source, job)
         file = self.require_free(source, job.source.path)  # type: ignore[arg-type]
         new = world.files[target] = File(file.lineage, file.version, whole=False, inode=world.next())

@@ -138,10 +138,10 @@ def no_holds(patch: pytest.MonkeyPatch) -> None:
     """Nobody holds qemu's locks."""
     held = model.Disks.held
 
-    def let_go(self: model.Disks, host: model.HostStandIn, path: str, folder: str) -> Any:
-        scope = held(self, host, path, folder)
+    def let_go(self: model.Disks, host: model.HostStandIn, node: migrena.Node, folder: str) -> Any:
+        scope = held(self, host, node, folder)
         lease, _ = scope.__enter__()
-        file = self.world.files[host.name, path]
+        file = self.world.files[host.name, node.place]
         file.hold, lease.check = None, lambda *, is_running=False: None
         return contextlib.nullcontext((lease, None))
 

@@ -64,8 +64,9 @@ def test_a_mirror_is_a_job_too() -> None:
 
 
 @pytest.mark.parametrize(("top", "told_so", "way"), [
-    (disk("name='vms/x_disk'", "raw", kind="network"), "on Ceph (vms/x_disk)", "rbd export"),
-    (disk("dev='/dev/vg/x_disk'", "raw", kind="block"), "an LVM volume (/dev/vg/x_disk)", "carry the image"),
+    (disk("name='vms/another_disk' protocol='rbd'", "raw", kind="network"), "the disk is vms/another_disk", "carry the image"),
+    (disk("name='pool/x_disk' protocol='gluster'", "raw", kind="network"), "the disk is pool/x_disk", "carry the image"),
+    (disk("dev='/dev/vg/other'", "raw", kind="block"), "the disk is /dev/vg/other", "carry the image"),
     (disk("file='/snap'", inside=layer(PATH, "qcow2")), f"the guest writes to /snap, an external snapshot; {PATH} is the state before it",
      f"virsh blockcommit x vda --base {PATH} --active --pivot"),
 ])
@@ -115,6 +116,42 @@ def test_ephemeral_disks_are_found_by_the_names_of_their_files_in_nova_s_order()
     domain = told(*(disk(f"file='{file}'", target=target) for target, file in files.items()), lines=lines, info=f'{{"{files["vdb"]}": "raw"}}')
     assert {key: drive.target for key, drive in domain.drives.items()} == {ROOT: "vda", "eph0": "vdd", "eph1": "vdc", "eph2": "vdb"}
     assert [reason.way_out.partition("or: ")[2] for reason in reasons(domain)] == ["virsh blockjob x vda --abort", "", "virsh domjobabort x"]
+
+
+CEPH = ("<auth username='{user}'><secret type='ceph' uuid='s'/></auth><source protocol='rbd' name='{name}'>"
+        "<host name='10.0.0.1' port='6789'/><host name='[fd00::1]'/></source>")
+V1, V2 = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
+
+
+def stored(name: str, target: str, serial: str = "", user: str = "nova", more: str = "") -> str:
+    """A disk on Ceph."""
+    told_serial = f"<serial>{serial}</serial>" if serial else ""
+    return (f"<disk type='network' device='disk'><driver name='qemu' type='raw'/>{CEPH.format(user=user, name=name)}"
+            f"<target dev='{target}' bus='virtio'/>{told_serial}{more}</disk>")
+
+
+def test_disks_on_ceph_are_found_by_nova_s_names_and_volumes_by_their_ids() -> None:
+    domain = told(stored("vms/x_disk", "vda"), stored(f"volumes/volume-{V2}", "vdd", V2, "cinder"), stored("vms/x_disk.eph0", "vdb"),
+                  stored(f"volumes/volume-{V1}", "vdc", more=f"<alias name='ua-{V1}'/>"), stored("vms/x_disk.swap", "vde"))
+    assert [(key, drive.path, drive.volume) for key, drive in domain.drives.items()] == [
+        (ROOT, "rbd:vms/x_disk", ""), ("eph0", "rbd:vms/x_disk.eph0", ""),
+        (f"volume-{V1}", f"rbd:volumes/volume-{V1}", V1), (f"volume-{V2}", f"rbd:volumes/volume-{V2}", V2)]
+    assert domain.drives[f"volume-{V2}"].storage == {
+        "driver": "rbd", "pool": "volumes", "image": f"volume-{V2}", "user": "cinder", "server.0.host": "10.0.0.1",
+        "server.0.port": "6789", "server.1.host": "fd00::1", "server.1.port": "6789"}
+    assert reasons(domain) == []
+
+
+def test_the_root_may_be_a_volume_whatever_its_place_in_the_list() -> None:
+    first, second = (stored(f"volumes/volume-{id}", target, id, more=boot) for id, target, boot in (
+        (V1, "vdb", ""), (V2, "vda", "<boot order='1'/>")))
+    assert {key: drive.volume for key, drive in told(first, second).drives.items()} == {ROOT: V2, f"volume-{V1}": V1}
+
+
+def test_a_volume_beside_a_root_disk_that_is_a_file_is_no_root() -> None:
+    lines = "vda same \nvdb other \n"
+    domain = told(disk(f"file='{PATH}'"), stored(f"volumes/volume-{V1}", "vdb", V1, more="<boot order='1'/>"), lines=lines)
+    assert domain.drives[ROOT].path == PATH and domain.drives[f"volume-{V1}"].volume == V1
 
 
 def test_an_instance_without_disks_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import ExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,9 @@ from migrena import (
     Report,
     Screen,
     SourceFacts,
+    Volume,
     already_there,
+    made_with,
     make_plan,
     plan_lines,
     refuse,
@@ -36,9 +39,11 @@ from migrena import (
     refuse_disk,
     refuse_server,
     refuse_tools,
+    refuse_volumes,
+    request_for,
     survey_source,
 )
-from unit.makers import UUID, GiB, a_base, a_disk, a_flavor, a_server, an_image, an_overlay, some_settings
+from unit.makers import UUID, GiB, a_base, a_disk, a_flavor, a_server, a_volume, an_image, an_overlay, some_settings
 
 STATES = ["BUILD", "DELETED", "ERROR", "HARD_REBOOT", "MIGRATING", "PASSWORD", "PAUSED", "REBOOT", "REBUILD", "RESCUE", "RESIZE", "REVERT_RESIZE",
           "SHELVED", "SHELVED_OFFLOADED", "SOFT_DELETED", "SUSPENDED", "UNKNOWN", "VERIFY_RESIZE"]
@@ -131,15 +136,73 @@ def test_credentials_that_do_not_show_the_host_are_refused() -> None:
     assert "admin" in only(list(refuse_server(a_server(host="", hypervisor=""), some_settings()))).way_out
 
 
-def test_a_source_that_boots_from_a_volume_is_refused_even_with_root_only() -> None:
-    for settings in (some_settings(), some_settings(root_only=True)):
-        assert "boots from a volume" in only(list(refuse_server(a_server(image="", volumes=("v1",)), settings))).problem
+def with_volumes(*volumes: Volume, **different: Any) -> SourceFacts:
+    """A source with these volumes attached."""
+    server = a_server(volumes=tuple(volume.id for volume in volumes))
+    keys = {f"volume-{volume.id}": volume for volume in volumes}
+    return a_source(server=server, volumes=keys, disks={ROOT: a_disk(), **{
+        key: a_disk(an_overlay(path=f"rbd:volumes/{key}", format="raw", size=volume.size * GiB, storage={"driver": "rbd"}),
+                    volume=volume.id, bus="virtio") for key, volume in keys.items()}}, **different)
 
 
-def test_what_would_stay_behind_is_refused_unless_root_only_is_given() -> None:
-    reason = only(list(refuse_server(a_server(volumes=("v1", "v2")), some_settings())))
-    assert "v1, v2" in reason.problem and "--root-only" in reason.way_out
-    assert list(refuse_server(a_server(volumes=("v1", "v2")), some_settings(root_only=True))) == []
+def refused(source: SourceFacts, *types: str, **settings: Any) -> list[Reason]:
+    """The reasons in a source's volumes, of a destination with these types."""
+    assert source.server
+    there = a_destination(volume_types=types or ("fast",), volume_limits={"maxTotalVolumes": 10, "totalVolumesUsed": 9})
+    return refuse_volumes(some_settings(**settings), source, source.server, there)
+
+
+def test_a_volume_that_libvirt_does_not_show_is_refused_unless_root_only_is_given() -> None:
+    source = a_source(server=a_server(volumes=("v1", "v2")))
+    assert "v1, v2" in only(refused(source)).problem and "--root-only" in only(refused(source)).way_out
+    assert refused(source, root_only=True) == []
+
+
+@pytest.mark.parametrize(("told", "word", "way"), [
+    ({"multiattach": True}, "attached to several instances", "retype"), ({"encrypted": True}, "encrypted", "without encryption"),
+    ({"status": "detaching"}, "is detaching", "what is done"), ({"attachments": [{"server_id": "another"}]}, "attached to another", "what is done"),
+    ({"volume_type": "slow"}, "no volume type 'slow'", "--volume-type slow=TYPE; there are: fast")])
+def test_a_volume_that_cannot_be_moved_is_refused_with_a_remedy(told: dict[str, Any], word: str, way: str) -> None:
+    reason = only(refused(with_volumes(a_volume(**told))))
+    assert word in reason.problem and way in reason.way_out
+
+
+def test_a_volume_may_get_another_type_in_the_destination() -> None:
+    volume = a_volume(volume_type="slow")
+    assert refused(with_volumes(volume), volume_type={"slow": "fast"}) == []
+    assert request_for(some_settings(volume_type={"slow": "fast"}), volume, "run-1", a_destination())["volume_type"] == "fast"
+
+
+def test_the_quota_of_volumes_counts() -> None:
+    assert "9 of 10 volumes are used, 2 more are needed" in only(refused(with_volumes(a_volume(), a_volume(id="v2")))).problem
+
+
+def test_a_volume_is_asked_for_with_all_that_it_has_but_marks_and_zones_of_another_cloud() -> None:
+    volume = a_volume(description="of db", availability_zone="east", metadata={"tier": "1", MARK: "r", DONE: "r0"})
+    asked = request_for(some_settings(), volume, "run-1", a_destination(volume_zones=("nova",)))
+    assert asked == {"size": 2, "name": "data", "description": "of db", "volume_type": "fast",
+                     "metadata": {MADE: "run-1", ORIGIN: "v1", "tier": "1"}}
+    assert request_for(some_settings(), volume, "run-1", a_destination(volume_zones=("east",)))["availability_zone"] == "east"
+
+
+def test_volumes_are_given_to_nova_in_the_order_of_the_guest_and_the_root_first() -> None:
+    source = with_volumes(a_volume(), a_volume(id="v2"))
+    assert source.server
+    server = replace(source.server, deleted_with=frozenset({"v2"}))
+    asked = made_with(server, source.disks, {"volume-v1": "n1", "volume-v2": "n2"})["block_device_mapping_v2"]
+    assert [(one["uuid"], one["boot_index"], one["delete_on_termination"]) for one in asked] == [("n1", -1, False), ("n2", -1, True)]
+    disks = {**source.disks, ROOT: replace(source.disks["volume-v2"])}
+    asked = made_with(server, disks, {"volume-v1": "n1", ROOT: "n2"})["block_device_mapping_v2"]
+    assert [(one["uuid"], one["boot_index"]) for one in asked] == [("n2", 0), ("n1", -1)]
+
+
+def test_one_that_boots_from_a_volume_needs_no_image_and_takes_none() -> None:
+    volume = a_volume()
+    source = replace(with_volumes(volume), volumes={ROOT: volume})
+    assert "leave -i out" in only(refused(source, image="debian")).way_out
+    source.server = replace(source.server or a_server(), image="")
+    plan = make_plan(some_settings(), source, a_destination(), "run-1")
+    assert plan.image.id == "" and plan.requests[ROOT]["size"] == 2
 
 
 def test_ephemeral_disks_and_a_config_drive_are_made_in_the_destination() -> None:
@@ -371,8 +434,8 @@ def test_all_reasons_come_at_once() -> None:
     destination = a_destination(same_name=(a_server(id="x"),), sees_hosts=False, limits={"maxTotalCores": 0})
     reasons = refuse(some_settings(flavor="none such", image="none such"), source, destination)
     assert [next(word for word in words if word in reason.problem) for reason, words in zip(reasons, (
-        ["trouble"], ["PAUSED"], ["task"], ["locked"], ["run r"], ["host"], ["v1"], ["internal snapshots"],
-        ["encryption"], ["TPM"], ["taken"], ["destination cloud: these credentials"], ["flavor"], ["image"]), strict=True)]
+        ["trouble"], ["PAUSED"], ["task"], ["locked"], ["run r"], ["host"], ["internal snapshots"],
+        ["encryption"], ["TPM"], ["v1"], ["taken"], ["destination cloud: these credentials"], ["flavor"], ["image"]), strict=True)]
     assert all(reason.way_out for reason in reasons[1:])
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_a_run_is_named_by_the_beginning_of_its_id_where_that_is_enough(tmp_path
 
 def test_a_state_folder_that_is_full_fails_the_run_once_and_does_not_stop_the_undoing() -> None:
     journal = Journal.__new__(Journal)
-    journal.path, journal.entries, journal.is_broken = Path("/dev/full"), [], False
+    journal.path, journal.entries, journal.is_broken, journal._writing = Path("/dev/full"), [], False, threading.Lock()
     journal._file = open("/dev/full", "ab", buffering=0)
     with pytest.raises(StateError, match="No space left"):
         journal.write("intent")
