@@ -3634,7 +3634,7 @@ class Cloud(Compute):
 
     def _open(self, creds: dict[str, Any], glance_endpoint: str) -> None:
         from glanceclient import Client as GlanceClient
-        from keystoneauth1 import adapter, loading, session
+        from keystoneauth1 import adapter, exceptions, loading, session
         from novaclient import api_versions
         from novaclient import client as nova_client
 
@@ -3660,7 +3660,9 @@ class Cloud(Compute):
         self._nova_2_87 = nova(min(newest, api_versions.APIVersion("2.87")))
         self._placement = lambda path: opened.get(path, endpoint_filter={"service_type": "placement", **where}).json()
         self.store = ImageStore(self, GlanceClient("2", session=opened, endpoint=glance_endpoint or None, **where))
-        self.has_volumes = bool(opened.get_endpoint(service_type="block-storage", **where))
+        self.has_volumes = False
+        with suppress(exceptions.EndpointNotFound):  # a cloud without Cinder
+            self.has_volumes = bool(opened.get_endpoint(service_type="block-storage", **where))
         self.volumes = VolumeStore(self, adapter.Adapter(opened, service_type="block-storage", **where))
         self.identity = {"nova": str(opened.get_endpoint(service_type="compute", **where)), "region": region or "",
                          "project": str(opened.get_project_id() or "")}
@@ -5661,16 +5663,20 @@ DISK_UNSEEN: Final = ("is gone", "cannot be read")
 
 def disk_now(host: Host, nodes: Mapping[str, Node], record: RunRecord) -> str:
     """What is wrong with one of a source's disks, compared with when it was copied, or nothing."""
-    for key, node in nodes.items():
+    def look(key: str, node: Node) -> str:
         try:
             now, stand = stand_of(host, node), str(record.disks.get(key, DiskRecord()).job.get("stand", ""))
             users = watchers_of(host, node) if now and stand and not node.has_locks else ""
         except HostError as error:
             return f"cannot be read: {shorten(str(error))}"
         wrong = "is gone" if not now else "was changed" if stand and not same_file(now, stand) else ""
-        if wrong := wrong or (f"is in use by {users}" if users else ""):
-            return wrong if key == ROOT else f"{wrong} ({key})"
-    return ""
+        wrong = wrong or (f"is in use by {users}" if users else "")
+        return f"{wrong} ({key})" if wrong and key != ROOT else wrong
+
+    with ThreadPoolExecutor(8) as pool:  # one after the other they might take longer than a look may
+        looking = [pool.submit(look, key, node) for key, node in nodes.items()]
+        found = [result_of(one) for one in looking]
+    return next(filter(None, found), "")
 
 
 def same_file(now: str, stand: str) -> bool:
@@ -7894,6 +7900,7 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         plan = Plan(run, server, disks, made.flavor, Image(made.image, "", "active", "", ""), (), record.was_running,
                     volumes=source.volumes)
         report.run, report.source = run, reported(cloud, server)
+        stack.enter_context(host.private_folder(run))  # shows others that it is active again
         journal = Journal(folder, run)
         with journal.beginning():
             journal.write("asked to resume", pid=os.getpid())  # claim_source() writes `resume`; then failures undo it
@@ -7995,8 +8002,10 @@ def with_hosts(plan: UndoPlan) -> UndoPlan:
                 nodes = {ROOT: Node.of_file(host.disk_of(source.id))} | {
                     key: Node(job["storage"]) if "storage" in job else Node.of_file(job["path"])
                     for key, job in jobs.items()}
-                if not all("filename" in node.storage for node in nodes.values()):
-                    domain_of(host, source.id, host.disk_of(source.id))  # for the keys
+                with suppress(HostError):  # after a start that failed there is no domain
+                    domain = domain_of(host, source.id, host.disk_of(source.id))  # the host then has the keys for Ceph
+                    if ROOT not in jobs and domain.drives[ROOT].storage:
+                        nodes[ROOT] = Node(domain.drives[ROOT].storage)
                 disk = disk_now(host, nodes, record)
         except HostError as error:
             disk = f"cannot be read: {shorten(str(error))}"
@@ -8117,6 +8126,8 @@ def undo_steps(plan: UndoPlan, journal: Journal) -> Iterator[tuple[str, Callable
             yield f"see that nothing is left on {host_name(server, plan.settings_of(server))}", partial(
                 clean_host, plan, server)
     if made and settings.keep_destination:
+        if plan.now.stage < Stage.PROVEN and any(disk.job.get("in_place") for disk in plan.record.disks.values()):
+            plan.screen.warn(f"the disks of {made.id} hold a part of the copy: it is of no use")
         for id in plan.record.volumes.values():
             yield f"take the marks off volume {id}", partial(clouds[1].volumes.mark, id, {}, MADE, DONE)
         yield f"take the marks off destination {made.id}", partial(clouds[1].unmark, made.id, run, MADE, DONE, WAS)

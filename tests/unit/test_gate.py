@@ -149,6 +149,22 @@ def test_a_source_that_was_rebuilt_since_keeps_the_copy_unless_a_person_says_oth
     assert told(Act.DELETE, rebuilt, YES) == ""
 
 
+GONE = Seen("new")
+
+
+@pytest.mark.parametrize(("now", "asked", "said"), [
+    (replace(PROVEN, stage=Stage.COPYING, destination=GONE), NO, ""), (replace(PROVEN, destination=GONE), NO, ""),
+    (replace(PROVEN, destination=GONE, source=Seen(UUID)), YES, "the source is gone: this is its only copy"),
+    (replace(PROVEN, destination=GONE, source=replace(SOURCE, disk="is gone (volume-v1)")), YES, "may be its only copy"),
+    (replace(PROVEN, destination=GONE, source=Seen(UUID, unseen="503")), NO, "could not be looked up"),
+    (replace(PROVEN, stage=Stage.DONE, destination=GONE), NO, "the volumes may have newer data"),
+    (replace(PROVEN, stage=Stage.STARTED, destination=GONE), NO, "the volumes may have newer data"),
+    (replace(PROVEN, stage=Stage.DONE, destination=GONE), YES, "")])
+def test_volumes_whose_instance_is_gone_are_deleted_only_where_nothing_can_be_lost_with_them(now: Situation, asked: Asked, said: str) -> None:
+    found = told(Act.DELETE_VOLUMES, now, asked)
+    assert said in found and bool(found) is bool(said)
+
+
 @pytest.mark.parametrize("act", [Act.WRITE, Act.SWAP])
 @pytest.mark.parametrize(("made", "said"), [
     (Seen("new", running("new")), "not stopped and locked"), (Seen("new", stopped("new", locked=False)), "not stopped and locked"),
