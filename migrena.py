@@ -4166,7 +4166,7 @@ def job_of(disk: ElementTree.Element, lines: Mapping[str, str]) -> str:
 def storage_of(disk: ElementTree.Element) -> dict[str, str]:
     """qemu's options for a domain's disk that is a device or an image on Ceph; none for a file and what is not known.
 
-    The key for Ceph is not among them, but in a file on the host: see Host.learn_key().
+    The key for Ceph is not among them, but in a file on the host: see learn_key().
     """
     source, auth = disk.find("source"), disk.find(".//auth")
     if source is None:
@@ -5235,13 +5235,11 @@ class ChunkSender:
                     self._compare(chunk, known, there)
         return self._whole.hexdigest()
 
-    @contextmanager
-    def _opened(self) -> Iterator[str]:
-        """What is read of the new disk while more is written: a raw one."""
+    def _opened(self) -> AbstractContextManager[str]:
+        """A scope with what is read of the new disk while more is written: a raw one."""
         ends, job = self._ends, self._job
-        with nullcontext(job.new) if job.landing.image.is_file else seen_by_guest(
-                ends, ends.destination, job.landing.image, job) as place:
-            yield place
+        return nullcontext(job.new) if job.landing.image.is_file else seen_by_guest(
+            ends, ends.destination, job.landing.image, job)
 
     def _copy(self, chunk: Chunk, here: Digests | None) -> None:
         """Copies a chunk's data; of what is no file, only the blocks that are not all zeros by their digests."""
@@ -6293,10 +6291,13 @@ def refuse_volumes(settings: Settings, source: SourceFacts, server: Server,
             (destination.volume_types and wanted and wanted not in destination.volume_types,
              f"destination cloud: there is no volume type {wanted!r}, for {volume.label}",
              f"--volume-type {volume.type}=TYPE; there are: {', '.join(destination.volume_types)}"))
-    return reasons + [
-        Reason(f"destination cloud: the quota is exceeded: {exceeded}",
-               "delete unused resources, or have the quota raised")
-        for exceeded in over_quota(destination.volume_limits, None, source.volumes.values())]
+    return reasons + refuse_quota(over_quota(destination.volume_limits, None, source.volumes.values()))
+
+
+def refuse_quota(exceeded: Iterable[str]) -> list[Reason]:
+    """A reason for each quota of the destination that is exceeded."""
+    return [Reason(f"destination cloud: the quota is exceeded: {what}",
+                   "delete unused resources, or have the quota raised") for what in exceeded]
 
 
 def type_of(settings: Settings, volume: Volume) -> str:
@@ -6354,8 +6355,7 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
             for what, is_fatal in image.differs(source.image) if is_fatal]
     if flavor:
         reasons += refuse_flavor(settings, flavor, image, source)
-        reasons += [Reason(f"destination cloud: the quota is exceeded: {exceeded}",
-            "delete unused resources, or have the quota raised") for exceeded in over_quota(destination.limits, flavor)]
+        reasons += refuse_quota(over_quota(destination.limits, flavor))
     return reasons
 
 
