@@ -1338,7 +1338,8 @@ class Screen:
                     unit="B", unit_scale=True, unit_divisor=1024, file=self.stream, dynamic_ncols=True,
                     disable=not has_bar, bar_format=
                     "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{rate_fmt}, {remaining} left]")
-            self._shares.append(mine)
+            again = [one for one in self._shares if one.has_ended and one.label == mine.label]  # a retry
+            self._shares = [*(one for one in self._shares if one not in again), mine]
             show_sums()
         try:
             yield show
@@ -7931,6 +7932,7 @@ class UndoPlan:
     clouds: tuple[Cloud, Cloud]
     now: Situation
     record: RunRecord
+    folder: str = ""  # ours on the source's host, while this run is undone
 
     @property
     def removal(self) -> Act:
@@ -8057,7 +8059,20 @@ def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
             return tell_judged(screen, report, now, {plan.removal: removing, Act.GIVE_BACK: giving_back})
         if reasons := [*removing, *(giving_back if now.alive else [])]:
             raise Refused.of(list(dict.fromkeys(reasons)))
-        return undo_run(plan, folder, undo, report)
+        with holding_folder(plan) as plan:
+            return undo_run(plan, folder, undo, report)
+
+
+@contextmanager
+def holding_folder(plan: UndoPlan) -> Iterator[UndoPlan]:
+    """Shows a rollback elsewhere, which has no journal, that this one is at work; not if the host cannot be reached."""
+    source = plan.now.source.server
+    with ExitStack() as stack:
+        if source and source.host:
+            with suppress(HostError):
+                host = stack.enter_context(host_of(source, plan.settings.of("src"), plan.screen))
+                plan = replace(plan, folder=stack.enter_context(host.private_folder(plan.now.run)))
+        yield plan
 
 
 def undo_run(plan: UndoPlan, folder: Path, undo: Undo, report: Report) -> int:
@@ -8157,7 +8172,9 @@ def clean_host(plan: UndoPlan, server: Server) -> None:
         plan.allow(Act.CLEAN)
     with host_of(server, plan.settings_of(server), plan.screen) as host:
         path = host.disk_of(server.id)
-        while (left := host.script(LEFT_FOLDERS, run).splitlines()) and time.monotonic() < limit:
+        while left := [one for one in host.script(LEFT_FOLDERS, run).splitlines() if one != plan.folder]:
+            if time.monotonic() > limit:
+                break
             time.sleep(1)
         if left:
             host.run("rm", "-rf", "--", *left)

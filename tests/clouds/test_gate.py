@@ -300,6 +300,19 @@ def test_a_run_that_lives_on_another_machine_is_not_undone(
     assert has_been_put_back(src, victim, "SHUTOFF") and clean(clouds)
 
 
+@pytest.mark.long
+def test_a_rollback_that_is_at_work_on_another_machine_is_not_met_by_a_second_one(
+        operator: Operator, clouds: Clouds, src: Api, dst: Api, victim: str) -> None:
+    assert operator.run(*words(operator, victim), throw=[("chunk", KILL)]).returncode == -KILL
+    run = operator.last_run
+    process = operator.halted("asked to roll back", "rollback", run)
+    hasty = another(operator).with_build(("LEASE_LIMIT: Final = 75.0", "LEASE_LIMIT: Final = 5.0"))
+    done = hasty.run("rollback", "--run-of", victim)
+    assert done.returncode == 3 and run in done.stderr, (done.returncode, done.stderr)
+    assert operator.go_on(process).returncode == 0
+    assert has_been_put_back(src, victim, "SHUTOFF") and clean(clouds)
+
+
 # ---- 7: the source is rebuilt ----
 
 

@@ -171,3 +171,18 @@ def test_a_log_and_a_terminal_that_both_fail_do_not_stop_an_undo() -> None:
     screen.record("a line")
     screen.say("another")
     assert screen.log is None
+
+
+def test_a_disk_that_is_tried_again_counts_once_in_the_bar_of_the_sums() -> None:
+    def two_disks(screen: Screen) -> None:
+        with screen.progress(2**20, "other: ") as other:
+            other(0)
+            with screen.progress(2**20, "root: ") as first:
+                first(2**19)
+            with screen.progress(2**20, "root: ") as again:
+                again(2**20)
+            other(2**20)
+            time.sleep(0.2)
+
+    shown = on_a_terminal(two_disks)
+    assert "/2.00M" in shown and "/3.00M" not in shown
