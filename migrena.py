@@ -7048,8 +7048,8 @@ def create_volumes(run: Run) -> None:
     store = run.destination.volumes
     delete_volumes_on_failure(run)
     for key, facts in run.plan.requests.items():
-        run.screen.note(f"Volume for {run.plan.volumes[key].label}: {facts['size']} GiB"
-                        f"{' of type ' + facts['volume_type'] if 'volume_type' in facts else ''}")
+        kind = f", type {facts['volume_type']}" if "volume_type" in facts else ""
+        run.screen.note(f"New volume of {facts['size']} GiB{kind}, for {run.plan.volumes[key].label}")
         with run.journal.act("create volume", disk=key) as result:
             try:
                 result["volume"] = ask_for_volume(run, key, facts)

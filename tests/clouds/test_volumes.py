@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,8 +19,10 @@ from clouds.conftest import MACHINE, MiB, Operator, as_before, has_been_put_back
 from lab.api import Api
 from lab.ceph import Cluster
 from lab.clouds import Clouds
+from lab.guest import guest_image
 from lab.hosts import Host
-from lab.processes import command
+from lab.processes import command, wait_until
+from lab.roster import Roster
 from lab.volumes import exported
 
 pytestmark = pytest.mark.timeout(900)
@@ -184,6 +188,82 @@ def test_a_run_that_fails_leaves_no_volume(operator: Operator, storage: Clouds, 
     assert done.returncode == 1, done.stderr
     assert empty.volumes() == [] and empty.call("GET", "nova", "/servers?all_tenants=1")["servers"] == []
     assert has_been_put_back(storage.api("src"), laden, "SHUTOFF")
+
+
+@contextmanager
+def full(cluster: Cluster) -> Iterator[None]:
+    """A Ceph that takes no more, for as long as the scope."""
+    def ratios(*values: str) -> None:
+        for kind, value in zip(("nearfull", "backfillfull", "full"), values, strict=True):
+            cluster.ask("osd", f"set-{kind}-ratio", value)
+
+    def is_full() -> bool:
+        return any("full" in osd["state"] for osd in cluster.ask("osd", "dump")["osds"])
+
+    ratios("0.00001", "0.00002", "0.00003")
+    wait_until("Ceph to be full", is_full, 60)
+    try:
+        yield
+    finally:
+        ratios("0.85", "0.9", "0.95")
+        wait_until("Ceph to have room", lambda: not is_full(), 60)
+
+
+@pytest.mark.long
+def test_a_ceph_that_is_full_fails_the_run_and_in_the_end_nothing_is_left(operator: Operator, storage: Clouds, laden: str, empty: Api) -> None:
+    line = f"chunk on volume-{disks(storage, 'src-cmp1', laden)['vdc'].findtext('serial')}"
+    process = operator.halted(line, *words(operator, laden), "--retries", "1", "--stall-timeout", "10")
+    with full(Cluster(empty.cloud)):
+        done = operator.go_on(process)
+        assert done.returncode in (1, 4), done.stderr
+    if done.returncode == 4:  # Cinder could not delete a volume while there was no room
+        again = operator.run("rollback", operator.last_run)
+        assert again.returncode == 0, again.stderr
+    assert empty.volumes() == [] and empty.call("GET", "nova", "/servers?all_tenants=1")["servers"] == []
+    assert has_been_put_back(storage.api("src"), laden, "SHUTOFF")
+    assert left_on(storage.host("src-cmp1")) == left_on(storage.host("dst-cmp1")) == []
+
+
+@pytest.mark.long
+def test_an_osd_that_dies_in_mid_copy_and_returns_costs_time_only(operator: Operator, storage: Clouds, laden: str, empty: Api) -> None:
+    line = f"chunk on volume-{disks(storage, 'src-cmp1', laden)['vdc'].findtext('serial')}"
+    process, cluster, roster = operator.halted(line, *words(operator, laden)), Cluster(empty.cloud), Roster(storage.folder)
+    roster.stop(["dst-ceph-osd"])
+    timer = threading.Timer(15, cluster.start, [roster])
+    timer.start()
+    done = operator.go_on(process)
+    timer.join()
+    assert done.returncode == 0, done.stderr
+    assert all(same(storage, "src-cmp1", laden, "dst-cmp1", done.stdout.strip()).values())
+
+
+@pytest.mark.long
+def test_the_variables_of_the_firmware_arrive(operator: Operator, storage: Clouds, empty: Api) -> None:
+    src, properties = storage.api("src"), {"hw_firmware_type": "uefi", "os_shutdown_timeout": "1"}
+    images = [(api, api.upload("guest-uefi", guest_image(), **properties)) for api in (src, empty)]
+    id = src.create("uefi", "guest-uefi", availability_zone="nova:src-cmp1")
+    try:
+        src.act(id, "os-stop", until="SHUTOFF")
+        path = variables(storage, "src-cmp1", id)
+        storage.host("src-cmp1").run("sh", "-ec", 'head -c 512 /dev/urandom | dd of="$1" bs=512 seek=200 conv=notrunc', "sh", path)
+        report = operator.report("-s", id, *operator.to("dst-cmp1", "guest-uefi"))
+        there = variables(storage, "dst-cmp1", report["destination"]["id"])
+        told = [storage.host(place).run("sh", "-ec", 'sha256sum <"$1"; stat -c "%U %G %a" "$1"', "sh", file).stdout
+                for place, file in (("src-cmp1", path), ("dst-cmp1", there))]
+        assert told[0] == told[1] and report["warnings"] == []
+        empty.act(report["destination"]["id"], "os-start", until="ACTIVE")
+    finally:
+        src.delete(id)
+        for server in empty.call("GET", "nova", "/servers?all_tenants=1")["servers"]:
+            empty.delete(server["id"])
+        for api, image in images:
+            api.call("DELETE", "glance", f"/images/{image}")
+
+
+def variables(clouds: Clouds, place: str, id: str) -> str:
+    """The file in which an instance's firmware keeps its variables."""
+    tree = ElementTree.fromstring(clouds.host(place).run("virsh", "dumpxml", "--inactive", id).stdout)
+    return tree.findtext("os/nvram", "")
 
 
 @pytest.mark.long

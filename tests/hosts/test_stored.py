@@ -162,6 +162,20 @@ def test_a_disk_arrives_from_any_backend_on_any_other(
     assert "ceph" in kinds or moved.sent < 80 * MiB  # Ceph's own bytes count too
 
 
+def test_a_clone_arrives_with_what_its_parent_has(lab: Lab, ceph: Cluster, folder: Path, make_copy: MakeCopy) -> None:
+    parent, source, fresh = (on_ceph(ceph, lab[side]) for side in ("src", "src", "dst"))
+    parent.write("parent", *PLACES[:3])
+    rbd, names = ("rbd", "-c", ceph.folder / "ceph.conf"), [Path(one.path).parent.name for one in (parent, source)]
+    command(*rbd, "rm", "--no-progress", f"volumes/{names[1]}_disk")
+    for words in (["snap", "create", "--no-progress"], ["snap", "protect"]):
+        command(*rbd, *words, f"volumes/{names[0]}_disk@base")
+    command(*rbd, "clone", f"volumes/{names[0]}_disk@base", f"volumes/{names[1]}_disk")
+    source.write("own", *PLACES[1:])
+    fresh.write("what is overwritten with zeros", (100 * MiB, MiB))
+    moved = make_copy(chunk=128 * MiB)(source, fresh)
+    assert seen(source) == seen(fresh) and moved.digest
+
+
 def test_what_is_no_file_arrives_where_no_proof_is_wanted_too(lab: Lab, ceph: Cluster, folder: Path, make_copy: MakeCopy) -> None:
     source, fresh = made("ceph", ceph, lab["src"], folder), made("raw", ceph, lab["dst"], folder)
     source.write("a", *PLACES)

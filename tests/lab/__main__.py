@@ -105,11 +105,11 @@ def delete(words: argparse.Namespace) -> None:
 
 
 def volume(words: argparse.Namespace) -> None:
-    """Create a volume, attach it to a server if one is named, print its id."""
+    """Create a volume, print its id; one that is attached to a server is deleted with that server."""
     api = Clouds.running().api(words.cloud, words.user)
     made = api.create_volume(words.name, words.size)
     if words.server:
-        api.attach(api.need("nova", "servers", words.server), made)
+        api.attach(api.need("nova", "servers", words.server), made, delete_on_termination=True)
     print(made)
 
 

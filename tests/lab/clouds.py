@@ -56,7 +56,7 @@ CONTROLLERS: Final = (
     "mariadb-server", "rabbitmq-server", "memcached", "python3-pymysql",
     "uwsgi-core", "uwsgi-plugin-python3")
 HYPERVISORS: Final = ("nova-compute-qemu", "neutron-linuxbridge-agent", "libvirt-daemon-system", "libvirt-clients",
-                      "qemu-system-x86", "ebtables", "iptables", "genisoimage", *CEPH_CLIENT)
+                      "qemu-system-x86", "ovmf", "ebtables", "iptables", "genisoimage", *CEPH_CLIENT)
 NEEDED: Final = (*HOSTS, *MACHINES, *PACKAGES, *CONTROLLERS, *HYPERVISORS)
 FLAVORS: Final[Mapping[str, Mapping[str, int]]] = {
     "tiny": {"vcpus": 1, "ram": 128, "disk": 1},
