@@ -2467,7 +2467,11 @@ n=0
 while [ ! -s "$pidfile" ]; do
   kill -0 "$child" 2>/dev/null || wait "$child" || exit
   n=$((n + 1))
-  [ "$n" -lt 1200 ] || { kill -9 "$child" 2>/dev/null; echo "did not serve within 60 s" >&2; exit 1; }
+  [ "$n" -lt 1200 ] || {
+    kill -9 "$child" 2>/dev/null
+    echo "did not serve within 60 s: the storage may be full or down" >&2
+    exit 1
+  }
   sleep 0.05
 done
 read -r pid < "$pidfile"
