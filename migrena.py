@@ -4295,6 +4295,20 @@ def _disk_image(node: Mapping[str, Any]) -> DiskImage:
         lost_bitmaps=tuple(one["name"] for one in details.get("bitmaps", ()) if "in-use" in one["flags"]))
 
 
+def chosen_drives(host: str, drives: Mapping[str, Drive], only: Sequence[str]) -> dict[str, Drive]:
+    """Those that --disks names, by key, as the guest's device or as a volume; raises HostError."""
+    known = {name for key, drive in drives.items() for name in (key, drive.target, drive.volume)}
+    if unknown := set(only) - known:
+        raise HostError(f"{host}: the instance has no disk {', '.join(sorted(unknown))}",
+                        f"name it in --disks as one of {', '.join(drives)}, or as the guest's device")
+    chosen = {key: drive for key, drive in drives.items() if {key, drive.target, drive.volume} & {*only}}
+    ephemeral = {key for key in chosen if key.startswith("eph")}
+    if before := {f"eph{number}" for number in range(len(ephemeral))} - ephemeral:
+        raise HostError(f"{host}: Nova makes ephemeral disks in their order, and {', '.join(sorted(before))} is not "
+                        "among the chosen", f"name it in --disks too, or leave out {', '.join(sorted(ephemeral))}")
+    return chosen
+
+
 def survey_disks(host: Host, instance: str, path: str, *, shared: bool, only: Sequence[str] = ()) -> dict[str, Disk]:
     """An instance's disks by key, of which the root disk should be at this path.
 
@@ -4305,12 +4319,7 @@ def survey_disks(host: Host, instance: str, path: str, *, shared: bool, only: Se
     own = {name_of(instance, drive.xml) for drive in domain.drives.values() if drive.storage}
     beside = tuple(sorted(name for name in own.union(names) if re.fullmatch(r"disk\.(local|eph\d+|config|swap)", name)))
     if only:
-        known = {name for key, drive in domain.drives.items() for name in (key, drive.target, drive.volume)}
-        if unknown := set(only) - known:
-            raise HostError(f"{host.name}: the instance has no disk {', '.join(sorted(unknown))}",
-                            f"name it in --disks as one of {', '.join(domain.drives)}, or as the guest's device")
-        domain = replace(domain, drives={key: drive for key, drive in domain.drives.items()
-                                         if {key, drive.target, drive.volume} & {*only}})
+        domain = replace(domain, drives=chosen_drives(host.name, domain.drives, only))
     reasons = refuse_domain(host, domain)
     lost = set(ephemeral_among(beside)) - own - {drive.path.rpartition("/")[2] for drive in domain.drives.values()}
     if lost and not only:

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from clouds.conftest import MACHINE, MiB, Operator, as_before, ended, has_been_put_back, left_on, wait_for_console
+from clouds.conftest import MACHINE, STORAGE, MiB, Operator, as_before, ended, has_been_put_back, left_on, wait_for_console
 from lab.api import Api
 from lab.ceph import Cluster
 from lab.clouds import Clouds
@@ -343,6 +343,35 @@ def test_nova_s_own_disks_arrive_from_files_and_ceph_on_files_and_ceph(
         src.delete(id)
         storage.set_images_type(place, "raw")
         storage.set_images_type(to, "raw")
+
+
+@pytest.mark.long
+def test_a_clone_of_an_image_on_ceph_arrives_on_a_clone(operator: Operator, storage: Clouds, empty: Api, tmp_path: Path) -> None:
+    src, dst, flat = storage.api("src"), empty, tmp_path / "guest.raw"
+    Clouds(STORAGE.with_storage("src", "glance").with_storage("dst", "glance")).up()
+    command("qemu-img", "convert", "-O", "raw", guest_image(), flat)
+    images = [(api, api.upload("guest-raw", flat, "raw", os_shutdown_timeout="1")) for api in (src, dst)]
+    for place in ("src-cmp2", "dst-cmp2"):
+        storage.set_images_type(place, "rbd")
+    try:
+        id = src.create("clone", "guest-raw", availability_zone="nova:src-cmp2")
+        wait_for_console(src, id, "GUEST wrote=")
+        src.act(id, "os-stop", until="SHUTOFF")
+        arrived = operator.report("-s", id, *operator.to("dst-cmp2", "guest-raw"))["destination"]["id"]
+        for cloud, one in ((src.cloud, id), (dst.cloud, arrived)):
+            assert "parent: images/" in command("rbd", "-c", Cluster(cloud).folder / "ceph.conf", "info", f"vms/{one}_disk")
+        assert same(storage, "src-cmp2", id, "dst-cmp2", arrived) == {"vda": True}
+        dst.act(arrived, "os-start", until="ACTIVE")
+        assert "GUEST boots=2 " in wait_for_console(dst, arrived, "GUEST wrote=")
+    finally:
+        for api in (src, dst):
+            for server in api.call("GET", "nova", "/servers?all_tenants=1&name=clone|arrived")["servers"]:
+                api.delete(server["id"])
+        for api, image in images:
+            api.call("DELETE", "glance", f"/images/{image}")
+        for place in ("src-cmp2", "dst-cmp2"):
+            storage.set_images_type(place, "raw")
+        Clouds(STORAGE).up()
 
 
 @pytest.mark.long

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from migrena import ROOT, Domain, Reason, domain_in, refuse_domain
+from migrena import ROOT, Domain, HostError, Reason, chosen_drives, domain_in, refuse_domain
 
 PATH = "/var/lib/nova/instances/x/disk"
 BASE = f"{PATH.rpartition('/')[0]}/../_base/1"
@@ -115,6 +115,10 @@ def test_ephemeral_disks_are_found_by_the_names_of_their_files_in_nova_s_order()
     lines = "vda same Active Block Commit: [  1 %] \nvdb beside Backup: [ 2 %]\nvdc beside \nvdd beside \nvde other \n"
     domain = told(*(disk(f"file='{file}'", target=target) for target, file in files.items()), lines=lines, info=f'{{"{files["vdb"]}": "raw"}}')
     assert {key: drive.target for key, drive in domain.drives.items()} == {ROOT: "vda", "eph0": "vdd", "eph1": "vdc", "eph2": "vdb"}
+    assert list(chosen_drives("cmp1", domain.drives, (ROOT, "vdd", "eph1"))) == [ROOT, "eph0", "eph1"]
+    for only, why in (("vdz", "has no disk vdz"), ("eph2", "eph0 is not among the chosen")):
+        with pytest.raises(HostError, match=why):
+            chosen_drives("cmp1", domain.drives, (ROOT, only))
     assert [reason.way_out.partition("or: ")[2] for reason in reasons(domain)] == ["virsh blockjob x vda --abort", "", "virsh domjobabort x"]
 
 
