@@ -28,7 +28,8 @@ CAPS: Final[Mapping[str, Mapping[str, str]]] = {
     "client.admin": {"mon": "allow *", "osd": "allow *", "mgr": "allow *"},
     "mgr.x": {"mon": "allow profile mgr", "osd": "allow *", "mds": "allow *"},
     "osd.0": {"mon": "allow profile osd", "osd": "allow *", "mgr": "allow profile osd"},
-    "client.glance": {"mon": "profile rbd", "osd": "profile rbd pool=images"},
+    "client.glance": {"mon": "profile rbd", "osd": "profile rbd pool=images, "  # and it asks who has clones of an image
+                                                   "profile rbd-read-only pool=vms, profile rbd-read-only pool=volumes"},
     "client.nova": {"mon": "profile rbd", "osd": "profile rbd pool=vms, profile rbd-read-only pool=images"},
     "client.cinder": {"mon": "profile rbd", "osd": "profile rbd pool=volumes, profile rbd pool=vms, "
                                                    "profile rbd-read-only pool=images"},
