@@ -51,6 +51,11 @@ SPACE_RESERVE = "64M"  # what has to stay free beside the copy, before it begins
 RETRIES = 5  # retries of a copy that broke off or stalled; the source stays stopped
 LANES = 2  # disks of an instance copied in parallel; with LIMIT_RATE one
 VOLUME_TYPE = {}  # the destination's volume types by the source's, as in {"ssd": "fast"}; else the same name
+NETWORK = {}  # the destination's networks by the source's, names or ids; else the same name
+NEW_ADDRESSES = False  # let Neutron choose the addresses of the new instance's ports
+NEW_MACS = False  # and their MAC addresses
+FLOATING_IP = "none"  # for the source's floating IPs: "none", "new", or "keep" for the same address
+DST_PROJECT = ""  # project of the new instance, name or id, or "same" for the one with the name of the source's
 MAX_PER_HOST = 2  # copies at a time from or to one hypervisor, of all runs on this machine; later ones wait
 
 # --- migrena itself ---------------------------------------------------------------------------------------------------

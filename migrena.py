@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import copy
 import difflib
 import enum
@@ -274,7 +275,7 @@ def parse_new_name(value: object) -> str:
     """A name that Nova and Glance accept."""
     if len(name := parse_text(value)) > 255:
         raise ValueError(f"has {len(name)} characters; the limit is 255")
-    if name.strip() not in (name, ""):
+    if name.strip() != name:
         raise ValueError("begins or ends with a space")
     return name
 
@@ -327,13 +328,14 @@ def parse_literal(value: object) -> dict[str, Any]:
     return value
 
 
-def parse_volume_types(value: object) -> dict[str, str]:
-    """The destination's volume types by the source's, from `SRC=DST,SRC=DST` or a dictionary."""
-    if isinstance(value, str) and re.fullmatch(r"[^=,{]+=[^=,]+(,[^=,]+=[^=,]+)*", value):
-        return dict(pair.split("=") for pair in value.split(","))
-    found = parse_literal(value)
+def parse_pairs(value: object) -> dict[str, str]:
+    """The destination's names by the source's, from `SRC=DST,SRC=DST`, several of these, or a dictionary."""
+    words: list[object] = value if isinstance(value, list) else [value]
+    if all(re.fullmatch(r"[^=,{]+=[^=,]+(,[^=,]+=[^=,]+)*", str(word)) for word in words):
+        return dict(pair.split("=") for word in words for pair in str(word).split(","))
+    found = parse_literal(words[0] if len(words) == 1 else value)
     if not all(isinstance(name, str) for name in found.values()):
-        raise ValueError("has something else than a volume type in it")
+        raise ValueError("has something else than a name in it")
     return found
 
 
@@ -445,7 +447,8 @@ class Settings:
     abort: bool = per_call(False, "--abort", "after the timeout, abort the migration", of=LIVE_MIGRATE)
     keep_going: bool = per_call(False, "--keep-going", "after a failure, continue with the next one", of=LIVE_MIGRATE)
     src_uid: str = per_call("", "-s --src-uid --src-uuid UUID", "the source instance's id", read=parse_instance_id)
-    dst_name: str = per_call("", "-d --dst-name NAME", "name of the new instance", read=parse_new_name)
+    dst_name: str = per_call("", "-d --dst-name NAME",
+        "name of the new instance (default: the source's)", read=parse_new_name)
     flavor: str = per_call("", "-f --flavor", "its flavor, name or id (default: one like the source's)")
     image: str = per_call("", "-i --image-id", "its image, name or id (default: one with the same content)")
     extra_args: dict[str, Any] = per_call({}, "-e --extra-args EXTRA",
@@ -473,8 +476,19 @@ class Settings:
     lanes: int = option(2, "--lanes N", "disks copied in parallel, with --limit-rate one (default: 2)",
                         read=parse_positive, of=COPY_RESUME)
     volume_type: dict[str, str] = option({}, "--volume-type SRC=DST",
-        "the destination's type for volumes of a type of the source (default: the same name); more with commas",
-        read=parse_volume_types)
+        "the destination's type for volumes of a type of the source (default: the same name); may be repeated",
+        read=parse_pairs, action="append")
+    network: dict[str, str] = option({}, "--network SRC=DST",
+        "the destination's network, name or id, for one of the source's (default: the same name); may be repeated",
+        read=parse_pairs, action="append")
+    new_addresses: bool = option(False, "--new-addresses", "let Neutron choose the ports' addresses")
+    new_macs: bool = option(False, "--new-macs", "let Neutron choose the ports' MAC addresses")
+    floating_ip: str = option("none", "--floating-ip none|new|keep",
+        "for floating IPs of the source: none, a new one, or the same address (default: none)",
+        read=one_of("none", "new", "keep"))
+    dst_project: str = option("", "--dst-project NAME|same",
+        "the project of the new instance, name or id, or the one with the name of the source's "
+        "(default: that of the credentials)", of="copy rollback")
     transport: str = option("auto", "--transport auto|nbd|qemu",
         "nbd: nbd-server and nbd-client; qemu: qemu-nbd and qemu-img", read=one_of("auto", "nbd", "qemu"))
     tls: bool = option(True, "--no-tls", "send the disk unencrypted; only the destination's address may connect")
@@ -547,7 +561,7 @@ PER_SIDE: Final = (  # also SRC_HOSTS etc.
 # Settings of a run that resume takes from its journal; never credentials, nor -e, which may hold secrets.
 FOR_RESUME: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "compress", "limit_rate",
                      "chunk", "root_only", "disks", "lanes", "warm", "warm_passes", "max_downtime", "warm_timeout",
-                     "bitmap", "src_cloud", "dst_cloud")
+                     "bitmap", "src_cloud", "dst_cloud", "dst_project", "floating_ip")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -635,7 +649,8 @@ def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) 
     if is_side and not name and "auth_url" not in found:
         found = getattr(settings, f"{cloud}_creds")
     if found.get("auth_url"):
-        return as_v3(found)
+        creds = as_v3(found)
+        return in_project(creds, settings.dst_project) if cloud == "dst" and settings.dst_project else creds
     if is_side:
         raise UsageError(f"no credentials for the {'source' if cloud == 'src' else 'destination'} cloud",
             f"fill in {cloud.upper()}_CREDS in config.py, or give --{cloud}-cloud, or set {prefix}AUTH_URL etc.")
@@ -657,6 +672,19 @@ def as_v3(found: Mapping[str, Any]) -> dict[str, Any]:
         if "project_name" in creds and not {"project_domain_id", "project_domain_name"} & creds.keys():
             creds["project_domain_id"] = "default"
     return creds
+
+
+def in_project(creds: Mapping[str, Any], project: str) -> dict[str, Any]:
+    """The same credentials for another project, name or id; raises UsageError if they are bound to theirs."""
+    if "project_name" not in creds and "project_id" not in creds:
+        raise UsageError("--dst-project: these credentials are bound to one project",
+                         "give those of a user and password, with a role in that project")
+    key = "project_id" if re.fullmatch(r"[0-9a-f]{32}", project) else "project_name"
+    rest = {name: value for name, value in creds.items() if name not in ("project_id", "project_name")}
+    if not {"project_domain_id", "project_domain_name"} & rest.keys():
+        rest |= {name.replace("user", "project"): rest[name] for name in ("user_domain_id", "user_domain_name")
+                 if name in rest} or {"project_domain_id": "default"}
+    return {**rest, key: project}
 
 
 def cloud_from_yaml(name: str, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -803,6 +831,7 @@ class Server:
     fault: str
     key: str = ""  # the name of its key pair, which belongs to a user and may be gone
     deleted_with: frozenset[str] = frozenset()  # the volumes that are deleted with it
+    facts: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # all that Nova tells
 
     @property
     def is_running(self) -> bool:
@@ -854,6 +883,95 @@ class Volume:
         """The properties of the image that it was made from, which Nova goes by; ids differ from Glance to Glance."""
         told = self.facts.get("volume_image_metadata") or {}
         return {key: value for key, value in told.items() if key != "image_id"}
+
+
+@dataclass(frozen=True)
+class FloatingIp:
+    """A floating IP of the source, with the address of the port that it leads to."""
+
+    address: str
+    network: Mapping[str, Any]
+    fixed: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Port:
+    """A port of the source as Neutron shows it, with the names of what it refers to by ids."""
+
+    network: Mapping[str, Any]
+    addresses: tuple[tuple[str, str], ...]  # each with its subnet's CIDR
+    groups: tuple[str, ...]
+    floating: tuple[FloatingIp, ...]
+    facts: Mapping[str, Any] = field(repr=False)  # all that Neutron tells
+
+    @property
+    def id(self) -> str:
+        return str(self.facts["id"])
+
+    @property
+    def mac(self) -> str:
+        return str(self.facts["mac_address"]).lower()
+
+    @property
+    def label(self) -> str:
+        return f"port {self.facts.get('name') or self.mac} on network {self.network['name']}"
+
+
+@dataclass(frozen=True)
+class PortPlan:
+    """A port to be made: what Neutron is asked for, and what is set later. Journals have it."""
+
+    source: str  # the id of the port that it is made for
+    network: str  # its network's name
+    request: Mapping[str, Any]
+    later: Mapping[str, Any]  # facts that are set when the run ends; until then the description is the run's mark
+    tags: Sequence[str] = ()
+    floating: Sequence[Mapping[str, Any]] = ()  # requests for floating IPs, and each one's later description
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What the destination's Neutron has for the ports of the source."""
+
+    networks: Sequence[Mapping[str, Any]] = ()
+    subnets: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # by the network's id
+    groups: Sequence[Mapping[str, Any]] = ()  # security groups of the project
+    # Ports by network and by the MAC or address that they have.
+    taken: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+    room: int = -1  # ports that the quota allows still; -1: no limit, or not known
+    floating: Collection[str] = ()  # floating IPs in use
+
+
+NO_NETWORKS: Final = Networks()
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An attribute of the instance, here and there, for the plan; `fate`: kept, new or left behind."""
+
+    name: str
+    here: str
+    there: str
+    fate: str
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """A key pair of a user as Nova shows it."""
+
+    name: str
+    fingerprint: str
+    public_key: str
+    type: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a run makes before the instance, for one of its attributes: a server group or a key pair."""
+
+    kind: str
+    facts: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -996,6 +1114,7 @@ class Disk:
     beside: tuple[str, ...] = ()  # names of further disks in the instance's folder
     has_nvram: bool = False
     has_tpm: bool = False
+    macs: tuple[str, ...] = ()  # of the instance's interfaces, in their order
     direct_io: bool = True  # whether O_DIRECT works on it
     volume: str = ""  # the id of the volume that it is
     target: str = ""  # its name and its bus in the guest
@@ -1448,14 +1567,14 @@ class Journal:
         """A scope around an act: writes its intent, then `done` with the yielded dictionary, or `failed`."""
         self.write("intent", act=act, **facts)
         result: dict[str, object] = {}
-        disk = {key: facts[key] for key in {"disk"} & facts.keys()}  # every line about a disk names it
+        about = {key: facts[key] for key in {"disk", "of"} & facts.keys()}  # every line names what it is about
         try:
             yield result
         except BaseException as error:
             with suppress(StateError):  # the first error is reported
-                self.write("failed", act=act, **disk, **result, error=str(error))
+                self.write("failed", act=act, **about, **result, error=str(error))
             raise
-        self.write("done", act=act, **disk, **result)
+        self.write("done", act=act, **about, **result)
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
@@ -1621,11 +1740,26 @@ class RunRecord:
         """The new instance's id, empty if Nova's answer was lost."""
         return self._told("create destination", "server")
 
+    def made(self, kind: str) -> dict[str, str]:
+        """The ids of what it made of a kind, by what it made them for: ports for the source's, and so on."""
+        return {self.made_for(act): act.facts.get("id", act.facts.get("volume")) for act in self.acts
+                if act.name == f"create {kind}" and {"id", "volume"} & act.facts.keys()}
+
+    @staticmethod
+    def made_for(act: Step) -> str:
+        """What a thing is made for; journals of earlier versions have a volume's disk."""
+        return str(act.facts.get("of", act.facts.get("disk")))
+
+    def unanswered(self, kind: str) -> dict[str, Step]:
+        """The requests for things of a kind whose outcome is not known, by what they were for."""
+        known = self.made(kind)
+        return {self.made_for(act): act for act in self.acts if act.name == f"create {kind}"
+                and self.made_for(act) not in known and not act.facts.get("refused")}
+
     @property
     def volumes(self) -> dict[str, str]:
         """The ids of the volumes that it made, by the disk's key."""
-        return {act.facts["disk"]: act.facts["volume"] for act in self.acts
-                if act.name == "create volume" and "volume" in act.facts}
+        return self.made("volume")
 
     @property
     def was_running(self) -> bool:
@@ -3455,6 +3589,71 @@ class VolumeStore:
                     self._cloud.retrying(f"delete volume {id}", partial(self._adapter.delete, f"/volumes/{id}"))
 
 
+class NetworkStore:
+    """A cloud's Neutron, through a keystoneauth adapter. Every method raises CloudError."""
+
+    def __init__(self, cloud: Cloud, adapter: Any) -> None:
+        self._cloud, self._adapter = cloud, adapter
+
+    def all(self, what: str, *search: tuple[str, str]) -> list[dict[str, Any]]:
+        """All of this kind, such as security-groups, that match; several values of a key are alternatives."""
+        key, found, path = what.replace("-", "_"), list[dict[str, Any]](), f"/{what}?{urllib.parse.urlencode(search)}"
+        while path:
+            told = dict(self._cloud.retrying(f"list {what}", partial(self._adapter.get, path)).json())
+            found += told[key]
+            path = next((link["href"] for link in told.get(f"{key}_links", ()) if link["rel"] == "next"), "")
+        return found
+
+    def by_id(self, what: str, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Those with these ids; raises CloudError if one is not shown."""
+        wanted = sorted({*ids})
+        found = {one["id"]: one for one in (self.all(what, *(("id", id) for id in wanted)) if wanted else ())}
+        if unseen := [id for id in wanted if id not in found]:
+            raise self._cloud.error(f"Neutron does not show {', '.join(unseen)} among the {what}",
+                                    "use an admin's credentials")
+        return found
+
+    def made_by(self, what: str, run: str, description: str = "") -> list[str]:
+        """The ids of the project's ports or floating IPs whose description is this, or any mark of a run."""
+        found, project = list[dict[str, Any]](), self._cloud.identity["project"]
+        with ignoring(404):  # no routers, no floating IPs
+            found = [one for one in self.all(what, ("project_id", project)) if one.get("project_id") == project]
+        return [one["id"] for one in found if (one.get("description") or "").startswith(f"{MADE}={run} ")
+                and description in ("", one["description"])]
+
+    def make(self, what: str, facts: Mapping[str, Any]) -> str:
+        """Requests a new one; returns its id."""
+        one = what.removesuffix("s").replace("-", "_")
+        with self._cloud.translating(f"create {one}"):
+            return str(self._adapter.post(f"/{what}", json={one: dict(facts)}).json()[one]["id"])
+
+    def change(self, what: str, id: str, facts: Mapping[str, Any]) -> None:
+        """Sets these facts of a port or a floating IP."""
+        one = what.removesuffix("s")
+        self._cloud.retrying(f"change {one} {id}", lambda: self._adapter.put(f"/{what}/{id}", json={one: dict(facts)}))
+
+    def tag(self, port: str, tags: Sequence[str]) -> None:
+        """Sets the tags of a port."""
+        self._cloud.retrying(f"tag port {port}",
+                             lambda: self._adapter.put(f"/ports/{port}/tags", json={"tags": list(tags)}))
+
+    def delete(self, what: str, id: str) -> None:
+        """Deletes a port or a floating IP, unless it is gone; raises Kept if another instance uses it."""
+        with ignoring(404):
+            users = [one["device_id"] for one in self.all(what, ("id", id)) if one.get("device_id")]
+            if users and self._cloud.find_server(users[0]):
+                raise Kept(f"port {id} is used by {users[0]}, and is kept", f"openstack port delete {id}")
+            self._cloud.retrying(f"delete {what} {id}", lambda: self._adapter.delete(f"/{what}/{id}"))
+
+    def room(self, project: str) -> int:
+        """How many more ports the project's quota allows; -1 if any number, or if Neutron does not say."""
+        with ignoring(400, 403, 404):
+            told = self._cloud.retrying("show quota of ports", lambda: dict(self._adapter.get(
+                f"/quotas/{project}/details.json").json()))["quota"]["port"]
+            return -1 if told["limit"] < 0 else max(0, told["limit"] - told["used"] - int(told.get("reserved", 0)))
+        return -1
+
+
 class Service:
     """Common parts of requests to a cloud: its label, errors as CloudError, retries."""
 
@@ -3533,6 +3732,8 @@ class Compute(Service):
     _nova: Any
     _nova_2_87: Any  # from 2.88 on, listing hypervisors asks each of them
     _placement: Callable[[str], Any]
+    _version = 2, 96  # the newest microversion that both sides know
+    user = ""  # the id of the credentials' user
 
     def server(self, id: str) -> Server:
         with self.translating(f"show server {id}"):
@@ -3563,7 +3764,7 @@ class Compute(Service):
             deleted_with=frozenset(
                 one["id"] for one in told.get("volumes_attached", ()) if one.get("delete_on_termination")),
             config_drive="config_drive" in told, fault=told.get("fault", {}).get("message", ""),
-            key=told.get("key_name", ""),
+            key=told.get("key_name", ""), facts={key.rpartition(":")[2]: value for key, value in raw.items()},
             fixed_addresses=frozenset(entry["addr"] for entries in told.get("addresses", {}).values()
                                       for entry in entries if entry.get("OS-EXT-IPS:type", "fixed") == "fixed"),
         )
@@ -3629,6 +3830,86 @@ class Compute(Service):
             self._nova_2_87.server_migrations.live_migration_abort(id, migration)
 
 
+    # What an instance refers to: of the user or the project of these credentials, unless told otherwise.
+
+    def key_pair(self, name: str, user: str = "") -> KeyPair | None:
+        """A user's key pair, or None."""
+        if user and self._version < (2, 10):
+            return None
+        with ignoring(403, 404):
+            told = self.retrying(f"show key pair {name}", lambda: self._nova.keypairs.get(
+                name, **({"user_id": user} if user else {}))).to_dict()
+            return KeyPair(told["name"], told["fingerprint"], told["public_key"], told.get("type", "ssh"))
+        return None
+
+    def make_key_pair(self, facts: Mapping[str, Any]) -> str:
+        """Uploads a public key; returns the key pair's name, which is its id."""
+        with self.translating(f"create key pair {facts['name']}"):
+            more = {"key_type": facts["type"]} if self._version >= (2, 2) else {}
+            return str(self._nova.keypairs.create(facts["name"], facts["public_key"], **more).id)
+
+    def delete_key_pair(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Deletes a key pair of this user; raises Kept if it is another one than the run made."""
+        pair, is_mine = self.key_pair(name), facts.get("user") == self.user
+        if not pair and is_mine:
+            return
+        if not (pair and is_mine and pair.fingerprint == facts.get("fingerprint")):
+            raise Kept(f"key pair {name} is kept: user {facts.get('user')} made it in the run, and user {self.user} "
+                       "sees none or another", f"as that user: openstack keypair delete {shlex.quote(name)}")
+        with ignoring(404):
+            self.retrying(f"delete key pair {name}", lambda: self._nova.keypairs.delete(name))
+
+    def server_groups(self) -> dict[str, dict[str, Any]]:
+        """The server groups by id: name, policy and members."""
+        found = self.retrying("list server groups", self._nova.server_groups.list)
+        return {one.id: self._server_group(one) for one in found}
+
+    def server_group(self, id: str) -> dict[str, Any] | None:
+        """A server group of any project, or None."""
+        with ignoring(404):
+            return self._server_group(self.retrying(
+                f"show server group {id}", lambda: self._nova.server_groups.get(id)))
+        return None
+
+    @staticmethod
+    def _server_group(one: Any) -> dict[str, Any]:
+        policies = getattr(one, "policies", ())  # before microversion 2.64
+        return {"name": one.name, "policy": getattr(one, "policy", "") or next(iter(policies), ""),
+                "rules": dict(getattr(one, "rules", None) or {}), "members": list(one.members)}
+
+    def make_server_group(self, facts: Mapping[str, Any]) -> str:
+        """Requests a server group; returns its id."""
+        with self.translating(f"create server group {facts['name']}"):
+            words = (facts["policy"], facts["rules"] or None) if self._version >= (2, 64) else ([facts["policy"]],)
+            return str(self._nova.server_groups.create(facts["name"], *words).id)
+
+    def delete_server_group(self, id: str) -> None:
+        """Deletes a server group; raises Kept if somebody else's instances are in it."""
+        if (group := self.server_group(id)) and group["members"]:
+            raise Kept(f"server group {group['name']} {id} has {len(group['members'])} instances, and is kept",
+                       f"openstack server group delete {id}")
+        with ignoring(404):
+            self.retrying(f"delete server group {id}", lambda: self._nova.server_groups.delete(id))
+
+    def zones(self) -> list[str]:
+        """The names of the availability zones that can be used."""
+        found = self.retrying("list availability zones", lambda: self._nova.availability_zones.list(detailed=False))
+        return [one.zoneName for one in found if one.zoneState["available"]]
+
+    def takes(self, argument: str) -> bool:
+        """Whether this Nova's create takes an argument."""
+        return self._version >= {"description": (2, 19), "nics": (2, 37), "tags": (2, 52), "hostname": (2, 90)}.get(
+            argument, (2, 1))
+
+    def attach(self, id: str, port: str) -> None:
+        """Attaches a port to an instance, unless it is attached to it already."""
+        def ask() -> None:
+            if port not in {one.port_id for one in self._nova.servers.interface_list(id)}:
+                self._nova.servers.interface_attach(id, port, None, None)
+
+        self.retrying(f"attach port {port} to server {id}", ask)
+
+
 class Cloud(Compute):
     """One OpenStack cloud. Every method raises CloudError."""
 
@@ -3669,8 +3950,17 @@ class Cloud(Compute):
         with suppress(exceptions.EndpointNotFound):  # a cloud without Cinder
             self.has_volumes = bool(opened.get_endpoint(service_type="block-storage", **where))
         self.volumes = VolumeStore(self, adapter.Adapter(opened, service_type="block-storage", **where))
+        self.networks = NetworkStore(self, adapter.Adapter(
+            opened, service_type="network", version="2.0", **where))
+        self._identity = adapter.Adapter(opened, service_type="identity", version="3", **where)
+        self.user = str(opened.get_user_id() or "")
         self.identity = {"nova": str(opened.get_endpoint(service_type="compute", **where)), "region": region or "",
                          "project": str(opened.get_project_id() or "")}
+
+    def project_name(self, id: str) -> str:
+        """The name of a project."""
+        told = self.retrying(f"show project {id}", lambda: dict(self._identity.get(f"/projects/{id}").json()))
+        return str(told["project"]["name"])
 
     def find_server(self, id: str, *, is_patient: bool = True) -> Server | None:
         """An instance as it is, None if there is none; raises CloudError if these credentials may just not see it."""
@@ -3695,9 +3985,9 @@ class Cloud(Compute):
         """The project's instances with exactly this name."""
         return [server for server in self.servers(name=f"^{re.escape(name)}$") if server.name == name]
 
-    def made_by(self, run: str, origin: str) -> list[Server]:
+    def made_by(self, run: str, origin: str, **search: object) -> list[Server]:
         """Instances that a run made, by its marks, or without a run all made from `origin`; never `origin` itself."""
-        return [server for server in self.servers()
+        return [server for server in self.servers(**search)
             if server.id != origin and (runs := {MADE, DONE} & server.metadata.keys()) and (
             run in {server.metadata[key] for key in runs} if run else server.metadata.get(ORIGIN) == origin)]
 
@@ -3723,7 +4013,8 @@ class Cloud(Compute):
         trial = copy.copy(self._nova.servers)
         trial._create = lambda *body, **more: None  # does everything but send
         try:
-            trial.create("", "", "", **self._arguments(extra, {}))
+            default = {"nics": "none"} if self.takes("nics") else {}
+            trial.create("", "", "", **self._arguments({**default, **extra}, {}))
         except (AttributeError, TypeError, ValueError) as error:
             return shorten(str(error))
         if key := extra.get("key_name"):
@@ -3735,8 +4026,7 @@ class Cloud(Compute):
 
     def _arguments(self, extra: Mapping[str, Any], marks: Mapping[str, str]) -> dict[str, Any]:
         given = {name: value for name, value in extra.items() if value is not None}
-        default = {"nics": "auto"} if self._version >= (2, 37) else {}
-        return {**default, **given, "meta": {**given.get("meta", {}), **marks}}
+        return {**given, "meta": {**given.get("meta", {}), **marks}}
 
     def delete(self, id: str) -> None:
         """Deletes an instance and waits until it is gone; raises CloudError after five failures or half an hour."""
@@ -4331,9 +4621,11 @@ def survey_disks(host: Host, instance: str, path: str, *, shared: bool, only: Se
                               f"openstack server reboot --hard {instance}, or openstack server stop {instance}"))
     if reasons:
         raise HostError.of(reasons)
+    macs = tuple(one.get("address", "").lower() for one in domain.xml.iterfind("devices/interface/mac"))
     return {key: replace(
         survey_drive(host, drive, shared=shared), beside=beside, has_nvram=domain.xml.find("os/nvram") is not None,
-        has_tpm=domain.xml.find("devices/tpm") is not None, volume=drive.volume, target=drive.target, bus=drive.bus)
+        has_tpm=domain.xml.find("devices/tpm") is not None, macs=macs,
+        volume=drive.volume, target=drive.target, bus=drive.bus)
         for key, drive in domain.drives.items()}
 
 
@@ -5737,7 +6029,7 @@ def require_same_clouds(record: RunRecord, clouds: Sequence[Cloud]) -> None:
         if other := [f"{key} {now.get(key)}, not {value}" for key, value in was.items() if now.get(key) != value]:
             reasons.append(Reason(
                 f"run {record.run} used another {cloud.label} cloud: these credentials are for {', '.join(other)}",
-                "give the run's, in config.py, with --src-cloud and --dst-cloud or as variables"))
+                "give the run's, in config.py, with --src-cloud, --dst-cloud and --dst-project or as variables"))
     if reasons:
         raise Refused.of(reasons)
 
@@ -5988,7 +6280,7 @@ def carry_images(call: Call, settings: Settings, undo: Undo, report: Report) -> 
             "give either images or a tag", "./migrena.py image -i IMAGE [-i IMAGE], or ./migrena.py image --tag TAG")
     if settings.new_name and len(settings.images) != 1:
         raise UsageError("--name is for a single image", "leave it out")
-    folder, screen = state_folder(settings, call.environment), undo.screen
+    folder, screen, settings = state_folder(settings, call.environment), undo.screen, replace(settings, dst_project="")
     with screen.timed("Survey"), refusing():
         source, destination = both_clouds(settings, call.environment)
         here, there = in_parallel(lambda: source.store.all(*settings.images), destination.store.all)
@@ -6076,6 +6368,9 @@ class SourceFacts:
     disks: Mapping[str, Disk] = field(default_factory=dict)  # by key; empty if they cannot be read
     volumes: Mapping[str, Volume] = field(default_factory=dict)  # those among them, by key
     with_snapshots: Collection[str] = ()  # the ids of those that have some
+    ports: Sequence[Port] = ()  # in the order of its interfaces; none if -e names networks
+    key: KeyPair | None = None
+    server_group: Mapping[str, Any] | None = None
     image: Image | None = None
     lacking: Sequence[str] = ()
     problems: list[Reason] = field(default_factory=list)
@@ -6103,6 +6398,10 @@ class DestinationFacts:
     volume_zones: Collection[str] = ()
     volume_limits: Mapping[str, int] = field(default_factory=dict)
     made: Sequence[Server] = ()  # from the source, by earlier runs
+    networks: Networks = NO_NETWORKS  # only if the source has ports
+    zones: Collection[str] = ()
+    key: KeyPair | None = None  # of the credentials' user, with the name of the source's
+    server_groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by id
     problems: Sequence[Reason] = ()
 
 
@@ -6127,7 +6426,51 @@ def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, 
             found.lacking = tools_lacking(host)
             found.disks = survey_source_disks(host, server, found.lacking, only=settings.chosen)
             survey_volumes(found, cloud, server)
+            if not settings.run:
+                survey_attributes(settings, found, cloud, server)
     return found
+
+
+def survey_attributes(settings: Settings, found: SourceFacts, cloud: Cloud, server: Server) -> None:
+    """Adds what the source refers to: its ports, its key pair and its server group."""
+    if "nics" not in settings.extra_args and found.disks:
+        found.ports = survey_ports(cloud, server, next(disk.macs for disk in found.disks.values()))
+    if server.key and "key_name" not in settings.extra_args:
+        found.key = cloud.key_pair(server.key, str(server.facts.get("user_id") or ""))
+    if groups := server.facts.get("server_groups"):
+        found.server_group = cloud.server_group(groups[0])
+
+
+def survey_ports(cloud: Cloud, server: Server, macs: Sequence[str]) -> list[Port]:
+    """An instance's ports, in the order of these MAC addresses."""
+    store = cloud.networks
+    told = [one for one in store.all("ports", ("device_id", server.id))
+            if str(one.get("device_owner")).startswith("compute:")]  # anybody may name any device
+    by_mac = {one["mac_address"].lower(): one for one in told}
+    unknown = [f"port {one['id']} has no interface" for mac, one in by_mac.items()
+               if mac not in macs and one.get("binding:vnic_type") != "direct-physical"]
+    unknown += [f"interface {mac} has no port" for mac in macs if mac not in by_mac]
+    if unknown or len({*macs}) < len(macs):
+        raise Refused("Neutron and libvirt do not agree on the source's interfaces: "
+                      f"{', '.join(unknown) or 'two have one MAC address, and their order is not known'}",
+                      f"openstack server reboot --hard {server.id}, or -e \"{{'nics': 'none'}}\" goes on without ports")
+    if not told:
+        return []
+    floating = list[dict[str, Any]]()
+    with ignoring(404):  # a cloud without routers
+        floating = store.all("floatingips", *(("port_id", one["id"]) for one in told))
+    networks = store.by_id("networks", [one["network_id"] for one in told] + [
+        ip["floating_network_id"] for ip in floating])
+    subnets = store.by_id("subnets", (ip["subnet_id"] for one in told for ip in one["fixed_ips"]))
+    groups = store.by_id("security-groups", (id for one in told for id in one.get("security_groups", ())))
+    ports = [Port(
+        networks[one["network_id"]],
+        tuple((ip["ip_address"], subnets[ip["subnet_id"]]["cidr"]) for ip in one["fixed_ips"]),
+        tuple(groups[id]["name"] for id in one.get("security_groups", ())),
+        tuple(FloatingIp(ip["floating_ip_address"], networks[ip["floating_network_id"]], ip["fixed_ip_address"],
+                         ip.get("description") or "") for ip in floating if ip["port_id"] == one["id"]), one)
+        for one in told]
+    return sorted(ports, key=lambda port: macs.index(port.mac) if port.mac in macs else len(macs))
 
 
 def identified(cloud: Cloud, server: str, disk: Disk, volume: Volume) -> Disk:
@@ -6189,16 +6532,68 @@ def survey_storage(destination: DestinationFacts) -> None:
         destination.volume_limits = store.limits()
 
 
+def networks_for(settings: Settings, port: Port, networks: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The destination's networks that a port may be meant for: by id, else by name."""
+    name, id = port.network["name"], port.network["id"]
+    wanted, known = settings.network.get(id, settings.network.get(name, name)), list(networks)
+    return [one for one in known if one["id"] == wanted] or [one for one in known if wanted and one["name"] == wanted]
+
+
+def survey_networks(settings: Settings, source: SourceFacts, destination: DestinationFacts) -> None:
+    """Adds what the destination has for the source's ports."""
+    if not (cloud := destination.cloud) or not source.ports:
+        return
+    store, project = cloud.networks, cloud.identity["project"]
+    networks = [one for one in store.all("networks") if (  # an admin is also shown those of other projects
+        one.get("project_id") == project or one.get("shared") or one.get("router:external")
+        or one["id"] in settings.network.values())]
+    subnets, floating = dict[str, Sequence[Mapping[str, Any]]](), set[str]()
+    taken = dict[tuple[str, str], Mapping[str, Any]]()
+    for port in source.ports:
+        for id in {one["id"] for one in networks_for(settings, port, networks)}:
+            subnets[id] = subnets.get(id) or store.all("subnets", ("network_id", id))
+            used = [(port.mac, "mac_address", port.mac)] if not settings.new_macs else []
+            used += [(ip, "fixed_ips", f"ip_address={ip}") for ip, _ in port.addresses if not settings.new_addresses]
+            for what, key, value in used:
+                users = store.all("ports", ("network_id", id), (key, value))
+                taken |= {(id, what): users[0]} if users else {}
+    if settings.floating_ip == "keep":
+        floating = {
+            ip.address for port in source.ports for ip in port.floating for one in networks
+            if one.get("router:external") and one["name"] == ip.network["name"]
+            and store.all("ports", ("network_id", one["id"]), ("fixed_ips", f"ip_address={ip.address}"))}
+        subnets |= {one["id"]: store.all("subnets", ("network_id", one["id"]))
+                    for one in networks if one.get("router:external")}
+    destination.networks = Networks(networks, subnets, store.all("security-groups", ("project_id", project)), taken,
+                                    store.room(project), floating)
+
+
+def survey_references(source: SourceFacts, destination: DestinationFacts) -> None:
+    """Adds what the destination has for the source's zone, key pair and server group."""
+    if not (cloud := destination.cloud) or not (server := source.server):
+        return
+    destination.zones = cloud.zones() if server.facts.get("availability_zone") else ()
+    destination.key = cloud.key_pair(source.key.name) if source.key else None
+    destination.server_groups = cloud.server_groups() if source.server_group else {}
+
+
 def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> DestinationFacts:
     """Surveys the destination cloud."""
     try:
         cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
+        is_admin = cloud.sees_hosts()
         return DestinationFacts(
             cloud, cloud.servers_named(settings.dst_name), cloud.flavors(), cloud.store.all(settings.image),
-            cloud.sees_hosts(), cloud.limits(), cloud.refuses(settings.extra_args),
-            made=cloud.made_by("", settings.src_uid))
+            is_admin, cloud.limits(), cloud.refuses(settings.extra_args),
+            made=cloud.made_by("", settings.src_uid, **({"all_tenants": True} if is_admin else {})))
     except CloudError as error:
-        return DestinationFacts(None, problems=error.reasons)
+        if not settings.dst_project or error.code != 401:
+            return DestinationFacts(None, problems=error.reasons)
+        user, project = (shlex.quote(str(name)) for name in (
+            creds.get("username") or creds.get("user_id"), settings.dst_project))
+        return DestinationFacts(None, problems=[Reason(
+            f"destination cloud: {user} cannot sign in to project {project}: it is not there, the user has no role in "
+            "it, or the password is wrong", f"openstack role add --project {project} --user {user} admin")])
 
 
 def pick_flavor(wanted: str, flavors: Sequence[Flavor], source: Server | None) -> Flavor:
@@ -6250,6 +6645,11 @@ def refuse(settings: Settings, source: SourceFacts, destination: DestinationFact
         reasons += refuse_volumes(settings, source, source.server, destination)
     if destination.cloud:
         reasons += refuse_destination(settings, source, destination, known)
+        if destination.networks is not NO_NETWORKS:
+            reasons += refuse_networks(settings, source, destination.networks)
+        if source.key and destination.key and source.key.fingerprint != destination.key.fingerprint:
+            reasons.append(Reason(f"destination cloud: the credentials' user has another key pair {source.key.name!r}",
+                                  "-e \"{'key_name': NAME}\" names another one, or {'key_name': None} none"))
     return reasons
 
 
@@ -6319,6 +6719,250 @@ def type_of(settings: Settings, volume: Volume) -> str:
     return settings.volume_type.get(volume.type, volume.type)
 
 
+def refuse_networks(settings: Settings, source: SourceFacts, there: Networks) -> list[Reason]:
+    """Reasons to refuse in what the destination has for the source's ports."""
+    reasons, of_project = list[Reason](), f" --project {settings.dst_project}" if settings.dst_project else ""
+    for port in source.ports:
+        reasons += refuse_port(port)
+        found = networks_for(settings, port, there.networks)
+        if len(found) == 1:
+            reasons += [*refuse_addresses(settings, port, found[0], there), *refuse_floating(settings, port, there)]
+        else:
+            name = port.network["name"]
+            wanted = settings.network.get(port.network["id"], settings.network.get(name, name))
+            known = ", ".join(sorted({str(one["name"]) for one in there.networks if not one.get("router:external")}))
+            reasons += [Reason(f"destination cloud: {len(found)} networks are named {wanted!r}: "
+                               f"{', '.join(one['id'] for one in found)}", f"--network {name}=ID") if found else
+                        Reason(f"destination cloud: there is no network {wanted!r}, for {port.label}",
+                               f"create it, or --network {name}=NAME; there are: {known or 'none'}")]
+    for name in dict.fromkeys(groups_wanted(settings, source.ports)):
+        if len(ids := groups_named(name, there)) != 1:
+            reasons.append(Reason(
+                f"destination cloud: {len(ids) or 'no'} security groups of the project are named {name!r}",
+                "delete or rename all but one" if ids else f"openstack security group create{of_project} "
+                f"{shlex.quote(name)}, with its rules, or others in -e: \"{{'security_groups': ['default']}}\""))
+    if 0 <= there.room < len(source.ports):
+        reasons += refuse_quota([f"{there.room} more ports are allowed, {len(source.ports)} are needed"])
+    used = Counter((one["id"], what, way) for port in source.ports
+                   for one in networks_for(settings, port, there.networks) for what, way, is_new in (
+                       (f"MAC {port.mac}", "--new-macs", settings.new_macs),
+                       *((f"address {ip}", "--new-addresses", settings.new_addresses) for ip, _ in port.addresses))
+                   if not is_new)
+    reasons += [Reason(f"destination cloud: two ports with {what} would be on one network", way)
+                for (_, what, way), count in used.items() if count > 1]
+    return list(dict.fromkeys(reasons))
+
+
+def refuse_port(port: Port) -> list[Reason]:
+    """Reasons to refuse in one of the source's ports."""
+    kind, way = port.facts.get("binding:vnic_type") or "normal", "-e \"{'nics': 'none'}\" goes on without ports"
+    return reasons_from(
+        (kind != "normal", f"{port.label} is of the kind {kind}, which belongs to its host's hardware", way),
+        (port.facts.get("trunk_details"), f"{port.label} is the parent of a trunk, which is not carried", way))
+
+
+def refuse_addresses(settings: Settings, port: Port, network: Mapping[str, Any], there: Networks) -> Iterator[Reason]:
+    """Reasons to refuse the source's addresses in a network of the destination."""
+    place, name = "destination cloud: ", network["name"]
+    if not settings.new_macs and (user := there.taken.get((network["id"], port.mac))):
+        yield Reason(f"{place}MAC {port.mac} is used on network {name} by {described(user)}", "--new-macs")
+    for ip, cidr in () if settings.new_addresses else port.addresses:
+        subnet = next((one for one in there.subnets.get(network["id"], ()) if one["cidr"] == cidr), None)
+        if not subnet:
+            yield Reason(f"{place}network {name} has no subnet {cidr}, for {ip} of {port.label}",
+                         f"openstack subnet create --network {network['id']} --subnet-range {cidr} NAME, "
+                         "or --new-addresses")
+        elif subnet.get("gateway_ip") == ip:
+            yield Reason(f"{place}{ip} is the gateway of subnet {subnet['name'] or subnet['id']}", "--new-addresses")
+        elif user := there.taken.get((network["id"], ip)):
+            yield Reason(f"{place}{ip} is used on network {name} by {described(user)}", "--new-addresses")
+    if settings.start_after == "all" and share_wire(port.network, network) and not (
+            settings.new_macs and (settings.new_addresses or not port.addresses)):
+        yield Reason(f"{port.label} and its copy would run on one wire ({network.get('provider:network_type')}) with "
+                     "the same addresses", "-a dst starts one of both, or --new-addresses --new-macs")
+
+
+def described(port: Mapping[str, Any]) -> str:
+    """A port that somebody uses, or that is idle."""
+    user = f"{port.get('device_owner') or 'somebody'} {port['device_id']}" if port.get("device_id") else ""
+    return f"port {port['id']}" + (f" of {user}" if user else f", which is idle (openstack port delete {port['id']})")
+
+
+def share_wire(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two clouds' networks may be one: of the provider's, with the same tag. Overlays end with their cloud."""
+    kind = one.get("provider:network_type", "flat")  # only admins are told
+    return kind in ("flat", "vlan") and all(
+        one.get(f"provider:{key}") == other.get(f"provider:{key}") for key in ("network_type", "segmentation_id"))
+
+
+def refuse_floating(settings: Settings, port: Port, there: Networks) -> Iterator[Reason]:
+    """Reasons to refuse what --floating-ip asks for."""
+    for floating in () if settings.floating_ip == "none" else port.floating:
+        ip, name = floating.address, floating.network["name"]
+        outside, way = outside_named(name, there), "create it, or --floating-ip none"
+        if len(outside) != 1:
+            yield Reason(f"destination cloud: {len(outside) or 'no'} external networks are named {name!r}, "
+                         f"for floating IP {ip}", way)
+        elif settings.floating_ip == "keep":
+            ranges = [ipaddress.ip_network(one["cidr"]) for one in there.subnets.get(outside[0]["id"], ())]
+            if share_wire(floating.network, outside[0]) and not settings.yes:
+                yield Reason(f"the routers of both clouds would answer for floating IP {ip}, if network {name} of both "
+                             "is one wire", "--yes if it is not; else --floating-ip none, and when all is done "
+                             "delete it in the source and create it in the destination")
+            elif ip in there.floating:
+                yield Reason(f"destination cloud: floating IP {ip} exists already",
+                             "openstack floating ip delete, if nobody needs it, or --floating-ip new")
+            elif not any(ipaddress.ip_address(ip) in one for one in ranges):
+                yield Reason(f"destination cloud: network {name} has no subnet with floating IP {ip}",
+                             "--floating-ip new, or none")
+
+
+def outside_named(name: str, there: Networks) -> list[Mapping[str, Any]]:
+    """The destination's external networks of this name."""
+    return [one for one in there.networks if one["name"] == name and one.get("router:external")]
+
+
+def groups_wanted(settings: Settings, ports: Iterable[Port]) -> list[str]:
+    """The names of the security groups that the ports shall have."""
+    secured = [port for port in ports if port.facts.get("port_security_enabled", True)]
+    return [name for port in secured for name in settings.extra_args.get("security_groups", port.groups) or ()]
+
+
+def groups_named(name: str, there: Networks) -> list[str]:
+    """The ids of the project's security groups with this id or name."""
+    return [one["id"] for one in there.groups if name in (one["id"], one["name"])]
+
+
+def plan_port(settings: Settings, port: Port, there: Networks, run: str) -> PortPlan:
+    """What the destination's Neutron is asked for, for a port without reasons to refuse."""
+    facts, (network,) = port.facts, networks_for(settings, port, there.networks)
+    subnets, mark = {one["cidr"]: one for one in there.subnets[network["id"]]}, f"{MADE}={run} {port.id}"
+    request = {"network_id": network["id"], "name": facts.get("name") or "", "description": mark,
+               "admin_state_up": facts.get("admin_state_up", True), "security_groups": [
+                   id for name in groups_wanted(settings, [port]) for id in groups_named(name, there)]}
+    if not settings.new_macs:
+        request["mac_address"] = facts["mac_address"]
+    if not (settings.new_addresses and port.addresses):
+        request["fixed_ips"] = [{"subnet_id": subnets[cidr]["id"]} | (
+            {} if is_automatic(subnets[cidr]) else {"ip_address": ip}) for ip, cidr in port.addresses]
+    if "port_security_enabled" in network:
+        request["port_security_enabled"] = facts.get("port_security_enabled", True)
+    if pairs := facts.get("allowed_address_pairs"):
+        request["allowed_address_pairs"] = [{key: value for key, value in pair.items() if not (
+            settings.new_macs and key == "mac_address" and value.lower() == port.mac)} for pair in pairs]
+    if options := facts.get("extra_dhcp_opts"):
+        request["extra_dhcp_opts"] = options
+    later = {"description": facts.get("description") or ""}
+    if facts.get("dns_name"):  # Nova accepts no other than the instance's hostname when it attaches the port
+        later["dns_name"] = facts["dns_name"]
+    fixed = {ip for ip, _ in port.addresses if "." in ip and not settings.new_addresses}
+    floating = [{"later": ip.description, "request": {
+        "floating_network_id": outside_named(ip.network["name"], there)[0]["id"], "description": f"{mark} {ip.address}",
+        **({"floating_ip_address": ip.address} if settings.floating_ip == "keep" else {}),
+        **({"fixed_ip_address": ip.fixed} if len(fixed) > 1 else {})}}
+        for ip in port.floating if settings.floating_ip != "none"]
+    return PortPlan(port.id, network["name"], request, later, tuple(facts.get("tags") or ()), floating)
+
+
+def is_automatic(subnet: Mapping[str, Any]) -> bool:
+    """Whether a subnet's addresses follow from the MAC address (see is_auto_address_subnet in Neutron)."""
+    return bool({"slaac", "dhcpv6-stateless"} & {subnet.get("ipv6_address_mode"), subnet.get("ipv6_ra_mode")})
+
+
+def automatic_address(cidr: str, mac: str) -> str:
+    """The address in a subnet that follows from a MAC address (EUI-64)."""
+    first, *rest = (int(part, 16) for part in mac.split(":"))
+    host = bytes([first ^ 2, *rest[:2], 0xFF, 0xFE, *rest[2:]])
+    return str(ipaddress.ip_network(cidr)[int.from_bytes(host, "big")])
+
+
+def gets_new_addresses(port: Port, made: PortPlan) -> bool:
+    """Whether a port gets other addresses than the source's has."""
+    asked = made.request.get("fixed_ips")
+    if asked is None:
+        return True
+    is_new = "mac_address" not in made.request
+    return any("ip_address" not in one and (is_new or automatic_address(cidr, port.mac) != ip)
+               for one, (ip, cidr) in zip(asked, port.addresses, strict=True))
+
+
+@dataclass
+class Carried:
+    """How the source's attributes are carried: arguments for Nova's create, what is made first, and the plan's rows."""
+
+    extra: dict[str, Any] = field(default_factory=dict)
+    wanted: list[Wanted] = field(default_factory=list)
+    rows: list[Attribute] = field(default_factory=list)
+
+    def add(self, name: str, here: str, there: str = "", *, is_new: bool = False) -> None:
+        """A row; without `there` the attribute is left behind."""
+        self.rows.append(Attribute(name, here, there, "new" if is_new else "kept" if there else "left behind"))
+
+
+def carry_attributes(settings: Settings, source: SourceFacts, destination: DestinationFacts, server: Server) -> Carried:
+    """How the source's attributes are carried, as far as -e does not name others."""
+    carried, facts, text = Carried(), server.facts, server.facts.get("user_data")
+    hostname = str(facts.get("hostname") or "")
+    if hostname == hostname_for(settings.dst_name):  # Nova makes it of the name
+        hostname = ""
+    meta = {key: value for key, value in server.metadata.items() if not key.startswith("migrena:")}
+    own: dict[str, tuple[Any, str]] = {  # values, and what is shown of them: no secrets
+        "description": (facts.get("description"), str(facts.get("description"))),
+        "meta": (meta, ", ".join(meta)), "tags": (facts.get("tags"), ", ".join(facts.get("tags") or ())),
+        "hostname": (hostname, hostname),
+        "userdata": (base64.b64decode(text) if text else None, f"{len(text or '') * 3 // 4} bytes"),
+        "availability_zone": (facts.get("availability_zone"), str(facts.get("availability_zone")))}
+    for name, (value, shown) in own.items():
+        is_there = destination.cloud and destination.cloud.takes(name) and (
+            name != "availability_zone" or value in destination.zones) and (
+            name != "hostname" or re.fullmatch("[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9]", hostname))
+        if name in settings.extra_args:
+            carried.add(name, shown if value else "", "as -e says", is_new=True)
+        elif value:
+            if is_there and (name != "availability_zone" or len(destination.zones) > 1):  # else it need not be named
+                carried.extra[name] = value
+            carried.add(name, shown, shown if is_there else "")
+    if facts and "user_data" not in facts:
+        carried.add("userdata", "(not shown by Nova)")
+    carry_key(settings, source, destination, carried)
+    carry_group(settings, source, destination, carried)
+    return carried
+
+
+def hostname_for(name: str) -> str:
+    """What Nova makes of a name (see sanitize_hostname there)."""
+    kept = name.encode("latin-1", "ignore").decode("latin-1")[:63]
+    return re.sub(r"[^\w.-]+", "", re.sub("[ _.]", "-", kept)).lower().strip(".-")
+
+
+def carry_key(settings: Settings, source: SourceFacts, destination: DestinationFacts, carried: Carried) -> None:
+    """Adds the key pair, which is made for the user of the destination's credentials if it is missing."""
+    name = source.server.key if source.server else ""
+    if name and "key_name" in settings.extra_args:
+        carried.add("key_name", name, "as -e says", is_new=True)
+    if not name or "key_name" in settings.extra_args:
+        return
+    if source.key:
+        carried.extra["key_name"] = name
+        carried.wanted += [] if destination.key else [Wanted("key pair", asdict(source.key))]
+    carried.add("key_name", name, name if source.key else "", is_new=bool(source.key and not destination.key))
+
+
+def carry_group(settings: Settings, source: SourceFacts, destination: DestinationFacts, carried: Carried) -> None:
+    """Adds the server group: that of the same name and policy, or a new one."""
+    hints, group = settings.extra_args.get("scheduler_hints") or {}, source.server_group
+    if group and "group" in hints:
+        carried.add("server_group", str(group["name"]), "as -e says", is_new=True)
+    if not group or "group" in hints:
+        return
+    wanted = {key: group[key] for key in ("name", "policy", "rules")}
+    same = [id for id, one in destination.server_groups.items() if {**one, **wanted} == one]
+    carried.extra |= {"scheduler_hints": {**hints, "group": same[0]}} if same else {}
+    carried.wanted += [] if same else [Wanted("server group", wanted)]
+    what = f"{group['name']} ({group['policy']})"
+    carried.add("server_group", what, what, is_new=not same)
+
+
 def refuse_tools(host: str, lacking: Sequence[str], settings: Settings, nbd_tool: str) -> list[Reason]:
     """The required tools that a host lacks."""
     needed = (*NEEDED, nbd_tool) if settings.transport == "nbd" else NEEDED
@@ -6353,6 +6997,8 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
                 for one in destination.made if not settings.yes and one not in destination.same_name]
     reasons += reasons_from(
         (destination.refused, f"destination cloud: -e: {destination.refused}", "leave it out"),
+        ("nics" not in settings.extra_args and destination.cloud and not destination.cloud.takes("nics"),
+         "destination cloud: Nova is older than 2.37, and makes no instance without networks", "name some: nics in -e"),
         (not destination.sees_hosts, f"destination cloud: {NO_HOSTS} an instance is", "use an admin's credentials"))
     flavor = image = None
     with collecting(reasons):
@@ -6418,6 +7064,9 @@ class Plan:
     was_running: bool = False
     carried: ImagePlan | None = None  # the image, if it must be carried first
     extra: Mapping[str, Any] = field(default_factory=dict)  # arguments for Nova's create
+    wanted: Sequence[Wanted] = ()  # what is made for them first
+    ports: Sequence[PortPlan] = ()
+    attributes: Sequence[Attribute] = ()
     volumes: Mapping[str, Volume] = field(default_factory=dict)  # the source's, by key
     requests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # what Cinder is asked for instead of them
     with_snapshots: Collection[str] = ()  # the ids of those that have some
@@ -6439,14 +7088,24 @@ def make_plan(settings: Settings, source: SourceFacts, destination: DestinationF
         *(f"volume {id}" for id in server.volumes if id not in moved),
         *(f"ephemeral disk {name}" for name in ephemeral_among(disks[ROOT].beside) if name not in moved),
         *(["the config drive"] if server.config_drive else ()))
-    carried, flavor = image_to_carry(settings, source, destination), pick_flavor(
+    carried_image, flavor = image_to_carry(settings, source, destination), pick_flavor(
         settings.flavor, destination.flavors, server)
-    image = NO_IMAGE if ROOT in source.volumes else replace(carried.source, id="") if carried else pick_image(
-        settings.image, destination.images, source.image)
-    extra = {**made_with(server, disks), **settings.extra_args}
+    image = NO_IMAGE if ROOT in source.volumes else replace(
+        carried_image.source, id="") if carried_image else pick_image(
+            settings.image, destination.images, source.image)
+    carried = carry_attributes(settings, source, destination, server)
+    extra = {"nics": "none", **made_with(server, disks), **settings.extra_args, **carried.extra}
+    ports = [plan_port(settings, port, destination.networks, run) for port in source.ports]
+    left += tuple(f"{one.name} {one.here}" for one in carried.rows if one.fate == "left behind")
+    left += tuple(f"floating IP {ip.address} of {port.label}" for port in source.ports for ip in port.floating
+                  if settings.floating_ip == "none")
+    left += tuple(f"the {what} of {port.label}" for port in source.ports for what, key in (
+        ("QoS policy", "qos_policy_id"), ("DNS domain", "dns_domain")) if port.facts.get(key))
+    left += tuple(f"the disabled port security of {port.label}" for port, made in zip(source.ports, ports, strict=True)
+                  if port.facts.get("port_security_enabled") is False and "port_security_enabled" not in made.request)
     requests = {key: request_for(settings, volume, run, destination) for key, volume in source.volumes.items()}
-    return Plan(run, server, disks, flavor, image, left, server.status == "ACTIVE", carried, extra,
-                source.volumes, requests, source.with_snapshots)
+    return Plan(run, server, disks, flavor, image, left, server.status == "ACTIVE", carried_image, extra,
+                carried.wanted, ports, carried.rows, source.volumes, requests, source.with_snapshots)
 
 
 def request_for(settings: Settings, volume: Volume, run: str, destination: DestinationFacts) -> dict[str, Any]:
@@ -6490,6 +7149,8 @@ class Report:
     ssh_commands: dict[str, int] = field(default_factory=dict)  # by host
     images: list[dict[str, object]] = field(default_factory=list)  # of `image`: the result for each
     moves: list[dict[str, object]] = field(default_factory=list)  # of `live-migrate`: the same
+    ports: list[dict[str, Any]] = field(default_factory=list)  # of a plan, in the order of the instance's interfaces
+    attributes: list[dict[str, str]] = field(default_factory=list)  # of a plan
     warnings: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)  # parts of the instance that are not copied: volumes etc.
     not_undone: list[str] = field(default_factory=list)
@@ -6647,6 +7308,8 @@ def execute(run: Run, stack: ExitStack) -> str:
     run.undo.attempt(f"unlock destination {new.id}", lambda: release_destination(run, new.id))
     for id in run.record.volumes.values():
         run.undo.attempt(f"mark volume {id} done", partial(cloud.volumes.mark, id, {DONE: plan.run}, MADE))
+    run.undo.attempt("lead the floating IPs to the new ports", partial(lead_floating_ips, run))
+    run.undo.attempt("take the marks off the ports", partial(finish_ports, cloud, run.record))
     run.undo.attempt(f"give source {plan.server.id} back", lambda: release_source(run, arrived))
     kept = [str(disk.job["kept"]) for disk in run.record.disks.values() if disk.job]
     run.undo.attempt(f"remove {host.name}:{' '.join(kept)}", partial(host.run, "rm", "-f", "--", *kept))
@@ -6988,7 +7651,7 @@ def claim_source(run: Run) -> None:
     run.undo.always(f"check that nothing of ours is left on {run.source_host.name}", run.source_host.confirm_all_ended)
     run.undo.on_failure(f"take the mark off source {id}", lambda: take_mark_off(run.source, situation_now(run)))
     if run.earlier:
-        delete_volumes_on_failure(run)
+        delete_things_on_failure(run)
         delete_on_failure(run)
         undo_stop(run)
         for disk in run.plan.disks.values():
@@ -7047,6 +7710,14 @@ def create_destination(run: Run) -> Server:
                  f"Image: {plan.image.name}, ID: {plan.image.id}",
                  *(f"{key}: {value if key in SHOWN else '(not shown)'}" for key, value in plan.extra.items())):
         run.screen.note(line)
+    delete_things_on_failure(run)
+    for wanted in plan.wanted:
+        run.screen.note(f"New {wanted.kind}: {wanted.facts['name']}")
+        try:
+            ask_for(run, wanted.kind, wanted.facts["name"], wanted.facts)
+        except CloudError as error:  # another run was quicker: what it made is not ours
+            if error.code != 409 or not [*KINDS[wanted.kind].made_by(run.destination, plan.run, wanted.facts)]:
+                raise
     create_volumes(run)
     delete_on_failure(run)
     with run.journal.act("create destination", name=settings.dst_name) as result:
@@ -7059,16 +7730,10 @@ def create_volumes(run: Run) -> None:
     if not run.plan.requests:
         return
     store = run.destination.volumes
-    delete_volumes_on_failure(run)
     for key, facts in run.plan.requests.items():
         kind = f", type {facts['volume_type']}" if "volume_type" in facts else ""
         run.screen.note(f"New volume of {facts['size']} GiB{kind}, for {run.plan.volumes[key].label}")
-        with run.journal.act("create volume", disk=key) as result:
-            try:
-                result["volume"] = ask_for_volume(run, key, facts)
-            except CloudError as error:
-                result["refused"] = not error.is_temporary
-                raise
+        ask_for(run, "volume", key, facts)
     for key, id in run.record.volumes.items():
         volume, made = run.plan.volumes[key], store.wait(id)
         if what := next((what for what in ("encrypted", "multiattach") if made.facts.get(what)), ""):
@@ -7077,56 +7742,169 @@ def create_volumes(run: Run) -> None:
         store.describe(id, volume.image_facts, is_bootable=volume.is_bootable)
 
 
-def ask_for_volume(run: Run, key: str, facts: Mapping[str, Any]) -> str:
-    """Requests a volume once; returns its id even if the answer is lost."""
-    store, limit = run.destination.volumes, time.monotonic() + LOST_ANSWER
-    try:
-        with defer_signals():
-            return store.make(**facts)
-    except CloudError as error:
-        if not error.is_temporary:
-            raise
-        while True:
-            for volume in store.made_by(run.plan.run):
-                if volume.metadata.get(ORIGIN) == run.plan.volumes[key].id:
-                    return volume.id
-            if time.monotonic() > limit:
+@dataclass(frozen=True)
+class Kind:
+    """A kind of what a run makes besides the instance."""
+
+    command: str  # of OpenStack's client
+    make: Callable[[Cloud, Mapping[str, Any]], str]  # requests one; returns its id
+    made_by: Callable[[Cloud, str, Mapping[str, Any]], Iterable[str]]  # the ids of a run's; of one request, if given
+    delete: Callable[[Cloud, str, Mapping[str, Any]], None]
+
+
+def in_neutron(what: str, command: str) -> Kind:
+    """A kind of what Neutron has: the description is the run's mark."""
+    return Kind(
+        command, lambda cloud, facts: cloud.networks.make(what, facts),
+        lambda cloud, run, facts: cloud.networks.made_by(what, run, facts.get("description", "")),
+        lambda cloud, id, facts: cloud.networks.delete(what, id))
+
+
+KINDS: Final[Mapping[str, Kind]] = {  # in the order in which they are deleted
+    "floating IP": in_neutron("floatingips", "floating ip"), "port": in_neutron("ports", "port"),
+    "volume": Kind(
+        "volume", lambda cloud, facts: cloud.volumes.make(**facts),
+        lambda cloud, run, facts: [volume.id for volume in cloud.volumes.made_by(run) if not facts
+                                   or volume.metadata.get(ORIGIN) == facts["metadata"][ORIGIN]],
+        lambda cloud, id, facts: cloud.volumes.delete(id)),
+    "server group": Kind(  # these two have no place for a mark; they are made only if there is none of the name
+        "server group", lambda cloud, facts: cloud.make_server_group(facts),
+        lambda cloud, run, facts: [id for id, one in (cloud.server_groups() if facts else {}).items()
+                                   if all(one[key] == facts[key] for key in ("name", "policy", "rules"))],
+        lambda cloud, id, facts: cloud.delete_server_group(id)),
+    "key pair": Kind(
+        "keypair", lambda cloud, facts: cloud.make_key_pair(facts),
+        lambda cloud, run, facts: [pair.name] if facts and (pair := cloud.key_pair(facts["name"])) and (
+            pair.fingerprint == facts["fingerprint"]) else [],
+        lambda cloud, id, facts: cloud.delete_key_pair(id, facts)),
+}
+TOLD: Final = ("name", "policy", "rules", "fingerprint", "description", "metadata")  # of a request, for the journal
+
+
+def ask_for(run: Run, kind: str, of: str, facts: Mapping[str, Any]) -> str:
+    """Requests something once; returns its id even if the answer is lost. A failure deletes it."""
+    cloud, limit, acts = run.destination, time.monotonic() + LOST_ANSWER, KINDS[kind]
+    known, was_asked = {*run.record.made(kind).values()}, of in run.record.unanswered(kind)  # by a killed process
+    told = {key: facts[key] for key in TOLD if key in facts} | {"user": cloud.user}
+    with run.journal.act(f"create {kind}", of=of, facts=told) as result:
+        found = {*acts.made_by(cloud, run.plan.run, facts)} - known if was_asked else set[str]()
+        try:
+            if not found:
+                with defer_signals():
+                    found = {acts.make(cloud, facts)}
+        except CloudError as error:
+            result["refused"] = not error.is_temporary
+            if not error.is_temporary:
                 raise
-            time.sleep(CLAIM_PAUSE)
+            while not (found := {*acts.made_by(cloud, run.plan.run, facts)} - known):
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(CLAIM_PAUSE)
+        result["id"] = found.pop()
+    return str(result["id"])
 
 
-def delete_volumes_on_failure(run: Run) -> None:
-    """Registers the deletion of the run's volumes if it fails: by id, and by marks if Cinder's answer was lost."""
+def delete_things_on_failure(run: Run) -> None:
+    """Registers the deletion of what the run makes besides the instance if it fails."""
     def delete() -> None:
         now = situation_now(run, with_disk=stage_of(run.record) >= Stage.PROVEN)
-        allow(Act.DELETE_VOLUMES, now, asked_in_undo(run))
-        delete_volumes(run.destination, run.record, now, run.journal, LATE_ANSWER)
+        if run.record.volumes:
+            allow(Act.DELETE_VOLUMES, now, asked_in_undo(run))
+        delete_things(run.destination, run.record, now, run.journal, LATE_ANSWER)
 
-    if run.plan.volumes or run.record.volumes:
-        run.undo.on_failure("delete the volumes made for it", delete)
+    if run.plan.requests or run.plan.wanted or run.plan.ports or has_things(run.record):
+        run.undo.on_failure("delete what was made for it", delete)
 
 
-def delete_volumes(cloud: Cloud, record: RunRecord, now: Situation, journal: Journal, patience: float) -> None:
-    """Deletes the volumes that a run made; raises Kept for those that are in use, and for one that may still be made.
+def has_things(record: RunRecord) -> bool:
+    """Whether a run has asked for anything besides the instance."""
+    return any(act.name == f"create {kind}" for act in record.acts for kind in KINDS)
 
-    They are known by the journal; where it is lost, or Cinder's answer was (which is waited for), by their marks. While
-    the instance that the run made is there, all are kept: they may be its only copy.
+
+def delete_things(cloud: Cloud, record: RunRecord, now: Situation, journal: Journal, patience: float) -> None:
+    """Deletes what a run made besides the instance; raises Kept for what is in use, or may still be made.
+
+    They are known by the journal; where it is lost, or an answer was (which is waited for), by the run's marks. While
+    the instance that the run made is there, all are kept: volumes may be its only copy.
     """
-    store, ids, problems, limit = cloud.volumes, {*record.volumes.values()}, list[Reason](), time.monotonic() + patience
-    is_lost = any(act.name == "create volume" and not (act.facts.get("volume") or act.facts.get("refused"))
-                  for act in record.acts)
-    if is_lost or not record.run:
-        while not (found := {volume.id for volume in store.made_by(now.run)} - ids) and time.monotonic() < limit:
-            time.sleep(CLAIM_PAUSE)
-        ids |= found
-        if is_lost and patience and not found:
-            problems.append(Reason("Cinder did not answer the request for a volume, and may still make it",
-                                   f"openstack volume list; ./migrena.py rollback {now.run} deletes it"))
-    if ids and not now.destination.is_gone:
-        raise Kept(f"volumes {', '.join(sorted(ids))} are kept with instance {now.destination.id}")
-    for id in sorted(ids):
-        with collecting(problems), journal.act("delete volume", volume=id):
-            store.delete(id)
+    problems, limit = list[Reason](), time.monotonic() + patience
+    for kind, acts in KINDS.items():
+        told = {str(act.facts.get("id", act.facts.get("volume"))): act.facts.get("facts", {}) for act in record.acts
+                if act.name == f"create {kind}" and {"id", "volume"} & act.facts.keys()}
+        with collecting(problems):
+            for act in record.unanswered(kind).values():
+                facts = act.facts.get("facts", {})
+                while not (found := {*acts.made_by(cloud, now.run, facts)} - told.keys()) and time.monotonic() < limit:
+                    time.sleep(CLAIM_PAUSE)
+                told |= dict.fromkeys(found, facts)
+                if patience and not found:
+                    problems.append(Reason(
+                        f"the request for a {kind} was not answered, and it may still be made",
+                        f"openstack {acts.command} list; ./migrena.py rollback {now.run} deletes it"))
+            if not record.run and (kind != "volume" or cloud.has_volumes):
+                told |= {id: {} for id in acts.made_by(cloud, now.run, {}) if id not in told}
+        if told and not now.destination.is_gone:
+            kept = f"{kind}s {', '.join(sorted(told))} are kept with instance {now.destination.id}"
+            problems.append(Reason(kept, ""))
+            continue
+        for id, facts in sorted(told.items()):
+            with collecting(problems), journal.act(f"delete {kind}", id=id):
+                acts.delete(cloud, id, facts)
+    if problems:
+        raise Kept.of(problems)
+
+
+def give_ports(run: Run, id: str) -> None:
+    """Makes the ports of the new instance, which is stopped, and attaches them in their order."""
+    store, made, plan = run.destination.networks, run.record.made("port"), run.plan
+    for port in plan.ports:
+        new = made.get(port.source) or ask_for(run, "port", port.source, port.request)
+        if port.tags:
+            store.tag(new, port.tags)
+        with run.journal.act("attach port", server=id, port=new):
+            run.destination.attach(id, new)
+        told = store.by_id("ports", [new])[new]
+        addresses = ", ".join(one["ip_address"] for one in told["fixed_ips"]) or "no address"
+        run.screen.note(f"Port on network {port.network}, {told['mac_address']}: {addresses}")
+        for number, floating in enumerate(port.floating):
+            of, request = f"{port.source} {number}", dict(floating["request"])
+            if of in run.record.made("floating IP"):
+                continue
+            if "floating_ip_address" in request:  # it leads nowhere until the source is down
+                request.pop("fixed_ip_address", "")
+            else:
+                request["port_id"] = new
+            ask_for(run, "floating IP", of, request)
+
+
+def lead_floating_ips(run: Run) -> None:
+    """Has the floating IPs that keep their address lead to the new ports; raises Kept for those that do not."""
+    problems, ids = list[Reason](), run.record.made("floating IP")
+    for port in run.plan.ports:
+        for number, floating in enumerate(port.floating):
+            request, fixed = floating["request"], {}
+            if "fixed_ip_address" in request:
+                fixed["fixed_ip_address"] = request["fixed_ip_address"]
+            if "floating_ip_address" in request:
+                with collecting(problems):
+                    run.destination.networks.change("floatingips", ids[f"{port.source} {number}"], {
+                        "port_id": run.record.made("port")[port.source], **fixed})
+    if problems:
+        raise Kept.of(problems)
+
+
+def finish_ports(cloud: Cloud, record: RunRecord) -> None:
+    """Takes a run's marks off what it made in Neutron; raises Kept for those that Neutron refuses."""
+    rows, problems = {row["source"]: row for row in record.facts.get("ports", ())}, list[Reason]()
+    for source, id in record.made("port").items():
+        with collecting(problems):
+            known = cloud.networks.by_id("ports", [id])[id]  # not all clouds have DNS
+            later = {key: value for key, value in rows[source]["later"].items() if key in known}
+            cloud.networks.change("ports", id, later)
+    for of, id in record.made("floating IP").items():
+        source, _, number = of.partition(" ")
+        with collecting(problems):
+            cloud.networks.change("floatingips", id, {"description": rows[source]["floating"][int(number)]["later"]})
     if problems:
         raise Kept.of(problems)
 
@@ -7135,6 +7913,8 @@ def ask_for_destination(run: Run) -> str:
     """Requests the new instance once; returns its id even if the answer is lost."""
     plan, settings, limit = run.plan, run.settings, time.monotonic() + LOST_ANSWER
     volumes, extra = run.record.volumes, dict(plan.extra)
+    for group in run.record.made("server group").values():
+        extra["scheduler_hints"] = {**(extra.get("scheduler_hints") or {}), "group": group}
     if volumes:
         extra["block_device_mapping_v2"] = made_with(plan.server, plan.disks, volumes)["block_device_mapping_v2"]
     try:
@@ -7250,6 +8030,7 @@ def prepare(run: Run, both: Mapping[str, BothEnds], new: Server) -> list[DiskJob
         with run.journal.act("stop destination", server=new.id) as result:
             locked = cloud.lock(new.id, f"{LOCKED_BY}{run.plan.run}")
             result["request"] = cloud.stop(new.id, run.changed) or locked
+        give_ports(run, new.id)
         screen.note("Done. Current status: SHUTOFF")
     with screen.step("Compare bases, space and the way between the hypervisors."):
         jobs = [plan_job(run, ends, key, fresh[key]) for key in both]
@@ -7615,6 +8396,36 @@ def estimate_lines(settings: Settings, plan: Plan, known: float, report: Report)
             yield f"  {kind}   about {duration(amount / rate)} at {name}{end}"
 
 
+def port_lines(settings: Settings, plan: Plan, source: SourceFacts, report: Report) -> Iterator[str]:
+    """The tables of ports and attributes; puts the same into the report."""
+    report.ports = [{
+        "name": port.facts.get("name") or "", "network": port.network["name"], "new_network": made.network,
+        "network_id": made.request["network_id"], "mac": port.mac, "new_mac": "mac_address" not in made.request,
+        "addresses": [ip for ip, _ in port.addresses], "new_addresses": gets_new_addresses(port, made),
+        "groups": groups_wanted(settings, [port]), "floating_ips": [ip.address for ip in port.floating],
+        "new_floating_ips": len(made.floating)}
+        for port, made in zip(source.ports, plan.ports, strict=True)]
+    report.attributes = [asdict(one) for one in plan.attributes]
+    rows = [(row["network"] + (f" -> {made.network}" if made.network != row["network"] else ""),
+             "new" if row["new_mac"] else f"{row['mac']} kept",
+             "new" if row["new_addresses"] else f"{', '.join(row['addresses'])} kept" if row["addresses"] else "none",
+             ", ".join(row["groups"]) or "none", ", ".join(row["floating_ips"]) + (
+                 "" if not row["floating_ips"] else f" {settings.floating_ip}" if made.floating else " left behind"))
+            for made, row in zip(plan.ports, report.ports, strict=True)]
+    if "nics" in settings.extra_args:
+        yield f"ports        none of the source's: -e has nics, {settings.extra_args['nics']}"
+    elif rows:
+        yield "ports"
+        yield from (f"  {line}" for line in aligned(
+            [("NETWORK", "MAC", "ADDRESSES", "GROUPS", "FLOATING IP"), *map(tuple, rows)]))
+    else:
+        yield "ports        the source has none"
+    if plan.attributes:
+        yield "attributes"
+        yield from (f"  {line}" for line in aligned([("NAME", "HERE", "THERE", ""), *(
+            (one.name, one.here, one.there, one.fate) for one in plan.attributes)]))
+
+
 def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known: float, report: Report) -> Iterator[str]:
     """The plan's lines for the dry run; puts the same into the report."""
     server, top = plan.server, plan.root.top
@@ -7643,12 +8454,33 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known: float
     if settings.warm and plan.was_running:
         yield "downtime     to find and send what changes meanwhile, and to stop and start"
         yield from [f"bitmap       {top.path} has a dirty bitmap meanwhile"] if settings.bitmap else ()
+    yield from port_lines(settings, plan, source, report)
     yield ("guest        cloud-init treats the new instance id as a first boot: new SSH host keys, perhaps passwords "
            "(see README)")
-    if server.key and not settings.extra_args.get("key_name"):
-        yield (f"  key pair   {server.key!r} is the source's; the new instance has none, unless key_name in -e names "
-               "one of the destination's user")
     yield f"afterwards   {'start ' + settings.start_after if settings.start_after else 'nothing is started'}"
+
+
+def in_same_project(settings: Settings, cloud: Cloud, server: Server) -> Settings:
+    """The settings with the name of the source's project for --dst-project same."""
+    if settings.dst_project != "same":
+        return settings
+    with refusing():
+        return replace(settings, dst_project=cloud.project_name(str(server.facts.get("tenant_id"))))
+
+
+def survey_both(call: Call, settings: Settings, screen: Screen,
+                stack: ExitStack) -> tuple[Settings, SourceFacts, DestinationFacts]:
+    """Surveys both clouds, at once if the settings say all; else name and project are the source's."""
+    creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
+    if settings.dst_name and settings.dst_project != "same":
+        return settings, *in_parallel(lambda: survey_source(settings, creds["src"], screen, stack),
+                                      lambda: survey_destination(settings, creds["dst"]))
+    source = survey_source(settings, creds["src"], screen, stack)
+    if not (source.cloud and source.server):
+        raise Refused.of(source.problems)
+    settings = in_same_project(replace(settings, dst_name=settings.dst_name or source.server.name),
+                               source.cloud, source.server)
+    return settings, source, survey_destination(settings, credentials("dst", settings, call.environment))
 
 
 def copy_instance(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
@@ -7656,20 +8488,22 @@ def copy_instance(call: Call, settings: Settings, undo: Undo, report: Report) ->
     check_extra(settings.extra_args)
     if not settings.warm and {"max_downtime", "warm_passes", "warm_timeout", "bitmap"} & set(call.flags):
         raise UsageError("--max-downtime, --warm-passes, --warm-timeout and --bitmap need --warm", "give --warm too")
-    creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
+    extra = {key: value for key, value in settings.extra_args.items() if key != "nics" or value is not None}
     folder, screen, run = state_folder(settings, call.environment), undo.screen, new_run()
+    settings = replace(settings, extra_args=extra)
     with ExitStack() as stack:
         if not settings.dry_run:  # before the survey, so that its results stay valid
             stack.enter_context(only_run_of(folder, settings.src_uid, run))
         with screen.timed("Survey"):
-            source, destination = in_parallel(lambda: survey_source(settings, creds["src"], screen, stack),
-                                              lambda: survey_destination(settings, creds["dst"]))
+            settings, source, destination = survey_both(call, settings, screen, stack)
         if there := already_there(settings, destination):
             return report_already_moved(settings, there, screen, report)
-        if source.volumes:
-            with collecting(missing := list[Reason]()):
+        with collecting(missing := list[Reason]()):
+            if source.volumes:
                 survey_storage(destination)
-            destination.problems = [*destination.problems, *missing]
+            survey_networks(settings, source, destination)
+            survey_references(source, destination)
+        destination.problems = [*destination.problems, *missing]
         reasons = refuse(settings, source, destination, known_runs(folder))
         if reasons or not destination.cloud:
             raise Refused.of(reasons)
@@ -7695,6 +8529,7 @@ def begin_journal(folder: Path, settings: Settings, plan: Plan, clouds: Sequence
                       source_host=plan.server.hypervisor, name=settings.dst_name,
                       clouds=[cloud.url for cloud in clouds], where=[cloud.identity for cloud in clouds],
                       was_running=plan.was_running, flavor=plan.flavor.id, image=plan.image.id,
+                      ports=[asdict(port) for port in plan.ports],
                       settings={**{name: getattr(settings, name) for name in FOR_RESUME},
                                 **{f"{side}_disk_path": settings.of(side).disk_path for side in ("src", "dst")}})
     return journal
@@ -7718,7 +8553,7 @@ def warn_left_behind(screen: Screen, plan: Plan) -> None:
         if (zone := volume.facts.get("availability_zone")) and "availability_zone" not in plan.requests.get(key, {}):
             screen.note(f"The destination has no zone {zone} for volumes: {volume.label} gets the default one.")
     for what in plan.left_behind:
-        screen.warn(f"{what} is not copied (as asked for)")
+        screen.warn(f"{what} stays behind")
     if plan.server.flavor.swap or "disk.swap" in plan.root.beside:
         screen.note("The swap disk is not copied: Nova makes a new one.")
     if plan.root.has_nvram:
@@ -7786,6 +8621,10 @@ def what_to_do(record: RunRecord) -> Iterator[str]:
     if record.state == "killed":
         yield "it may have left " + ("an incomplete image" if record.carries_image
             else "the new instance, and the mark and the lock on the source")
+    if record.state in ("killed", "left"):
+        for kind in KINDS:
+            if there := [*record.made(kind).values(), *(f"one for {of}" for of in record.unanswered(kind))]:
+                yield f"made, and perhaps still there: {kind} {', '.join(there)}"
     if record.state in ("killed", "left"):
         can_go_on = not record.is_undoing and any(act.name == "create destination" for act in record.acts)
         yield (f"{f'continue: ./migrena.py resume {record.run}    ' if can_go_on else ''}"
@@ -7912,7 +8751,7 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
             raise Refused.of(reasons)
         cloud, server, host, disks = source.whole
         plan = Plan(run, server, disks, made.flavor, Image(made.image, "", "active", "", ""), (), record.was_running,
-                    volumes=source.volumes)
+                    volumes=source.volumes, ports=[PortPlan(**row) for row in record.facts.get("ports", ())])
         report.run, report.source = run, reported(cloud, server)
         stack.enter_context(host.private_folder(run))  # shows others that it is active again
         journal = Journal(folder, run)
@@ -7956,11 +8795,15 @@ class UndoPlan:
         """The settings for an instance's host."""
         return self.settings.of("src" if server is self.now.source.server else "dst")
 
-    def allow(self, act: Act) -> Situation:
-        """Looks at both sides now; raises Kept if an act must not be done."""
+    def now_seen(self) -> Situation:
+        """Both sides as they are now."""
         one, other = self.now.source, self.now.destination
         source = replace(see(self.clouds[0], one.id, one.since), disk=one.disk)
-        now = replace(self.now, source=source, destination=see(self.clouds[1], other.id, other.since))
+        return replace(self.now, source=source, destination=see(self.clouds[1], other.id, other.since))
+
+    def allow(self, act: Act) -> Situation:
+        """Looks at both sides now; raises Kept if an act must not be done."""
+        now = self.now_seen()
         allow(act, now, Asked(self.settings.yes))
         return now
 
@@ -7977,7 +8820,8 @@ def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
     if source.unseen:
         raise Refused(f"the source could not be looked up: {source.unseen}", "solve that first; nothing was touched")
     marks, lock = (source.server.metadata, source.server.lock_reason) if source.server else ({}, "")
-    made = {server.id: server for server in other.made_by("", source.id)}
+    made = {server.id: server for server in other.made_by("", source.id, **(
+        {} if record.run else {"all_tenants": True}))}
     runs = {server.metadata.get(MADE) or server.metadata[DONE] for server in made.values()}
     run = record.run or marks.get(MARK) or (lock_of(source.server) if source.server else "")
     if not run and len(runs) != 1:
@@ -7986,6 +8830,11 @@ def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
     run = run or runs.pop()
     if not re.fullmatch(r"[0-9A-Za-z-]+", run):
         raise Refused(f"the mark {run!r} is not one of migrena's", "find out who wrote it")
+    project = other.identity["project"]
+    if away := [server for server in made.values() if server.facts.get("tenant_id", project) != project
+                and run in (server.metadata.get(MADE), server.metadata.get(DONE))]:
+        raise Refused(f"{away[0].name} {away[0].id} was made by run {run} in another project of the destination",
+                      f"--dst-project {away[0].facts['tenant_id']}")
     # No source: the journal was emptied.
     if not record.run and run in known_runs(folder) and (found := read_run(folder, run, is_ours=True)).source:
         return plan_undo(settings, screen, clouds, found, folder)
@@ -8057,6 +8906,10 @@ def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
             screen.say(f"Run {record.run} was rolled back already, says its journal.")
             report.run, report.result = record.run, "rolled back"
             return 0
+        if settings.dst_project == "same":  # without a journal
+            with refusing():
+                source = Cloud("source", credentials("src", settings, call.environment))
+                settings = in_same_project(settings, source, source.server(record.source))
         clouds = both_clouds(settings, call.environment)
         for cloud in clouds:
             cloud.tell = screen.note
@@ -8144,11 +8997,10 @@ def undo_steps(plan: UndoPlan, journal: Journal) -> Iterator[tuple[str, Callable
     if made:
         yield f"{'stop' if settings.keep_destination else 'delete'} destination {made.id}", partial(
             remove_destination, plan)
-    has_volumes = any(act.name == "create volume" for act in plan.record.acts) or (
-        not plan.record.run and clouds[1].has_volumes)
-    if has_volumes and not settings.keep_destination:
-        yield "delete the volumes made for it", lambda: delete_volumes(
-            clouds[1], plan.record, plan.allow(Act.DELETE_VOLUMES), journal, 0.0)
+    if (has_things(plan.record) or not plan.record.run) and not settings.keep_destination:
+        yield "delete what was made for it", lambda: delete_things(
+            clouds[1], plan.record, plan.allow(Act.DELETE_VOLUMES) if plan.record.volumes or not plan.record.run
+            else plan.now_seen(), journal, 0.0)
     for server in (made, source):
         if server and server.host:
             yield f"see that nothing is left on {host_name(server, plan.settings_of(server))}", partial(
@@ -8158,6 +9010,8 @@ def undo_steps(plan: UndoPlan, journal: Journal) -> Iterator[tuple[str, Callable
             plan.screen.warn(f"the disks of {made.id} hold a part of the copy: it is of no use")
         for id in plan.record.volumes.values():
             yield f"take the marks off volume {id}", partial(clouds[1].volumes.mark, id, {}, MADE, DONE)
+        if plan.record.made("port"):
+            yield "take the marks off the ports", partial(finish_ports, clouds[1], plan.record)
         yield f"take the marks off destination {made.id}", partial(clouds[1].unmark, made.id, run, MADE, DONE, WAS)
     if source:
         yield f"give source {source.id} back", lambda: give_back(
@@ -8169,7 +9023,13 @@ def remove_destination(plan: UndoPlan) -> None:
     """Deletes the destination, or only stops it; raises Kept."""
     made, cloud = plan.allow(plan.removal).destination, plan.clouds[1]
     if plan.removal is Act.DELETE:
+        attached = [] if plan.record.run else cloud.networks.all("ports", ("device_id", made.id))
         cloud.delete(made.id)
+        ids = [("id", port["id"]) for port in attached if not str(port.get("description")).startswith(f"{MADE}=")]
+        if left := [port["id"] for port in (cloud.networks.all("ports", *ids) if ids else ())]:
+            raise Kept(f"ports {', '.join(left)} of {made.id} are left: without its journal it is not known whether "
+                       "the run made them and their floating IPs, nor its key pair and server group",
+                       "openstack floating ip list --port ID; openstack port delete ID")
     elif made.server:
         cloud.wait(made.id, lambda server: not server.task, lambda server: None)
         cloud.stop(made.id, lambda server: None)
@@ -8268,7 +9128,7 @@ def spread(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     if settings.keep_waiting and settings.abort:
         raise UsageError("--keep-waiting and --abort exclude each other", "give one of them")
     screen, wanted = undo.screen, read_map(settings.host_map)
-    creds = credentials(settings.cloud, settings, call.environment)
+    creds = credentials(settings.cloud, replace(settings, dst_project=""), call.environment)
     with screen.timed("Survey"), refusing():
         cloud = Cloud("the", creds)
         servers, hosts = in_parallel(lambda: cloud.servers(all_tenants=True), cloud.hosts)
@@ -8405,7 +9265,7 @@ class Subcommand:
 
 
 SUBCOMMANDS: Final = {
-    "copy": Subcommand(copy_instance, "-s SRC_UUID -d DST_NAME [-f FLAVOR] [-i IMAGE]",
+    "copy": Subcommand(copy_instance, "-s SRC_UUID [-d DST_NAME] [-f FLAVOR] [-i IMAGE]",
         "Moves an instance, with its disk, from one OpenStack cloud to another, from hypervisor to hypervisor.\n"
         "The source is opened read-only and never deleted; the copy is verified."),
     "status": Subcommand(show_status, "[RUN]",
@@ -8478,9 +9338,8 @@ def read_call(arguments: Sequence[str], environment: Mapping[str, str], screen: 
     if has_secret and {"src_creds", "dst_creds"} & call.config.keys() and path.stat().st_mode & (
             stat.S_IRGRP | stat.S_IROTH):
         screen.warn(f"{path} contains a password and others can read it: chmod 600 {shlex.quote(str(path))}")
-    for flag, value in (("-s", settings.src_uid), ("-d", settings.dst_name)):
-        if subcommand == "copy" and not value.strip():
-            raise UsageError(f"{flag} is missing", f"./migrena.py {SUBCOMMANDS['copy'].words}; see --help")
+    if subcommand == "copy" and not settings.src_uid:
+        raise UsageError("-s is missing", f"./migrena.py {SUBCOMMANDS['copy'].words}; see --help")
     return call
 
 

@@ -148,6 +148,7 @@ class StandIn(migrena.Cloud):
     def __init__(self, label: str, creds: Mapping[str, Any], glance_endpoint: str = "") -> None:
         self.label, self.url, self._version = label, str(creds["auth_url"]), (2, 96)
         self.identity, self.has_volumes = {"nova": self.url, "region": "", "project": "admin"}, False
+        self.networks: Any = SimpleNamespace(all=lambda *_: [], made_by=lambda *_: [])
         side = "src" if label == "source" else "dst"
         self._nova = SimpleNamespace(servers=Servers(self.lab, self.folder / side, side),
                                      instance_action=SimpleNamespace(list=lambda id: []))

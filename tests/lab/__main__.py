@@ -30,6 +30,8 @@ def up(words: argparse.Namespace) -> None:
         options = options.with_storage(cloud, *what)
     clouds = Clouds(options)
     clouds.up()
+    if words.networks:
+        clouds.networks(words.networks == "shared")
     network = clouds.api("dst").need("neutron", "networks", "net1")
     print(f"\nA server to move:  {_self()} server src victim\n"
           f"Then try:          ./migrena.py -c {clouds.config} -s $({_self()} id src victim) "
@@ -99,9 +101,14 @@ def console(words: argparse.Namespace) -> None:
 
 
 def delete(words: argparse.Namespace) -> None:
-    """Delete a server and wait until it is gone."""
+    """Delete a server and its ports, and wait until it is gone."""
     api = Clouds.running().api(words.cloud)
-    api.delete(api.need("nova", "servers", words.name))
+    server = api.need("nova", "servers", words.name)
+    ports = api.call("GET", "neutron", f"/ports?device_id={server}")["ports"]
+    api.delete(server)
+    for port in ports:  # Nova deletes only those that it has made
+        if api.call("GET", "neutron", f"/ports?id={port['id']}")["ports"]:
+            api.call("DELETE", "neutron", f"/ports/{port['id']}")
 
 
 def volume(words: argparse.Namespace) -> None:
@@ -149,6 +156,8 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument("--storage", type=_storage, action="append", default=[], metavar="CLOUD:WHAT,…",
                        help="images (glance) and instances' disks (nova) on a Ceph of this cloud's, and Cinder with volumes "
                             "there (rbd) or in files (nfs); ceph is short for glance,nova,rbd")
+    start.add_argument("--networks", choices=("apart", "shared"),
+                       help="also the networks app, dual and public, with DHCP: on wires of each cloud's own, or on the same in both")
     job("down", down)
     job("purge", clear).add_argument("--all", action="store_true", help="also what makes the next start quick")
     job("status", status)

@@ -35,14 +35,22 @@ class Api:
     user: str = "admin"
     project: str = "admin"
     _token: str = field(default="", repr=False)
+    _project_id: str = field(default="", repr=False)
 
     def _login(self) -> None:
         domain = {"name": "Default"}
         user = {"name": self.user, "password": PASSWORD, "domain": domain}
         scope = {"project": {"name": self.project, "domain": domain}}
         body = {"auth": {"identity": {"methods": ["password"], "password": {"user": user}}, "scope": scope}}
-        _, headers = self._send("POST", f"{self.cloud.url('keystone')}/v3/auth/tokens", body, {})
-        self._token = headers["x-subject-token"]
+        answer, headers = self._send("POST", f"{self.cloud.url('keystone')}/v3/auth/tokens", body, {})
+        self._project_id, self._token = json.loads(answer)["token"]["project"]["id"], headers["x-subject-token"]
+
+    @property
+    def project_id(self) -> str:
+        """The id of the project that this account works in."""
+        if not self._token:
+            self._login()
+        return self._project_id
 
     def call(self, method: str, service: str, path: str, body: object = None,
              headers: Mapping[str, str] | None = None) -> Any:

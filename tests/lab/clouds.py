@@ -24,6 +24,7 @@ from lab.ceph import Cluster
 from lab.controllers import start_controller
 from lab.guest import PACKAGES, guest_image
 from lab.hosts import Host, Lab, claim
+from lab.networks import bring_up_networks, lay_wires, pool, remove_wires
 from lab.orders import Role, Spec
 from lab.packages import CEPH, CEPH_CLIENT, CINDER, HOSTS, MACHINES, install
 from lab.processes import (
@@ -41,7 +42,7 @@ from lab.settings import (
     GO,
     NETWORK,
     PASSWORD,
-    TENANTS,
+    TENANT,
     Cloud,
     Storage,
     compute_role,
@@ -55,7 +56,7 @@ CONTROLLERS: Final = (
     "keystone", "glance-api", "placement-api", "nova-api", "nova-conductor", "nova-scheduler", "neutron-common",
     "mariadb-server", "rabbitmq-server", "memcached", "python3-pymysql",
     "uwsgi-core", "uwsgi-plugin-python3")
-HYPERVISORS: Final = ("nova-compute-qemu", "neutron-linuxbridge-agent", "libvirt-daemon-system", "libvirt-clients",
+HYPERVISORS: Final = ("nova-compute-qemu", "neutron-linuxbridge-agent", "neutron-dhcp-agent", "libvirt-daemon-system", "libvirt-clients",
                       "qemu-system-x86", "ovmf", "ebtables", "iptables", "genisoimage", *CEPH_CLIENT)
 NEEDED: Final = (*HOSTS, *MACHINES, *PACKAGES, *CONTROLLERS, *HYPERVISORS)
 FLAVORS: Final[Mapping[str, Mapping[str, int]]] = {
@@ -140,9 +141,9 @@ class Clouds:
             raise LabError("the clouds are not up; run `python3 tests/lab up`")
         return cls(options)
 
-    def api(self, cloud: str, user: str = "admin") -> Api:
-        """REST access to a cloud as `admin` or `demo`, in the project of the same name."""
-        return Api(Cloud(cloud), user, user)
+    def api(self, cloud: str, user: str = "admin", project: str = "") -> Api:
+        """REST access to a cloud as `admin` or `demo`, in the project of the same name unless another is named."""
+        return Api(Cloud(cloud), user, project or user)
 
     @property
     def lab(self) -> Lab:
@@ -251,7 +252,7 @@ class Clouds:
         try:
             services = api.call("GET", "nova", f"/os-services?binary=nova-compute&host={host}")["services"]
             mapped = api.call("GET", "nova", "/os-hypervisors")["hypervisors"]
-            agents = api.call("GET", "neutron", f"/agents?host={host}")["agents"]
+            agents = api.call("GET", "neutron", f"/agents?host={host}&binary=neutron-linuxbridge-agent")["agents"]
         except ApiError as error:
             if error.status < 500:
                 raise
@@ -308,16 +309,28 @@ class Clouds:
             types_and_quotas(api, storage)
         for name, sizes in FLAVORS.items():
             api.ensure("nova", "flavors", name, **sizes)
-        # Without port security: its ARP rules hold the agent up for minutes when an address has a part below 10 (hexadecimal), which
-        # ebtables prints in one digit and then does not find again.
+        # Without port security: the agent would write dozens of rules for every guest. Debian's ebtables does not delete all of them when it
+        # should, and the agent then tries for ever; networks that have port security (lab.networks) rely on tests/lab/ebtables, which does.
         network = api.ensure("neutron", "networks", "net1", shared=True, port_security_enabled=False, **{
             "provider:network_type": "flat", "provider:physical_network": "physnet1"})
-        api.ensure("neutron", "subnets", "subnet1", network_id=network, ip_version=4, cidr=TENANTS[cloud.name],
-                   enable_dhcp=False, gateway_ip=None)
+        api.ensure("neutron", "subnets", "subnet1", network_id=network, ip_version=4, cidr=TENANT, enable_dhcp=False, gateway_ip=None,
+                   allocation_pools=[pool(cloud, TENANT)])
         if not api.find("glance", "images", "guest"):
             api.upload("guest", guest_image())
         if cloud.name == "dst" and not api.find("glance", "images", "guest-other"):
             api.upload("guest-other", _other_content(guest_image()))
+
+    def networks(self, shared: bool = False) -> None:
+        """Bring up `app`, `dual`, `public` and a router in both clouds, with DHCP, as far as they are missing (see lab.networks).
+
+        Each cloud's hypervisors that are namespaces are connected; with `shared` those of both clouds are on the same wires. A hypervisor
+        that is started anew is off the wires, without its DHCP agent, until this is called again.
+        """
+        with alone("clouds"):
+            for host in self.lab:
+                lay_wires(host, shared)
+            in_parallel(lambda cloud: bring_up_networks(self.api(cloud.name), self.lab), CLOUDS)
+        say("the networks app, dual and public are up")
 
     def _write_config(self) -> None:
         """Write migrena's config.py for these clouds, 0600."""
@@ -343,6 +356,7 @@ class Clouds:
             if lab:
                 say("ending the hypervisors")
                 lab.down()
+                remove_wires(self.spec)
             say("ending the controllers")
             below = [name for part in ("ceph-osd", "ceph-mon") for name in self.roster.processes if name.endswith(part)]
             self.roster.stop([name for name in self.roster.processes if name not in (*STORES, *below)], seconds=5)

@@ -21,7 +21,7 @@ from lab.processes import CLEAN_ENV, LabError, alone, command, home, say
 PACKAGES: Final = ("syslinux", "syslinux-common", "mtools", "dosfstools", "e2fsprogs", "cpio", "busybox-static",
                    "qemu-utils", "kmod", "lz4")
 INIT: Final = Path(__file__).with_name("guest_init.sh")
-MODULES: Final = ("virtio_pci", "virtio_blk", "evdev", "button")
+MODULES: Final = ("virtio_pci", "virtio_blk", "virtio_net", "evdev", "button")
 MIB: Final = 1024**2
 BOOT: Final = (1, 30)  # where the partitions begin and how long they are, in MiB
 DATA: Final = (31, 96)

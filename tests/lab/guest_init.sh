@@ -31,6 +31,20 @@ for disk in /sys/block/vd[b-z]; do # every other disk: its serial, its size in b
 	say "disk ${disk##*/} serial=$(cat "$disk/serial") size=$(($(cat "$disk/size") * 512)) first=$first"
 done
 
+cat >/etc/dhcp <<'X'
+#!/bin/busybox sh
+[ "$1" = bound ] || exit 0
+ip addr add "$ip/$mask" dev "$interface"
+echo "GUEST net $interface mac=$(cat "/sys/class/net/$interface/address") ip=$ip" >/dev/ttyS0
+X
+chmod 755 /etc/dhcp
+for place in /sys/class/net/eth*; do # every network interface: its MAC address, and again with what a DHCP server gives it
+	[ -d "$place" ] || continue
+	say "net ${place##*/} mac=$(cat "$place/address")"
+	ip link set "${place##*/}" up
+	udhcpc -i "${place##*/}" -s /etc/dhcp -n -q -t 4 -T 3 >/dev/null 2>&1 &
+done
+
 mkdir -p /etc/acpi/PWRF # the folder that acpid looks into when the power button is pressed
 cat >/etc/acpi/PWRF/00000080 <<'X'
 #!/bin/busybox sh

@@ -23,7 +23,8 @@ HALT = 0
 def line_of(event: str, facts: Mapping[str, Any]) -> str:
     """A line of the journal as tests name it: `intent of stop source`, `chunk`; `chunk on eph0` where it is not about the root disk."""
     act = re.sub(r" [0-9a-f-]{36}", "", str(facts.get("act", "")))
-    disk = f" on {facts['disk']}" if facts.get("disk", "root") != "root" else ""
+    about = facts.get("disk", facts.get("of", "root"))
+    disk = f" on {about}" if about != "root" else ""
     return (f"{event} of {act}" if act else event) + disk
 
 

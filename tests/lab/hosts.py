@@ -117,10 +117,10 @@ class Host:
             namespaces.stop(self.process, gently)
         else:
             machines.stop(self.spec, self.name, self.process, gently)
-        _unplug(self.spec.link(self.name))  # a namespace would take it along, a little later
+        unplug(self.spec.link(self.name))  # a namespace would take it along, a little later
 
 
-def _unplug(interface: str) -> None:
+def unplug(interface: str) -> None:
     """Remove a network interface of the lab's, if it is there."""
     with suppress(LabError):
         command("ip", "link", "del", interface)
@@ -226,7 +226,7 @@ class Lab:
         if not disk.exists():
             command("truncate", "-s", self.spec.disk, disk)
             command("mkfs.ext4", "-q", "-F", "-m", "0", "-E", "lazy_itable_init=1,lazy_journal_init=1", disk)
-        _unplug(self.spec.link(name))  # a machine that died by itself has left its end
+        unplug(self.spec.link(name))  # a machine that died by itself has left its end
         orders = write_orders(self.spec, name, disk, role) if role else folder / "orders.json"
         begin = namespaces.start if self.spec.kinds[name] == "ns" else machines.start
         process = begin(self.spec, name, orders, folder / "host.log")
@@ -250,7 +250,7 @@ class Lab:
         """End every host, remove the network and, unless it is to be kept, the hosts' data (logs stay)."""
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda host: host._stop(gently=self.spec.keep and host.alive()), self))
-        _unplug(self.spec.tag)
+        unplug(self.spec.tag)
         if not self.spec.keep:
             for folder in (self.spec.folder / name for name in self.spec.names):
                 for disk in (*folder.glob("*.ext4"), *folder.glob("*.qcow2")):

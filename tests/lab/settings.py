@@ -25,7 +25,8 @@ NETWORK: Final = "10.80.0.0/24"
 ADDRESSES: Final = {"src": "10.80.0.1", "dst": "10.80.0.2"}  # of the clouds' APIs
 KINDS: Final = {"cmp": "ns", "vm": "vm"}  # a hypervisor's name tells what it is made of
 COMPUTES: Final = {f"{cloud}-{made}{number}": kind for made, kind in KINDS.items() for number in (1, 2) for cloud in ADDRESSES}  # from .11 on
-TENANTS: Final = {"src": "10.90.1.0/24", "dst": "10.90.2.0/24"}
+WIRES: Final = {"physnet1": "tenant0", "app": "tenant1", "dual": "tenant2"}  # of Neutron's flat networks: a hypervisor's interface
+TENANT: Final = "10.90.1.0/24"  # of net1 in both clouds
 PORTS: Final = {"keystone": 5000, "glance": 9292, "placement": 8778, "nova": 8774, "neutron": 9696, "cinder": 8776}
 DATABASES: Final = ("keystone", "glance", "placement", "nova_api", "nova", "nova_cell0", "neutron")
 BUS: Final = (ADDRESSES["src"], 5672)
@@ -292,10 +293,11 @@ def _backend(cloud: Cloud, name: str, address: str, state: Path) -> dict[str, ob
 def _neutron(cloud: Cloud) -> Ini:
     return {
         "DEFAULT": {"use_stderr": True, "transport_url": cloud.bus, "state_path": cloud.folder / "neutron",
-                    "core_plugin": "ml2", "service_plugins": "", "bind_host": cloud.address,
+                    "core_plugin": "ml2", "bind_host": cloud.address,
+                    # Neither has an agent here: routers, floating IPs and trunks are objects of the API that carry no packet.
+                    "service_plugins": "router,trunk",
                     "api_workers": 0, "rpc_workers": 0, "rpc_state_report_workers": 0,  # all in one process
-                    "api_paste_config": "/usr/share/neutron-common/api-paste.ini", "api_extensions_path": "",
-                    "dhcp_agent_notification": False},
+                    "api_paste_config": "/usr/share/neutron-common/api-paste.ini", "api_extensions_path": ""},
         "experimental": {"linuxbridge": True},  # since Zed the mechanism must be asked for by this name
         "nova": _login(cloud, "nova"),
         "placement": _login(cloud, "placement"),
@@ -308,8 +310,8 @@ def _neutron(cloud: Cloud) -> Ini:
 def _ml2() -> Ini:
     return {
         "ml2": {"type_drivers": "flat", "tenant_network_types": "", "mechanism_drivers": "linuxbridge",
-                "extension_drivers": "port_security"},
-        "ml2_type_flat": {"flat_networks": "physnet1"},
+                "extension_drivers": "port_security,dns"},
+        "ml2_type_flat": {"flat_networks": ",".join((*WIRES, "public"))},
     }
 
 
@@ -328,10 +330,14 @@ def _agent(cloud: Cloud, host: str) -> Ini:
 
 def _bridges() -> Ini:
     return {
-        "linux_bridge": {"physical_interface_mappings": "physnet1:tenant0"},
+        "linux_bridge": {"physical_interface_mappings": ",".join(f"{network}:{end}" for network, end in WIRES.items())},
         "vxlan": {"enable_vxlan": False},
         "securitygroup": {"enable_security_group": True, "firewall_driver": "iptables", "enable_ipset": False},
     }
+
+
+def _dhcp() -> Ini:
+    return {"DEFAULT": {"interface_driver": "linuxbridge", "log_file": DHCP_LOG}}
 
 
 def write_controller(cloud: Cloud, storage: Storage) -> list[str]:
@@ -403,7 +409,11 @@ auth_unix_ro = "none"
 auth_unix_rw = "none"
 host_uuid = "{}"
 """
+# Debian 12's ebtables cannot delete the rules by which Neutron's agent keeps a guest with port security to its MAC address.
+EBTABLES: Final = File("/usr/local/sbin/ebtables", Path(__file__).with_name("ebtables").read_text(), 0o755)
 GO: Final = "/run/lab/go"  # nova-compute and the agent wait for this: before the APIs answer they only burn time
+GO_DHCP: Final = "/run/lab/go-dhcp"  # the DHCP agent waits for this
+DHCP_LOG: Final = "/var/log/neutron/dhcp.log"
 
 
 def compute_role(cloud: Cloud, spec: Spec, host: str, images_type: str) -> Role:
@@ -414,6 +424,8 @@ def compute_role(cloud: Cloud, spec: Spec, host: str, images_type: str) -> Role:
         File("/etc/nova/nova-compute.conf", ""),  # Debian's would overrule virt_type
         File("/etc/neutron/neutron.conf", ini(_agent(cloud, host)), 0o640, "neutron"),
         File("/etc/neutron/plugins/ml2/linuxbridge_agent.ini", ini(_bridges())),
+        File("/etc/neutron/dhcp_agent.ini", ini(_dhcp())),
+        EBTABLES,
         # Live migration goes from libvirtd to libvirtd; in here plain TCP without a password will do.
         File("/etc/libvirt/libvirtd.conf", LIBVIRTD.format(identity)),
         File("/etc/libvirt/qemu.conf", 'security_driver = "none"\ncgroup_controllers = [ ]\n'),
@@ -423,11 +435,24 @@ def compute_role(cloud: Cloud, spec: Spec, host: str, images_type: str) -> Role:
         ["rm", "-f", "/etc/libvirt/qemu/networks/autostart/default.xml"],
         # libvirt asks every emulator it finds what it can do: leave it one
         ["find", "/usr/bin/", "-name", "qemu-system-*", "!", "-name", "qemu-system-x86_64", "-delete"],
-        ["ip", "link", "add", "tenant0", "type", "veth", "peer", "name", "tenant0-end"],
-        ["ip", "link", "set", "tenant0", "up"],
-        ["ip", "link", "set", "tenant0-end", "up"],
+        *(line for wire in WIRES.values() for line in (
+            ["ip", "link", "add", wire, "type", "veth", "peer", "name", f"{wire}-end"],
+            ["ip", "link", "set", wire, "up"],
+            ["ip", "link", "set", f"{wire}-end", "up"])),
     ]
-    return Role(files, _compute_services(), setup)
+    return Role(files, [*_compute_services(), *([_dhcp_service()] if host == dhcp_host(cloud) else [])], setup)
+
+
+def dhcp_host(cloud: Cloud) -> str:
+    """The hypervisor of a cloud that has its DHCP agent; it is made of namespaces."""
+    return next(name for name in cloud.computes if COMPUTES[name] == "ns")
+
+
+def _dhcp_service() -> Service:
+    """The DHCP agent, which starts when a test wants more networks than net1."""
+    return Service("dhcp-agent", ["/usr/bin/neutron-dhcp-agent", "--config-file", "/etc/neutron/neutron.conf",
+                                  "--config-file", "/etc/neutron/dhcp_agent.ini"],
+                   "neutron", {"HOME": "/var/lib/neutron"}, GO_DHCP, ("/var/log/neutron", "/var/lib/neutron/lock"))
 
 
 def _compute_services() -> list[Service]:

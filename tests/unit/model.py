@@ -496,6 +496,7 @@ class Modelled(migrena.Cloud):
                           limits=some(get=lambda: some(absolute=[])))
         self.store = migrena.ImageStore(self, some(images=some(list=lambda filters: [IMAGE], get=lambda id: IMAGE)))
         self.identity, self.has_volumes = {"nova": self.url, "region": "", "project": "p"}, False
+        self.networks: Any = some(all=lambda *_: [], made_by=lambda *_: [])
 
     @staticmethod
     def polls() -> Iterator[float]:

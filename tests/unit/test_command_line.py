@@ -44,10 +44,9 @@ def told(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 @pytest.mark.parametrize(("words", "complaint"), [
     ((), "-s is missing"),
-    (("-s", UUID), "-d is missing"),
     (("-d", "new"), "-s is missing"),
     (("-s", "", "-d", "new"), "-s is missing"),
-    (("-s", UUID, "-d", "  "), "-d is missing"),
+    (("-s", UUID, "-d", "  "), "begins or ends with a space"),
     (("-s", "web", "-d", "new"), "--src-uuid: 'web' is not an instance id"),
     (("-s", UUID + "0", "-d", "new"), "is not an instance id"),
     (("-s", "--all", "-d", "new"), "-s"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
@@ -214,7 +215,7 @@ def test_ephemeral_disks_and_a_config_drive_are_made_in_the_destination() -> Non
     disks.pop("eph1")  # the flavor has one made
     settings = some_settings(extra_args={"config_drive": False})
     plan = make_plan(settings, a_source(server=server, disks=disks), a_destination(flavors=(server.flavor,)), "run-1")
-    assert plan.extra == {"config_drive": False}
+    assert plan.extra == {"nics": "none", "config_drive": False}
 
 
 def test_a_flavor_with_less_for_ephemeral_disks_is_refused_unless_root_only_is_given() -> None:
@@ -397,14 +398,14 @@ def test_a_flavor_that_is_another_is_reported_in_the_plan() -> None:
     assert "of the source's" not in "\n".join(plan_lines(some_settings(), make_plan(some_settings(), source, same, "r"), source, 0.0, Report()))
 
 
-@pytest.mark.parametrize(("key", "extra", "is_told"), [
-    ("mine", {}, True), ("mine", {"key_name": None}, True), ("mine", {"key_name": "other"}, False), ("", {}, False)])
+@pytest.mark.parametrize(("key", "extra", "is_told"), [("mine", {}, True), ("mine", {"key_name": "other"}, False), ("", {}, False)])
 def test_hazard_30_a_key_pair_that_the_new_instance_does_not_have_is_reported_in_the_plan(
         key: str, extra: dict[str, object], is_told: bool) -> None:
     source, facts, settings = a_source(server=a_server(key=key)), a_destination(), some_settings(extra_args=extra)
     assert refuse_destination(settings, source, facts) == []
-    lines = "\n".join(plan_lines(settings, make_plan(settings, source, facts, "r"), source, 0.0, Report()))
-    assert ("key pair   'mine' is the source's; the new instance has none" in lines) is is_told
+    plan = make_plan(settings, source, facts, "r")  # whoever owned it has deleted it
+    lines = "\n".join(plan_lines(settings, plan, source, 0.0, Report()))
+    assert (re.search("key_name  mine +left behind", lines) is not None) is is_told is ("key_name mine" in plan.left_behind)
 
 
 def test_what_the_destination_does_not_take_of_extra_arguments_is_reported_with_all_else() -> None:

@@ -111,7 +111,8 @@ def test_what_was_asked_for_is_looked_for_as_long_as_nobody_knows_whether_it_is_
     monkeypatch.setattr("migrena.time", SimpleNamespace(monotonic=lambda: nova.now, sleep=nova.sleep))
     some = SimpleNamespace(id=UUID)
     plan = SimpleNamespace(run="r", image=some, flavor=some, server=some, marks=lambda key: {}, extra={})
-    run = cast(Run, SimpleNamespace(plan=plan, settings=some_settings(), journal=nova, destination=nova, record=SimpleNamespace(volumes={})))
+    record = SimpleNamespace(volumes={}, made=lambda kind: {})
+    run = cast(Run, SimpleNamespace(plan=plan, settings=some_settings(), journal=nova, destination=nova, record=record))
     assert made_late(run) == [] and nova.now == 0  # nothing was asked for yet
     with pytest.raises(CloudError):
         ask_for_destination(run)

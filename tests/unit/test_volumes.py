@@ -27,8 +27,8 @@ from migrena import (
     Step,
     Volume,
     VolumeStore,
-    ask_for_volume,
-    delete_volumes,
+    ask_for,
+    delete_things,
     logical_volume,
     require_identity,
 )
@@ -92,15 +92,17 @@ def cloud(cinder: Cinder, monkeypatch: pytest.MonkeyPatch) -> Any:
     clock = iter(range(10**6))
     monkeypatch.setattr(migrena, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=lambda: float(next(clock))))
     made: Any = Service()
-    made.label, made.servers = "destination", {}
+    made.label, made.servers, made.user = "destination", {}, "u"
     made.find_server = made.servers.get
-    made.volumes = VolumeStore(made, cinder)
+    made.volumes, made.has_volumes = VolumeStore(made, cinder), True
+    made.networks = SimpleNamespace(made_by=lambda *_: [])
     return made
 
 
 def a_run(cloud: Any) -> Any:
     """A run that makes a volume for v1."""
-    return SimpleNamespace(destination=cloud, plan=SimpleNamespace(run="run-1", volumes={"volume-v1": a_volume()}))
+    journal = SimpleNamespace(act=lambda *_, **__: nullcontext({}))
+    return SimpleNamespace(destination=cloud, plan=SimpleNamespace(run="run-1"), journal=journal, record=record())
 
 
 FACTS = {"size": 2, "metadata": {MADE: "run-1", ORIGIN: "v1"}}
@@ -108,28 +110,28 @@ LOST = exceptions.GatewayTimeout("the proxy gave up")
 
 
 def test_a_volume_is_asked_for_once(cloud: Any, cinder: Cinder) -> None:
-    assert ask_for_volume(a_run(cloud), "volume-v1", FACTS) == "new0"
+    assert ask_for(a_run(cloud), "volume", "volume-v1", FACTS) == "new0"
     assert cinder.asked == ["POST /volumes"]
 
 
 @pytest.mark.parametrize("error", [LOST, exceptions.ConnectFailure("reset"), exceptions.InternalServerError("oops")])
 def test_a_lost_answer_leads_neither_to_two_volumes_nor_to_a_forgotten_one(cloud: Any, cinder: Cinder, error: Exception) -> None:
     cinder.after = [error]
-    assert ask_for_volume(a_run(cloud), "volume-v1", FACTS) == "new0"
+    assert ask_for(a_run(cloud), "volume", "volume-v1", FACTS) == "new0"
     assert list(cinder.volumes) == ["new0"] and cinder.asked.count("POST /volumes") == 1
 
 
 def test_a_request_that_was_not_done_is_an_error_and_leaves_none(cloud: Any, cinder: Cinder) -> None:
     cinder.before = [LOST]
     with pytest.raises(CloudError, match="gave up"):
-        ask_for_volume(a_run(cloud), "volume-v1", FACTS)
+        ask_for(a_run(cloud), "volume", "volume-v1", FACTS)
     assert cinder.volumes == {} and cinder.asked.count("POST /volumes") == 1
 
 
 def test_a_refusal_is_an_error_at_once(cloud: Any, cinder: Cinder) -> None:
     cinder.before = [exceptions.RequestEntityTooLarge("quota")]
     with pytest.raises(CloudError, match="quota"):
-        ask_for_volume(a_run(cloud), "volume-v1", FACTS)
+        ask_for(a_run(cloud), "volume", "volume-v1", FACTS)
     assert len(cinder.asked) == 1
 
 
@@ -147,7 +149,7 @@ def test_one_that_takes_its_time_is_waited_for_and_one_that_fails_is_told(cloud:
 
 def record(*ids: str, **last: object) -> RunRecord:
     """A run whose journal knows of these volumes, and tells this of one more."""
-    acts = [Step("create volume", "", "", "done", {"disk": f"volume-{id}", "volume": id}) for id in ids]
+    acts = [Step("create volume", "", "", "done", {"of": f"volume-{id}", "id": id}) for id in ids]
     return RunRecord("run-1", "failed", "", {}, (*acts, *([Step("create volume", "", facts=last)] if last else [])))
 
 
@@ -169,28 +171,28 @@ def test_all_volumes_of_a_run_are_deleted_also_those_that_only_their_mark_tells_
             cinder.volumes[id] = {"id": id, "status": "available", "size": 1, "metadata": marks}
 
     volumes()
-    delete_volumes(cloud, record("d", "gone", disk="volume-x"), now(), journal, 0.0)  # an answer was lost
+    delete_things(cloud, record("d", "gone", of="volume-x"), now(), journal, 0.0)  # an answer was lost
     assert set(cinder.volumes) == {"c", "e"}
     volumes()
-    delete_volumes(cloud, RunRecord("", "", "", {}), now(), journal, 0.0)  # the journal is lost
+    delete_things(cloud, RunRecord("", "", "", {}), now(), journal, 0.0)  # the journal is lost
     assert set(cinder.volumes) == {"c", "d", "e"}
 
 
-@pytest.mark.parametrize("last", [{}, {"disk": "volume-x", "refused": True}])
+@pytest.mark.parametrize("last", [{}, {"of": "volume-x", "refused": True}])
 def test_one_that_merely_carries_the_mark_is_kept_where_all_ids_are_known(cloud: Any, cinder: Cinder, journal: Any, last: dict[str, object]) -> None:
     cinder.volumes = {id: {"id": id, "status": "available", "size": 1, "metadata": {DONE: "run-1"}} for id in ("a", "restored from its backup")}
-    delete_volumes(cloud, record("a", **last), now(), journal, 60.0)
+    delete_things(cloud, record("a", **last), now(), journal, 60.0)
     assert set(cinder.volumes) == {"restored from its backup"}
 
 
 def test_one_that_cinder_makes_late_is_deleted_and_one_that_it_may_still_make_is_told(cloud: Any, cinder: Cinder, journal: Any) -> None:
     cinder.volumes["a"] = {"id": "a", "status": "available", "size": 1, "metadata": {}}
-    with pytest.raises(Kept, match="may still make it"):
-        delete_volumes(cloud, record("a", disk="volume-x"), now(), journal, 60.0)
+    with pytest.raises(Kept, match="may still be made"):
+        delete_things(cloud, record("a", of="volume-x"), now(), journal, 60.0)
     assert cinder.volumes == {}
     cinder.before = [exceptions.InternalServerError("oops")] * 3
     cinder.volumes["late"] = {"id": "late", "status": "available", "size": 1, "metadata": {MADE: "run-1"}}
-    delete_volumes(cloud, record(disk="volume-x"), now(), journal, 60.0)
+    delete_things(cloud, record(of="volume-x"), now(), journal, 60.0)
     assert cinder.volumes == {}
 
 
@@ -199,14 +201,14 @@ def test_one_that_somebody_else_attached_is_kept_and_told(cloud: Any, cinder: Ci
     cinder.volumes = {id: {"id": id, "status": status, "size": 1, "metadata": {MADE: "run-1"}, "attachments": [{"server_id": server}]}
                       for id, status, server in (("a", "in-use", "theirs"), ("b", "available", "gone"))}
     with pytest.raises(Kept, match="a is attached to theirs, and is kept"):
-        delete_volumes(cloud, record("a", "b"), now(), journal, 60.0)
+        delete_things(cloud, record("a", "b"), now(), journal, 60.0)
     assert set(cinder.volumes) == {"a"}
 
 
 def test_while_the_instance_is_there_no_volume_of_it_is_deleted(cloud: Any, cinder: Cinder, journal: Any) -> None:
     cinder.volumes["a"] = {"id": "a", "status": "available", "size": 1, "metadata": {MADE: "run-1"}}  # somebody detached it
     with pytest.raises(Kept, match="volumes a are kept with instance made"):
-        delete_volumes(cloud, record("a"), now(object()), journal, 60.0)
+        delete_things(cloud, record("a"), now(object()), journal, 60.0)
     assert set(cinder.volumes) == {"a"}
 
 
@@ -214,7 +216,7 @@ def test_one_that_nova_lets_go_of_late_is_deleted_then(cloud: Any, cinder: Cinde
     turns = iter(["in-use", "detaching", "available", "available"])
     cinder.volumes["a"] = {"id": "a", "status": "in-use", "size": 1, "attachments": [{"server_id": "gone"}]}
     cinder.becomes = lambda volume: volume.update(status=next(turns))
-    delete_volumes(cloud, record("a"), now(), journal, 60.0)
+    delete_things(cloud, record("a"), now(), journal, 60.0)
     assert cinder.volumes == {}
 
 
