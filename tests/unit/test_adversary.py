@@ -156,7 +156,7 @@ def one_mark(patch: pytest.MonkeyPatch) -> None:
     def destination(self: migrena.RunRecord) -> str:
         return "" if model.Modelled.world.process.words == "rollback" else str(known.fget(self))
 
-    def made_by(self: migrena.Cloud, run: str, origin: str) -> list[migrena.Server]:
+    def made_by(self: migrena.Cloud, run: str, origin: str, **search: object) -> list[migrena.Server]:
         found = [self.read(raw.to_dict()) for raw in self._nova.servers.list(limit=-1)]
         all_marked = (server for server in found if server.metadata.keys() & {migrena.MARK, migrena.DONE})
         return [server for server in all_marked if not run or run in server.metadata.values()]
@@ -191,7 +191,7 @@ def any_lock(patch: pytest.MonkeyPatch) -> None:
 def nothing_made(patch: pytest.MonkeyPatch) -> None:
     """The survey does not look for what was made of the source before."""
     made_by = migrena.Cloud.made_by
-    patch.setattr(migrena.Cloud, "made_by", lambda self, run, origin: made_by(self, run, origin) if run else [])
+    patch.setattr(migrena.Cloud, "made_by", lambda self, run, origin, **search: made_by(self, run, origin) if run else [])
 
 
 Guard = Callable[[pytest.MonkeyPatch], None]
