@@ -34,6 +34,7 @@ HYPERVISORS = Options(("src-cmp1", "dst-cmp1", "src-cmp2", "dst-cmp2"), {"src-cm
 
 STORAGE = HYPERVISORS.with_storage("src", "nfs", "rbd").with_storage("dst", "rbd")  # volumes in files, and on Ceph
 MACHINE = "src-vm1"  # a virtual machine, for what this machine's kernel has not: LVM and iSCSI
+WITH_MACHINE = STORAGE.with_storage("src", "lvm").with_hosts(MACHINE)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def storage(clouds: Clouds) -> Iterator[Clouds]:
 @pytest.fixture(scope="session")
 def machine(storage: Clouds) -> Iterator[Host]:
     """A virtual machine with LVM, whose volumes go by iSCSI to whoever uses them."""
-    more = Clouds(STORAGE.with_storage("src", "lvm").with_hosts(MACHINE))
+    more = Clouds(WITH_MACHINE)
     more.up()
     yield more.host(MACHINE)
     more.host(MACHINE).kill()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from clouds.conftest import MACHINE, MiB, wait_for_console
+from clouds.conftest import MACHINE, WITH_MACHINE, MiB, wait_for_console
 from lab.api import Api
 from lab.ceph import Cluster
 from lab.clouds import Clouds
@@ -117,7 +117,7 @@ def test_a_guest_with_all_its_disks_on_ceph_boots(storage: Clouds, on_ceph: Host
 
 @pytest.mark.timeout(2400)
 def test_a_volume_on_lvm_goes_by_iscsi_to_a_guest_whose_root_is_on_lvm(storage: Clouds, machine: Host) -> None:
-    lab, src = Clouds.running(), storage.api("src")
+    lab, src = Clouds(WITH_MACHINE), storage.api("src")
     lab.set_images_type(MACHINE, "lvm")
     volume = src.create_volume("data", volume_type="lvm")
     id = src.create("with-volume", availability_zone=f"nova:{MACHINE}")

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from clouds.conftest import MACHINE, STORAGE, MiB, Operator, as_before, ended, has_been_put_back, left_on, wait_for_console
+from clouds.conftest import MACHINE, STORAGE, WITH_MACHINE, MiB, Operator, as_before, ended, has_been_put_back, left_on, wait_for_console
 from lab.api import Api
 from lab.ceph import Cluster
 from lab.clouds import Clouds
@@ -377,7 +377,7 @@ def test_a_clone_of_an_image_on_ceph_arrives_on_a_clone(operator: Operator, stor
 @pytest.mark.long
 @pytest.mark.timeout(2400)
 def test_a_root_disk_on_lvm_and_a_volume_by_iscsi_arrive_on_ceph(operator: Operator, storage: Clouds, machine: Host, empty: Api) -> None:
-    lab, src, dst = Clouds.running(), storage.api("src"), empty
+    lab, src, dst = Clouds(WITH_MACHINE), storage.api("src"), empty
     lab.set_images_type(MACHINE, "lvm")
     storage.set_images_type("dst-cmp1", "rbd")
     volume = src.create_volume("data", volume_type="lvm")
