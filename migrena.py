@@ -4808,7 +4808,8 @@ class DiskLocks(ExitStack):
 
     @staticmethod
     def _place(host: Host, image: DiskImage) -> tuple[str, ...]:
-        return host.name, host.nbd_address, image.path  # two clouds may have hosts of one name
+        # Two clouds may have hosts of one name, whose devices have one path; the address may change meanwhile.
+        return host.name, "" if image.is_file else host.nbd_address, image.path
 
     def hold(self, host: Host, image: DiskImage) -> tuple[Lease, ...]:
         """Locks a disk, or again after a lost connection. Raises FinalError if it is in use, or another's."""
