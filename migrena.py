@@ -1696,6 +1696,16 @@ class Step:
     result: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def of(self) -> str:
+        """What a thing was made for; journals of earlier versions have a volume's disk."""
+        return str(self.facts.get("of", self.facts.get("disk")))
+
+    @property
+    def made(self) -> str:
+        """The id of the thing that was made, empty if not known; the same."""
+        return str(self.facts.get("id", self.facts.get("volume", "")))
+
 
 @dataclass(frozen=True)
 class DiskRecord:
@@ -1742,19 +1752,13 @@ class RunRecord:
 
     def made(self, kind: str) -> dict[str, str]:
         """The ids of what it made of a kind, by what it made them for: ports for the source's, and so on."""
-        return {self.made_for(act): act.facts.get("id", act.facts.get("volume")) for act in self.acts
-                if act.name == f"create {kind}" and {"id", "volume"} & act.facts.keys()}
-
-    @staticmethod
-    def made_for(act: Step) -> str:
-        """What a thing is made for; journals of earlier versions have a volume's disk."""
-        return str(act.facts.get("of", act.facts.get("disk")))
+        return {act.of: act.made for act in self.acts if act.name == f"create {kind}" and act.made}
 
     def unanswered(self, kind: str) -> dict[str, Step]:
         """The requests for things of a kind whose outcome is not known, by what they were for."""
         known = self.made(kind)
-        return {self.made_for(act): act for act in self.acts if act.name == f"create {kind}"
-                and self.made_for(act) not in known and not act.facts.get("refused")}
+        return {act.of: act for act in self.acts
+                if act.name == f"create {kind}" and act.of not in known and not act.facts.get("refused")}
 
     @property
     def volumes(self) -> dict[str, str]:
@@ -2902,6 +2906,7 @@ class Host:
 
     def __init__(self, name: str, settings: Settings, screen: Screen) -> None:
         self.name, self._settings, self._screen, self._entry = name, settings, screen, settings.host(name)
+        self.first_address = ""  # by which it is known, whatever address it gets later
         self.unconfirmed: list[str] = []  # leases whose end is unconfirmed; they end with their connection
         self.lacking: dict[Collection[str], list[str]] = {}  # tools looked for: those missing
         self.not_cleaned: list[str] = []  # what leases failed to clean up
@@ -2930,6 +2935,7 @@ class Host:
         self._is_root = user == "0"
         self.nbd_address = self._entry.nbd_address or (
             seen[2] if len(seen) == 4 else str(_transport(self._links[0][0]).getpeername()[0]))
+        self.first_address = self.first_address or self.nbd_address
 
     def disk_of(self, id: str) -> str:
         """Where an instance's disk should lie; DISK_PATH may be as a container has it."""
@@ -3623,7 +3629,7 @@ class NetworkStore:
 
     def make(self, what: str, facts: Mapping[str, Any]) -> str:
         """Requests a new one; returns its id."""
-        one = what.removesuffix("s").replace("-", "_")
+        one = what.removesuffix("s")
         with self._cloud.translating(f"create {one}"):
             return str(self._adapter.post(f"/{what}", json={one: dict(facts)}).json()[one]["id"])
 
@@ -3829,7 +3835,6 @@ class Compute(Service):
         with self.translating(f"abort migration {migration} of server {id}"):
             self._nova_2_87.server_migrations.live_migration_abort(id, migration)
 
-
     # What an instance refers to: of the user or the project of these credentials, unless told otherwise.
 
     def key_pair(self, name: str, user: str = "") -> KeyPair | None:
@@ -3985,9 +3990,9 @@ class Cloud(Compute):
         """The project's instances with exactly this name."""
         return [server for server in self.servers(name=f"^{re.escape(name)}$") if server.name == name]
 
-    def made_by(self, run: str, origin: str, **search: object) -> list[Server]:
+    def made_by(self, run: str, origin: str, *, all_tenants: bool = False) -> list[Server]:
         """Instances that a run made, by its marks, or without a run all made from `origin`; never `origin` itself."""
-        return [server for server in self.servers(**search)
+        return [server for server in self.servers(all_tenants=all_tenants)
             if server.id != origin and (runs := {MADE, DONE} & server.metadata.keys()) and (
             run in {server.metadata[key] for key in runs} if run else server.metadata.get(ORIGIN) == origin)]
 
@@ -4808,8 +4813,7 @@ class DiskLocks(ExitStack):
 
     @staticmethod
     def _place(host: Host, image: DiskImage) -> tuple[str, ...]:
-        # Two clouds may have hosts of one name, whose devices have one path; the address may change meanwhile.
-        return host.name, "" if image.is_file else host.nbd_address, image.path
+        return host.name, host.first_address, image.path  # two clouds may have hosts of one name
 
     def hold(self, host: Host, image: DiskImage) -> tuple[Lease, ...]:
         """Locks a disk, or again after a lost connection. Raises FinalError if it is in use, or another's."""
@@ -6533,11 +6537,17 @@ def survey_storage(destination: DestinationFacts) -> None:
         destination.volume_limits = store.limits()
 
 
-def networks_for(settings: Settings, port: Port, networks: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def network_wanted(settings: Settings, port: Port) -> str:
+    """The name or id of the destination's network for a port."""
+    name = str(port.network["name"])
+    return settings.network.get(port.network["id"], settings.network.get(name, name))
+
+
+def networks_for(settings: Settings, port: Port, networks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The destination's networks that a port may be meant for: by id, else by name."""
-    name, id = port.network["name"], port.network["id"]
-    wanted, known = settings.network.get(id, settings.network.get(name, name)), list(networks)
-    return [one for one in known if one["id"] == wanted] or [one for one in known if wanted and one["name"] == wanted]
+    wanted = network_wanted(settings, port)
+    return [one for one in networks if one["id"] == wanted] or [
+        one for one in networks if wanted and one["name"] == wanted]
 
 
 def survey_networks(settings: Settings, source: SourceFacts, destination: DestinationFacts) -> None:
@@ -6586,7 +6596,7 @@ def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> Destinat
         return DestinationFacts(
             cloud, cloud.servers_named(settings.dst_name), cloud.flavors(), cloud.store.all(settings.image),
             is_admin, cloud.limits(), cloud.refuses(settings.extra_args),
-            made=cloud.made_by("", settings.src_uid, **({"all_tenants": True} if is_admin else {})))
+            made=cloud.made_by("", settings.src_uid, all_tenants=is_admin))
     except CloudError as error:
         if not settings.dst_project or error.code != 401:
             return DestinationFacts(None, problems=error.reasons)
@@ -6729,8 +6739,7 @@ def refuse_networks(settings: Settings, source: SourceFacts, there: Networks) ->
         if len(found) == 1:
             reasons += [*refuse_addresses(settings, port, found[0], there), *refuse_floating(settings, port, there)]
         else:
-            name = port.network["name"]
-            wanted = settings.network.get(port.network["id"], settings.network.get(name, name))
+            name, wanted = port.network["name"], network_wanted(settings, port)
             known = ", ".join(sorted({str(one["name"]) for one in there.networks if not one.get("router:external")}))
             reasons += [Reason(f"destination cloud: {len(found)} networks are named {wanted!r}: "
                                f"{', '.join(one['id'] for one in found)}", f"--network {name}=ID") if found else
@@ -6938,10 +6947,10 @@ def hostname_for(name: str) -> str:
 
 def carry_key(settings: Settings, source: SourceFacts, destination: DestinationFacts, carried: Carried) -> None:
     """Adds the key pair, which is made for the user of the destination's credentials if it is missing."""
-    name = source.server.key if source.server else ""
-    if name and "key_name" in settings.extra_args:
+    if not (name := source.server.key if source.server else ""):
+        return
+    if "key_name" in settings.extra_args:
         carried.add("key_name", name, "as -e says", is_new=True)
-    if not name or "key_name" in settings.extra_args:
         return
     if source.key:
         carried.extra["key_name"] = name
@@ -6951,10 +6960,11 @@ def carry_key(settings: Settings, source: SourceFacts, destination: DestinationF
 
 def carry_group(settings: Settings, source: SourceFacts, destination: DestinationFacts, carried: Carried) -> None:
     """Adds the server group: that of the same name and policy, or a new one."""
-    hints, group = settings.extra_args.get("scheduler_hints") or {}, source.server_group
-    if group and "group" in hints:
+    hints = settings.extra_args.get("scheduler_hints") or {}
+    if not (group := source.server_group):
+        return
+    if "group" in hints:
         carried.add("server_group", str(group["name"]), "as -e says", is_new=True)
-    if not group or "group" in hints:
         return
     wanted = {key: group[key] for key in ("name", "policy", "rules")}
     same = [id for id, one in destination.server_groups.items() if {**one, **wanted} == one]
@@ -7830,8 +7840,8 @@ def delete_things(cloud: Cloud, record: RunRecord, now: Situation, journal: Jour
     """
     problems, limit = list[Reason](), time.monotonic() + patience
     for kind, acts in KINDS.items():
-        told = {str(act.facts.get("id", act.facts.get("volume"))): act.facts.get("facts", {}) for act in record.acts
-                if act.name == f"create {kind}" and {"id", "volume"} & act.facts.keys()}
+        told = {act.made: act.facts.get("facts", {}) for act in record.acts
+                if act.name == f"create {kind}" and act.made}
         with collecting(problems):
             for act in record.unanswered(kind).values():
                 facts = act.facts.get("facts", {})
@@ -7883,9 +7893,8 @@ def lead_floating_ips(run: Run) -> None:
     problems, ids = list[Reason](), run.record.made("floating IP")
     for port in run.plan.ports:
         for number, floating in enumerate(port.floating):
-            request, fixed = floating["request"], {}
-            if "fixed_ip_address" in request:
-                fixed["fixed_ip_address"] = request["fixed_ip_address"]
+            request = floating["request"]
+            fixed = {key: value for key, value in request.items() if key == "fixed_ip_address"}
             if "floating_ip_address" in request:
                 with collecting(problems):
                     run.destination.networks.change("floatingips", ids[f"{port.source} {number}"], {
@@ -8626,7 +8635,6 @@ def what_to_do(record: RunRecord) -> Iterator[str]:
         for kind in KINDS:
             if there := [*record.made(kind).values(), *(f"one for {of}" for of in record.unanswered(kind))]:
                 yield f"made, and perhaps still there: {kind} {', '.join(there)}"
-    if record.state in ("killed", "left"):
         can_go_on = not record.is_undoing and any(act.name == "create destination" for act in record.acts)
         yield (f"{f'continue: ./migrena.py resume {record.run}    ' if can_go_on else ''}"
                f"undo: ./migrena.py rollback {record.run}")
@@ -8821,8 +8829,7 @@ def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
     if source.unseen:
         raise Refused(f"the source could not be looked up: {source.unseen}", "solve that first; nothing was touched")
     marks, lock = (source.server.metadata, source.server.lock_reason) if source.server else ({}, "")
-    made = {server.id: server for server in other.made_by("", source.id, **(
-        {} if record.run else {"all_tenants": True}))}
+    made = {server.id: server for server in other.made_by("", source.id, all_tenants=not record.run)}
     runs = {server.metadata.get(MADE) or server.metadata[DONE] for server in made.values()}
     run = record.run or marks.get(MARK) or (lock_of(source.server) if source.server else "")
     if not run and len(runs) != 1:

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from bench import disks, ways, wire
 from bench.disks import Disk
-from bench.stage import FOLDER, GaveUp, Stage
+from bench.stage import FOLDER, GaveUp, Stage, cold
 from conftest import REPOSITORY
 from hosts.rig import INSTANCES
 from lab.hosts import hosts
@@ -93,7 +93,7 @@ def measure(stage: Stage, case: Case, disk: Disk) -> dict[str, Any]:
     """One way moves one disk, from cold caches; gives the record. The wire is as it shall be already."""
     way = ways.WAYS[case.way]
     stage.lab["dst"].run("mkdir", "-p", FOLDER)
-    stage.cold()
+    cold()
     record: dict[str, Any] = {"wire": case.wire, "disk": case.disk, "way": case.way, "held": disk.allocated, "length": disk.length}
     try:
         before = stage.read()
@@ -135,7 +135,7 @@ def run(stage: Stage, order: Order, write: Callable[[dict[str, Any]], None]) -> 
     for name, why in without.items():
         say(f"LEFT OUT: {name}: {why}")
     write({"kind": "head", **facts(), "scale": order.scale, "rounds": order.rounds, "seed": order.seed, "left_out": without})
-    ways.lay_keys(stage)
+    ways.lay_keys(stage.lab)
     made: dict[str, Disk] = {}
     for name in order.disks:
         say(f"making the disk {name}: {disks.KINDS[name].title}, times {order.scale:g}")

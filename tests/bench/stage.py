@@ -146,10 +146,11 @@ class Stage:
             wait_until(f"{words[0]} on {where}", ready, 30)
             yield
 
-    def cold(self) -> None:
-        """Writes what is to be written, and forgets what was read: in all hosts, since they share this machine's kernel."""
-        os.sync()
-        Path("/proc/sys/vm/drop_caches").write_text("3")
+
+def cold() -> None:
+    """Writes what is to be written, and forgets what was read: in all hosts, since they share this machine's kernel."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 def _put(pid: int, group: Path) -> None:

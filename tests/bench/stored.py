@@ -23,14 +23,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.ways import KEYS, ssh_options
+from bench.stage import cold
+from bench.ways import lay_keys, ssh_options
 from hosts.rig import Copy, Instance, settings_for
-from hosts.test_stored import SECRET, Small, Stored, on_ceph, on_device
+from hosts.test_stored import SECRET, Stored, a_ceph, let_go, on_ceph, on_device
 from lab.ceph import Cluster
 from lab.hosts import Lab, hosts
 from lab.packages import CEPH, HOSTS, install
 from lab.processes import LabError, command, home, say
-from lab.roster import Roster
 from migrena import Screen, connect
 
 GiB, MiB = 1024**3, 1024**2
@@ -61,9 +61,7 @@ class Stage:
             command("rbd", "-c", self.ceph.folder / "ceph.conf", "rm", "--no-progress", f"volumes/{instance.id}_disk")
             return
         (file,) = self.folder.glob(f"{instance.id}_disk.img")
-        for entry in json.loads(command("losetup", "--json", "--list"))["loopdevices"]:
-            if entry["back-file"] == str(file):
-                command("losetup", "-d", entry["name"])
+        let_go(file)
         instance.host.run("rm", f"/dev/{instance.id}_disk")
         file.unlink()
 
@@ -81,35 +79,19 @@ class Stage:
             command("sh", "-c", 'head -c 4M /dev/urandom > "$1"', "sh", noise)
             command("qemu-io", "-c", f"write -q -s {noise} {at} 4M", "--image-opts", source.opts)
 
-    def cold(self) -> None:
-        """Nothing is to be written, and nothing is remembered."""
-        command("sync")
-        Path("/proc/sys/vm/drop_caches").write_text("3")
-
 
 @contextlib.contextmanager
 def brought_up(size: int, held: int) -> Iterator[Stage]:
     """Two hosts and a Ceph, gone with the scope."""
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=home()))
-    with hosts(folder / "hosts", dict.fromkeys(("src", "dst"), "ns"), NETWORK, "4G") as lab:
-        ceph, roster = Cluster(Small("src", folder / "ceph", lab.operator)), Roster(folder / "ceph")
-        for path in (folder / "ceph" / "log", ceph.folder):
-            path.mkdir(parents=True)
-        ceph.write()
-        try:
-            ceph.start(roster)
-            for host in lab:
-                host.run("sh", "-ec", "mkdir -p /root/secrets; cat > /root/secrets/$1", "sh", SECRET, input=ceph.key("cinder"))
-                host.run("sh", "-ec", "umask 077; cat > /root/ceph.key", input=ceph.key("cinder"))
-            for name, path in (("key", lab.key), ("known_hosts", lab.known_hosts)):
-                lab["dst"].run("sh", "-ec", 'umask 077; mkdir -p "$1"; cat > "$1/$2"', "sh", KEYS, name, input=path.read_text())
+    (folder / "ceph").mkdir()
+    try:
+        with hosts(folder / "hosts", dict.fromkeys(("src", "dst"), "ns"), NETWORK, "4G") as lab, a_ceph(lab, folder / "ceph") as ceph:
+            lay_keys(lab)
             yield Stage(lab, ceph, folder, size, held)
-        finally:
-            roster.stop(roster.processes)
-            for entry in json.loads(command("losetup", "--json", "--list") or '{"loopdevices": []}')["loopdevices"]:
-                if entry["back-file"].startswith(str(folder)):
-                    command("losetup", "-d", entry["name"])
-            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        let_go(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def by_migrena(stage: Stage, kind: str, source: Stored, fresh: Stored) -> dict[str, float]:
@@ -129,7 +111,7 @@ def by_hand(stage: Stage, kind: str, source: Stored, fresh: Stored) -> dict[str,
     ssh = " ".join(("ssh", *ssh_options(), f"root@{stage.lab['src'].address}"))
     if kind == "ceph":
         command("rbd", "-c", stage.ceph.folder / "ceph.conf", "rm", "--no-progress", f"volumes/{fresh.id}_disk")
-        words = f"-m {stage.ceph.cloud.address} --id cinder --keyfile /root/ceph.key", f"{source.id}_disk", f"{fresh.id}_disk"
+        words = f"-m {stage.ceph.cloud.address} --id cinder --keyfile /root/secrets/{SECRET}", f"{source.id}_disk", f"{fresh.id}_disk"
     else:
         words = "", f"/dev/{source.id}_disk", f"/dev/{fresh.id}_disk"
     before, began = stage.lab["dst"].counters()[0], time.monotonic()
@@ -149,7 +131,7 @@ def measure(stage: Stage, kind: str, rounds: int) -> None:
     for number in range(rounds):
         for way in list(WAYS)[:: 1 if number % 2 else -1]:
             fresh = stage.made(kind, "dst")
-            stage.cold()
+            cold()
             facts = WAYS[way](stage, kind, source, fresh)
             seconds[way].append(facts.pop("seconds"))
             is_equal = fresh.sha256() == told

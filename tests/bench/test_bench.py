@@ -77,7 +77,7 @@ def test_the_wire_is_shaped_in_both_directions_and_free_again(bench: Stage) -> N
 
 
 def test_what_a_host_spends_is_counted_to_it_also_when_it_was_asked_for_by_ssh(bench: Stage) -> None:
-    ways.lay_keys(bench)
+    ways.lay_keys(bench.lab)
     before = bench.read()
     burn = "dd if=/dev/zero bs=1M count=400 status=none | sha256sum"
     bench.run("dst", "ssh", *ways.ssh_options(), f"root@{bench.addresses['src']}", burn)

@@ -73,11 +73,11 @@ def dd(stage: Stage, disk: Disk) -> Outcome:
 # ---- by SSH ----
 
 
-def lay_keys(stage: Stage) -> None:
+def lay_keys(lab: Lab) -> None:
     """Lets the destination's root log in at the source."""
     keep = 'umask 077; mkdir -p "$1"; cat > "$1/$2"'
-    for name, path in (("key", stage.lab.key), ("known_hosts", stage.lab.known_hosts)):
-        stage.lab["dst"].run("sh", "-c", keep, "sh", KEYS, name, input=path.read_text())
+    for name, path in (("key", lab.key), ("known_hosts", lab.known_hosts)):
+        lab["dst"].run("sh", "-c", keep, "sh", KEYS, name, input=path.read_text())
 
 
 def ssh_options() -> tuple[str, ...]:

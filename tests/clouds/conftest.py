@@ -264,12 +264,12 @@ def stop_soon(api: Api) -> None:
                      {"Content-Type": "application/openstack-images-v2.1-json-patch"})
 
 
-def as_before(src: Api, dst: Api, source: str) -> None:
-    """Stops the source and takes lock and mark off it; deletes every instance in the destination."""
+def as_before(src: Api, dst: Api, source: str, *own: str) -> None:
+    """Stops the source and takes lock and marks off it, but not its own metadata; deletes every instance in the destination."""
     server = src.server(source)
     if server["locked"]:
         src.act(source, "unlock")
-    for mark in server["metadata"]:
+    for mark in server["metadata"].keys() - own:
         src.call("DELETE", "nova", f"/servers/{source}/metadata/{mark}")
     if server["status"] != "SHUTOFF":
         src.act(source, "os-stop", until="SHUTOFF")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from clouds.conftest import Operator, has_been_put_back, has_moved, left_on, wait_for_console
+from clouds.conftest import Operator, as_before, has_been_put_back, has_moved, left_on, wait_for_console
 from lab.api import Api
 from lab.clouds import Clouds, credentials
 from lab.networks import GROUPS, create_floating_ip, create_port, ensure_group, ensure_key
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.timeout(900)
 KILL = signal.SIGKILL.value
 ATTRIBUTES = ("name", "description", "tags", "metadata", "key_name", "OS-EXT-SRV-ATTR:hostname", "OS-EXT-SRV-ATTR:user_data", "config_drive")
 PORT = ("name", "mac_address", "description", "admin_state_up", "port_security_enabled", "allowed_address_pairs", "tags", "dns_name")
+OWN = {"tier": "1", "owner": "ops"}  # the instance's own metadata
 MADE = {"key pair": ("nova", "/os-keypairs", "keypairs"), "server group": ("nova", "/os-server-groups?all_projects=1", "server_groups"),
         "port": ("neutron", "/ports?device_owner=compute:nova", "ports"), "idle port": ("neutron", "/ports?device_owner=", "ports"),
         "floating IP": ("neutron", "/floatingips", "floatingips"), "server": ("nova", "/servers?all_tenants=1", "servers")}
@@ -75,7 +76,7 @@ def made(networks: Clouds) -> Iterator[str]:
     spread = demo.call("POST", "nova", "/os-server-groups", group)["server_group"]["id"]
     asked = {"name": "whole", "networks": [{"port": port["id"]} for port in ports], "flavorRef": demo.need("nova", "flavors", "tiny"),
              "imageRef": demo.need("glance", "images", "guest"), "key_name": "lab", "description": "has all", "tags": ["gold", "old"],
-             "metadata": {"tier": "1", "owner": "ops"}, "user_data": base64.b64encode(b"#!/bin/sh\n\xff").decode(), "hostname": "front",
+             "metadata": OWN, "user_data": base64.b64encode(b"#!/bin/sh\n\xff").decode(), "hostname": "front",
              "config_drive": True}
     hints = {"OS-SCH-HNT:scheduler_hints": {"group": spread}}
     id = str(demo.call("POST", "nova", "/servers", {"server": asked, **hints})["server"]["id"])
@@ -97,21 +98,12 @@ def whole(networks: Clouds, made: str) -> Iterator[str]:
     src, dst = networks.api("src"), networks.api("dst")
 
     def clear() -> None:
-        server = src.server(made)
-        if server["locked"]:
-            src.act(made, "unlock")
-        for mark in (key for key in server["metadata"] if key.startswith("migrena:")):
-            src.call("DELETE", "nova", f"/servers/{made}/metadata/{mark}")
-        if server["status"] != "SHUTOFF":
-            src.act(made, "os-stop", until="SHUTOFF")
-        for kind in ("server", "floating IP", "port", "idle port", "server group", "key pair"):
+        as_before(src, dst, made, *OWN)
+        for kind in ("floating IP", "port", "idle port", "server group", "key pair"):
             service, path, key = MADE[kind]
             for entry in dst.call("GET", service, path)[key]:
                 name = entry["keypair"]["name"] if kind == "key pair" else entry["id"]
-                if kind == "server":
-                    dst.delete(name)
-                else:
-                    dst.call("DELETE", service, f"{path.partition('?')[0]}/{name}")
+                dst.call("DELETE", service, f"{path.partition('?')[0]}/{name}")
 
     clear()
     yield made
@@ -129,7 +121,7 @@ def is_as_found(clouds: Clouds, id: str) -> None:
     src, dst = clouds.api("src"), clouds.api("dst")
     assert counted(dst) == dict.fromkeys(MADE, 0)
     server = src.server(id)
-    assert (server["status"], server["locked"], server["metadata"]) == ("SHUTOFF", False, {"tier": "1", "owner": "ops"})
+    assert (server["status"], server["locked"], server["metadata"]) == ("SHUTOFF", False, OWN)
     assert all(left_on(clouds.host(name)) == [] for name in clouds.options.hosts)
 
 

@@ -240,10 +240,8 @@ def test_an_osd_that_dies_in_mid_copy_and_returns_costs_time_only(operator: Oper
 
 @pytest.mark.long
 def test_the_variables_of_the_firmware_arrive(operator: Operator, storage: Clouds, empty: Api) -> None:
-    src, properties = storage.api("src"), {"hw_firmware_type": "uefi", "os_shutdown_timeout": "1"}
-    images = [(api, api.upload("guest-uefi", guest_image(), **properties)) for api in (src, empty)]
-    id = src.create("uefi", "guest-uefi", availability_zone="nova:src-cmp1")
-    try:
+    src = storage.api("src")
+    with own_image(src, empty, "guest-uefi", guest_image(), hw_firmware_type="uefi"), an_instance(src, "guest-uefi", "src-cmp1") as id:
         src.act(id, "os-stop", until="SHUTOFF")
         path = variables(storage, "src-cmp1", id)
         storage.host("src-cmp1").run("sh", "-ec", 'head -c 512 /dev/urandom | dd of="$1" bs=512 seek=200 conv=notrunc', "sh", path)
@@ -253,12 +251,29 @@ def test_the_variables_of_the_firmware_arrive(operator: Operator, storage: Cloud
                 for place, file in (("src-cmp1", path), ("dst-cmp1", there))]
         assert told[0] == told[1] and report["warnings"] == []
         empty.act(report["destination"]["id"], "os-start", until="ACTIVE")
+
+
+@contextmanager
+def own_image(src: Api, dst: Api, name: str, file: Path, format: str = "qcow2", **properties: str) -> Iterator[None]:
+    """An image of this name in both clouds, for as long as the scope; then no instance in the destination has it either."""
+    images = [(api, api.upload(name, file, format, os_shutdown_timeout="1", **properties)) for api in (src, dst)]
+    try:
+        yield
     finally:
-        src.delete(id)
-        for server in empty.call("GET", "nova", "/servers?all_tenants=1")["servers"]:
-            empty.delete(server["id"])
+        for server in dst.call("GET", "nova", "/servers?all_tenants=1")["servers"]:
+            dst.delete(server["id"])
         for api, image in images:
             api.call("DELETE", "glance", f"/images/{image}")
+
+
+@contextmanager
+def an_instance(api: Api, image: str, place: str) -> Iterator[str]:
+    """The id of an instance of this image, gone with the scope."""
+    id = api.create("of-its-own", image, availability_zone=f"nova:{place}")
+    try:
+        yield id
+    finally:
+        api.delete(id)
 
 
 def variables(clouds: Clouds, place: str, id: str) -> str:
@@ -350,25 +365,19 @@ def test_a_clone_of_an_image_on_ceph_arrives_on_a_clone(operator: Operator, stor
     src, dst, flat = storage.api("src"), empty, tmp_path / "guest.raw"
     Clouds(STORAGE.with_storage("src", "glance").with_storage("dst", "glance")).up()
     command("qemu-img", "convert", "-O", "raw", guest_image(), flat)
-    images = [(api, api.upload("guest-raw", flat, "raw", os_shutdown_timeout="1")) for api in (src, dst)]
     for place in ("src-cmp2", "dst-cmp2"):
         storage.set_images_type(place, "rbd")
     try:
-        id = src.create("clone", "guest-raw", availability_zone="nova:src-cmp2")
-        wait_for_console(src, id, "GUEST wrote=")
-        src.act(id, "os-stop", until="SHUTOFF")
-        arrived = operator.report("-s", id, *operator.to("dst-cmp2", "guest-raw"))["destination"]["id"]
-        for cloud, one in ((src.cloud, id), (dst.cloud, arrived)):
-            assert "parent: images/" in command("rbd", "-c", Cluster(cloud).folder / "ceph.conf", "info", f"vms/{one}_disk")
-        assert same(storage, "src-cmp2", id, "dst-cmp2", arrived) == {"vda": True}
-        dst.act(arrived, "os-start", until="ACTIVE")
-        assert "GUEST boots=2 " in wait_for_console(dst, arrived, "GUEST wrote=")
+        with own_image(src, dst, "guest-raw", flat, "raw"), an_instance(src, "guest-raw", "src-cmp2") as id:
+            wait_for_console(src, id, "GUEST wrote=")
+            src.act(id, "os-stop", until="SHUTOFF")
+            arrived = operator.report("-s", id, *operator.to("dst-cmp2", "guest-raw"))["destination"]["id"]
+            for cloud, one in ((src.cloud, id), (dst.cloud, arrived)):
+                assert "parent: images/" in command("rbd", "-c", Cluster(cloud).folder / "ceph.conf", "info", f"vms/{one}_disk")
+            assert same(storage, "src-cmp2", id, "dst-cmp2", arrived) == {"vda": True}
+            dst.act(arrived, "os-start", until="ACTIVE")
+            assert "GUEST boots=2 " in wait_for_console(dst, arrived, "GUEST wrote=")
     finally:
-        src.delete(id)
-        for server in dst.call("GET", "nova", "/servers?all_tenants=1")["servers"]:
-            dst.delete(server["id"])
-        for api, image in images:
-            api.call("DELETE", "glance", f"/images/{image}")
         for place in ("src-cmp2", "dst-cmp2"):
             storage.set_images_type(place, "raw")
         Clouds(STORAGE).up()

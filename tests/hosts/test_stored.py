@@ -6,6 +6,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,8 +45,15 @@ class Small(Cloud):
 
 @pytest.fixture(scope="module")
 def ceph(namespaces: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A Ceph that both hosts reach, and whose key libvirt has there."""
-    cluster = Cluster(Small("src", tmp_path_factory.mktemp("ceph"), namespaces.operator))
+    """A Ceph that both hosts reach."""
+    with a_ceph(namespaces, tmp_path_factory.mktemp("ceph")) as cluster:
+        yield cluster
+
+
+@contextmanager
+def a_ceph(lab: Lab, folder: Path) -> Iterator[Cluster]:
+    """A Ceph that src and dst reach, and whose key libvirt has there; it is gone with the scope."""
+    cluster = Cluster(Small("src", folder, lab.operator))
     roster = Roster(cluster.cloud.folder)
     (cluster.cloud.folder / "log").mkdir()
     cluster.folder.mkdir()
@@ -53,7 +61,7 @@ def ceph(namespaces: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     try:
         cluster.start(roster)
         for name in ("src", "dst"):
-            namespaces[name].run("sh", "-ec", "mkdir -p /root/secrets; cat > /root/secrets/$1", "sh", SECRET, input=cluster.key("cinder"))
+            lab[name].run("sh", "-ec", "mkdir -p /root/secrets; cat > /root/secrets/$1", "sh", SECRET, input=cluster.key("cinder"))
         yield cluster
     finally:
         roster.stop(roster.processes)
@@ -128,8 +136,13 @@ def on_device(host: Host, folder: Path, size: int = SIZE) -> Stored:
 def folder(tmp_path: Path) -> Iterator[Path]:
     """Where the files behind loop devices lie."""
     yield tmp_path
+    let_go(tmp_path)
+
+
+def let_go(place: Path) -> None:
+    """Detaches the loop devices of this file, or of those in this folder."""
     for entry in json.loads(command("losetup", "--json", "--list") or '{"loopdevices": []}')["loopdevices"]:
-        if entry["back-file"].startswith(str(tmp_path)):
+        if Path(entry["back-file"]).is_relative_to(place):
             command("losetup", "-d", entry["name"])
 
 

@@ -516,6 +516,7 @@ class HostStandIn:
 
     def __init__(self, world: World, name: str) -> None:
         self.world, self.name, self.nbd_address = world, name, "10.0.0.1"
+        self.first_address = self.nbd_address
 
     def disk_of(self, id: str) -> str:
         return f"/var/lib/nova/instances/{id}/disk"

@@ -156,7 +156,7 @@ def one_mark(patch: pytest.MonkeyPatch) -> None:
     def destination(self: migrena.RunRecord) -> str:
         return "" if model.Modelled.world.process.words == "rollback" else str(known.fget(self))
 
-    def made_by(self: migrena.Cloud, run: str, origin: str, **search: object) -> list[migrena.Server]:
+    def made_by(self: migrena.Cloud, run: str, origin: str, *, all_tenants: bool = False) -> list[migrena.Server]:
         found = [self.read(raw.to_dict()) for raw in self._nova.servers.list(limit=-1)]
         all_marked = (server for server in found if server.metadata.keys() & {migrena.MARK, migrena.DONE})
         return [server for server in all_marked if not run or run in server.metadata.values()]
