@@ -37,11 +37,14 @@ VERIFY = True  # compare the digests of both ends before the copy takes its plac
 NBD_SERVER_PORT = "2666-2697"  # on the source's hypervisor: a port, or a range of which the first free one is taken
 NBD_DEVICE = ""  # on the destination's hypervisor, as in /dev/nbd15; empty: the first that is free
 COMPRESS = "auto"  # on, off, or auto: if the rehearsal finds the network slower than 16 MiB/s; not with the transport nbd
-LIMIT_RATE = 0  # bytes per second at most, as in "50M"; 0: no limit
+LIMIT_RATE = 0  # bytes per second at most, as in "50M", or by the hour, as in "08:00-18:00=20M,50M"; 0: no limit
 CHUNK = "1G"  # copied at once, as two parallel chunks, each of which is then proven
 WARM = False  # copy while the source runs, and stop it only for what has changed since
 WARM_PASSES = 0  # passes while it runs; 0: while each is much smaller than the one before
 MAX_DOWNTIME = 0  # such as "30s": a warm copy stops the source only if its downtime will not exceed this; 0: no limit
+EVERY = "10m"  # how often a copy with --cutover-at sends what has changed, until then
+LATE = "10m"  # how much later than --cutover-at the source is stopped at most
+AWAIT_TIMEOUT = "5m"  # how long --await waits for the new instance's answer
 WARM_TIMEOUT = "1h"  # after this it gives up if MAX_DOWNTIME is not met; the source runs on
 BITMAP = False  # record changes in a dirty bitmap in the source's qcow2 file; it is removed once the source has stopped
 COPY_IMAGE = False  # carry the source's image first if the destination lacks it

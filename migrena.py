@@ -301,6 +301,58 @@ def parse_limit(value: object) -> int:
     return 0 if str(value) == "0" else parse_seconds(value)
 
 
+def parse_moment(value: object) -> str:
+    """A time in ISO 8601 with its zone, from `2026-12-05 01:00`, or with `+01:00`, `Z` or a zone's name after it.
+
+    Without a zone it is local; `now` is no time at all.
+    """
+    from zoneinfo import ZoneInfo
+
+    match = re.fullmatch(r"\s*(.*?)\s*([+-]\d\d:?\d\d|Z|(?<= )[A-Za-z][\w/+-]*)?\s*", parse_text(value))
+    if not match or match[1] in ("", "now"):
+        return ""
+    try:
+        found = datetime.fromisoformat(match[1])
+        if zone := match[2]:
+            is_offset = zone[0] in "+-"
+            found = (datetime.strptime(f"{found:%Y-%m-%d %H:%M:%S}{zone}", "%Y-%m-%d %H:%M:%S%z") if is_offset else
+                     found.replace(tzinfo=timezone.utc if zone == "Z" else ZoneInfo(zone)))
+        return found.astimezone().isoformat(timespec="seconds")
+    except (ValueError, OSError, OverflowError, KeyError) as error:  # KeyError: no such zone
+        raise ValueError("is not a time; write it as \"2026-12-05 01:00\", which is local, or with +01:00 or "
+                         "Europe/Berlin after it") from error
+
+
+def parse_rate(value: object) -> str:
+    """Bytes per second, 0 for no limit, as in `50M`, or by the hour, as in `08:00-18:00=20M,50M`; numbers for units."""
+    if str(value) in ("", "0"):
+        return ""
+    parts, clock = [part.strip() for part in str(value).split(",")], r"(?:[01]?\d|2[0-3]):[0-5]\d|24:00"
+    found = [re.fullmatch(rf"({clock})\s*-\s*({clock})\s*=(.+)", part) for part in parts]
+    if found.count(None) > 1 or None in found[:-1]:
+        raise ValueError("is not a rate; write it as 50M, or as 08:00-18:00=20M,50M, with that of other hours last")
+    rows = [f"{match[1]}-{match[2]}={parse_size(match[3])}" if match else str(parse_size(part))
+            for part, match in zip(parts, found, strict=True)]
+    return "" if rows == ["0"] else ",".join(rows)
+
+
+def parse_answers(value: object) -> tuple[str, ...]:
+    """How an instance shows that it works: `console:REGEX`, `tcp:PORT` or `command:WORDS`, or several of these."""
+    found = tuple(value) if isinstance(value, (list, tuple)) else (parse_text(value),) if value else ()
+    for one in found:
+        kind, _, what = parse_text(one).partition(":")
+        if kind not in ("console", "tcp", "command") or not what:
+            raise ValueError(f"{one!r} is not console:REGEX, tcp:PORT or command:WORDS")
+        reads: Mapping[str, Callable[[str], object]] = {
+            "console": re.compile, "tcp": lambda port: range(1, 65536).index(int(port)),
+            "command": lambda words: shlex.split(words)[0]}
+        try:
+            reads[kind](what)
+        except (re.error, ValueError, IndexError) as error:
+            raise ValueError(f"{one!r}: {what!r} {error}") from error
+    return found
+
+
 def parse_ports(value: object) -> range:
     """TCP ports from `2666` or `2666-2697`."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(value).strip())
@@ -445,6 +497,7 @@ class Settings:
         "limit for each instance (default: 600)", read=parse_seconds, of=LIVE_MIGRATE)
     keep_waiting: bool = per_call(False, "--keep-waiting", "after the timeout, keep waiting", of=LIVE_MIGRATE)
     abort: bool = per_call(False, "--abort", "after the timeout, abort the migration", of=LIVE_MIGRATE)
+    watch: bool = per_call(False, "--watch", "draw the table anew every two seconds", of="status")
     keep_going: bool = per_call(False, "--keep-going", "after a failure, continue with the next one", of=LIVE_MIGRATE)
     src_uid: str = per_call("", "-s --src-uid --src-uuid UUID", "the source instance's id", read=parse_instance_id)
     dst_name: str = per_call("", "-d --dst-name NAME",
@@ -496,7 +549,8 @@ class Settings:
     compress: str = option("auto", "--compress auto|on|off",
         "compress on the network; auto: only if it is slow, not with --limit-rate or transport nbd",
         read=one_of("auto", "on", "off"), of=COPY_RESUME)
-    limit_rate: int = option(0, "--limit-rate RATE", "bytes per second at most, such as 50M", read=parse_size, of=SEND)
+    limit_rate: str = option("", "--limit-rate RATE", "bytes per second at most, such as 50M, or by the hour, "
+                             "such as 08:00-18:00=20M,50M", read=parse_rate, of=SEND)
     warm: bool = option(False, "--warm", "copy while the source runs; stop it only for what has changed since")
     warm_passes: int = option(0, "--warm-passes N",
         "passes while it runs, with the first (default: while each is much smaller)", read=parse_count, of=COPY_RESUME)
@@ -506,6 +560,21 @@ class Settings:
         "the source runs on (default: 1h)", read=parse_seconds, of=COPY_RESUME)
     bitmap: bool = option(False, "--bitmap",
         "with --warm: record changes in a dirty bitmap in the source's qcow2 file, so that the rest is not read again")
+    seed: bool = per_call(False, "--seed", "copy while the source runs, and leave it running: `resume RUN --seed` "
+                          "sends what has changed since, `resume RUN` cuts over", of=COPY_RESUME)
+    cutover_at: str = per_call("", "--cutover-at TIME",
+        "copy while the source runs, and stop it at this local time, such as \"2026-12-05 01:00\"",
+        read=parse_moment, of=COPY_RESUME)
+    every: int = option(600, "--every TIME", "until --cutover-at, send what has changed this often (default: 10m)",
+                        read=parse_seconds, of=COPY_RESUME)
+    late: int = option(600, "--late TIME",
+        "after --cutover-at, the source is stopped this much later at most (default: 10m)",
+        read=parse_seconds, of=COPY_RESUME)
+    answers: tuple[str, ...] = per_call((), "--await console:REGEX|tcp:PORT|command:WORDS",
+        "done once the new instance answers; else it is stopped, and the source started again; may be repeated",
+        read=parse_answers, of=COPY_RESUME, action="append")
+    await_timeout: int = option(300, "--await-timeout TIME", "time for --await after the start (default: 5m)",
+                                read=parse_seconds, of=COPY_RESUME)
     retries: int = option(5, "--retries N",
         "retries of a copy that broke off or stalled (default: 5)", read=parse_count, of=COPY_RESUME)
     stall_timeout: int = option(120, "--stall-timeout SECONDS",
@@ -554,6 +623,37 @@ class Settings:
         """The settings for the hypervisors of src or dst."""
         return replace(self, **{name[4:]: value for name, value in self.per_side.items() if name.startswith(side)})
 
+    def rate_at(self, moment: datetime) -> int:
+        """Bytes per second that --limit-rate allows at a local time; 0: no limit."""
+        minute = moment.hour * 60 + moment.minute
+        for row in filter(None, self.limit_rate.split(",")):
+            span, _, rate = row.rpartition("=")
+            begin, end = [int(hour) * 60 + int(past) for hour, past in re.findall(r"(\d+):(\d+)", span)] or (0, 0)
+            if begin <= minute < end or (begin >= end and not end <= minute < begin):
+                return int(rate)
+        return 0
+
+    @property
+    def rate(self) -> int:
+        """The same now."""
+        return self.rate_at(datetime.now())
+
+    @property
+    def least_rate(self) -> int:
+        """The lowest limit at any hour; 0: none."""
+        rates = [int(row.rpartition("=")[2]) for row in self.limit_rate.split(",") if row]
+        return min(filter(None, rates), default=0)
+
+    @property
+    def rates_ahead(self) -> str:
+        """The limits of the next week as Pace reads them: each rate, after the first one with the seconds to it."""
+        now = datetime.now().astimezone()
+        clocks = {(int(hour) % 24, int(past)) for hour, past in re.findall(r"(\d+):(\d+)", self.limit_rate)}
+        days = [(now + timedelta(days=day)).replace(second=0, microsecond=0, tzinfo=None) for day in range(8)]
+        changes = sorted(day.replace(hour=hour, minute=past).astimezone() for day in days for hour, past in clocks)
+        return ",".join([str(self.rate), *(f"{(at - now).total_seconds():.0f}:{self.rate_at(at)}"
+                                           for at in changes if at > now)])
+
 
 PER_SIDE: Final = (  # also SRC_HOSTS etc.
     "hosts", "disk_path", "ssh_user", "ssh_port", "ssh_key", "ssh_config", "known_hosts", "sudo")
@@ -561,7 +661,8 @@ PER_SIDE: Final = (  # also SRC_HOSTS etc.
 # Settings of a run that resume takes from its journal; never credentials, nor -e, which may hold secrets.
 FOR_RESUME: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "compress", "limit_rate",
                      "chunk", "root_only", "disks", "lanes", "warm", "warm_passes", "max_downtime", "warm_timeout",
-                     "bitmap", "src_cloud", "dst_cloud", "dst_project", "floating_ip")
+                     "bitmap", "cutover_at", "every", "late", "answers", "await_timeout", "src_cloud", "dst_cloud",
+                     "dst_project", "floating_ip")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -611,6 +712,8 @@ def merge_settings(flags: Mapping[str, object], environment: Mapping[str, str],
         for side in ("src", "dst") if row.name in PER_SIDE else ():
             per_side |= given(row, f"{side}_{row.name}")
     settings = Settings(**{**values, "per_side": per_side})
+    if settings.seed or settings.cutover_at:
+        settings = replace(settings, warm=True)
     if settings.chunk < MiB or settings.chunk % MiB:
         raise UsageError(f"CHUNK: {settings.chunk} is not a multiple of 1 MiB")
     for flag, is_given in (("--compress on", settings.compress == "on"), ("--warm", settings.warm)):
@@ -1590,12 +1693,13 @@ class Journal:
 
     @contextmanager
     def ending(self, undo: Undo, done: str = "done", failed: str = "failed") -> Iterator[None]:
-        """A scope around the undo scope: writes the run's result and what is left."""
+        """A scope around the undo scope: writes the run's result and what is left. A failure leaves a seed as it is."""
         result, error = done, ""
         try:
             yield
         except BaseException as failure:
             is_bug = not isinstance(failure, (MigrenaError, Interrupted))
+            failed = "seeded" if self.has_seed and failed == "failed" else failed
             result, error = "left" if is_bug else failed, str(failure)
             raise
         finally:
@@ -1604,6 +1708,11 @@ class Journal:
             if self.is_broken:
                 undo.screen.warn(f"the journal {self.path} lacks the run's end: `status` will show it as killed")
             self.close()
+
+    @property
+    def has_seed(self) -> bool:
+        """Whether the run has a seed, which a failure does not undo."""
+        return any(entry["event"] == "seeded" for entry in self.entries)
 
     def close(self) -> None:
         self._file.close()
@@ -1722,7 +1831,7 @@ class RunRecord:
     """A run by its journal, sizes in bytes; empty where that says nothing."""
 
     run: str
-    state: str  # running, killed, done, failed (and rolled back), left, rolled back
+    state: str  # running, killed, seeded, done, failed (and rolled back), left, rolled back
     began: str
     facts: Mapping[str, Any]  # the first line: source, destination, settings
     acts: tuple[Step, ...] = ()
@@ -1732,10 +1841,18 @@ class RunRecord:
     error: str = ""
     left: tuple[str, ...] = ()
     is_undoing: bool = False  # a rollback was begun and must be completed
+    before_seed: int = 0  # the number of acts before the last seed
+    seed: Mapping[str, Any] = field(default_factory=dict)  # the last one: when, the disks' sizes there, downtime
+    last_pass: Mapping[str, Any] = field(default_factory=dict)  # of a warm copy, and when it ended
 
     @property
     def source(self) -> str:
         return str(self.facts.get("source", ""))
+
+    @property
+    def recent(self) -> tuple[Step, ...]:
+        """The acts since the last seed: what was done to the source before is undone."""
+        return self.acts[self.before_seed :]
 
     @property
     def done(self) -> int:
@@ -1748,7 +1865,7 @@ class RunRecord:
     @property
     def destination(self) -> str:
         """The new instance's id, empty if Nova's answer was lost."""
-        return self._told("create destination", "server")
+        return self._told(self.acts, "create destination", "server")
 
     def made(self, kind: str) -> dict[str, str]:
         """The ids of what it made of a kind, by what it made them for: ports for the source's, and so on."""
@@ -1761,14 +1878,29 @@ class RunRecord:
                 if act.name == f"create {kind}" and act.of not in known and not act.facts.get("refused")}
 
     @property
+    def is_seed(self) -> bool:
+        """Whether the destination has a seed, as it also does once it gave no answer and the source was to go on."""
+        return bool(self.seed) or any(act.name == "await answer" and act.facts.get("missing") for act in self.recent)
+
+    @property
+    def seed_facts(self) -> dict[str, Any]:
+        """What the journal tells of the last seed, and when the disks were last copied."""
+        copied = next((act.ended for act in reversed(self.recent) if act.name in ("copy", "warm copy") and act.ended
+                       and act.result == "done"), self.began)
+        return {"disks": {}, "copied": copied} | {
+            key: value for key, value in self.seed.items() if key not in ("at", "event") and (
+                key != "copied" or copied == self.began)}
+
+    @property
     def volumes(self) -> dict[str, str]:
         """The ids of the volumes that it made, by the disk's key."""
         return self.made("volume")
 
     @property
     def was_running(self) -> bool:
-        """Whether the source ran when the run began."""
-        return bool(self.facts.get("was_running"))
+        """Whether the source ran when the run began, or when it was stopped after a seed."""
+        known = [act.facts["was_running"] for act in self.recent if act.name == "stop source"]
+        return bool(known[-1] if known and self.seed else self.facts.get("was_running"))
 
     @property
     def step(self) -> str:
@@ -1787,22 +1919,29 @@ class RunRecord:
     @property
     def stopped_at(self) -> datetime | None:
         """When the source's first stop was requested, by this machine's clock."""
-        return next((datetime.fromisoformat(act.began) for act in self.acts if act.name == "stop source"), None)
+        return next((datetime.fromisoformat(act.began) for act in self.recent if act.name == "stop source"), None)
 
     @property
     def swapped(self) -> set[str]:
         """The keys of the disks whose copy was swapped in."""
-        return {key_of(act.facts) for act in self.acts if act.name == "swap in" and act.result == "done"}
+        return {key_of(act.facts) for act in self.recent if act.name == "swap in" and act.result == "done"}
 
     def has_done(self, act: str) -> bool:
-        return any(known.name == act and known.result == "done" for known in self.acts)
+        return any(known.name == act and known.result == "done" for known in self.recent)
 
-    def request(self, act: str) -> str:
-        """The last request id of this act, or nothing."""
-        return self._told(act, "request")
+    @property
+    def source_request(self) -> str | None:
+        """The id of the last request that stopped the source, None if there is none."""
+        return self._told(self.recent, "stop source", "request") or None
 
-    def _told(self, act: str, fact: str) -> str:
-        return next((str(known.facts[fact]) for known in reversed(self.acts)
+    @property
+    def destination_request(self) -> str:
+        """The id of the last request that stopped the destination, or nothing."""
+        return self._told(self.acts, "stop destination", "request")
+
+    @staticmethod
+    def _told(acts: Sequence[Step], act: str, fact: str) -> str:
+        return next((str(known.facts[fact]) for known in reversed(acts)
             if known.name == act and fact in known.facts), "")
 
 
@@ -1816,14 +1955,17 @@ def read_run(folder: Path, run: str, *, is_ours: bool = False) -> RunRecord:
 def record_of(run: str, entries: Sequence[dict[str, Any]]) -> RunRecord:
     """A run by these lines of its journal; a run without an end is `killed`."""
     facts = next((entry for entry in entries if entry["event"] == "run"), {})
-    keys = dict.fromkeys(key_of(entry) for entry in entries if entry["event"] in ("job", "chunk", "progress"))
+    last: dict[str, dict[str, Any]] = {entry["event"]: entry for entry in entries}
+    recent = _lines_since(entries, "seeded") if "seeded" in last else entries
+    keys = dict.fromkeys(key_of(entry) for entry in recent if entry["event"] in ("job", "chunk", "progress"))
     end = next((entry for entry in _lines_since(entries, "run", "resume", "rollback") if entry["event"] == "ended"), {})
     return RunRecord(
         run, str(end.get("result", "killed")), str(facts.get("at", "")), facts, _acts(entries),
-        {key: _disk_record([entry for entry in entries if key_of(entry) == key]) for key in keys},
-        rate=_rate(entries), retries=sum(entry["event"] == "retry" for entry in entries),
-        error=str(end.get("error", "")), left=tuple(end.get("left", ())),
-        is_undoing=any(entry["event"] == "rollback" for entry in entries))
+        {key: _disk_record([entry for entry in recent if key_of(entry) == key]) for key in keys},
+        before_seed=sum(entry["event"] == "intent" for entry in entries[: len(entries) - len(recent)]),
+        seed=last.get("seeded", {}), last_pass=last.get("pass", {}), rate=_rate(entries),
+        retries=sum(entry["event"] == "retry" for entry in entries),
+        error=str(end.get("error", "")), left=tuple(end.get("left", ())), is_undoing="rollback" in last)
 
 
 def key_of(entry: Mapping[str, Any]) -> str:
@@ -1925,15 +2067,15 @@ class Undo:
         self.ways: list[str] = []  # commands that help with them
         self.doing = ""  # the current step, shown on a second Ctrl-C
         self.has_begun = False  # from then on signals do not interrupt
-        self._steps: list[tuple[str, Callable[[], None], bool]] = []
+        self._steps: list[tuple[str, Callable[[], None], Callable[[bool], bool]]] = []  # each with whether it is due
 
     def always(self, what: str, action: Callable[[], None]) -> None:
         """A step for every end of the run."""
-        self._steps.append((what, action, True))
+        self._steps.append((what, action, lambda is_undone: True))
 
-    def on_failure(self, what: str, action: Callable[[], None]) -> None:
-        """A step for a failed run, but not if both copies are kept."""
-        self._steps.append((what, action, False))
+    def on_failure(self, what: str, action: Callable[[], None], unless: Callable[[], bool] = lambda: False) -> None:
+        """A step for a failed run, but not if both copies are kept, nor if by then it is not wanted."""
+        self._steps.append((what, action, lambda is_undone: is_undone and not unless()))
 
     def __enter__(self) -> Undo:
         self.has_begun, self._steps = False, []  # used once per image
@@ -1947,8 +2089,8 @@ class Undo:
         if is_undone and self._steps:
             self.screen.say(
                 f"Undo: {error}" if isinstance(error, Interrupted) else "The run failed; undo.", always=True)
-        for what, action, is_cleanup in reversed(self._steps):
-            if is_undone or is_cleanup:
+        for what, action, is_due in reversed(self._steps):
+            if is_due(is_undone):
                 if kind:
                     self.screen.note(what)
                 self.attempt(what, action)
@@ -2311,16 +2453,28 @@ AnyDisk = DiskFile | ExportClient
 
 
 class Pace:
-    """No more bytes a second than `rate`, unless that is 0."""
+    """No more bytes a second than a rate; 0: no limit. As in `500,60:200,90:0` it changes after so many seconds."""
 
-    def __init__(self, rate: int) -> None:
-        self.rate, self.began, self.passed = rate, time.monotonic(), 0
+    def __init__(self, rates: str) -> None:
+        self.began = self.since = time.monotonic()
+        self.plan = [(float(at or 0), int(rate)) for at, _, rate in (
+            word.rpartition(":") for word in (rates or "0").split(","))]
+        self.rate, self.passed = self.plan[0][1], 0
+
+    @property
+    def least(self) -> int:
+        """The lowest rate; 0: there is never a limit."""
+        return min([rate for _, rate in self.plan if rate] or [0])
 
     def hold_back(self, count: int) -> None:
         """Waits until so many bytes more may have been read."""
+        now = time.monotonic()
+        rate = [rate for at, rate in self.plan if self.began + at <= now][-1]
+        if rate != self.rate:
+            self.since, self.rate, self.passed = now, rate, 0
         self.passed += count
-        if self.rate:
-            time.sleep(max(0, self.began + self.passed / self.rate - time.monotonic()))
+        if rate:
+            time.sleep(max(0, self.since + self.passed / rate - time.monotonic()))
 
 
 def runs_of(room: memoryview, start: int, stop: int) -> list[list[int]]:
@@ -2330,7 +2484,7 @@ def runs_of(room: memoryview, start: int, stop: int) -> list[list[int]]:
     return joined((at, to) for at, to in cells if room[at] or bytes(room[at:to]) != zeros[:to - at])
 
 
-def tell_digests(disk: AnyDisk, touched: set[int] | None, rate: int) -> None:
+def tell_digests(disk: AnyDisk, touched: set[int] | None, rates: str) -> None:
     """Prints the number and a sha256 of each block, or of each `touched` one, that is not all zeros.
 
     The sha256 is of runs of cells that are not all zeros, each after its place and length: holes need not be read.
@@ -2342,7 +2496,7 @@ def tell_digests(disk: AnyDisk, touched: set[int] | None, rate: int) -> None:
         for block in range(start // MiB, -(-stop // MiB)):
             if touched is None or block in touched:
                 filled.setdefault(block, []).append((max(start, block * MiB), min(stop, (block + 1) * MiB)))
-    own, pace = threading.local(), Pace(rate)
+    own, pace = threading.local(), Pace(rates)
 
     def digest(block: int) -> tuple[int, str]:
         if not hasattr(own, "room"):
@@ -2358,7 +2512,8 @@ def tell_digests(disk: AnyDisk, touched: set[int] | None, rate: int) -> None:
             found.update(room[start:stop])
         return block, found.hexdigest() if runs else ""
 
-    order, turn = sorted(filled), max(1, min(256, rate // MiB)) if rate else 256  # a sign of life a second, at any rate
+    order, slow = sorted(filled), pace.least
+    turn = max(1, min(256, slow // MiB)) if slow else 256  # a sign of life a second, at any rate
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for at in range(0, len(order), turn):
             for block, found in pool.map(digest, order[at:at + turn]):
@@ -2367,11 +2522,11 @@ def tell_digests(disk: AnyDisk, touched: set[int] | None, rate: int) -> None:
             print(".", flush=True)  # shows progress, even for zeros
 
 
-def bring(disk: AnyDisk, new: NewFile | ExportClient, wanted: Sequence[Sequence[int]], rate: int) -> None:
+def bring(disk: AnyDisk, new: NewFile | ExportClient, wanted: Sequence[Sequence[int]], rates: str) -> None:
     """Makes `new` equal to a disk at these extents, to be kept by its medium; prints progress as qemu-img does."""
     extents = ((at, min(MiB, start + count - at)) for start, count in wanted for at in range(start, start + count, MiB))
-    room, pace, total = memoryview(mmap.mmap(-1, MiB)), Pace(rate), sum(count for _, count in wanted)
-    told = pace.began
+    room, pace, total = memoryview(mmap.mmap(-1, MiB)), Pace(rates), sum(count for _, count in wanted)
+    told, done = pace.began, 0
     for at, count in disk.stream(extents, room):
         last = 0
         for start, stop in [*runs_of(room, 0, count), [count, count]]:
@@ -2381,9 +2536,10 @@ def bring(disk: AnyDisk, new: NewFile | ExportClient, wanted: Sequence[Sequence[
                 new.write(at + start, room[start:stop])
             last = stop
         pace.hold_back(count)
+        done += count
         if time.monotonic() - told > 0.2:
             told = time.monotonic()
-            print(f"({100 * pace.passed / total:.2f}/100%)", flush=True)
+            print(f"({100 * done / total:.2f}/100%)", flush=True)
     new.sync()
 
 
@@ -2410,7 +2566,7 @@ def work_on_blocks(verb: str, where: str, *words: str) -> None:
     """The program of `blocks`: VERB WHERE OFFSET LENGTH RATE LIST FILE FOLDER.
 
     WHERE and FILE are files, or NBD exports as qemu's nodes in JSON, for which FOLDER has the certificates. LIST names
-    a file with extents. RATE is in bytes per second, or 0. `extents` prints the extents that hold data; `digest` the
+    a file with extents. RATE is as Pace takes it. `extents` prints the extents that hold data; `digest` the
     digests of blocks, with LIST of those that its extents touch. `patch` makes FILE equal to WHERE at those extents.
     `unchanged` prints the blocks of the qcow2 file FILE, with clusters of FOLDER bytes, that are full of data which is
     as it was when the dirty bitmap WHERE began.
@@ -2428,12 +2584,12 @@ def work_on_blocks(verb: str, where: str, *words: str) -> None:
                 print(start, stop - start)
         elif verb == "patch":
             new = ExportClient(json.loads(target), begin, end, folder) if target.startswith("{") else NewFile(target)
-            bring(disk, new, wanted or [], int(rate or 0))
+            bring(disk, new, wanted or [], rate)
         elif verb == "unchanged":
             for start, stop in joined(sorted(unchanged_spans(disk, target, int(folder)))):
                 print(*range(-(-start // MiB), stop // MiB))
         else:
-            tell_digests(disk, None if wanted is None else blocks_of(wanted), int(rate or 0))
+            tell_digests(disk, None if wanted is None else blocks_of(wanted), rate)
         sys.stdout.flush()
     except Exception as error:
         sys.exit(f"{name}: {error}")
@@ -3906,6 +4062,12 @@ class Compute(Service):
         return self._version >= {"description": (2, 19), "nics": (2, 37), "tags": (2, 52), "hostname": (2, 90)}.get(
             argument, (2, 1))
 
+    def console(self, id: str) -> str:
+        """What is on an instance's console; empty if there is none yet."""
+        with ignoring(404, 409), self.translating(f"show console of server {id}"):
+            return str(self._nova.servers.get_console_output(id))
+        return ""
+
     def attach(self, id: str, port: str) -> None:
         """Attaches a port to an instance, unless it is attached to it already."""
         def ask() -> None:
@@ -4173,6 +4335,18 @@ while [ "$(cat "$state/size")" != 0 ] && [ "$n" -lt 100 ]; do n=$((n + 1)); slee
 [ "$n" -lt 100 ] || { echo "$device stays attached" >&2; exit 9; }
 """
 
+# For all disks of the instance with root disk $1: the copies of run $2 that took their places lie beside them again.
+SWAP_OUT: Final = """
+set -e
+for kept in "${1%/*}"/disk*.migrena-"$2"-fresh; do
+  [ -e "$kept" ] || continue
+  new="${kept%-fresh}"; at="${new%.migrena-"$2"}"
+  [ ! "$kept" -ef "$at" ] || rm -- "$kept"
+  [ -e "$new" ] || mv -T -- "$at" "$new"
+  [ ! -e "$kept" ] || mv -fT -- "$kept" "$at"
+done
+sync "${1%/*}"
+"""
 # $1 the disk, $2 the new file, $3 where to keep the old one. At every moment a disk is at $1.
 SWAP_IN: Final = """
 set -e
@@ -5046,8 +5220,11 @@ class DiskJob:
 
     @property
     def chunk(self) -> int:
-        """Most bytes of a chunk: parallel ones share those of CHUNK, or what the rate limit allows in a minute."""
-        most = self.settings.limit_rate * 60 or self.settings.chunk
+        """Most bytes of a chunk: parallel ones share those of CHUNK, or what the rate limit allows in a minute.
+
+        A limit by the hour allows five seconds, as no chunk's rate changes.
+        """
+        most = self.settings.least_rate * (5 if ":" in self.settings.limit_rate else 60) or self.settings.chunk
         return max(min(most, self.settings.chunk) // self.max_parallel // MiB * MiB, MiB)
 
     @property
@@ -5417,7 +5594,7 @@ def copy_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Callabl
     if length <= 0:
         return
     options = tls_options(job, ends.destination_folder, "client")
-    limit = job.settings.limit_rate
+    limit = job.settings.rate
     rate = ("-r", str(limit)) if limit else ()
     # A request of 2 MiB counts as done when it begins: at most a second's worth.
     requests = max(1, min(16, limit // (2 * MiB))) if limit else 16
@@ -5450,7 +5627,7 @@ def patch_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Callab
     folder = ends.destination_folder
     with seen_by_guest(ends, ends.destination, job.landing.image, job, is_written=True) as target:
         listed = put_list(ends.destination, folder, chunk.extents)
-        words = blocks("patch", node.place, 0, job.length, job.settings.limit_rate, listed, target, folder)
+        words = blocks("patch", node.place, 0, job.length, job.settings.rates_ahead, listed, target, folder)
         ends.destination.work(*words, stall=job.settings.stall_timeout, on_output=progress_of(chunk.held, show),
             given=("flock", "-s", job.landing.lock))
 
@@ -5519,7 +5696,7 @@ class ChunkSender:
         job, (source, destination) = self._job, (self._ends.source, self._ends.destination)
         for block in blocks_of(extents):
             self._there.pop(block, None)
-        least = max(LEAST_CHUNK, job.settings.limit_rate * 5 // MiB * MiB)  # no data flows between limited chunks
+        least = max(LEAST_CHUNK, job.settings.least_rate * 5 // MiB * MiB)  # no data flows between limited chunks
         hole = 0 if job.transport.has_holes else LEAST_CHUNK
         split = [chunk for chunk in chunks(job.length, extents, job.chunk, least, hole) if chunk.held or self._is_new]
         on_way = deque[tuple[Chunk, Digests | None, Future[None]]]()
@@ -5604,7 +5781,7 @@ class ChunkSender:
             return {}
         if self._is_new:
             is_live = self._job.is_live and host is self._ends.source
-            rate, priority = (self._job.settings.limit_rate, low_priority(self._job)) if is_live else (0, ())
+            rate, priority = (self._job.settings.rates_ahead, low_priority(self._job)) if is_live else ("", ())
             stall = self._job.settings.stall_timeout
             return digests(host, place, chunk.offset, chunk.length, stall, rate, before=priority)
         return digests_again(self._ends, host, self._job, {}, chunk.extents, place)
@@ -5656,7 +5833,8 @@ def digests_again(ends: Ends, host: Host, job: DiskJob, before: Mapping[int, str
     found = {block: digest for block, digest in before.items() if block not in touched and block * MiB < job.length}
     if not extents:
         return found
-    rate, priority = (job.settings.limit_rate, low_priority(job)) if job.is_live and host is ends.source else (0, ())
+    is_live = job.is_live and host is ends.source
+    rate, priority = (job.settings.rates_ahead, low_priority(job)) if is_live else ("", ())
     listed, stall = put_list(host, ends.folder(host), extents), job.settings.stall_timeout
     with nullcontext(where) if where else seen_by_guest(ends, host, job.landing.image, job) as place:
         return found | digests(host, place, 0, job.length, stall, rate, listed, before=priority)
@@ -5788,6 +5966,7 @@ class Situation:
     is_in_place: bool = False  # whether the copy is known to be swapped in
     was_running: bool = False  # whether the source ran when the run began
     others: tuple[Server, ...] = ()  # other instances made from the source
+    is_seed: bool = False  # the destination holds a seed, of no worth of its own
     alive: str = ""  # where the run is active on another machine
 
     @property
@@ -5868,6 +6047,8 @@ def rule_own_data(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
         yield "the destination was started, and the volumes may have newer data"
     if asked.yes or act not in (*REMOVING, *WRITING, Act.GO_ON) or not (made := now.destination.server):
         return
+    if now.is_seed and made.is_stopped and act is not Act.DELETE:  # what it changed is found, and sent again
+        return
     if act in REMOVING and now.stage is Stage.DONE:
         fate = "stopped" if act is Act.STOP_DESTINATION else "deleted"
         yield (f"run {now.run} was successful: {made.name} {made.id} ({made.status}) would be {fate}, "
@@ -5880,7 +6061,8 @@ def rule_own_data(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
 def rule_one_copy(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     """A destination with the proven copy is deleted only while the source and its disk are seen to exist."""
     source, is_there = now.source, now.destination.server or act is Act.DELETE_VOLUMES
-    if act not in (Act.DELETE, Act.CLEAN, Act.DELETE_VOLUMES) or not is_there or now.stage < Stage.PROVEN:
+    if act not in (Act.DELETE, Act.CLEAN, Act.DELETE_VOLUMES) or not is_there or not (
+            now.stage >= Stage.PROVEN or now.is_seed):
         return
     if source.is_gone:
         yield "the source is gone: this is its only copy"
@@ -5916,7 +6098,7 @@ def rule_seen(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     source, made = (now.source,), (now.destination,)
     needed = {Act.STOP_SOURCE: source, Act.UNMARK: source, Act.STOP_DESTINATION: made,
               Act.GIVE_BACK: source + made if now.has_copy else source}
-    if now.stage < Stage.PROVEN:
+    if now.stage < Stage.PROVEN and not now.is_seed:
         needed |= {Act.DELETE: made, Act.CLEAN: made, Act.DELETE_VOLUMES: made}
     if not (act in WRITING and asked.is_held):
         yield from (f"{seen.id} could not be looked up: {seen.unseen}"
@@ -6011,15 +6193,16 @@ def see(cloud: Cloud, id: str, since: str | None, *, is_patient: bool = True) ->
 
 def situation(record: RunRecord, source: Seen, destination: Seen, is_in_place: bool = False) -> Situation:
     """A run's Situation, by its journal and both sides."""
-    was_running = bool(record.was_running and record.stopped_at)
-    return Situation(record.run, stage_of(record), source, destination, is_in_place, was_running)
+    was_running, stage = bool(record.was_running and record.stopped_at), stage_of(record)
+    is_seed = record.is_seed and stage < Stage.PROVEN
+    return Situation(record.run, stage, source, destination, is_in_place, was_running, is_seed=is_seed)
 
 
 def stage_of(record: RunRecord) -> Stage:
     """A run's stage by its journal; acts count once begun if they may have been done."""
-    begun, done = {act.name for act in record.acts}, {act.name for act in record.acts if act.result == "done"}
+    begun, done = {act.name for act in record.recent}, {act.name for act in record.recent if act.result == "done"}
     signs = {
-        Stage.MADE: "create destination" in begun, Stage.COPYING: bool({"copy", "warm copy"} & begun),
+        Stage.MADE: "create destination" in begun, Stage.COPYING: bool(record.seed or {"copy", "warm copy"} & begun),
         Stage.PROVEN: "copy" in done, Stage.SWAPPED: "swap in" in begun, Stage.STARTED: "start destination" in begun,
         Stage.DONE: "mark destination done" in done}
     return max((stage for stage, is_so in signs.items() if is_so), default=Stage.NOTHING)
@@ -6077,12 +6260,11 @@ class ImagePlan:
 
 
 class Stream:
-    """A readable stream that counts and digests its bytes, shows progress and keeps to `rate` bytes/s (0: no limit)."""
+    """A readable stream that counts and digests its bytes, shows progress and keeps to `rates`, which Pace reads."""
 
-    def __init__(self, parts: Iterator[bytes], wanted: Image, rate: int = 0,
+    def __init__(self, parts: Iterator[bytes], wanted: Image, rates: str = "",
             show: Callable[[int], None] = lambda done: None) -> None:
-        self._parts, self._rate, self._show = parts, rate, show
-        self._began, self.done = time.monotonic(), 0
+        self._parts, self._pace, self._show, self.done = parts, Pace(rates), show, 0
         known = {"md5", "sha512", str(wanted.facts.get("os_hash_algo"))} & hashlib.algorithms_available
         self._digests = {name: hashlib.new(name, usedforsecurity=False) for name in known}
 
@@ -6093,8 +6275,7 @@ class Stream:
             digest.update(part)
         self.done += len(part)
         self._show(self.done)
-        if self._rate:
-            time.sleep(max(0.0, self._began + self.done / self._rate - time.monotonic()))
+        self._pace.hold_back(len(part))
         return part
 
     def prove(self, image: Image, side: str) -> str:
@@ -6252,7 +6433,7 @@ def carry(settings: Settings, journal: Journal, undo: Undo, clouds: tuple[Cloud,
         screen.note(f"Converting it to {plan.disk_format} in {work_folder(settings)}.")
     refused = store.describe(id, {key: one for key, one in told.items() if key not in NOT_CARRIED and one is not None})
     with journal.act("copy image", image=id, size=plan.size), screen.progress(plan.size) as show:
-        stream = sent = Stream(source.store.download(wanted.id), wanted, settings.limit_rate, show)
+        stream = sent = Stream(source.store.download(wanted.id), wanted, settings.rates_ahead, show)
         if plan.is_converted:
             with converted(stream, plan, work_folder(settings)) as made, made.open("rb") as file:
                 sent = Stream(iter(lambda: file.read(MiB), b""), wanted)
@@ -7155,6 +7336,7 @@ class Report:
     copy: dict[str, Any] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
     downtime_seconds: float | None = None
+    answer_seconds: float | None = None  # from the destination's start, with --await
     seconds: dict[str, float] = field(default_factory=dict)
     api_calls: dict[str, int] = field(default_factory=dict)  # by cloud
     ssh_commands: dict[str, int] = field(default_factory=dict)  # by host
@@ -7221,6 +7403,11 @@ class Run:
         """Whether an earlier process has swapped the copy in."""
         return bool(self.earlier and self.earlier.is_in_place)
 
+    @property
+    def keeps_destination(self) -> bool:
+        """Whether a failure leaves the destination as it is: it has a seed, or has run with the copy."""
+        return self.record.is_seed or any(act.name == "await answer" for act in self.record.recent)
+
     def label(self, key: str) -> str:
         """What a line about a disk begins with; nothing if it is the only one."""
         return f"{key}: " if len(self.plan.disks) > 1 else ""
@@ -7234,11 +7421,11 @@ def situation_now(run: Run, made: str = "", *, with_disk: bool = False, is_patie
     """Both sides of a run as they are now, on request with the source's disk."""
     for _ in range(LOOKS):
         began, record = time.monotonic(), run.record
-        source = see(run.source, run.plan.server.id, record.request("stop source") or None, is_patient=is_patient)
+        source = see(run.source, run.plan.server.id, record.source_request, is_patient=is_patient)
         if with_disk and source.server:
             nodes = {key: disk.top.node for key, disk in run.plan.disks.items()}
             source = replace(source, disk=disk_now(run.source_host, nodes, record))
-        destination = see(run.destination, made or run.made, record.request("stop destination"), is_patient=is_patient)
+        destination = see(run.destination, made or run.made, record.destination_request, is_patient=is_patient)
         if (took := time.monotonic() - began) <= LOOK_LIMIT or source.unseen or destination.unseen:
             break
     else:  # the first result is out of date
@@ -7278,7 +7465,8 @@ def execute_or_undo(run: Run) -> int:
     """Executes the run, undoes it if it fails; returns the exit code."""
     run.source.tell = run.destination.tell = run.screen.note
     try:
-        with run.journal.ending(run.undo), ExitStack() as stack, run.undo, keeping_proven(run):
+        ending = run.journal.ending(run.undo, "seeded" if run.settings.seed else "done")
+        with ending, ExitStack() as stack, run.undo, keeping_proven(run):
             stack.enter_context(run.source_host.private_folder(run.plan.run))  # shows other machines that it is active
             id = execute(run, stack)
     except (UsageError, Refused) as error:  # too late to count as a refusal
@@ -7287,7 +7475,7 @@ def execute_or_undo(run: Run) -> int:
         raise MigrenaError.of(error.reasons) from error
     finally:
         run.report.api_calls = {cloud.label: cloud.calls for cloud in (run.source, run.destination)}
-    run.report.result = "left" if run.undo.left else "done"
+    run.report.result = "left" if run.undo.left else "seeded" if run.settings.seed else "done"
     if not (run.settings.json or run.settings.quiet):
         print(id)
     return 0
@@ -7305,14 +7493,20 @@ def execute(run: Run, stack: ExitStack) -> str:
     with DiskLocks(plan.run) as locks:
         if not run.is_in_place:
             began = copy_and_swap(run, host, new, locks)
+            if run.settings.seed:
+                return new.id
         elif ((source := situation_now(run).source).is_idle and not source.is_locked_by(plan.run)
                 and run.settings.start_after in ("all", "dst")):
             stop_source(run, new)  # somebody unlocked it: lock it again before the destination is started
         arrived = start_named(run, "dst", new.id)
         if plan.was_running:
-            stopped = run.earlier.record.stopped_at if run.earlier else None
+            stopped = run.record.stopped_at if run.earlier else None
             elapsed = (datetime.now(timezone.utc) - stopped).total_seconds() if stopped else time.monotonic() - began
             run.report.downtime_seconds = round(elapsed, 2)
+    if arrived and run.settings.answers:
+        with suppress(Kept):  # tried again later
+            lead_floating_ips(run)
+        await_answer(run, arrived)
     with run.journal.act("mark destination done", server=new.id):
         cloud.mark(new.id, {DONE: plan.run, ORIGIN: plan.server.id})  # somebody may have removed them
         cloud.unmark(new.id, plan.run, MADE)
@@ -7325,6 +7519,80 @@ def execute(run: Run, stack: ExitStack) -> str:
     kept = [str(disk.job["kept"]) for disk in run.record.disks.values() if disk.job]
     run.undo.attempt(f"remove {host.name}:{' '.join(kept)}", partial(host.run, "rm", "-f", "--", *kept))
     return new.id
+
+
+def has_answered(cloud: Cloud, server: Server, how: str) -> bool:
+    """Whether an instance that was started answers; libvirt begins its console anew at a start."""
+    kind, _, what = how.partition(":")
+    if kind == "console":
+        with suppress(CloudError):  # asked again soon
+            return bool(re.search(what, cloud.console(server.id)))
+        return False
+    addresses = [str(one["addr"]) for known in server.facts.get("addresses", {}).values() for one in known]
+    if kind == "tcp":
+        for address in addresses:
+            with suppress(OSError), socket.create_connection((address, int(what)), timeout=3):
+                return True
+        return False
+    about = {"INSTANCE_ID": server.id, "INSTANCE_NAME": server.name, "INSTANCE_ADDRESSES": " ".join(addresses)}
+    try:
+        done = subprocess.run(shlex.split(what), env=os.environ | about, stdin=subprocess.DEVNULL, timeout=30,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    except (subprocess.TimeoutExpired, OSError):
+        return False
+    return not done.returncode
+
+
+def await_answer(run: Run, server: Server) -> None:
+    """Waits until the started destination answers in every way that is asked for; else gives the source back.
+
+    Raises Kept without an answer: the destination is stopped then, and stays as it is.
+    """
+    settings, began, open_ways = run.settings, time.monotonic(), list(run.settings.answers)
+    with run.screen.step("Wait for the answer of the destination instance."):
+        with run.journal.act("await answer", server=server.id, ways=open_ways) as result:
+            for _ in run.destination.polls():
+                server = run.destination.server_retrying(server.id)
+                run.changed(server)
+                open_ways = [how for how in open_ways if not has_answered(run.destination, server, how)]
+                waited = time.monotonic() - began
+                if not open_ways or waited > settings.await_timeout or not (server.is_running or server.task):
+                    break
+            result["missing"] = open_ways
+        if not open_ways:
+            run.report.answer_seconds = round(waited, 2)
+            run.screen.note(f"It answers, {duration(waited)} after its start.")
+            return
+        run.screen.note(f"No answer: {', '.join(open_ways)}. The instance is {server.status} after {duration(waited)}.")
+    take_back(run, server.id, f"no answer within {duration(waited)} ({', '.join(open_ways)}), and was {server.status}")
+
+
+def take_back(run: Run, id: str, why: str) -> NoReturn:
+    """Stops a destination that does not answer, and gives the source back, if both may be done; raises Kept always."""
+    problems, source, began = list[Reason](), run.plan.server.id, run.record.stopped_at
+    told = Reason(f"the destination {id} gave {why}", f"./migrena.py resume {run.plan.run} copies what has changed, "
+                  f"and tries again; ./migrena.py rollback {run.plan.run} deletes it")
+    try:
+        now = situation_now(run)
+        if now.source.is_gone:
+            raise Kept(f"the source {source} is gone: the destination is left as it is")
+        allow(Act.GIVE_BACK, replace(now, destination=Seen()), Asked(run.settings.yes))  # it is stopped by then
+        with run.screen.step("Stop destination instance."):
+            allow(Act.STOP_DESTINATION, now, Asked(yes=True))
+            with run.journal.act("stop destination", server=id) as result:
+                locked = run.destination.lock(id, f"{LOCKED_BY}{run.plan.run}")
+                result["request"] = run.destination.stop(id, run.changed) or locked
+            with collecting(problems):
+                lead_floating_ips(run, back=True)
+        with run.screen.step("Start source instance." if run.plan.was_running else "Unlock source instance."):
+            give_back(run.source, now := gate(run, Act.GIVE_BACK), run.journal, run.changed)
+            keep_as_seed(run, now)
+            down = (datetime.now(timezone.utc) - began).total_seconds() if began else 0.0
+            status = run.source.server_retrying(source).status
+    except MigrenaError as error:
+        raise Kept.of([told, *error.reasons, *problems]) from error
+    raise Kept.of([replace(told, problem=f"{told.problem}: it is stopped and kept"),
+                   Reason(f"the source {source} is {status} again, {duration(down)} after its stop"), *problems])
 
 
 def release_destination(run: Run, id: str) -> None:
@@ -7366,8 +7634,11 @@ class DiskCopy:
 
 
 def copy_and_swap(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
-    """Copies the disks and swaps them in; returns when the source was asked to stop, by the monotonic clock."""
-    with slots(run.journal.path.parent, (run.source_host.name, host.name), run.settings.max_per_host, run.screen):
+    """Copies the disks and swaps them in; returns when the source was asked to stop, by the monotonic clock.
+
+    With --seed the source is not stopped, and nothing is swapped in.
+    """
+    with Slot(run, host) as slot:
         with ExitStack() as stack:
             keys = [key for key in run.plan.disks if not run.earlier or key not in run.earlier.in_place]
             both = {key: stack.enter_context(BothEnds(run, ends, locks)) for key, ends in zip(
@@ -7378,7 +7649,9 @@ def copy_and_swap(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
             for copy in copies:
                 with_retries(copy.both, partial(lock_fresh, copy.job), "stays as it is")
             if run.settings.warm and run.plan.server.is_running:
-                warm_copy(run, copies)
+                warm_copy(run, copies, slot)
+            if run.settings.seed:
+                return 0.0
             require_safe_stop(run)
             began = stop_source(run, new)
             for copy in copies:
@@ -7393,6 +7666,24 @@ def copy_and_swap(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
             copy_nvram(run, host, new.id)
         swap_in(run, host, [copy.job for copy in copies], locks)
     return began
+
+
+class Slot(ExitStack):
+    """A scope with a slot for the copy on both hosts, which can be given up for a while."""
+
+    def __init__(self, run: Run, host: Host) -> None:
+        super().__init__()
+        self._run, self._names = run, (run.source_host.name, host.name)
+
+    def __enter__(self) -> Slot:
+        super().__enter__()
+        self.take()
+        return self
+
+    def take(self) -> None:
+        """Waits for a slot."""
+        run = self._run
+        self.enter_context(slots(run.journal.path.parent, self._names, run.settings.max_per_host, run.screen))
 
 
 def lock_both(job: DiskJob, ends: Ends) -> None:
@@ -7480,41 +7771,125 @@ def swap_in(run: Run, host: Host, jobs: Sequence[DiskJob], locks: DiskLocks) -> 
                                 "the next backup will be a full one")
 
 
-def warm_copy(run: Run, copies: Sequence[DiskCopy]) -> None:
+def warm_copy(run: Run, copies: Sequence[DiskCopy], slot: Slot) -> None:
     """Copies the disks in passes while the source runs, until little is left to send after its stop.
 
-    Each copy then knows the digests of both ends, if a dirty bitmap shows what changes after them. Raises FinalError if
-    --max-downtime cannot be met, and HostError as `with_retries` does; the source runs on.
+    With --cutover-at the passes go on until then. Each copy then knows the digests of both ends, if a dirty bitmap
+    shows what changes after them. Raises FinalError if --max-downtime or the time cannot be met, and HostError as
+    `with_retries` does; the source runs on.
     """
-    passes, began = list[Pass](), time.monotonic()
     settings, screen, files = run.settings, run.screen, [copy.job.new for copy in copies]
-    nova = nova_takes(run.source.actions(run.plan.server.id), screen.seconds.get(STOP_DESTINATION, 5.0))
-    least, gap, pause = math.inf, 0.0, 0.0
     with screen.step("Copy the disk while the source runs."), run.journal.act("warm copy", new=files) as result:
         for copy in copies:
             screen.note(f"{run.source_host.name}:{copy.job.source.path} -> {copy.both.destination.name}:{copy.job.new}")
-        has_bitmap = {copy.job.key: settings.bitmap and begin_bitmap(run, copy.job) for copy in copies}
-        while not passes or wants_another_pass(settings, passes, nova, time.monotonic() - began):
-            if pause:
-                screen.note(f"Wait {duration(pause)}: the last pass gained nothing.")
-                time.sleep(pause)
-                passes[-1] = replace(passes[-1], seconds=passes[-1].seconds + pause)
-            since = time.monotonic()
-            passes.append(one := sum_of(for_each(run, copies, partial(one_pass, run)), time.monotonic() - since))
-            expected = downtime(passes, nova) if len(passes) > 1 else math.inf
-            was_paused, pause = pause > 0, 0.0
-            if len(passes) > 2 and not was_paused:  # a pass after a pause brings more, and tells nothing
-                pause = gap = next_gap(gap, expected < least)
-            least = min(least, expected)
-            more = (f", found in {duration(one.looking)}; stopped now, it would be down for about "
-                    f"{duration(expected)}" if len(passes) > 1 else "")
-            screen.note(f"Pass {len(passes)}: {human(one.changed)} "
-                f"{'sent' if len(passes) == 1 else 'had changed, sent'} in {duration(one.sending)}{more}")
-            run.journal.write("pass", number=len(passes), **asdict(one))
-        result["passes"] = len(passes)
-    run.report.copy["passes"] = [asdict(one) for one in passes]
+        has_bitmap = {copy.job.key: settings.bitmap and not settings.seed and begin_bitmap(run, copy.job)
+                      for copy in copies}
+        warm = WarmCopy(run, copies, nova_takes(
+            run.source.actions(run.plan.server.id), screen.seconds.get(STOP_DESTINATION, 5.0)))
+        try:
+            if settings.cutover_at:
+                warm.until_little_is_left(replace(settings, max_downtime=0))
+                warm.seeded()
+                warm.until_window(slot)
+                warm.in_window()
+            else:
+                warm.until_little_is_left(replace(settings, max_downtime=0) if settings.seed else settings)
+        finally:
+            result["passes"], run.report.copy["passes"] = len(warm.passes), [asdict(one) for one in warm.passes]
+    if settings.seed:
+        warm.seeded()
+        screen.note(f"Seeded; the source runs on. ./migrena.py resume {run.plan.run} --seed sends what has changed by "
+                    f"then, resume {run.plan.run} cuts over, rollback {run.plan.run} removes it.")
     for copy in copies:
         copy.known = copy.known if has_bitmap[copy.job.key] else NOTHING_KNOWN
+
+
+class WarmCopy:
+    """The passes of a warm copy; `nova`: seconds that Nova takes to stop the source and start the destination."""
+
+    def __init__(self, run: Run, copies: Sequence[DiskCopy], nova: float) -> None:
+        self._run, self._copies, self._nova, self.passes = run, copies, nova, list[Pass]()
+        self._least, self._gap, self._pause = math.inf, 0.0, 0.0
+
+    @property
+    def expected(self) -> float:
+        """Seconds that the source would be down if it were stopped now; infinite before the second pass."""
+        return downtime(self.passes, self._nova) if len(self.passes) > 1 else math.inf
+
+    def until_little_is_left(self, settings: Settings, since: float = 0.0) -> None:
+        """Makes passes as long as they gain something; `since`: seconds that count towards the limit already."""
+        began = time.monotonic() - since
+        while not self.passes or wants_another_pass(settings, self.passes, self._nova, time.monotonic() - began):
+            if self._pause:
+                self._run.screen.note(f"Wait {duration(self._pause)}: the last pass gained nothing.")
+                time.sleep(self._pause)
+                self._waited(self._pause)
+            self.make_pass()
+
+    def make_pass(self) -> None:
+        """Makes a pass, and tells what it found."""
+        run, passes, since = self._run, self.passes, time.monotonic()
+        passes.append(one := sum_of(for_each(run, self._copies, partial(one_pass, run)), time.monotonic() - since))
+        expected, was_paused, self._pause = self.expected, self._pause > 0, 0.0
+        if len(passes) > 2 and not was_paused:  # a pass after a pause brings more, and tells nothing
+            self._pause = self._gap = next_gap(self._gap, expected < self._least)
+        self._least = min(self._least, expected)
+        more = (f", found in {duration(one.looking)}; stopped now, it would be down for about "
+                f"{duration(expected)}" if len(passes) > 1 else "")
+        is_first = len(passes) == 1 and not run.record.seed
+        run.screen.note(f"Pass {len(passes)}: {human(one.changed)} "
+            f"{'sent' if is_first else 'had changed, sent'} in {duration(one.sending)}{more}")
+        run.journal.write("pass", number=len(passes), **asdict(one), **({} if math.isinf(expected) else {
+            "downtime": round(expected, 1)}))
+
+    def seeded(self) -> None:
+        """Tells the journal that all disks have been copied once."""
+        self._run.journal.write("seeded", copied=datetime.now(timezone.utc).isoformat(), disks={
+            copy.job.key: copy.job.source.size for copy in self._copies})
+
+    def until_window(self, slot: Slot) -> None:
+        """Makes a pass every so often until the time of the cut-over, without a slot meanwhile."""
+        run, due = self._run, datetime.fromisoformat(self._run.settings.cutover_at)
+        run.screen.note(f"Cut-over at {due:%Y-%m-%d %H:%M %z}; until then a pass every {duration(run.settings.every)}.")
+        has_failed = False
+        while (left := due.timestamp() - time.time()) > 0:
+            early = 0.0 if has_failed else 1.5 * self.passes[-1].seconds
+            rest = min(float(run.settings.every), max(0.0, left - early))
+            slot.close()
+            until = time.time() + rest  # by the wall clock: this machine may sleep
+            while (ahead := until - time.time()) > 0:
+                run.screen.status(f"Cut-over at {due:%Y-%m-%d %H:%M}, in {duration(due.timestamp() - time.time())}")
+                time.sleep(min(ahead, 1.0))
+            slot.take()
+            self._waited(rest)
+            try:
+                self.make_pass()
+                has_failed = False
+            except (CloudError, HostError) as error:  # such as a source that is being rebooted
+                if due.timestamp() < time.time():
+                    raise
+                has_failed = True
+                run.screen.warn(f"{error}; there is time for another pass")
+            if rest == 0.0:  # the last pass before the time
+                time.sleep(max(0.0, due.timestamp() - time.time()))
+
+    def in_window(self) -> None:
+        """Makes passes until little is left, or --max-downtime is met; raises FinalError once it is too late."""
+        settings, due = self._run.settings, datetime.fromisoformat(self._run.settings.cutover_at)
+        past = time.time() - due.timestamp()
+        if past > settings.late:
+            raise FinalError(
+                f"the cut-over was due at {due:%Y-%m-%d %H:%M %z}, {duration(past)} ago: this machine slept, or a pass "
+                f"or the wait for a slot took too long; --late allows {duration(settings.late)}",
+                f"./migrena.py resume {self._run.plan.run} --cutover-at TIME, or --cutover-at now")
+        try:
+            self.until_little_is_left(replace(settings, warm_timeout=settings.late, warm_passes=0), past)
+        except FinalError as error:
+            raise FinalError(f"it is {datetime.now():%H:%M}, the cut-over was due at {due:%H:%M}, but --max-downtime "
+                             f"does not hold: {error}", error.reasons[0].way_out) from error
+
+    def _waited(self, seconds: float) -> None:
+        self.passes[-1] = replace(self.passes[-1], seconds=self.passes[-1].seconds + seconds)
 
 
 def begin_bitmap(run: Run, job: DiskJob) -> bool:
@@ -7589,18 +7964,23 @@ def sum_of(passes: Sequence[Pass], seconds: float) -> Pass:
     return Pass(int(changed), looking * share, sending * share, seconds)
 
 
+def again_command(run: Run) -> str:
+    """What to do after a failure that leaves the source as it is."""
+    return f"./migrena.py resume {run.plan.run}" if run.record.seed else "run it again"
+
+
 def require_it_runs(run: Run, server: Server | None) -> None:
     """Raises CloudError if the source has moved to another host or does not run."""
     was = run.plan.server
     if not server or (server.host, server.hypervisor) != (was.host, was.hypervisor):
         place = f" to {server.hypervisor}" if server else ""
-        raise CloudError(f"the source has moved{place} during the copy", "run it again", 400)
+        raise CloudError(f"the source has moved{place} during the copy", again_command(run), 400)
     if server.status != "ACTIVE" or server.power != 1:
         why = "somebody stopped it"
         with suppress(HostError):
             why = ENDED["crashed"] if "crashed" in run.source_host.script(DOMAIN_STATE, server.id) else why
         raise CloudError(f"the source is {server.status} during the copy: {why}",
-                         "find out who; run it again, without --warm if it stays stopped", 400)
+                         f"find out who; {again_command(run)}, without --warm if it stays stopped", 400)
 
 
 def nova_takes(actions: Sequence[Action], stop: float) -> float:
@@ -7660,7 +8040,8 @@ def claim_source(run: Run) -> None:
     """
     id, plan = run.plan.server.id, run.plan
     run.undo.always(f"check that nothing of ours is left on {run.source_host.name}", run.source_host.confirm_all_ended)
-    run.undo.on_failure(f"take the mark off source {id}", lambda: take_mark_off(run.source, situation_now(run)))
+    run.undo.on_failure(f"take the mark off source {id}", lambda: take_mark_off(run.source, situation_now(run)),
+                        lambda: run.keeps_destination)
     if run.earlier:
         delete_things_on_failure(run)
         delete_on_failure(run)
@@ -7824,7 +8205,7 @@ def delete_things_on_failure(run: Run) -> None:
         delete_things(run.destination, run.record, now, run.journal, LATE_ANSWER)
 
     if run.plan.requests or run.plan.wanted or run.plan.ports or has_things(run.record):
-        run.undo.on_failure("delete what was made for it", delete)
+        run.undo.on_failure("delete what was made for it", delete, lambda: run.keeps_destination)
 
 
 def has_things(record: RunRecord) -> bool:
@@ -7888,8 +8269,8 @@ def give_ports(run: Run, id: str) -> None:
             ask_for(run, "floating IP", of, request)
 
 
-def lead_floating_ips(run: Run) -> None:
-    """Has the floating IPs that keep their address lead to the new ports; raises Kept for those that do not."""
+def lead_floating_ips(run: Run, *, back: bool = False) -> None:
+    """Has the floating IPs that keep their address lead to the new ports, or nowhere; raises Kept for failures."""
     problems, ids = list[Reason](), run.record.made("floating IP")
     for port in run.plan.ports:
         for number, floating in enumerate(port.floating):
@@ -7898,7 +8279,7 @@ def lead_floating_ips(run: Run) -> None:
             if "floating_ip_address" in request:
                 with collecting(problems):
                     run.destination.networks.change("floatingips", ids[f"{port.source} {number}"], {
-                        "port_id": run.record.made("port")[port.source], **fixed})
+                        "port_id": None} if back else {"port_id": run.record.made("port")[port.source], **fixed})
     if problems:
         raise Kept.of(problems)
 
@@ -7973,7 +8354,7 @@ def delete_on_failure(run: Run) -> None:
                 with run.journal.act("delete destination", server=id):
                     run.destination.delete(id)
 
-    run.undo.on_failure(f"delete destination {run.settings.dst_name}", delete)
+    run.undo.on_failure(f"delete destination {run.settings.dst_name}", delete, lambda: run.keeps_destination)
 
 
 def connect_destination(run: Run, new: Server, stack: ExitStack) -> Host:
@@ -8020,11 +8401,27 @@ class BothEnds(ExitStack):
             way.get("prefsrc", destination.nbd_address), way.get("dev", ""), self.locks)
 
 
+def put_aside(run: Run, host: Host, new: Server) -> Server:
+    """Makes the copies that an earlier cut-over swapped in a seed again; returns the instance, stopped."""
+    now = gate(run, Act.STOP_DESTINATION)
+    if now.source.is_locked_by(run.plan.run):  # somebody started it during a cut-over
+        run.source.unlock(run.plan.server.id)
+    if (seen := now.destination).starts:
+        run.screen.warn(f"destination {new.id} was started after the seed ({seen.starts[0].name} at "
+                        f"{seen.starts[0].at}): what it has changed is found and sent again")
+    run.destination.stop(new.id, run.changed)
+    with run.journal.act("swap out", server=new.id):
+        host.script(SWAP_OUT, host.disk_of(new.id), run.plan.run)
+    return run.destination.server_retrying(new.id)
+
+
 def prepare(run: Run, both: Mapping[str, BothEnds], new: Server) -> list[DiskJob]:
     """Stops the destination, plans the transfer and rehearses it, while the source still runs."""
     screen, cloud, ends = run.screen, run.destination, next(iter(both.values())).ends()
     with screen.step(f"{STOP_DESTINATION}."):
         path = ends.destination.disk_of(new.id)
+        if run.record.seed and not run.record.stopped_at:
+            new = put_aside(run, ends.destination, new)
         fresh = survey_disks(
             ends.destination, new.id, path, shared=not new.is_stopped)
         volumes = run.record.volumes
@@ -8089,7 +8486,7 @@ def plan_job(run: Run, ends: Ends, key: str, fresh: Disk) -> DiskJob:
         lock = files_beside(f"{host.disk_of(run.made)}.{key}", run.plan.run)[0]
         landing = InPlace(run.plan.run, fresh.top, lock, is_blank=False)
     job = DiskJob(key, settings, disk.top, landing, transport, whole_file, disk.direct_io)
-    return replace(job, landing=replace(landing, is_blank=is_blank(ends, job))) if isinstance(
+    return replace(job, landing=replace(landing, is_blank=not run.record.seed and is_blank(ends, job))) if isinstance(
         landing, InPlace) else job
 
 
@@ -8157,8 +8554,20 @@ def undo_stop(run: Run) -> None:
         now = situation_now(run)
         allow(Act.GIVE_BACK, now, asked_in_undo(run))
         give_back(run.source, now, run.journal, run.changed)
+        if run.keeps_destination:
+            keep_as_seed(run, now)
 
-    run.undo.on_failure(f"start source {id} again" if run.plan.was_running else f"unlock source {id}", undo)
+    run.undo.on_failure(f"start source {id} again" if run.plan.was_running else f"unlock source {id}", undo,
+                        lambda: run.keeps_destination and not run.record.stopped_at)
+
+
+def keep_as_seed(run: Run, now: Situation) -> None:
+    """Tells the journal that the destination has a seed of a source that was given back; raises Kept if it has more."""
+    if not now.source.server or not now.destination.is_idle:
+        raise Kept(f"source {now.source.id}: {now.source.describe(now.run)}; destination {now.destination.id}: "
+                   f"{now.destination.describe(now.run)}", next_commands(Act.GIVE_BACK, now))
+    run.journal.write("seeded", **{**run.record.seed_facts, "disks": {
+        key: disk.top.size for key, disk in run.plan.disks.items()}})
 
 
 def give_back(cloud: Cloud, now: Situation, journal: Journal, changed: Callable[[Server], None]) -> None:
@@ -8391,7 +8800,7 @@ def estimate_lines(settings: Settings, plan: Plan, known: float, report: Report)
     rest = sum(one.guest_bytes for key, one in plan.disks.items() if key != ROOT)
     views = {"file": top.allocated + rest} | (
         {} if top.format == "raw" or not disk.base else {"guest": disk.guest_bytes + rest})
-    rates = {f"{human(settings.limit_rate)}/s, the limit": float(settings.limit_rate)} if settings.limit_rate else {
+    rates = {f"{human(settings.rate)}/s, the limit": float(settings.rate)} if settings.rate else {
         f"{human(known)}/s, as in the last run": known} if known else {"1 Gbit/s": 1.25e8, "10 Gbit/s": 1.25e9}
     is_down = plan.was_running and not settings.warm
     kind, end = ("downtime", ", plus the time to stop and start") if is_down else ("duration", "")
@@ -8470,6 +8879,38 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known: float
     yield f"afterwards   {'start ' + settings.start_after if settings.start_after else 'nothing is started'}"
 
 
+def check_times(call: Call, settings: Settings) -> None:
+    """Raises UsageError for options of the cut-over that do not fit together."""
+    asked = call.flags.get("cutover_at")
+    unknown = [how for how in settings.answers if how.startswith("command:") and not settings.seed
+               and not shutil.which(shlex.split(how.partition(":")[2])[0])]
+    for is_wrong, problem, way_out in (
+            (settings.seed and settings.cutover_at and asked,
+             "--seed ends before the cut-over, --cutover-at waits for it", "give one of them"),
+            (asked is not None and not str(asked).strip(), "--cutover-at: no time is given", "give one, or now"),
+            (asked and not (settings.cutover_at or settings.run), "--cutover-at now is for `resume`", "leave it out"),
+            ({"every", "late"} & set(call.flags) and not settings.cutover_at, "--every and --late need --cutover-at",
+             "give --cutover-at too"),
+            (settings.answers and settings.start_after not in ("all", "dst"),
+             "--await needs a destination that is started", "give -a dst or -a all too"),
+            ("await_timeout" in call.flags and not settings.answers, "--await-timeout needs --await",
+             "give --await too"),
+            (unknown, f"--await {', '.join(unknown)}: there is no such command", "name one with its path")):
+        if is_wrong:
+            raise UsageError(problem, way_out)
+
+
+def refuse_times(settings: Settings, server: Server | None) -> list[Reason]:
+    """Reasons to refuse a seed or a time for the cut-over."""
+    due = datetime.fromisoformat(settings.cutover_at) if settings.cutover_at else None
+    is_stopped = bool(server and server.status == "SHUTOFF" and (settings.seed or due))
+    return reasons_from(
+        (is_stopped, "the source is SHUTOFF: there is nothing to copy while it runs",
+         "start it, or leave out --seed and --cutover-at (resume: --cutover-at now)"),
+        (due and due.timestamp() < time.time(), f"the time of the cut-over, {due:%Y-%m-%d %H:%M %z}, has passed"
+         if due else "", "--cutover-at with a later time, or now"))
+
+
 def in_same_project(settings: Settings, cloud: Cloud, server: Server) -> Settings:
     """The settings with the name of the source's project for --dst-project same."""
     if settings.dst_project != "same":
@@ -8498,6 +8939,7 @@ def copy_instance(call: Call, settings: Settings, undo: Undo, report: Report) ->
     check_extra(settings.extra_args)
     if not settings.warm and {"max_downtime", "warm_passes", "warm_timeout", "bitmap"} & set(call.flags):
         raise UsageError("--max-downtime, --warm-passes, --warm-timeout and --bitmap need --warm", "give --warm too")
+    check_times(call, settings)
     extra = {key: value for key, value in settings.extra_args.items() if key != "nics" or value is not None}
     folder, screen, run = state_folder(settings, call.environment), undo.screen, new_run()
     settings = replace(settings, extra_args=extra)
@@ -8514,7 +8956,7 @@ def copy_instance(call: Call, settings: Settings, undo: Undo, report: Report) ->
             survey_networks(settings, source, destination)
             survey_references(source, destination)
         destination.problems = [*destination.problems, *missing]
-        reasons = refuse(settings, source, destination, known_runs(folder))
+        reasons = [*refuse(settings, source, destination, known_runs(folder)), *refuse_times(settings, source.server)]
         if reasons or not destination.cloud:
             raise Refused.of(reasons)
         plan, (cloud, _, host, _) = make_plan(settings, source, destination, run), source.whole
@@ -8576,14 +9018,9 @@ def warn_left_behind(screen: Screen, plan: Plan) -> None:
 def show_status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     """The subcommand `status`: shows all runs, or one, from the journals."""
     folder = state_folder(settings, call.environment, to_write=False)
-    records = []
-    for run in [find_run(folder, settings.run)] if settings.run else known_runs(folder):
-        try:
-            records.append(read_run(folder, run))
-        except UsageError as error:
-            if settings.run:
-                raise
-            undo.screen.warn(str(error))
+    if settings.watch and not settings.json:
+        return watch(settings, folder)
+    records = records_in(folder, settings.run, undo.screen.warn)
     if settings.json:
         told = [as_json(record) for record in records]
         print(json.dumps(told[0] if settings.run else told, indent=2))
@@ -8595,11 +9032,48 @@ def show_status(call: Call, settings: Settings, undo: Undo, report: Report) -> i
     return 0
 
 
+def records_in(folder: Path, run: str, warn: Callable[[str], object]) -> list[RunRecord]:
+    """The runs by their journals, or one; warns about those that cannot be read, raises UsageError for that one."""
+    records = []
+    for one in [find_run(folder, run)] if run else known_runs(folder):
+        try:
+            records.append(read_run(folder, one))
+        except UsageError as error:
+            if run:
+                raise
+            warn(str(error))
+    return records
+
+
+def watch(settings: Settings, folder: Path) -> int:
+    """Draws the table anew every two seconds, as much as the terminal has room for, until a signal."""
+    if not sys.stdout.isatty():
+        raise UsageError("--watch needs a terminal", "leave it out, or give --json")
+    try:
+        while True:
+            records, room = records_in(folder, settings.run, str), shutil.get_terminal_size()
+            lines = [*(detail_lines(records[0]) if settings.run else table_lines(records))] if records else ["No runs."]
+            counts = Counter(record.state for record in records)
+            head = f"{time.strftime('%H:%M:%S')}  {', '.join(f'{count} {state}' for state, count in counts.items())}"
+            shown = lines if len(lines) < room.lines - 1 else [
+                *lines[: room.lines - 3], f"… {len(lines) - room.lines + 3} more lines"]
+            drawn = "".join(f"{printable(line)[: room.columns]}\033[K\n" for line in (head, *shown))
+            print(f"\033[H{drawn}\033[J", end="", flush=True)
+            time.sleep(2)
+    except Interrupted as error:
+        if error.number != signal.SIGINT:
+            raise
+    return 0
+
+
 def as_json(record: RunRecord) -> dict[str, Any]:
     """A run as JSON, with the report's names."""
     facts, told, clouds = record.facts, asdict(record), [*record.facts.get("clouds", ()), "", ""]
+    del told["before_seed"], told["last_pass"]
     told["copy"] = {key: told.pop(key) for key in ("rate", "retries")}
     told["copy"] |= {"done": record.done, "bytes": record.total, "seconds_left": record.seconds_left}
+    told["seed"] = {"copied": record.seed["copied"], "disks": record.seed["disks"], **{
+        key: record.last_pass.get(key) for key in ("changed", "downtime")}} if record.seed else {}
     told["source"] = {"cloud": clouds[0], "id": record.source, "name": facts.get("source_name", ""),
         "host": facts.get("source_host", "")}
     told["destination"] = {"cloud": clouds[1], "id": record.destination, "name": facts.get("name", ""),
@@ -8622,7 +9096,19 @@ def table_lines(records: Sequence[RunRecord]) -> Iterator[str]:
     yield head
     for line, record in zip(lines, records, strict=True):
         yield line
+        yield from (f"    {told}" for told in seed_lines(record))
         yield from (f"    {told}" for told in what_to_do(record))
+
+
+def seed_lines(record: RunRecord) -> Iterator[str]:
+    """The age of a run's seed, what had changed in the last pass, and the expected downtime."""
+    if record.seed and record.state not in ("done", "rolled back"):
+        age = (datetime.now(timezone.utc) - datetime.fromisoformat(record.seed["copied"])).total_seconds()
+        passed, down = record.last_pass, record.last_pass.get("downtime")
+        would = f"; stopped now, it would be down for about {duration(down)}" if down else ""
+        changed = human(passed.get("changed", 0))
+        yield f"seed         {duration(max(0.0, age))} old" + (
+            f"; in the last pass {changed} had changed{would}" if passed else "")
 
 
 def what_to_do(record: RunRecord) -> Iterator[str]:
@@ -8631,6 +9117,9 @@ def what_to_do(record: RunRecord) -> Iterator[str]:
     if record.state == "killed":
         yield "it may have left " + ("an incomplete image" if record.carries_image
             else "the new instance, and the mark and the lock on the source")
+    if record.state == "seeded":
+        yield (f"update: ./migrena.py resume {record.run} --seed    cut over: ./migrena.py resume {record.run}    "
+               f"remove: ./migrena.py rollback {record.run}")
     if record.state in ("killed", "left"):
         for kind in KINDS:
             if there := [*record.made(kind).values(), *(f"one for {of}" for of in record.unanswered(kind))]:
@@ -8652,6 +9141,7 @@ def detail_lines(record: RunRecord) -> Iterator[str]:
         yield (f"copy         {human(record.done)} of {human(record.total)}, {record.done * 100 // record.total}%, "
                f"{human(record.rate)}/s{f', {duration(record.seconds_left)} left' if record.seconds_left else ''}; "
                f"{sum(len(disk.arrived) for disk in record.disks.values())} chunks, {record.retries} retries")
+    yield from seed_lines(record)
     for act in record.acts:
         took = (datetime.fromisoformat(act.ended)
             - datetime.fromisoformat(act.began)).total_seconds() if act.ended else 0.0
@@ -8673,7 +9163,7 @@ def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord,
     with collecting(found.problems):
         found.cloud = cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
         id = record.destination or next((server.id for server in cloud.made_by(record.run, record.source)), "")
-        found.seen = seen = see(cloud, id, record.request("stop destination"))
+        found.seen = seen = see(cloud, id, record.destination_request)
         if seen.server and seen.server.host:
             settings = settings.of("dst")
             with host_of(seen.server, settings, screen) as host:
@@ -8697,8 +9187,9 @@ def situation_of(source: SourceFacts, earlier: Earlier) -> Situation:
     record, seen = earlier.record, Seen(earlier.record.source, source.server)
     # Without a copy everything is repeated.
     stands = {key: disk.job["stand"] for key, disk in record.disks.items() if disk.job.get("stand")}
-    if source.cloud and source.server and stands and not earlier.is_in_place:
-        seen = see(source.cloud, record.source, record.request("stop source") or None)
+    if source.cloud and source.server and (record.is_seed or (stands and not earlier.is_in_place)):
+        seen = see(source.cloud, record.source, record.source_request)
+    if source.server and stands and not earlier.is_in_place:
         now = {key: stand_of(source.host, disk.top.node) for key, disk in source.disks.items()} if source.host else {}
         if any(now.get(key) != was for key, was in stands.items()) or not (seen.server and seen.server.is_stopped):
             seen = replace(seen, disk="was changed, or is in use")
@@ -8719,6 +9210,43 @@ def refuse_state(record: RunRecord) -> None:
             f"./migrena.py rollback {run}, then the command again")
 
 
+def is_seed_again(record: RunRecord, now: Situation) -> bool:
+    """Whether the source runs, or has run since a cut-over stopped it: then the destination has only a seed of it."""
+    has_own_data = now.stage >= Stage.DONE or (now.stage >= Stage.STARTED and not now.destination.is_idle)
+    return record.is_seed and (not record.stopped_at or (bool(now.source.starts) and not has_own_data))
+
+
+def refuse_changed(settings: Settings, source: SourceFacts, record: RunRecord) -> list[Reason]:
+    """Reasons to refuse in the source of a seed, and in what it got or lost since."""
+    server, way = source.server, f"undo that, or ./migrena.py rollback {record.run} and a new seed"
+    known, there = dict(record.seed.get("disks", {})), {key: disk.top.size for key, disk in source.disks.items()}
+    reasons = [Reason(f"{key} was {'attached to' if key in there else 'detached from'} the source after the seed", way)
+               for key in sorted(known.keys() ^ there.keys()) if known and there]
+    reasons += [Reason(f"{key} had {human(known[key])} at the seed, and has {human(size)} now: the source was resized",
+                       way) for key, size in there.items() if known.get(key, size) != size]
+    if not (source.cloud and server and source.host):
+        return reasons
+    reasons += refuse_server(replace(server, metadata={}, locked=server.locked and lock_of(server) != record.run),
+                             settings)
+    reasons += [reason for disk in source.disks.values() for reason in refuse_disk(disk)]
+    reasons += refuse_tools(source.host.name, source.lacking, settings, "nbd-server")
+    if were := {row["source"] for row in record.facts.get("ports", ())}:
+        with collecting(reasons):
+            ports = {one["id"] for one in source.cloud.networks.all("ports", ("device_id", server.id))
+                     if str(one.get("device_owner")).startswith("compute:")}
+            reasons += [Reason(f"port {id} was {'attached to' if id in ports else 'detached from'} the source after "
+                               "the seed", way) for id in sorted(ports ^ were)]
+    return reasons
+
+
+def as_seed(settings: Settings, earlier: Earlier, now: Situation) -> tuple[Settings, Earlier, Situation]:
+    """The same for a destination that has only a seed: what was done to the source before is undone."""
+    source = replace(now.source, starts=(), relocks=(), disk="")
+    return (replace(settings, warm=settings.warm or settings.transport != NbdTransport.name),
+            replace(earlier, in_place=()),
+            replace(now, stage=Stage.COPYING, is_seed=True, is_in_place=False, source=source))
+
+
 def tell_judged(screen: Screen, report: Report, now: Situation, judged: Mapping[Act, Sequence[Reason]]) -> int:
     """Shows the Situation, and why acts must not be done; returns the exit code."""
     lines = [f"seen  {now}"]
@@ -8735,7 +9263,7 @@ def tell_judged(screen: Screen, report: Report, now: Situation, judged: Mapping[
 
 
 def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
-    """The subcommand `resume`: continues an interrupted run."""
+    """The subcommand `resume`: continues an interrupted run, or updates a seed or cuts over to it."""
     folder, screen = state_folder(settings, call.environment), undo.screen
     run = find_run(folder, settings.run)
     refuse_state(record := read_run(folder, run))
@@ -8744,6 +9272,8 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         record = read_run(folder, run, is_ours=True)  # again, now that the lock is ours
         refuse_state(record)
         settings = call.settings(record.facts.get("settings"))
+        check_times(call, settings)
+        settings = replace(settings, cutover_at="" if settings.seed else settings.cutover_at)
         creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
         with screen.timed("Survey"):
             source, earlier = in_parallel(lambda: survey_source(settings, creds["src"], screen, stack),
@@ -8751,24 +9281,40 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         if source.cloud and earlier.cloud:
             require_same_clouds(record, (source.cloud, earlier.cloud))
         now, reasons = situation_of(source, earlier), [*source.problems, *earlier.problems]
+        if is_again := is_seed_again(record, now):
+            settings, earlier, now = as_seed(settings, earlier, now)
+            reasons += refuse_changed(settings, source, record)
+        if is_again or not record.stopped_at:
+            reasons += refuse_times(settings, source.server)
+        elif settings.seed:
+            reasons.append(Reason(f"run {run} has stopped the source for the cut-over", f"./migrena.py resume {run} "
+                                  f"completes it, ./migrena.py rollback {run} undoes it"))
         if source.server and not earlier.problems:
             reasons += judge(Act.GO_ON, now, Asked(settings.yes))
         if settings.dry_run:
             return tell_judged(screen, report, now, {Act.GO_ON: reasons})
         made = earlier.seen.server
         if reasons or not (earlier.cloud and made):
-            raise Refused.of(reasons)
-        cloud, server, host, disks = source.whole
-        plan = Plan(run, server, disks, made.flavor, Image(made.image, "", "active", "", ""), (), record.was_running,
-                    volumes=source.volumes, ports=[PortPlan(**row) for row in record.facts.get("ports", ())])
-        report.run, report.source = run, reported(cloud, server)
+            raise Refused.of(list(dict.fromkeys(reasons)))
+        (cloud, server, host, _), report.run = source.whole, run
+        plan, report.source = plan_again(source, record, made, is_again=is_again), reported(cloud, server)
         stack.enter_context(host.private_folder(run))  # shows others that it is active again
         journal = Journal(folder, run)
         with journal.beginning():
             journal.write("asked to resume", pid=os.getpid())  # claim_source() writes `resume`; then failures undo it
+            if is_again and record.stopped_at:  # somebody started the source after the cut-over had begun
+                journal.write("seeded", **record.seed_facts)
         sent = sum(length for disk in record.disks.values() for _, length in disk.arrived)
-        screen.say(f"Resume run {run}; {human(sent)} were sent.")
+        screen.say(f"Resume run {run}; {'it has a seed' if record.seed else f'{human(sent)} were sent'}.")
         return execute_or_undo(Run(settings, screen, journal, undo, report, plan, cloud, earlier.cloud, host, earlier))
+
+
+def plan_again(source: SourceFacts, record: RunRecord, made: Server, *, is_again: bool) -> Plan:
+    """The plan of a run that is resumed; with a seed the source's state counts as it is now."""
+    _, server, _, disks = source.whole
+    return Plan(record.run, server, disks, made.flavor, Image(made.image, "", "active", "", ""), (),
+                server.status == "ACTIVE" if is_again else record.was_running, volumes=source.volumes,
+                ports=[PortPlan(**row) for row in record.facts.get("ports", ())])
 
 
 # ---- 16. Rollback ----------------------------------------------------------------------------------------------------
@@ -8822,7 +9368,7 @@ def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
     """What a run has made, by its journal or by marks and locks; raises Refused if no run is found."""
     one, other = clouds
     require_same_clouds(record, clouds)
-    source = see(one, record.source, record.request("stop source") or None)
+    source = see(one, record.source, record.source_request)
     if source.server and not record.run:  # a run locks its source before the stop
         source = see(one, source.id, next((
             action.request for action in one.actions(source.id) if action.name == "lock"), None))
@@ -8851,7 +9397,7 @@ def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
     told = re.search(r"([0-9a-f-]{36}) takes its place", lock)
     if told and told[1] not in made and (server := other.find_server(told[1])):  # somebody removed its marks
         made[server.id] = server
-    now = situation(record, source, see(other, id, record.request("stop destination")))
+    now = situation(record, source, see(other, id, record.destination_request))
     was = marks.get(WAS) or (made[id].metadata.get(WAS) if id in made else "")
     was_running = now.was_running if record.run else was == "ACTIVE"
     if now.destination.is_gone and source.server and MARK not in marks and not source.is_locked_by(run):
@@ -9279,8 +9825,8 @@ SUBCOMMANDS: Final = {
     "status": Subcommand(show_status, "[RUN]",
         "Shows the runs on this machine, newest first, or one with its acts.\nContacts no cloud, no host."),
     "resume": Subcommand(resume, "RUN",
-        "Continues a run that was killed or has left something behind.\nOnly blocks whose digests differ "
-        "are sent again. Refuses if the source has run or changed since."),
+        "Continues a run that was killed or has left something behind, or that has a seed.\nOnly blocks whose digests "
+        "differ are sent again. Refuses if the source has run or changed since its stop."),
     "rollback": Subcommand(rollback, "RUN | --run-of SRC_UUID",
         "Undoes a run that was interrupted, or that succeeded but is not wanted.\n"
         "Deletes the new instance, unlocks the source, and starts it if it ran before.\n"

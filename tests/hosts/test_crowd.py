@@ -1,16 +1,27 @@
-"""Forty runs that are started at once from and to the same two hosts: all of them end well, and never more than two copy."""
+"""Forty runs that are started at once from and to the same two hosts: all of them end well, and never more than two copy.
+
+So do forty seeds, and the cut-over to all of them, by the commands that README has for GNU parallel.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hosts.operators import an_operator
+import pytest
+
+from conftest import REPOSITORY
+from hosts.operators import Operator, an_operator
 from hosts.rig import INSTANCES, Instance, MiB, remains, same_guest
 from lab.hosts import Lab
+from lab.packages import install
 from migrena import ORIGIN, known_runs, read_run
 
 FORTY = 40
@@ -24,21 +35,63 @@ def places_taken(folder: Path) -> Iterator[tuple[str, int]]:
         yield acts["swap in"].ended, -1
 
 
-def test_forty_runs_that_start_at_once_end_well_and_two_at_a_time_copy(lab: Lab, tmp_path: Path) -> None:
-    first = an_operator(lab, tmp_path, str(uuid.uuid4()), [], TLS=False)
+def most_at_once(places: Iterator[tuple[str, int]]) -> int:
+    """How many had a place at the same time."""
+    at_once, most = 0, 0
+    for _, change in sorted(places):
+        at_once += change
+        most = max(most, at_once)
+    return most
+
+
+def forty(lab: Lab, folder: Path) -> list[Operator]:
+    """Forty instances, of which one has no data."""
+    first = an_operator(lab, folder, str(uuid.uuid4()), [], TLS=False)
     with ThreadPoolExecutor(4) as pool:
         ids = [str(uuid.uuid4()) for _ in range(FORTY - 1)]
-        operators = [first, *pool.map(lambda id: an_operator(lab, tmp_path, id, [(MiB, MiB // 4)], TLS=False), ids)]
+        return [first, *pool.map(lambda id: an_operator(lab, folder, id, [(MiB, MiB // 4)], TLS=False), ids)]
+
+
+def have_arrived(lab: Lab, operators: list[Operator]) -> None:
+    """All instances are in the destination as they are in the source, and nothing of ours is on a host."""
+    made = {row["metadata"][ORIGIN]: Instance(lab["dst"], f"{INSTANCES}/{row['id']}/disk", "qcow2") for row in operators[0].made()}
+    assert made.keys() == {operator.id for operator in operators}
+    assert all(same_guest(operator.source, made[operator.id]) for operator in operators)
+    assert {run["result"] for run in json.loads(operators[0].run("status", "--json").stdout)} == {"done"}
+    assert [line for host in lab for line in remains(host)] == []
+
+
+def test_forty_runs_that_start_at_once_end_well_and_two_at_a_time_copy(lab: Lab, tmp_path: Path) -> None:
+    operators = forty(lab, tmp_path)
     begun = [operator.begin("-s", operator.id, "-d", f"new-{operator.id}") for operator in operators]
     ended = [(process.communicate(timeout=280), process.returncode) for process in begun]
     assert [(said, code) for (_, said), code in ended if code] == []
-    at_once, most = 0, 0
-    for _, change in sorted(places_taken(tmp_path / "state")):
-        at_once += change
-        most = max(most, at_once)
-    assert most == 2
-    made = {row["metadata"][ORIGIN]: Instance(lab["dst"], f"{INSTANCES}/{row['id']}/disk", "qcow2") for row in first.made()}
-    assert made.keys() == {operator.id for operator in operators}
-    assert all(same_guest(operator.source, made[operator.id]) for operator in operators)
-    assert {run["result"] for run in json.loads(first.run("status", "--json").stdout)} == {"done"}
-    assert [line for host in lab for line in remains(host)] == []
+    assert most_at_once(places_taken(tmp_path / "state")) == 2
+    have_arrived(lab, operators)
+
+
+def slots_seen(folder: Path, process: subprocess.Popen[bytes]) -> int:
+    """The most slots that were taken on one host at a time while a process ran."""
+    most = 0
+    while process.poll() is None:
+        most = max(most, len(list(folder.glob("slot-src-*"))), len(list(folder.glob("slot-dst-*"))))
+    return most
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_forty_seeds_by_readme_s_commands_are_all_cut_over_to(lab: Lab, tmp_path: Path) -> None:
+    install(("parallel", "jq"))
+    operators, readme = forty(lab, tmp_path), (REPOSITORY / "README.md").read_text()
+    (tmp_path / "wave.csv").write_text("".join(f"{operator.id},new-{operator.id}\n" for operator in operators))
+    (tmp_path / "migrena.py").write_text(f"""#!/bin/sh\nexec {sys.executable} -m hosts.standin {lab.spec.tag} {tmp_path} '[]' "$@"\n""")
+    (tmp_path / "migrena.py").chmod(0o755)
+    env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "MIGRENA_CONFIG": str(tmp_path / "config.py")}
+    for command, result in ((r"parallel .* --seed ::::.*", "seeded"), (r"\./migrena\.py status --json \| jq .*", "done")):
+        (line,) = re.findall(rf"^ +({command})$", readme, re.MULTILINE)
+        with open(tmp_path / "said", "wb") as said:
+            process = subprocess.Popen(["sh", "-c", line], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+            assert slots_seen(tmp_path / "state", process) == 2
+        assert process.returncode == 0, (tmp_path / "said").read_text()
+        assert {run["result"] for run in json.loads(operators[0].run("status", "--json").stdout)} == {result}
+    have_arrived(lab, operators)

@@ -83,10 +83,10 @@ def test_the_picture_is_sound_and_holds_every_way() -> None:
 def test_downtimes_are_medians_with_novas_part_and_what_the_guest_felt() -> None:
     runs = [{"kind": "run", "size": size, "way": way, "downtime": down, "nova": 4.0, "bytes": 3 * MiB, "write_ms_before": 1.2, "equal": down < 30,
              **({"write_ms_during": 2.5} if way == "warm" else {})}
-            for size, way, down in ((1.0, "cold", 20.0), (1.0, "cold", 40.0), (1.0, "warm", 6.0), (2.0, "warm", 9.0))]
+            for size, way, down in ((1.0, "cold", 20.0), (1.0, "cold", 40.0), (1.0, "warm", 6.0), (2.0, "warm", 8.0), (4.0, "warm", 9.0))]
     rows = [[cell.strip() for cell in line[2:-1].split("|")] for line in downtime.table([HEAD, *runs]).splitlines()[2:]]
     assert rows == [["1", "cold", "30.0", "4.0", "3", "1.2", "", "1 of 2"], ["1", "warm", "6.0", "4.0", "3", "1.2", "2.5", "1 of 1"],
-                    ["2", "warm", "9.0", "4.0", "3", "1.2", "2.5", "1 of 1"]]
+                    ["4", "warm", "9.0", "4.0", "3", "1.2", "2.5", "1 of 1"]]
     texts = [element.text for element in ElementTree.fromstring(downtime.picture([HEAD, *runs])).iter() if element.tag.endswith("text")]
     assert {"1 GiB", "2 GiB", "cold", "warm", "30.0 s", "9.0 s"} <= set(texts)
 

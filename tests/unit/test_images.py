@@ -51,7 +51,7 @@ def told(**different: Any) -> Image:
 def a_stream(**different: Any) -> Stream:
     """Bytes that were read to their end."""
     shown: list[int] = []
-    stream = Stream(iter(CONTENT), told(**different), 0, shown.append)
+    stream = Stream(iter(CONTENT), told(**different), "", shown.append)
     assert b"".join(iter(stream.read, b"")) == b"onetwo" and shown[-1] == stream.done == 6
     return stream
 
@@ -226,7 +226,7 @@ def test_without_the_library_that_judges_images_none_is_converted(tmp_path: Path
 def convert(content: bytes, folder: Path, disk_format: str = "vmdk") -> bytes:
     """What an image with these bytes becomes as a raw one."""
     image = told(disk_format=disk_format, size=len(content))
-    with converted(Stream(iter([content]), image, 0, lambda done: None), ImagePlan(image, "x", "raw"), str(folder)) as made:
+    with converted(Stream(iter([content]), image, "", lambda done: None), ImagePlan(image, "x", "raw"), str(folder)) as made:
         return made.read_bytes()
 
 

@@ -224,9 +224,9 @@ def test_a_file_that_ends_too_early_is_reported_with_the_place(holed: Path) -> N
 
 def test_a_digest_is_of_each_run_after_its_place(holed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = hashlib.sha256(struct.pack(">QQ", 2 * MiB, 65536) + b"x" * 65536).hexdigest()
-    tell_digests(DiskFile(str(holed), MiB, 4 * MiB), None, 0)
+    tell_digests(DiskFile(str(holed), MiB, 4 * MiB), None, "")
     assert capsys.readouterr().out == f"2 {found}\n.\n"
-    tell_digests(DiskFile(str(holed), 0, 5 * MiB), {1, 2}, 0)
+    tell_digests(DiskFile(str(holed), 0, 5 * MiB), {1, 2}, "")
     assert capsys.readouterr().out == f"2 {found}\n.\n"
 
 
@@ -243,7 +243,7 @@ def test_what_is_brought_is_equal_and_zeros_become_holes(holed: Path, tmp_path: 
     with holed.open("r+b") as file:
         file.seek(2 * MiB)
         file.write(bytes(131072))
-    bring(DiskFile(str(holed), 0, 5 * MiB), NewFile(str(new)), [(0, 3 * MiB)], 0)
+    bring(DiskFile(str(holed), 0, 5 * MiB), NewFile(str(new)), [(0, 3 * MiB)], "")
     assert new.read_bytes() == holed.read_bytes()[:3 * MiB] + b"y" * 2 * MiB
     assert list(DiskFile(str(new), 0, 3 * MiB).extents()) == [(0, 65536)]
 
@@ -265,10 +265,10 @@ def test_millions_of_extents_are_reported_as_fewer_over_small_holes() -> None:
 def test_a_pace_holds_back_and_without_a_rate_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     slept = list[float]()
     monkeypatch.setattr("migrena.time.sleep", slept.append)
-    pace = Pace(MiB)
+    pace = Pace(str(MiB))
     pace.hold_back(2 * MiB)
     assert 1.5 < slept.pop() <= 2
-    Pace(0).hold_back(1 << 60)
+    Pace("").hold_back(1 << 60)
     assert not slept
 
 

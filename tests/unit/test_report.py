@@ -20,7 +20,7 @@ from unit.people import Events, People, Schedule, Step, play
 from unit.test_refusals import a_destination, a_source
 
 FIELDS = {row.name for row in dataclasses.fields(Report)}
-JOURNALS_OWN = {"began", "was_running", "step", "facts", "acts", "disks", "is_undoing"}
+JOURNALS_OWN = {"began", "was_running", "step", "facts", "acts", "seed", "disks", "is_undoing"}
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_plan_is_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_an_image_that_is_carried_first_is_in_the_report_with_its_bytes_and_both_views_of_the_disk() -> None:
     report, image = Report(), an_image(facts={"size": 5, "disk_format": "qcow2"})
     plan = make_plan(some_settings(copy_image=True), a_source(image=image), a_destination(images=()), "r")
-    lines = [*plan_lines(some_settings(limit_rate=GiB), plan, a_source(), 0.0, report)]
+    lines = [*plan_lines(some_settings(limit_rate=str(GiB)), plan, a_source(), 0.0, report)]
     assert report.destination["image"] == {"id": "", "name": "debian", "bytes": 5, "differs": []}
     assert "to move      5 B: the image, before anything is stopped" in lines
     assert [(row["view"], row["bytes"], row["rate"], row["seconds"]) for row in report.copy["estimates"]] == [
