@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -384,8 +385,39 @@ def test_a_clone_of_an_image_on_ceph_arrives_on_a_clone(operator: Operator, stor
 
 
 @pytest.mark.long
+def test_a_volume_on_ceph_arrives_in_a_file(operator: Operator, storage: Clouds, empty: Api, tmp_path: Path) -> None:
+    home, away = storage.api("src"), empty  # the way back, from the one cloud to the other
+    volume = away.create_volume("data", volume_type="standard")
+    id = away.create("away", availability_zone="nova:dst-cmp1")
+    arrived = ""
+    try:
+        away.attach(id, volume)
+        wait_for_console(away, id, "GUEST wrote=")
+        away.act(id, "os-stop", until="SHUTOFF")
+        fill(storage, "dst-cmp1", id, tmp_path, "vdb")
+        extra = {"nics": [{"net-id": home.need("neutron", "networks", "net1")}], "availability_zone": "nova:src-cmp1"}
+        report = operator.report("-s", id, "-d", "home", "-f", "tiny", "-i", "guest", "-e", str(extra), "--volume-type", "standard=nfs",
+                                 extra="SRC_CREDS, DST_CREDS = DST_CREDS, SRC_CREDS")
+        arrived = report["destination"]["id"]
+        assert same(storage, "dst-cmp1", id, "src-cmp1", arrived) == {"vda": True, "vdb": True}
+        home.act(arrived, "os-start", until="ACTIVE")
+        assert "GUEST boots=2 " in wait_for_console(home, arrived, "GUEST wrote=")
+    finally:
+        made = home.server(arrived)["os-extended-volumes:volumes_attached"] if arrived else []
+        for api, one in ((home, arrived), (away, id)):
+            if one:
+                api.delete(one)
+        for entry in made:
+            home.delete_volume(entry["id"])
+
+
+# Disables (0) or enables (1) what exports volumes by iSCSI: sessions drop, and are set up again.
+TARGETS = 'for one in /sys/kernel/config/target/iscsi/*/tpgt_1/enable; do echo "$1" > "$one"; done'
+
+
+@pytest.mark.long
 @pytest.mark.timeout(2400)
-def test_a_root_disk_on_lvm_and_a_volume_by_iscsi_arrive_on_ceph(operator: Operator, storage: Clouds, machine: Host, empty: Api) -> None:
+def test_lvm_and_iscsi_whose_session_drops_arrive_on_ceph(operator: Operator, storage: Clouds, machine: Host, empty: Api) -> None:
     lab, src, dst = Clouds(WITH_MACHINE), storage.api("src"), empty
     lab.set_images_type(MACHINE, "lvm")
     storage.set_images_type("dst-cmp1", "rbd")
@@ -396,7 +428,14 @@ def test_a_root_disk_on_lvm_and_a_volume_by_iscsi_arrive_on_ceph(operator: Opera
         src.act(id, "os-stop", until="SHUTOFF")
         places = {name: disk.find("source").get("dev", "") for name, disk in disks(lab, MACHINE, id).items()}  # type: ignore[union-attr]
         machine.run("sh", "-ec", "head -c 20M /dev/urandom | dd of=$1 bs=1M seek=100 oflag=direct iflag=fullblock", "sh", places["vdb"])
-        report = operator.report("-s", id, *operator.to("dst-cmp1"), "--volume-type", "lvm=standard")
+        process = operator.halted(f"chunk on volume-{volume}", "-s", id, *operator.to("dst-cmp1"), "--volume-type", "lvm=standard", "--json")
+        machine.run("sh", "-ec", TARGETS, "sh", "0")
+        timer = threading.Timer(15, machine.run, ["sh", "-ec", TARGETS, "sh", "1"])
+        timer.start()
+        done = operator.go_on(process)
+        timer.join()
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
         arrived = disks(lab, "dst-cmp1", report["destination"]["id"])
         for name, place in places.items():
             image = arrived[name].find("source").get("name", "")  # type: ignore[union-attr]
