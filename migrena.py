@@ -559,7 +559,8 @@ class Settings:
     warm_timeout: int = option(3600, "--warm-timeout TIME", "give up if --max-downtime is not met by then; "
         "the source runs on (default: 1h)", read=parse_seconds, of=COPY_RESUME)
     bitmap: bool = option(False, "--bitmap",
-        "with --warm: record changes in a dirty bitmap in the source's qcow2 file, so that the rest is not read again")
+        "with --warm: record changes in a dirty bitmap in the source's qcow2 file, so that the rest is not read again",
+        of=COPY_RESUME)
     seed: bool = per_call(False, "--seed", "copy while the source runs, and leave it running: `resume RUN --seed` "
                           "sends what has changed since, `resume RUN` cuts over", of=COPY_RESUME)
     cutover_at: str = per_call("", "--cutover-at TIME",
@@ -8876,7 +8877,10 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known: float
     yield from port_lines(settings, plan, source, report)
     yield ("guest        cloud-init treats the new instance id as a first boot: new SSH host keys, perhaps passwords "
            "(see README)")
-    yield f"afterwards   {'start ' + settings.start_after if settings.start_after else 'nothing is started'}"
+    if settings.cutover_at:
+        yield f"cut-over     at {datetime.fromisoformat(settings.cutover_at):%Y-%m-%d %H:%M %z}"
+    start = f"start {settings.start_after}" if settings.start_after else "nothing is started"
+    yield f"afterwards   {'the source runs on until `resume` cuts over' if settings.seed else start}"
 
 
 def check_times(call: Call, settings: Settings) -> None:
