@@ -9217,7 +9217,8 @@ def refuse_state(record: RunRecord) -> None:
 def is_seed_again(record: RunRecord, now: Situation) -> bool:
     """Whether the source runs, or has run since a cut-over stopped it: then the destination has only a seed of it."""
     has_own_data = now.stage >= Stage.DONE or (now.stage >= Stage.STARTED and not now.destination.is_idle)
-    return record.is_seed and (not record.stopped_at or (bool(now.source.starts) and not has_own_data))
+    has_run = bool(now.source.starts) or not (now.source.server and now.source.server.is_stopped)
+    return record.is_seed and (not record.stopped_at or (has_run and not has_own_data))
 
 
 def refuse_changed(settings: Settings, source: SourceFacts, record: RunRecord) -> list[Reason]:

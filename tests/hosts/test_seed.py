@@ -75,12 +75,15 @@ def test_a_second_run_of_a_source_with_a_seed_is_refused_with_the_commands_for_i
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("line", ["intent of mark source", "progress", "pass", "done of warm copy", "seeded"])
+@pytest.mark.parametrize("line", [
+    "run", "intent of mark source", "done of mark source", "intent of create destination", "asked", "done of create destination",
+    "intent of stop destination", "done of stop destination", "space", "intent of warm copy", "progress", "pass", "done of warm copy",
+    "seeded", "ended"])
 def test_a_seed_that_is_killed_goes_on(operator: Operator, guest: Guest, line: str) -> None:
     guest()
     assert operator.copy("--seed", throw=[(line, signal.SIGKILL)]).returncode == -signal.SIGKILL
     ((run, _),) = operator.states()
-    if line == "intent of mark source":  # nothing was made yet
+    if not operator.made():  # nothing can go on
         assert operator.run("rollback", run).returncode == 0
         operator.is_as_found()
         return
@@ -91,7 +94,9 @@ def test_a_seed_that_is_killed_goes_on(operator: Operator, guest: Guest, line: s
 
 @pytest.mark.long
 @pytest.mark.parametrize("line", [
-    "asked to resume", "intent of mark source", "intent of swap out", "progress", "pass", "done of warm copy", "seeded"])
+    "asked to resume", "resume", "intent of mark source", "done of mark source", "done of adopt destination", "intent of swap out",
+    "done of swap out", "intent of stop destination", "done of stop destination", "space", "progress", "pass", "done of warm copy",
+    "seeded", "ended"])
 def test_an_update_that_is_killed_costs_no_seed(operator: Operator, guest: Guest, line: str) -> None:
     guest()
     run = seeded(operator)
@@ -116,14 +121,19 @@ def test_an_interrupted_cut_over_gives_the_source_back_and_keeps_the_seed(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("line", ["done of stop source", "intent of copy", "chunk", "done of copy", "intent of swap in", "done of swap in"])
-def test_a_cut_over_that_is_killed_is_completed_or_undone(operator: Operator, guest: Guest, line: str) -> None:
+@pytest.mark.parametrize("line", [
+    "intent of stop source", "done of stop source", "intent of copy", "job", "done of copy", "intent of swap in", "done of swap in",
+    "intent of mark destination done", "done of mark destination done"])
+def test_a_cut_over_that_is_killed_is_completed(operator: Operator, guest: Guest, line: str) -> None:
     guest()
     run = seeded(operator)
     guest_wrote(operator)
     assert operator.run("resume", run, throw=[(line, signal.SIGKILL)]).returncode == -signal.SIGKILL
     done = operator.run("resume", run, "--seed")
-    assert done.returncode == 3 and "has stopped the source for the cut-over" in done.stderr
+    if line == "intent of stop source":  # it was never stopped
+        assert done.returncode == 0 and is_seeded(operator) == run, done.stderr
+    else:
+        assert done.returncode == 3 and "has stopped the source for the cut-over" in done.stderr
     done = operator.run("resume", run)
     assert done.returncode == 0, done.stderr
     has_arrived(operator, run)

@@ -186,8 +186,9 @@ def test_a_run_has_only_a_seed_where_its_source_has_run_since_and_its_destinatio
         tmp_path: Path, entries: tuple[dict[str, Any], ...], starts: tuple[Action, ...], is_again: bool) -> None:
     told(tmp_path, *entries)
     record = read_run(tmp_path, RUN)
-    now = situation(record, replace(RUNS, starts=starts), MADE_ONE)
+    now = situation(record, replace(RUNS, starts=starts) if starts else Seen(UUID, stopped(UUID)), MADE_ONE)
     assert is_seed_again(record, now) is is_again
+    assert is_seed_again(record, replace(now, source=RUNS)) is record.is_seed  # killed before it was stopped
     if now.stage is Stage.STARTED:  # its destination may have data of its own
         assert not is_seed_again(record, replace(now, destination=replace(MADE_ONE, starts=(START,))))
     assert not record.stopped_at or not is_seed_again(record, replace(now, stage=Stage.DONE))
