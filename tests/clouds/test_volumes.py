@@ -445,7 +445,7 @@ def test_lvm_and_iscsi_whose_session_drops_arrive_on_ceph(operator: Operator, st
         dst.act(report["destination"]["id"], "os-start", until="ACTIVE")
         wait_for_console(dst, report["destination"]["id"], "GUEST boots=")
     finally:
-        src.detach(id, volume)
-        src.delete(id)
+        storage.set_images_type("dst-cmp1", "qcow2")  # before anything that may fail
+        src.delete(id)  # its volume is detached then
+        wait_until("the volume", lambda: src.volume(volume)["status"] in ("available", "error"), 300)
         src.delete_volume(volume)
-        storage.set_images_type("dst-cmp1", "qcow2")

@@ -44,7 +44,7 @@ for group in volumes instances; do
     vgchange -ay $group
 done
 mountpoint -q /sys/kernel/config || mount -t configfs configfs /sys/kernel/config
-mkdir -p /etc/target /var/lib/cinder/lock
+mkdir -p /etc/rtslib-fb-target /var/lib/cinder/lock
 exec "$@"
 """
 # /usr/sbin with the lab's mount.nfs in it, for one program alone.
