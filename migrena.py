@@ -5687,6 +5687,7 @@ class ChunkSender:
         self._ends, self._job, self._disk, self._callbacks, self._there, self._is_new = (
             ends, job, disk, callbacks, there, is_new)
         self._is_proven = job.settings.verify or job.settings.warm  # of a running source only digests count
+        self._pace = Pace(job.settings.rates_ahead)  # a chunk may be too small for qemu-img's own limit
         self.held = 0  # bytes of data found
         self._done: dict[Chunk, int] = {}  # bytes arrived of each
         self._unproven = deque[tuple[Chunk, Digests | None, Digests | None]]()  # digests of source and new, to compare
@@ -5742,6 +5743,7 @@ class ChunkSender:
         copy = patch_chunk if is_scattered or not self._is_new else copy_chunk
         if part.held:
             copy(self._ends, job, self._disk.node, part, partial(self._done.__setitem__, chunk))
+            self._pace.hold_back(part.held)
         self._done[chunk] = chunk.held
         self.held += part.held
 

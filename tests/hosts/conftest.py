@@ -18,7 +18,7 @@ import pytest
 from conftest import REPOSITORY
 from hosts.faults import Fault
 from hosts.operators import Operator, an_operator
-from hosts.rig import Copy, Instance, base, remains, settings_for, sweep, wait_until_clean
+from hosts.rig import Copy, Instance, base, changed, remains, settings_for, sweep, wait_until_clean
 from lab.hosts import Lab, hosts
 from lab.processes import LabError
 from migrena import Host, Screen, Settings, connect
@@ -125,7 +125,7 @@ def dst(reach: Reach) -> Host:
 @pytest.fixture
 def make_copy(src: Host, dst: Host, settings: Settings, tmp_path: Path) -> MakeCopy:
     """A copy from src to dst; the settings may be different."""
-    return lambda **different: Copy(src, dst, replace(settings, **different), tmp_path)
+    return lambda **different: Copy(src, dst, changed(settings, **different), tmp_path)
 
 
 @pytest.fixture

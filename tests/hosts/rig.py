@@ -101,9 +101,14 @@ def settings_for(lab: Lab, **different: Any) -> Settings:
     stall = 20 if set(lab.spec.kinds.values()) == {"ns"} else 120  # an emulated machine is slow, and more so beside other tests
     given = Settings(src_uid=str(uuid.uuid4()), dst_name="new", hosts=known, ssh_key=str(lab.key), known_hosts=str(lab.known_hosts),
                      ssh_config="/dev/null", stall_timeout=stall, chunk=4 * MiB, transport="qemu", retries=0, compress="off")
+    return changed(given, **different)
+
+
+def changed(settings: Settings, **different: Any) -> Settings:
+    """Other settings; the rate may be a number."""
     if "limit_rate" in different:
         different["limit_rate"] = str(different["limit_rate"])
-    return replace(given, **different)
+    return replace(settings, **different)
 
 
 def processes(host: LabHost) -> dict[int, list[str]]:
