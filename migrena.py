@@ -7872,24 +7872,32 @@ class WarmCopy:
                 if due.timestamp() < time.time():
                     raise
                 has_failed = True
+                for copy in self._copies:  # a failure of one had ended the others
+                    copy.both.is_ending = False
                 run.screen.warn(f"{error}; there is time for another pass")
-            if rest == 0.0:  # the last pass before the time
+            if rest == 0.0 and not has_failed:  # the last pass before the time
                 time.sleep(max(0.0, due.timestamp() - time.time()))
 
     def in_window(self) -> None:
         """Makes passes until little is left, or --max-downtime is met; raises FinalError once it is too late."""
         settings, due = self._run.settings, datetime.fromisoformat(self._run.settings.cutover_at)
-        past = time.time() - due.timestamp()
-        if past > settings.late:
-            raise FinalError(
-                f"the cut-over was due at {due:%Y-%m-%d %H:%M %z}, {duration(past)} ago: this machine slept, or a pass "
-                f"or the wait for a slot took too long; --late allows {duration(settings.late)}",
-                f"./migrena.py resume {self._run.plan.run} --cutover-at TIME, or --cutover-at now")
+        past = self._require_in_time(due)
         try:
             self.until_little_is_left(replace(settings, warm_timeout=settings.late, warm_passes=0), past)
         except FinalError as error:
             raise FinalError(f"it is {datetime.now():%H:%M}, the cut-over was due at {due:%H:%M}, but --max-downtime "
                              f"does not hold: {error}", error.reasons[0].way_out) from error
+        self._require_in_time(due)
+
+    def _require_in_time(self, due: datetime) -> float:
+        """Seconds since the time of the cut-over; raises FinalError if it is too late."""
+        settings, past = self._run.settings, time.time() - due.timestamp()
+        if past > settings.late:
+            raise FinalError(
+                f"the cut-over was due at {due:%Y-%m-%d %H:%M %z}, {duration(past)} ago: this machine slept, or a pass "
+                f"or the wait for a slot took too long; --late allows {duration(settings.late)}",
+                f"./migrena.py resume {self._run.plan.run} --cutover-at TIME, or --cutover-at now")
+        return past
 
     def _waited(self, seconds: float) -> None:
         self.passes[-1] = replace(self.passes[-1], seconds=self.passes[-1].seconds + seconds)
@@ -7969,7 +7977,8 @@ def sum_of(passes: Sequence[Pass], seconds: float) -> Pass:
 
 def again_command(run: Run) -> str:
     """What to do after a failure that leaves the source as it is."""
-    return f"./migrena.py resume {run.plan.run}" if run.record.seed else "run it again"
+    again = f"./migrena.py resume {run.plan.run}{' --seed' if run.settings.seed else ''}"
+    return again if run.record.seed else "run it again"
 
 
 def require_it_runs(run: Run, server: Server | None) -> None:
@@ -8909,9 +8918,10 @@ def check_times(call: Call, settings: Settings) -> None:
 def refuse_times(settings: Settings, server: Server | None) -> list[Reason]:
     """Reasons to refuse a seed or a time for the cut-over."""
     due = datetime.fromisoformat(settings.cutover_at) if settings.cutover_at else None
-    is_stopped = bool(server and server.status == "SHUTOFF" and (settings.seed or due))
+    is_stopped = bool(server and not server.is_running and (settings.seed or due))
     return reasons_from(
-        (is_stopped, "the source is SHUTOFF: there is nothing to copy while it runs",
+        (is_stopped, f"the source is {f'{server.status} {server.task}'.rstrip() if server else ''}, and does not run: "
+         "there is nothing to copy while it runs",
          "start it, or leave out --seed and --cutover-at (resume: --cutover-at now)"),
         (due and due.timestamp() < time.time(), f"the time of the cut-over, {due:%Y-%m-%d %H:%M %z}, has passed"
          if due else "", "--cutover-at with a later time, or now"))
@@ -9123,7 +9133,7 @@ def what_to_do(record: RunRecord) -> Iterator[str]:
     if record.state == "killed":
         yield "it may have left " + ("an incomplete image" if record.carries_image
             else "the new instance, and the mark and the lock on the source")
-    if record.state == "seeded":
+    if record.state == "seeded" or (record.seed and record.state in ("killed", "left") and not record.stopped_at):
         yield (f"update: ./migrena.py resume {record.run} --seed    cut over: ./migrena.py resume {record.run}    "
                f"remove: ./migrena.py rollback {record.run}")
     if record.state in ("killed", "left"):
@@ -9218,7 +9228,7 @@ def refuse_state(record: RunRecord) -> None:
 
 def is_seed_again(record: RunRecord, now: Situation) -> bool:
     """Whether the source runs, or has run since a cut-over stopped it: then the destination has only a seed of it."""
-    has_own_data = now.stage >= Stage.DONE or (now.stage >= Stage.STARTED and not now.destination.is_idle)
+    has_own_data = now.stage >= Stage.DONE or (now.stage >= Stage.SWAPPED and not now.destination.is_idle)
     has_run = bool(now.source.starts) or not (now.source.server and now.source.server.is_stopped)
     return record.is_seed and (not record.stopped_at or (has_run and not has_own_data))
 
