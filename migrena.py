@@ -1887,10 +1887,8 @@ class RunRecord:
     def seed_facts(self) -> dict[str, Any]:
         """What the journal tells of the last seed, and when the disks were last copied."""
         copied = next((act.ended for act in reversed(self.recent) if act.name in ("copy", "warm copy") and act.ended
-                       and act.result == "done"), self.began)
-        return {"disks": {}, "copied": copied} | {
-            key: value for key, value in self.seed.items() if key not in ("at", "event") and (
-                key != "copied" or copied == self.began)}
+                       and act.result == "done"), self.seed.get("copied", self.began))
+        return {"disks": self.seed.get("disks", {}), "copied": copied}
 
     @property
     def volumes(self) -> dict[str, str]:
@@ -6630,11 +6628,15 @@ def survey_attributes(settings: Settings, found: SourceFacts, cloud: Cloud, serv
         found.server_group = cloud.server_group(groups[0])
 
 
+def ports_of(store: NetworkStore, id: str) -> list[dict[str, Any]]:
+    """The ports that Nova uses for an instance: anybody may name any device."""
+    return [one for one in store.all("ports", ("device_id", id)) if str(one.get("device_owner")).startswith("compute:")]
+
+
 def survey_ports(cloud: Cloud, server: Server, macs: Sequence[str]) -> list[Port]:
     """An instance's ports, in the order of these MAC addresses."""
     store = cloud.networks
-    told = [one for one in store.all("ports", ("device_id", server.id))
-            if str(one.get("device_owner")).startswith("compute:")]  # anybody may name any device
+    told = ports_of(store, server.id)
     by_mac = {one["mac_address"].lower(): one for one in told}
     unknown = [f"port {one['id']} has no interface" for mac, one in by_mac.items()
                if mac not in macs and one.get("binding:vnic_type") != "direct-physical"]
@@ -7570,6 +7572,13 @@ def await_answer(run: Run, server: Server) -> None:
     take_back(run, server.id, f"no answer within {duration(waited)} ({', '.join(open_ways)}), and was {server.status}")
 
 
+def stop_destination(run: Run, id: str) -> None:
+    """Locks the destination and stops it; the journal then knows since which request."""
+    with run.journal.act("stop destination", server=id) as result:
+        locked = run.destination.lock(id, f"{LOCKED_BY}{run.plan.run}")
+        result["request"] = run.destination.stop(id, run.changed) or locked
+
+
 def take_back(run: Run, id: str, why: str) -> NoReturn:
     """Stops a destination that does not answer, and gives the source back, if both may be done; raises Kept always."""
     problems, source, began = list[Reason](), run.plan.server.id, run.record.stopped_at
@@ -7582,9 +7591,7 @@ def take_back(run: Run, id: str, why: str) -> NoReturn:
         allow(Act.GIVE_BACK, replace(now, destination=Seen()), Asked(run.settings.yes))  # it is stopped by then
         with run.screen.step("Stop destination instance."):
             allow(Act.STOP_DESTINATION, now, Asked(yes=True))
-            with run.journal.act("stop destination", server=id) as result:
-                locked = run.destination.lock(id, f"{LOCKED_BY}{run.plan.run}")
-                result["request"] = run.destination.stop(id, run.changed) or locked
+            stop_destination(run, id)
             with collecting(problems):
                 lead_floating_ips(run, back=True)
         with run.screen.step("Start source instance." if run.plan.was_running else "Unlock source instance."):
@@ -8446,9 +8453,7 @@ def prepare(run: Run, both: Mapping[str, BothEnds], new: Server) -> list[DiskJob
             raise HostError(f"{ends.destination.name}: the new instance has no disk {', '.join(lacking)}",
                             "name a flavor with -f that has ephemeral disks as the source's")
         gate(run, Act.STOP_DESTINATION)
-        with run.journal.act("stop destination", server=new.id) as result:
-            locked = cloud.lock(new.id, f"{LOCKED_BY}{run.plan.run}")
-            result["request"] = cloud.stop(new.id, run.changed) or locked
+        stop_destination(run, new.id)
         give_ports(run, new.id)
         screen.note("Done. Current status: SHUTOFF")
     with screen.step("Compare bases, space and the way between the hypervisors."):
@@ -9249,8 +9254,7 @@ def refuse_changed(settings: Settings, source: SourceFacts, record: RunRecord) -
     reasons += refuse_tools(source.host.name, source.lacking, settings, "nbd-server")
     if were := {row["source"] for row in record.facts.get("ports", ())}:
         with collecting(reasons):
-            ports = {one["id"] for one in source.cloud.networks.all("ports", ("device_id", server.id))
-                     if str(one.get("device_owner")).startswith("compute:")}
+            ports = {one["id"] for one in ports_of(source.cloud.networks, server.id)}
             reasons += [Reason(f"port {id} was {'attached to' if id in ports else 'detached from'} the source after "
                                "the seed", way) for id in sorted(ports ^ were)]
     return reasons
