@@ -11,9 +11,8 @@ The data goes from hypervisor to hypervisor; this machine only controls it, over
     digest of every MiB  <------------ must be equal ------------>  digest of every MiB
                                                         rebase onto this cloud's own base, check, swap in
 
-The source is opened read-only, always. The new file lies beside the destination's fresh disk and takes its place
-only when the digests of both ends are equal. A failed run deletes the destination that it made and puts the source
-back as it was found.
+The source is opened read-only, always. A copy takes its place only when the digests of both ends are equal. A failed
+run deletes the destination that it made and puts the source back as it was found.
 
 Sections; each uses only those above it:
 
@@ -339,6 +338,8 @@ def parse_rate(value: object) -> str:
 def parse_answers(value: object) -> tuple[str, ...]:
     """How an instance shows that it works: `console:REGEX`, `tcp:PORT` or `command:WORDS`, or several of these."""
     found = tuple(value) if isinstance(value, (list, tuple)) else (parse_text(value),) if value else ()
+    if found == ("none",):
+        return ()
     for one in found:
         kind, _, what = parse_text(one).partition(":")
         if kind not in ("console", "tcp", "command") or not what:
@@ -1700,7 +1701,8 @@ class Journal:
             yield
         except BaseException as failure:
             is_bug = not isinstance(failure, (MigrenaError, Interrupted))
-            failed = "seeded" if self.has_seed and failed == "failed" else failed
+            if failed == "failed" and any(entry["event"] == "seeded" for entry in self.entries):
+                failed = "seeded"
             result, error = "left" if is_bug else failed, str(failure)
             raise
         finally:
@@ -1709,11 +1711,6 @@ class Journal:
             if self.is_broken:
                 undo.screen.warn(f"the journal {self.path} lacks the run's end: `status` will show it as killed")
             self.close()
-
-    @property
-    def has_seed(self) -> bool:
-        """Whether the run has a seed, which a failure does not undo."""
-        return any(entry["event"] == "seeded" for entry in self.entries)
 
     def close(self) -> None:
         self._file.close()
@@ -1860,6 +1857,10 @@ class RunRecord:
         return sum(disk.done for disk in self.disks.values())
 
     @property
+    def sent(self) -> int:
+        return sum(length for disk in self.disks.values() for _, length in disk.arrived)
+
+    @property
     def total(self) -> int:
         return sum(disk.total for disk in self.disks.values())
 
@@ -1884,11 +1885,18 @@ class RunRecord:
         return bool(self.seed) or any(act.name == "await answer" and act.facts.get("missing") for act in self.recent)
 
     @property
-    def seed_facts(self) -> dict[str, Any]:
-        """What the journal tells of the last seed, and when the disks were last copied."""
-        copied = next((act.ended for act in reversed(self.recent) if act.name in ("copy", "warm copy") and act.ended
-                       and act.result == "done"), self.seed.get("copied", self.began))
-        return {"disks": self.seed.get("disks", {}), "copied": copied}
+    def copied(self) -> str:
+        """When all disks were last copied."""
+        known = [act.ended for act in self.recent if act.name == "copy" and act.result == "done"]
+        known += [self.seed.get("copied", self.began), self.last_pass.get("at", self.began)]
+        return max(known, key=datetime.fromisoformat)
+
+    @property
+    def cut_over(self) -> str:
+        """The command that cuts over."""
+        due = self.facts.get("settings", {}).get("cutover_at")
+        is_past = due and datetime.fromisoformat(due) < datetime.now(timezone.utc)
+        return f"./migrena.py resume {self.run}{' --cutover-at now' if is_past else ''}"
 
     @property
     def volumes(self) -> dict[str, str]:
@@ -6136,6 +6144,10 @@ def next_commands(act: Act, now: Situation) -> str:
     if (act is not Act.GO_ON and now.stage >= least and made.server and source.server
             and source.is_idle and source.server.metadata.get(MARK) == run):
         ways.append(f"./migrena.py resume {run} completes the move")
+    if act is Act.WRITE and now.is_seed:
+        ways.append(f"./migrena.py resume {run} repairs it, once it is stopped")
+    if act is Act.DELETE and now.is_seed and made.server and source.is_gone:
+        ways.append(f"openstack server delete {made.id}, if nobody wants it")
     if act in (*REMOVING, Act.GO_ON) and made.server and not (source.is_gone or source.unseen):
         ways.append(f"./migrena.py {'rollback' if act in REMOVING else 'resume'} {run} --yes, "
             f"if data written by {made.id} may be lost")
@@ -7580,10 +7592,10 @@ def stop_destination(run: Run, id: str) -> None:
 
 
 def take_back(run: Run, id: str, why: str) -> NoReturn:
-    """Stops a destination that does not answer, and gives the source back, if both may be done; raises Kept always."""
+    """Stops a destination without an answer and gives the source back, if both may be done; always raises Kept."""
     problems, source, began = list[Reason](), run.plan.server.id, run.record.stopped_at
-    told = Reason(f"the destination {id} gave {why}", f"./migrena.py resume {run.plan.run} copies what has changed, "
-                  f"and tries again; ./migrena.py rollback {run.plan.run} deletes it")
+    told = Reason(f"the destination {id} gave {why}", f"{run.record.cut_over} sends what has changed, and tries again; "
+                  f"./migrena.py rollback {run.plan.run} deletes it")
     try:
         now = situation_now(run)
         if now.source.is_gone:
@@ -7600,7 +7612,8 @@ def take_back(run: Run, id: str, why: str) -> NoReturn:
             down = (datetime.now(timezone.utc) - began).total_seconds() if began else 0.0
             status = run.source.server_retrying(source).status
     except MigrenaError as error:
-        raise Kept.of([told, *error.reasons, *problems]) from error
+        seen = Reason(f"seen {(now := situation_now(run))}", next_commands(Act.GIVE_BACK, now))
+        raise Kept.of([told, *error.reasons, seen, *problems]) from error
     raise Kept.of([replace(told, problem=f"{told.problem}: it is stopped and kept"),
                    Reason(f"the source {source} is {status} again, {duration(down)} after its stop"), *problems])
 
@@ -7648,7 +7661,8 @@ def copy_and_swap(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
 
     With --seed the source is not stopped, and nothing is swapped in.
     """
-    with Slot(run, host) as slot:
+    with ExitStack() as slot:
+        take_slot(run, host, slot)
         with ExitStack() as stack:
             keys = [key for key in run.plan.disks if not run.earlier or key not in run.earlier.in_place]
             both = {key: stack.enter_context(BothEnds(run, ends, locks)) for key, ends in zip(
@@ -7678,22 +7692,10 @@ def copy_and_swap(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
     return began
 
 
-class Slot(ExitStack):
-    """A scope with a slot for the copy on both hosts, which can be given up for a while."""
-
-    def __init__(self, run: Run, host: Host) -> None:
-        super().__init__()
-        self._run, self._names = run, (run.source_host.name, host.name)
-
-    def __enter__(self) -> Slot:
-        super().__enter__()
-        self.take()
-        return self
-
-    def take(self) -> None:
-        """Waits for a slot."""
-        run = self._run
-        self.enter_context(slots(run.journal.path.parent, self._names, run.settings.max_per_host, run.screen))
+def take_slot(run: Run, host: Host, slot: ExitStack) -> None:
+    """Waits for a slot for the copy on both hosts, which the scope then holds until it is closed."""
+    names = run.source_host.name, host.name
+    slot.enter_context(slots(run.journal.path.parent, names, run.settings.max_per_host, run.screen))
 
 
 def lock_both(job: DiskJob, ends: Ends) -> None:
@@ -7781,7 +7783,7 @@ def swap_in(run: Run, host: Host, jobs: Sequence[DiskJob], locks: DiskLocks) -> 
                                 "the next backup will be a full one")
 
 
-def warm_copy(run: Run, copies: Sequence[DiskCopy], slot: Slot) -> None:
+def warm_copy(run: Run, copies: Sequence[DiskCopy], slot: ExitStack) -> None:
     """Copies the disks in passes while the source runs, until little is left to send after its stop.
 
     With --cutover-at the passes go on until then. Each copy then knows the digests of both ends, if a dirty bitmap
@@ -7789,6 +7791,7 @@ def warm_copy(run: Run, copies: Sequence[DiskCopy], slot: Slot) -> None:
     `with_retries` does; the source runs on.
     """
     settings, screen, files = run.settings, run.screen, [copy.job.new for copy in copies]
+    is_seed = bool(settings.seed or settings.cutover_at)
     with screen.step("Copy the disk while the source runs."), run.journal.act("warm copy", new=files) as result:
         for copy in copies:
             screen.note(f"{run.source_host.name}:{copy.job.source.path} -> {copy.both.destination.name}:{copy.job.new}")
@@ -7797,17 +7800,15 @@ def warm_copy(run: Run, copies: Sequence[DiskCopy], slot: Slot) -> None:
         warm = WarmCopy(run, copies, nova_takes(
             run.source.actions(run.plan.server.id), screen.seconds.get(STOP_DESTINATION, 5.0)))
         try:
+            warm.until_little_is_left(replace(settings, max_downtime=0) if is_seed else settings)
+            if is_seed:
+                tell_seeded(run, datetime.now(timezone.utc).isoformat())
             if settings.cutover_at:
-                warm.until_little_is_left(replace(settings, max_downtime=0))
-                warm.seeded()
                 warm.until_window(slot)
                 warm.in_window()
-            else:
-                warm.until_little_is_left(replace(settings, max_downtime=0) if settings.seed else settings)
         finally:
             result["passes"], run.report.copy["passes"] = len(warm.passes), [asdict(one) for one in warm.passes]
     if settings.seed:
-        warm.seeded()
         screen.note(f"Seeded; the source runs on. ./migrena.py resume {run.plan.run} --seed sends what has changed by "
                     f"then, resume {run.plan.run} cuts over, rollback {run.plan.run} removes it.")
     for copy in copies:
@@ -7852,12 +7853,7 @@ class WarmCopy:
         run.journal.write("pass", number=len(passes), **asdict(one), **({} if math.isinf(expected) else {
             "downtime": round(expected, 1)}))
 
-    def seeded(self) -> None:
-        """Tells the journal that all disks have been copied once."""
-        self._run.journal.write("seeded", copied=datetime.now(timezone.utc).isoformat(), disks={
-            copy.job.key: copy.job.source.size for copy in self._copies})
-
-    def until_window(self, slot: Slot) -> None:
+    def until_window(self, slot: ExitStack) -> None:
         """Makes a pass every so often until the time of the cut-over, without a slot meanwhile."""
         run, due = self._run, datetime.fromisoformat(self._run.settings.cutover_at)
         run.screen.note(f"Cut-over at {due:%Y-%m-%d %H:%M %z}; until then a pass every {duration(run.settings.every)}.")
@@ -7870,7 +7866,7 @@ class WarmCopy:
             while (ahead := until - time.time()) > 0:
                 run.screen.status(f"Cut-over at {due:%Y-%m-%d %H:%M}, in {duration(due.timestamp() - time.time())}")
                 time.sleep(min(ahead, 1.0))
-            slot.take()
+            take_slot(run, self._copies[0].both.destination, slot)
             self._waited(rest)
             try:
                 self.make_pass()
@@ -7892,8 +7888,8 @@ class WarmCopy:
         try:
             self.until_little_is_left(replace(settings, warm_timeout=settings.late, warm_passes=0), past)
         except FinalError as error:
-            raise FinalError(f"it is {datetime.now():%H:%M}, the cut-over was due at {due:%H:%M}, but --max-downtime "
-                             f"does not hold: {error}", error.reasons[0].way_out) from error
+            raise FinalError(f"the cut-over was due at {due:%H:%M}, but --max-downtime does not hold: {error}",
+                             error.reasons[0].way_out) from error
         self._require_in_time(due)
 
     def _require_in_time(self, due: datetime) -> float:
@@ -7967,7 +7963,7 @@ def one_pass(run: Run, copy: DiskCopy) -> Pass:
         lock_fresh(job, ends)
         length, state = ends.source.script(
             f'[ $# = 1 ] && echo 0 || stat -c %s -- "$2"; {DOMAIN_STATE}', run.plan.server.id, *words).split("\n", 1)
-        require_running(ends.source, state.strip())
+        require_running(run, state.strip())
         now = copy.begun(is_live=True, source=replace(job.source, length=int(length) or job.source.length))
         return move_disk(ends, now, Callbacks(partial(journaled_progress, run, job.key)), copy.known)
 
@@ -8428,7 +8424,7 @@ def put_aside(run: Run, host: Host, new: Server) -> Server:
     if (seen := now.destination).starts:
         run.screen.warn(f"destination {new.id} was started after the seed ({seen.starts[0].name} at "
                         f"{seen.starts[0].at}): what it has changed is found and sent again")
-    run.destination.stop(new.id, run.changed)
+    stop_destination(run, new.id)
     with run.journal.act("swap out", server=new.id):
         host.script(SWAP_OUT, host.disk_of(new.id), run.plan.run)
     return run.destination.server_retrying(new.id)
@@ -8503,6 +8499,10 @@ def plan_job(run: Run, ends: Ends, key: str, fresh: Disk) -> DiskJob:
         lock = files_beside(f"{host.disk_of(run.made)}.{key}", run.plan.run)[0]
         landing = InPlace(run.plan.run, fresh.top, lock, is_blank=False)
     job = DiskJob(key, settings, disk.top, landing, transport, whole_file, disk.direct_io)
+    if not whole_file and fresh.top.size > disk.top.size and "start destination" in {
+            act.name for act in run.record.acts}:
+        run.screen.warn(f"{run.label(key)}the disk is {human(fresh.top.size - disk.top.size)} longer "
+                        "than the source's: what it wrote there stays")
     return replace(job, landing=replace(landing, is_blank=not run.record.seed and is_blank(ends, job))) if isinstance(
         landing, InPlace) else job
 
@@ -8581,10 +8581,13 @@ def undo_stop(run: Run) -> None:
 def keep_as_seed(run: Run, now: Situation) -> None:
     """Tells the journal that the destination has a seed of a source that was given back; raises Kept if it has more."""
     if not now.source.server or not now.destination.is_idle:
-        raise Kept(f"source {now.source.id}: {now.source.describe(now.run)}; destination {now.destination.id}: "
-                   f"{now.destination.describe(now.run)}", next_commands(Act.GIVE_BACK, now))
-    run.journal.write("seeded", **{**run.record.seed_facts, "disks": {
-        key: disk.top.size for key, disk in run.plan.disks.items()}})
+        raise Kept(f"no seed any more: {now}", next_commands(Act.GIVE_BACK, now))
+    tell_seeded(run, run.record.copied)
+
+
+def tell_seeded(run: Run, copied: str) -> None:
+    """Tells the journal that the destination has a seed: all disks as they were copied at some time."""
+    run.journal.write("seeded", copied=copied, disks={key: disk.top.size for key, disk in run.plan.disks.items()})
 
 
 def give_back(cloud: Cloud, now: Situation, journal: Journal, changed: Callable[[Server], None]) -> None:
@@ -8608,7 +8611,7 @@ def require_safe_stop(run: Run) -> None:
     require_no_more_volumes(run, domain)
     if reasons := refuse_domain(host, domain, plan.disks):
         raise HostError.of(reasons)
-    require_running(host, domain.state)
+    require_running(run, domain.state)
     for key, disk in plan.disks.items():
         if key not in domain.drives:
             raise HostError(f"{host.name}: by libvirt {disk.top.path} is no disk of the source any more")
@@ -8621,14 +8624,14 @@ def require_no_more_volumes(run: Run, domain: Domain) -> None:
     more = [drive.volume for drive in domain.drives.values() if drive.volume and drive.volume not in known]
     if more and not run.settings.chosen:
         raise HostError(f"{run.source_host.name}: volume {', '.join(more)} was attached to the source since the survey",
-                        "run it again")
+                        again_command(run))
 
 
-def require_running(host: Host, state: str) -> None:
+def require_running(run: Run, state: str) -> None:
     """Raises FinalError if, by libvirt, the source's qemu has ended; Nova may notice ten minutes later."""
     if state.startswith(("shut off", "crashed")):
-        raise FinalError(f"{host.name}: by libvirt, the source's qemu ended during the copy: {state}",
-                         "find out why (/var/log/libvirt/qemu there); run it again")
+        raise FinalError(f"{run.source_host.name}: by libvirt, the source's qemu ended during the copy: {state}",
+                         f"find out why (/var/log/libvirt/qemu there); {again_command(run)}")
 
 
 def recheck_source(run: Run, job: DiskJob) -> DiskJob:
@@ -9002,7 +9005,8 @@ def begin_journal(folder: Path, settings: Settings, plan: Plan, clouds: Sequence
                       source_host=plan.server.hypervisor, name=settings.dst_name,
                       clouds=[cloud.url for cloud in clouds], where=[cloud.identity for cloud in clouds],
                       was_running=plan.was_running, flavor=plan.flavor.id, image=plan.image.id,
-                      ports=[asdict(port) for port in plan.ports],
+                      source_flavor=[plan.server.flavor.vcpus, plan.server.flavor.ram],
+                      ports=[asdict(port) for port in plan.ports], has_nics="nics" in settings.extra_args,
                       settings={**{name: getattr(settings, name) for name in FOR_RESUME},
                                 **{f"{side}_disk_path": settings.of(side).disk_path for side in ("src", "dst")}})
     return journal
@@ -9093,7 +9097,7 @@ def as_json(record: RunRecord) -> dict[str, Any]:
     del told["before_seed"], told["last_pass"]
     told["copy"] = {key: told.pop(key) for key in ("rate", "retries")}
     told["copy"] |= {"done": record.done, "bytes": record.total, "seconds_left": record.seconds_left}
-    told["seed"] = {"copied": record.seed["copied"], "disks": record.seed["disks"], **{
+    told["seed"] = {"copied": record.copied, "disks": record.seed["disks"], **{
         key: record.last_pass.get(key) for key in ("changed", "downtime")}} if record.seed else {}
     told["source"] = {"cloud": clouds[0], "id": record.source, "name": facts.get("source_name", ""),
         "host": facts.get("source_host", "")}
@@ -9124,7 +9128,7 @@ def table_lines(records: Sequence[RunRecord]) -> Iterator[str]:
 def seed_lines(record: RunRecord) -> Iterator[str]:
     """The age of a run's seed, what had changed in the last pass, and the expected downtime."""
     if record.seed and record.state not in ("done", "rolled back"):
-        age = (datetime.now(timezone.utc) - datetime.fromisoformat(record.seed["copied"])).total_seconds()
+        age = (datetime.now(timezone.utc) - datetime.fromisoformat(record.copied)).total_seconds()
         passed, down = record.last_pass, record.last_pass.get("downtime")
         would = f"; stopped now, it would be down for about {duration(down)}" if down else ""
         changed = human(passed.get("changed", 0))
@@ -9139,7 +9143,7 @@ def what_to_do(record: RunRecord) -> Iterator[str]:
         yield "it may have left " + ("an incomplete image" if record.carries_image
             else "the new instance, and the mark and the lock on the source")
     if record.state == "seeded" or (record.seed and record.state in ("killed", "left") and not record.stopped_at):
-        yield (f"update: ./migrena.py resume {record.run} --seed    cut over: ./migrena.py resume {record.run}    "
+        yield (f"update: ./migrena.py resume {record.run} --seed    cut over: {record.cut_over}    "
                f"remove: ./migrena.py rollback {record.run}")
     if record.state in ("killed", "left"):
         for kind in KINDS:
@@ -9240,24 +9244,33 @@ def is_seed_again(record: RunRecord, now: Situation) -> bool:
 
 def refuse_changed(settings: Settings, source: SourceFacts, record: RunRecord) -> list[Reason]:
     """Reasons to refuse in the source of a seed, and in what it got or lost since."""
-    server, way = source.server, f"undo that, or ./migrena.py rollback {record.run} and a new seed"
-    known, there = dict(record.seed.get("disks", {})), {key: disk.top.size for key, disk in source.disks.items()}
-    reasons = [Reason(f"{key} was {'attached to' if key in there else 'detached from'} the source after the seed", way)
-               for key in sorted(known.keys() ^ there.keys()) if known and there]
-    reasons += [Reason(f"{key} had {human(known[key])} at the seed, and has {human(size)} now: the source was resized",
-                       way) for key, size in there.items() if known.get(key, size) != size]
-    if not (source.cloud and server and source.host):
-        return reasons
-    reasons += refuse_server(replace(server, metadata={}, locked=server.locked and lock_of(server) != record.run),
-                             settings)
-    reasons += [reason for disk in source.disks.values() for reason in refuse_disk(disk)]
-    reasons += refuse_tools(source.host.name, source.lacking, settings, "nbd-server")
-    if were := {row["source"] for row in record.facts.get("ports", ())}:
-        with collecting(reasons):
-            ports = {one["id"] for one in ports_of(source.cloud.networks, server.id)}
-            reasons += [Reason(f"port {id} was {'attached to' if id in ports else 'detached from'} the source after "
-                               "the seed", way) for id in sorted(ports ^ were)]
-    return reasons
+    server, reasons = source.server, list[Reason]()
+    known, there = record.seed.get("disks", {}), {key: disk.top.size for key, disk in source.disks.items()}
+    changes = come_and_gone("", known, there) if known and there else []
+    changes += [f"{key} had {human(known[key])} at the seed, and has {human(size)} now: the source was resized"
+                for key, size in there.items() if known.get(key, size) != size]
+    if source.cloud and server and source.host:
+        now = [server.flavor.vcpus, server.flavor.ram]
+        if (was := record.facts.get("source_flavor", now)) != now:
+            changes.append("the source had {} vCPUs and {} MiB of RAM at the seed, and has {} and {} now: "
+                           "it was resized".format(*was, *now))
+        reasons += refuse_server(replace(server, metadata={}, locked=server.locked and lock_of(server) != record.run),
+                                 settings) + refuse_volumes(settings, source, server, DestinationFacts(None))
+        reasons += [reason for disk in source.disks.values() for reason in refuse_disk(disk)]
+        reasons += refuse_tools(source.host.name, source.lacking, settings, "nbd-server")
+        if not record.facts.get("has_nics", not record.facts.get("ports")):
+            with collecting(reasons):
+                were = {row["source"] for row in record.facts["ports"]}
+                ports = {one["id"] for one in ports_of(source.cloud.networks, server.id)}
+                changes += come_and_gone("port ", were, ports)
+    way = f"undo that, or ./migrena.py rollback {record.run} and a new seed"
+    return [*(Reason(change, way) for change in changes), *reasons]
+
+
+def come_and_gone(kind: str, were: Collection[str], now: Collection[str]) -> list[str]:
+    """What a source got or lost after its seed."""
+    return [f"{kind}{one} was {'attached to' if one in now else 'detached from'} the source after the seed"
+            for one in sorted({*were} ^ {*now})]
 
 
 def as_seed(settings: Settings, earlier: Earlier, now: Situation) -> tuple[Settings, Earlier, Situation]:
@@ -9323,11 +9336,11 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         journal = Journal(folder, run)
         with journal.beginning():
             journal.write("asked to resume", pid=os.getpid())  # claim_source() writes `resume`; then failures undo it
+            again = Run(settings, screen, journal, undo, report, plan, cloud, earlier.cloud, host, earlier)
             if is_again and record.stopped_at:  # somebody started the source after the cut-over had begun
-                journal.write("seeded", **record.seed_facts)
-        sent = sum(length for disk in record.disks.values() for _, length in disk.arrived)
-        screen.say(f"Resume run {run}; {'it has a seed' if record.seed else f'{human(sent)} were sent'}.")
-        return execute_or_undo(Run(settings, screen, journal, undo, report, plan, cloud, earlier.cloud, host, earlier))
+                tell_seeded(again, record.copied)
+        screen.say(f"Resume run {run}; {'it has a seed' if record.seed else f'{human(record.sent)} were sent'}.")
+        return execute_or_undo(again)
 
 
 def plan_again(source: SourceFacts, record: RunRecord, made: Server, *, is_again: bool) -> Plan:

@@ -164,7 +164,7 @@ def test_what_somebody_did_to_a_destination_that_was_swapped_in_is_repaired(oper
     (made,), source = operator.made(), operator.clouds[0].rows()[operator.id]
     assert (made["status"], made["locked"], source["status"], source["locked"]) == ("SHUTOFF", True, "ACTIVE", False)
     assert operator.states() == [(run, "left")]
-    assert f"./migrena.py resume {run} copies what has changed, and tries again" in done.stderr
+    assert f"./migrena.py resume {run} sends what has changed, and tries again" in done.stderr
     guest()  # it was started again
     new = Instance(operator.lab["dst"], f"{INSTANCES}/{made['id']}/disk", "qcow2")
     new.write("inspected", (2 * MiB, MiB))
@@ -172,6 +172,8 @@ def test_what_somebody_did_to_a_destination_that_was_swapped_in_is_repaired(oper
     assert done.returncode == 0, done.stderr
     assert same_guest(operator.source, new)
     has_arrived(operator, run, "ACTIVE")
+    done_before = events(operator)[: events(operator).index("intent swap out")]
+    assert done_before[-1] == "done stop destination"  # and locked by that
 
 
 def test_a_cold_copy_without_an_answer_goes_back_and_is_tried_again_warm(operator: Operator, guest: Guest) -> None:

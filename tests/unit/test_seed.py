@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -28,25 +28,36 @@ from migrena import (
     Action,
     Asked,
     Cloud,
+    CloudError,
+    FinalError,
+    HostError,
+    Kept,
     Pace,
+    Pass,
     Seen,
     Settings,
     SourceFacts,
     Stage,
+    Volume,
+    WarmCopy,
+    again_command,
     detail_lines,
     has_answered,
     is_seed_again,
     judge,
+    next_commands,
     parse_answers,
     parse_moment,
     parse_rate,
     read_run,
     refuse_changed,
+    require_it_runs,
     situation,
     stage_of,
     table_lines,
+    take_back,
 )
-from unit.makers import UUID, a_disk, a_server
+from unit.makers import UUID, a_disk, a_flavor, a_server
 from unit.test_gate import MADE_ONE, RUN, START, stopped
 from unit.test_runs import CREATED, told
 
@@ -189,7 +200,7 @@ def test_a_run_has_only_a_seed_where_its_source_has_run_since_and_its_destinatio
     now = situation(record, replace(RUNS, starts=starts) if starts else Seen(UUID, stopped(UUID)), MADE_ONE)
     assert is_seed_again(record, now) is is_again
     assert is_seed_again(record, replace(now, source=RUNS)) is record.is_seed  # killed before it was stopped
-    if now.stage is Stage.STARTED:  # its destination may have data of its own
+    if now.stage >= Stage.SWAPPED:  # its destination may have data of its own
         assert not is_seed_again(record, replace(now, destination=replace(MADE_ONE, starts=(START,))))
     assert not record.stopped_at or not is_seed_again(record, replace(now, stage=Stage.DONE))
 
@@ -204,6 +215,140 @@ def test_a_source_that_is_another_one_since_its_seed_is_refused_by_name(
     disks = {key: replace(disk, chain=(replace(disk.top, size=size), *disk.chain[1:])) for key, size in zip(keys, sizes, strict=True)}
     source = SourceFacts(server=a_server(), disks=disks)
     assert [reason.problem for reason in refuse_changed(Settings(), source, read_run(tmp_path, RUN))] == ([said] if said else [])
+
+
+@pytest.mark.parametrize(("facts", "server", "volume", "said"), [
+    ({}, {}, {}, ""), ({"source_flavor": [1, 512]}, {}, {}, ""),
+    ({"source_flavor": [1, 512]}, {"flavor": a_flavor(vcpus=2, ram=2048)}, {},
+     "the source had 1 vCPUs and 512 MiB of RAM at the seed, and has 2 and 2048 now: it was resized"),
+    ({"has_nics": False, "ports": []}, {}, {}, "port one was attached to the source after the seed"), ({"has_nics": True, "ports": []}, {}, {}, ""),
+    ({"ports": [{"source": "one"}, {"source": "two"}]}, {}, {}, "port two was detached from the source after the seed"),
+    ({}, {"status": "VERIFY_RESIZE"}, {}, "the source is VERIFY_RESIZE"), ({}, {}, {"multiattach": True}, "may be attached to several instances"),
+    ({}, {}, {"status": "retyping"}, "is retyping, attached to")])
+def test_a_source_of_another_size_with_other_ports_or_volumes_is_refused_by_name(
+        tmp_path: Path, facts: dict[str, Any], server: dict[str, Any], volume: dict[str, Any], said: str) -> None:
+    told(tmp_path, *CREATED, *SEEDED)
+    record = read_run(tmp_path, RUN)
+    record = replace(record, seed={**record.seed, "disks": {}}, facts={**record.facts, **facts})
+    networks = SimpleNamespace(all=lambda *of: [{"id": "one", "device_owner": "compute:nova"}, {"id": "other", "device_owner": ""}])
+    one = Volume.of({"id": "volume-1", "name": "data", "status": "in-use", "size": 1, "volume_type": "fast",
+                     "attachments": [{"server_id": UUID}], **volume})
+    source = SourceFacts(cast(Any, SimpleNamespace(networks=networks)), a_server(**{"id": UUID, "flavor": a_flavor(vcpus=1, ram=512), **server}),
+                         cast(Any, SimpleNamespace(name="src-cmp1")), {ROOT: a_disk()}, volumes={"volume-1": one})
+    found = [reason.problem for reason in refuse_changed(Settings(), source, record)]
+    assert (len(found) == 1 and said in found[0]) if said else found == [], found
+
+
+def test_a_seed_whose_source_is_gone_is_the_operator_s_to_delete(tmp_path: Path) -> None:
+    told(tmp_path, *CREATED, *SEEDED)
+    now = situation(read_run(tmp_path, RUN), Seen(UUID), MADE_ONE)
+    assert "openstack server delete new, if" in next_commands(Act.DELETE, now)
+    started = situation(read_run(tmp_path, RUN), RUNS, replace(MADE_ONE, starts=(START,)))
+    assert f"resume {RUN} repairs it" in next_commands(Act.WRITE, started)
+
+
+@pytest.mark.parametrize(("due", "command"), [
+    ("", f"./migrena.py resume {RUN}"), ("2026-11-20T01:00:00+01:00", f"./migrena.py resume {RUN} --cutover-at now"),
+    ("2096-11-20T01:00:00+01:00", f"./migrena.py resume {RUN}")])
+def test_the_command_that_cuts_over_says_now_once_the_time_has_passed(tmp_path: Path, due: str, command: str) -> None:
+    told(tmp_path, *CREATED, *SEEDED, {"event": "ended", "result": "seeded"})
+    record = read_run(tmp_path, RUN)
+    record = replace(record, facts={**record.facts, "settings": {"cutover_at": due}})
+    assert record.cut_over == command and f"cut over: {command}  " in "\n".join(table_lines([record]))
+
+
+def test_a_seed_is_as_old_as_the_last_pass(tmp_path: Path) -> None:
+    told(tmp_path, *CREATED, *SEEDED, {"event": "pass", "number": 3, "changed": MiB, "at": "2026-11-21T01:00:00+00:00"})
+    assert read_run(tmp_path, RUN).copied == "2026-11-21T01:00:00+00:00"
+    told(tmp_path, *CREATED, *SEEDED)
+    assert read_run(tmp_path, RUN).copied == max("2026-11-20T21:00:00+00:00", read_run(tmp_path, RUN).last_pass["at"])
+
+
+def test_none_takes_back_the_ways_to_answer() -> None:
+    assert parse_answers(["none"]) == parse_answers("none") == () and parse_answers(["tcp:22"]) == ("tcp:22",)
+
+
+def a_run(tmp_path: Path, **different: Any) -> Any:
+    """What the steps of a cut-over need of a run."""
+    told(tmp_path, *CREATED, *SEEDED)
+    said = different.get("said", [])
+    screen = SimpleNamespace(note=said.append, warn=said.append, status=said.append, step=lambda *_: nullcontext())
+    return SimpleNamespace(**{"plan": SimpleNamespace(run=RUN, was_running=True, server=a_server(id=UUID)), "record": read_run(tmp_path, RUN),
+                              "settings": Settings(), "screen": screen, "source_host": SimpleNamespace(
+                                  name="src-cmp1", script=lambda *words: "running"), **different})
+
+
+@pytest.mark.parametrize(("seen", "said"), [
+    ({"status": "SHUTOFF", "power": 4}, "the source is SHUTOFF during the copy: somebody stopped it"), ({"power": 4}, "is ACTIVE during the copy"),
+    ({"hypervisor": "src-cmp2"}, "has moved to src-cmp2 during the copy")])
+def test_a_pass_needs_a_source_that_runs_where_it_ran(tmp_path: Path, seen: dict[str, Any], said: str) -> None:
+    for settings, again in ((Settings(), f"resume {RUN}"), (Settings(seed=True), f"resume {RUN} --seed")):
+        run = a_run(tmp_path, settings=settings)
+        require_it_runs(run, run.plan.server)
+        with pytest.raises(CloudError, match=said) as failed:
+            require_it_runs(run, replace(run.plan.server, **seen))
+        assert failed.value.reasons[0].way_out.removesuffix(", without --warm if it stays stopped").endswith(again)
+    run = a_run(tmp_path)
+    run.record = replace(run.record, seed={})
+    assert again_command(run) == "run it again"
+
+
+def test_a_window_that_ends_while_passes_are_made_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    due = datetime.now().astimezone() - timedelta(seconds=30)
+    warm = WarmCopy(a_run(tmp_path, settings=Settings(cutover_at=due.isoformat(), late=60)), (), 5.0)
+    takes, clock = [10.0, 40.0], [time.time()]
+    monkeypatch.setattr("migrena.time", SimpleNamespace(time=lambda: clock[0]))
+    monkeypatch.setattr(warm, "until_little_is_left", lambda *_: clock.append(clock.pop() + takes.pop(0)))
+    warm.in_window()
+    with pytest.raises(FinalError, match=r"ago: this machine slept, or a pass"):
+        warm.in_window()
+    assert takes == []  # it was in time when the passes began
+
+
+def test_a_pass_that_fails_before_its_time_is_made_up_for_with_all_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    due, clock = datetime.now().astimezone() + timedelta(seconds=50), [time.time()]
+    copies = [SimpleNamespace(both=SimpleNamespace(is_ending=False, destination=SimpleNamespace(name="dst-cmp1"))) for _ in range(2)]
+    warm = WarmCopy(a_run(tmp_path, said=said, settings=Settings(cutover_at=due.isoformat(), every=20)), cast(Any, copies), 5.0)
+    warm.passes.append(Pass(MiB, 1.0, 1.0, 2.0))
+    made: list[float] = []
+
+    def make_pass() -> None:
+        made.append(clock[0])
+        if len(made) in (1, 3):  # the last one of all, too
+            for copy in copies:
+                copy.both.is_ending = True
+            raise HostError("src-cmp1: the connection was lost")
+        assert not any(copy.both.is_ending for copy in copies)
+
+    monkeypatch.setattr(warm, "make_pass", make_pass)
+    monkeypatch.setattr("migrena.take_slot", lambda *_: None)
+    monkeypatch.setattr("migrena.time", SimpleNamespace(time=lambda: clock[0], monotonic=lambda: clock[0],
+                                                        sleep=lambda seconds: clock.append(clock.pop() + seconds)))
+    warm.until_window(ExitStack())
+    left = [round(due.timestamp() - at) for at in made]
+    assert left[:2] == [30, 10] and len(left) >= 4 and 0 <= left[-1] < 10 and clock[0] >= due.timestamp()
+    assert sum("there is time for another pass" in line for line in said) == 2
+
+
+def test_a_source_that_cannot_be_given_back_is_named_with_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told(tmp_path, *CREATED, *SEEDED, *CUT_OVER, {"event": "intent", "act": "start destination"})
+    record = read_run(tmp_path, RUN)
+    there = stopped("new", status="ACTIVE", power=1)
+    now = situation(record, Seen(UUID, stopped(UUID, metadata={MARK: RUN})), replace(MADE_ONE, server=there, starts=(START,)))
+    run = a_run(tmp_path, record=record)
+    monkeypatch.setattr("migrena.situation_now", lambda *_: now)
+
+    def fails(*_: object) -> None:
+        raise CloudError("destination cloud: Nova cannot stop it")
+
+    monkeypatch.setattr("migrena.stop_destination", fails)
+    with pytest.raises(Kept) as failed:
+        take_back(run, "new", "no answer within 5 s")
+    said = [reason.problem for reason in failed.value.reasons]
+    assert said[0] == "the destination new gave no answer within 5 s" and "cannot stop it" in said[1], said
+    assert f"source {UUID}: SHUTOFF" in said[2] and "destination new: ACTIVE" in said[2], said
+    assert f"openstack server start {UUID}" in failed.value.reasons[2].way_out
 
 
 def test_status_tells_the_age_of_a_seed_and_the_commands_for_it(tmp_path: Path) -> None:
@@ -232,5 +377,5 @@ def test_status_is_drawn_anew_on_a_terminal_until_ctrl_c_and_needs_one(migrena: 
 def test_status_as_json_tells_of_a_seed(migrena: Migrena, tmp_path: Path) -> None:
     told(tmp_path, *CREATED, *SEEDED, {"event": "ended", "result": "seeded"})
     shown = json.loads(migrena("status", RUN, "--json", config=f"STATE_FOLDER = {str(tmp_path)!r}\n").stdout)
-    assert shown["seed"] == {"copied": "2026-11-20T21:00:00+00:00", "disks": {ROOT: GiB}, "changed": 3 * MiB, "downtime": 9.5}
+    assert shown["seed"] == {"copied": read_run(tmp_path, RUN).copied, "disks": {ROOT: GiB}, "changed": 3 * MiB, "downtime": 9.5}
     assert shown["result"] == "seeded"
