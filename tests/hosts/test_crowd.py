@@ -84,7 +84,7 @@ def test_forty_seeds_by_readme_s_commands_are_all_cut_over_to(lab: Lab, tmp_path
     install(("parallel", "jq"))
     operators, readme = forty(lab, tmp_path), (REPOSITORY / "README.md").read_text()
     (tmp_path / "wave.csv").write_text("".join(f"{operator.id},new-{operator.id}\n" for operator in operators))
-    (tmp_path / "migrena.py").write_text(f"""#!/bin/sh\nexec {sys.executable} -m hosts.standin {lab.spec.tag} {tmp_path} '[]' "$@"\n""")
+    (tmp_path / "migrena.py").write_text(f"""#!/bin/sh\nexec {sys.executable} -P -m hosts.standin {lab.spec.tag} {tmp_path} '[]' "$@"\n""")
     (tmp_path / "migrena.py").chmod(0o755)
     env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "MIGRENA_CONFIG": str(tmp_path / "config.py")}
     for command, result in ((r"parallel .* --seed ::::.*", "seeded"), (r"\./migrena\.py status --json \| jq .*", "done")):
