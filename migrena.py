@@ -28,12 +28,15 @@ Sections; each uses only those above it:
     10 Disks       images, exports, attachments, ranges, digests
     11 Gate        whether an act may be done now
     12 Image       carries images from one Glance to another
-    13 Copy        survey, refuse, execute
-    14 Status      shows the runs, from their journals
-    15 Resume      continues a run that was cut off
-    16 Rollback    undoes a run, with or without its journal
-    17 Spread      live-migrates instances to the hosts that a map names
-    18 Main        command line, signals, exit codes
+    13 Resources   what surrounds instances, in the form of OS Migrate's files
+    14 Export      writes such files
+    15 Import      makes what they have and a cloud lacks
+    16 Copy        survey, refuse, execute
+    17 Status      shows the runs, from their journals
+    18 Resume      continues a run that was cut off
+    19 Rollback    undoes a run, with or without its journal
+    20 Spread      live-migrates instances to the hosts that a map names
+    21 Main        command line, signals, exit codes
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ import difflib
 import enum
 import errno
 import fcntl
+import fnmatch
 import hashlib
 import importlib.util
 import inspect
@@ -456,7 +460,8 @@ COPY_RESUME: Final = "copy resume"  # subcommands that take a flag
 SEND: Final = f"{COPY_RESUME} image"
 TWO_CLOUDS: Final = f"{SEND} rollback"
 LIVE_MIGRATE: Final = "live-migrate"
-ALL: Final = f"{TWO_CLOUDS} {LIVE_MIGRATE} status"
+FILES: Final = "export import"
+ALL: Final = f"{TWO_CLOUDS} {LIVE_MIGRATE} {FILES} status"
 MAP_FORM: Final = '{"compute001": ["web-0"], "compute003": ["db-0", "db-1"]}'
 
 
@@ -489,17 +494,39 @@ class Settings:
         "stop the new instance instead of deleting it", of="rollback")
     yes: bool = per_call(False, "--yes -y --y",
         "do not ask; copy a source again that was migrated before; lose what an instance has written since",
-        of=f"{COPY_RESUME} rollback {LIVE_MIGRATE}")
+        of=f"{COPY_RESUME} rollback {LIVE_MIGRATE} export")
     host_map: str = per_call("", "--host-map --host_map FILE",
         f"JSON: {MAP_FORM}; instances by name or id", of=LIVE_MIGRATE)
-    cloud: str = per_call("", "--cloud src|dst|NAME",
-        "src or dst of config.py, or a name in clouds.yaml (default: OS_* variables)", of=LIVE_MIGRATE)
+    cloud: str = per_call("", "--cloud src|dst|NAME", "src or dst of config.py, or a name in clouds.yaml (default: "
+        "OS_* variables; of export src, of import dst)", of=f"{LIVE_MIGRATE} {FILES}")
+    types: tuple[str, ...] = per_call((), read=lambda value: parse_names(value) if value else ())
+    files: tuple[str, ...] = per_call((), read=lambda value: (value,) if isinstance(value, str) else tuple(value))
+    project: str = per_call("", "--project NAME", "the project, name or id, whose resources are exported, or which "
+                            "gets them (default: that of the credentials)", of=FILES)
+    all_projects: bool = per_call(False, "--all-projects", "of all projects, with whose they are", of="export")
+    needed_for: str = per_call("", "--for SRC_UUID", "just what this instance needs",
+                               read=parse_instance_id, of="export")
+    only_names: str = per_call("", "--name GLOB", "only what is called like this, such as \"web-*\"", of="export")
+    folder: str = option("resources", "--folder DIR", "where the files are written (default: resources)", of="export")
+    update: bool = per_call(False, "--update", "change what exists and differs from the files", of="import")
+    provider: bool = per_call(False, "--provider",
+        "also the networks' provider attributes, such as their VLANs", of="import")
+    passwords: str = per_call("", "--passwords FILE",
+        "new users get the passwords in these lines NAME: PASSWORD; others are disabled", of="import")
+    new_passwords: str = per_call("", "--new-passwords FILE",
+        "new users get new passwords, which this new file then has", of="import")
+    parallel: int = option(8, "--parallel N", "requests at a time (default: 8)", read=parse_positive, of="import")
+    with_network: bool = per_call(False, "--with-network",
+        "first make the networks, routers and security groups that the source needs and the destination lacks")
+    with_all: bool = per_call(False, "--with-all",
+        "the same with its project, flavor, image, key pair and server group")
     timeout: int = per_call(600, "--timeout TIME",
         "limit for each instance (default: 600)", read=parse_seconds, of=LIVE_MIGRATE)
     keep_waiting: bool = per_call(False, "--keep-waiting", "after the timeout, keep waiting", of=LIVE_MIGRATE)
     abort: bool = per_call(False, "--abort", "after the timeout, abort the migration", of=LIVE_MIGRATE)
     watch: bool = per_call(False, "--watch", "draw the table anew every two seconds", of="status")
-    keep_going: bool = per_call(False, "--keep-going", "after a failure, continue with the next one", of=LIVE_MIGRATE)
+    keep_going: bool = per_call(False, "--keep-going", "after a failure, continue with the next one",
+                                of=f"{LIVE_MIGRATE} import")
     src_uid: str = per_call("", "-s --src-uid --src-uuid UUID", "the source instance's id", read=parse_instance_id)
     dst_name: str = per_call("", "-d --dst-name NAME",
         "name of the new instance (default: the source's)", read=parse_new_name)
@@ -534,7 +561,7 @@ class Settings:
         read=parse_pairs, action="append")
     network: dict[str, str] = option({}, "--network SRC=DST",
         "the destination's network, name or id, for one of the source's (default: the same name); may be repeated",
-        read=parse_pairs, action="append")
+        read=parse_pairs, of="copy import", action="append")
     new_addresses: bool = option(False, "--new-addresses", "let Neutron choose the ports' addresses")
     new_macs: bool = option(False, "--new-macs", "let Neutron choose the ports' MAC addresses")
     floating_ip: str = option("none", "--floating-ip none|new|keep",
@@ -583,10 +610,10 @@ class Settings:
         "time without a byte after which a copy has stalled (default: 120)", read=parse_seconds, of=COPY_RESUME)
     max_per_host: int = option(2, "--max-per-host N", "copies of this machine's runs per hypervisor; "
         "further ones wait (default: 2)", read=parse_positive, of=COPY_RESUME)
-    src_cloud: str = option("", "--src-cloud NAME", "the source's name in clouds.yaml", of=TWO_CLOUDS)
-    dst_cloud: str = option("", "--dst-cloud NAME", "the destination's name in clouds.yaml", of=TWO_CLOUDS)
+    src_cloud: str = option("", "--src-cloud NAME", "the source's name in clouds.yaml", of=f"{TWO_CLOUDS} {FILES}")
+    dst_cloud: str = option("", "--dst-cloud NAME", "the destination's name in clouds.yaml", of=f"{TWO_CLOUDS} {FILES}")
     dry_run: bool = per_call(False, "-n --dry-run",
-        "show what would be done; change nothing", of=f"{TWO_CLOUDS} {LIVE_MIGRATE}")
+        "show what would be done; change nothing", of=f"{TWO_CLOUDS} {LIVE_MIGRATE} import")
     log_file: str = option("", "--log-file PATH",
         "also append every line to this file, with its time, even with -q", of=ALL)
     verbose: bool = option(False, "-v --verbose", "show every remote command", of=ALL)
@@ -738,6 +765,7 @@ class Call:
         return merge_settings({**(kept or {}), **self.flags}, self.environment, self.config)
 
 
+NAMES_OF_SIDES: Final = {"src": "source", "dst": "destination"}
 # Keys of a credentials dictionary that are for the session or the clients, not for the auth plugin.
 SESSION_KEYS: Final = (
     "region_name", "interface", "endpoint_type", "verify", "insecure", "cacert", "cert", "key", "timeout", "auth_type")
@@ -1336,6 +1364,12 @@ def over_quota(limits: Mapping[str, int], flavor: Flavor | None, volumes: Collec
             for most, used, what, need in told if 0 <= most < used + need]
 
 
+def refuse_quota(exceeded: Iterable[str]) -> list[Reason]:
+    """A reason for each quota of the destination that is exceeded."""
+    return [Reason(f"destination cloud: the quota is exceeded: {what}",
+                   "delete unused resources, or have the quota raised") for what in exceeded]
+
+
 def pick_view(source: Disk, fresh: Disk, bases_equal: bool, *, in_place: bool = False) -> tuple[bool, str]:
     """Whether the file itself is copied (else the guest's view), and why."""
     source_format, fresh_format = source.top.format, fresh.top.format
@@ -1531,6 +1565,18 @@ class Screen:
             with self._lock, suppress(OSError):
                 print(f"{self._wipe}  {printable(line)}", end="", file=self.stream, flush=True)
                 self._wipe = "\r\033[K"
+
+    @contextmanager
+    def counting(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
+        """A progress bar on a terminal; yields a function to call with the number of what is done so far."""
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=f"  {what}", file=self.stream, dynamic_ncols=True, leave=False,
+                  disable=not self.is_terminal or self.quiet) as bar:
+            def show(done: int) -> None:
+                bar.update(done - bar.n)
+
+            yield show
 
     @contextmanager
     def progress(self, total: int, label: str = "") -> Iterator[Callable[[int], None]]:
@@ -1920,8 +1966,9 @@ class RunRecord:
         return round((self.total - self.done) / self.rate, 1) if self.rate and self.state == "running" else 0.0
 
     @property
-    def carries_image(self) -> bool:
-        return self.facts.get("job") == "image"
+    def job(self) -> str:
+        """What the run is if it is not the copy of an instance: image or import."""
+        return str(self.facts.get("job", ""))
 
     @property
     def stopped_at(self) -> datetime | None:
@@ -3532,6 +3579,9 @@ LOCKED_BY: Final = "migrena run "  # begins our locked_reason; the run's id foll
 UNCHANGED_LIMIT: Final = 1800.0  # seconds to wait without a change in Nova; a large image takes long
 KEYSTONE_TIMEOUT: Final = 30.0  # seconds
 OUTAGE_LIMIT: Final = 120.0  # seconds of API errors before giving up
+NOVA_KNOWN: Final = (2, 96)  # the newest microversion that is asked for
+LOST_ANSWER: Final = 10.0  # seconds for what was requested to appear although the API answered with an error
+CLAIM_PAUSE: Final = 1.0  # seconds in which another run that did not see our mark writes its own
 OUTAGE_TOLD: Final = 7.0  # seconds of API errors before the operator is told
 OWN_ARGUMENTS: Final = frozenset({"self", "name", "image", "flavor", "reservation_id", "min_count", "max_count",
                                   "block_device_mapping", "block_device_mapping_v2"})  # not for -e
@@ -3652,10 +3702,10 @@ class VolumeStore:
     """A cloud's Cinder, through a keystoneauth adapter. Every method raises CloudError."""
 
     def __init__(self, cloud: Cloud, adapter: Any) -> None:
-        self._cloud, self._adapter = cloud, adapter
+        self._cloud, self.adapter = cloud, adapter
 
     def _ask(self, act: str, path: str, **how: str) -> dict[str, Any]:
-        return self._cloud.retrying(act, lambda: dict(self._adapter.get(path, **how).json()))
+        return self._cloud.retrying(act, lambda: dict(self.adapter.get(path, **how).json()))
 
     def one(self, id: str) -> Volume | None:
         """A volume by its id, or None."""
@@ -3708,7 +3758,7 @@ class VolumeStore:
     def make(self, **facts: object) -> str:
         """Requests a new volume; returns its id."""
         with self._cloud.translating(f"create volume {facts.get('name')}"):
-            return str(self._adapter.post("/volumes", json={"volume": facts}).json()["volume"]["id"])
+            return str(self.adapter.post("/volumes", json={"volume": facts}).json()["volume"]["id"])
 
     def wait(self, id: str) -> Volume:
         """The volume once it can be used; raises CloudError if it becomes something else, or not for half an hour."""
@@ -3729,16 +3779,16 @@ class VolumeStore:
             "os-set_bootable": {"bootable": is_bootable}}
         for name, facts in acts.items():
             self._cloud.retrying(f"{name} of volume {id}",
-                                 partial(self._adapter.post, f"/volumes/{id}/action", json={name: facts}))
+                                 partial(self.adapter.post, f"/volumes/{id}/action", json={name: facts}))
 
     def mark(self, id: str, marks: Mapping[str, str], *without: str) -> None:
         """Adds these marks to a volume's metadata, and removes others."""
         path = f"/volumes/{id}/metadata"
         if marks:
-            self._cloud.retrying(f"mark volume {id}", lambda: self._adapter.post(path, json={"metadata": dict(marks)}))
+            self._cloud.retrying(f"mark volume {id}", lambda: self.adapter.post(path, json={"metadata": dict(marks)}))
         for key in without:
             with ignoring(404):
-                self._cloud.retrying(f"unmark volume {id}", partial(self._adapter.delete, f"{path}/{key}"))
+                self._cloud.retrying(f"unmark volume {id}", partial(self.adapter.delete, f"{path}/{key}"))
 
     def delete(self, id: str) -> None:
         """Deletes a volume and waits until it is gone; raises Kept if it is attached to an instance."""
@@ -3755,23 +3805,18 @@ class VolumeStore:
             if volume.status in ("available", "error"):
                 refused += 1
                 with ignoring(400, 404):  # 400: Nova reserves it, or its deletion has begun
-                    self._cloud.retrying(f"delete volume {id}", partial(self._adapter.delete, f"/volumes/{id}"))
+                    self._cloud.retrying(f"delete volume {id}", partial(self.adapter.delete, f"/volumes/{id}"))
 
 
 class NetworkStore:
     """A cloud's Neutron, through a keystoneauth adapter. Every method raises CloudError."""
 
     def __init__(self, cloud: Cloud, adapter: Any) -> None:
-        self._cloud, self._adapter = cloud, adapter
+        self._cloud, self.adapter = cloud, adapter
 
     def all(self, what: str, *search: tuple[str, str]) -> list[dict[str, Any]]:
         """All of this kind, such as security-groups, that match; several values of a key are alternatives."""
-        key, found, path = what.replace("-", "_"), list[dict[str, Any]](), f"/{what}?{urllib.parse.urlencode(search)}"
-        while path:
-            told = dict(self._cloud.retrying(f"list {what}", partial(self._adapter.get, path)).json())
-            found += told[key]
-            path = next((link["href"] for link in told.get(f"{key}_links", ()) if link["rel"] == "next"), "")
-        return found
+        return self._cloud.pages(self.adapter, f"/{what}?{urllib.parse.urlencode(search)}", what.replace("-", "_"))
 
     def by_id(self, what: str, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Those with these ids; raises CloudError if one is not shown."""
@@ -3794,17 +3839,17 @@ class NetworkStore:
         """Requests a new one; returns its id."""
         one = what.removesuffix("s")
         with self._cloud.translating(f"create {one}"):
-            return str(self._adapter.post(f"/{what}", json={one: dict(facts)}).json()[one]["id"])
+            return str(self.adapter.post(f"/{what}", json={one: dict(facts)}).json()[one]["id"])
 
     def change(self, what: str, id: str, facts: Mapping[str, Any]) -> None:
         """Sets these facts of a port or a floating IP."""
         one = what.removesuffix("s")
-        self._cloud.retrying(f"change {one} {id}", lambda: self._adapter.put(f"/{what}/{id}", json={one: dict(facts)}))
+        self._cloud.retrying(f"change {one} {id}", lambda: self.adapter.put(f"/{what}/{id}", json={one: dict(facts)}))
 
     def tag(self, port: str, tags: Sequence[str]) -> None:
         """Sets the tags of a port."""
         self._cloud.retrying(f"tag port {port}",
-                             lambda: self._adapter.put(f"/ports/{port}/tags", json={"tags": list(tags)}))
+                             lambda: self.adapter.put(f"/ports/{port}/tags", json={"tags": list(tags)}))
 
     def delete(self, what: str, id: str) -> None:
         """Deletes a port or a floating IP, unless it is gone; raises Kept if another instance uses it."""
@@ -3812,15 +3857,28 @@ class NetworkStore:
             users = [one["device_id"] for one in self.all(what, ("id", id)) if one.get("device_id")]
             if users and self._cloud.find_server(users[0]):
                 raise Kept(f"port {id} is used by {users[0]}, and is kept", f"openstack port delete {id}")
-            self._cloud.retrying(f"delete {what} {id}", lambda: self._adapter.delete(f"/{what}/{id}"))
+            self._cloud.retrying(f"delete {what} {id}", lambda: self.adapter.delete(f"/{what}/{id}"))
 
     def room(self, project: str) -> int:
         """How many more ports the project's quota allows; -1 if any number, or if Neutron does not say."""
         with ignoring(400, 403, 404):
-            told = self._cloud.retrying("show quota of ports", lambda: dict(self._adapter.get(
+            told = self._cloud.retrying("show quota of ports", lambda: dict(self.adapter.get(
                 f"/quotas/{project}/details.json").json()))["quota"]["port"]
             return -1 if told["limit"] < 0 else max(0, told["limit"] - told["used"] - int(told.get("reserved", 0)))
         return -1
+
+
+def ports_of(store: NetworkStore, id: str) -> list[dict[str, Any]]:
+    """The ports that Nova uses for an instance: anybody may name any device."""
+    return [one for one in store.all("ports", ("device_id", id)) if str(one.get("device_owner")).startswith("compute:")]
+
+
+def told_in(error: Exception) -> str:
+    """What a service's answer says of an error, where keystoneauth does not know its form."""
+    answer: Any = getattr(error, "response", None)
+    with suppress(ValueError, AttributeError, StopIteration):
+        return str(next(row["message"] for row in answer.json().values() if isinstance(row, dict) and "message" in row))
+    return ""
 
 
 class Service:
@@ -3849,8 +3907,8 @@ class Service:
             yield
         except (auth.ClientException, nova.ClientException, glance.ClientException, glance.BaseException,
                 requests.RequestException) as error:
-            said, code = shorten(str(error)) or type(error).__name__, getattr(error, "http_status", None) or getattr(
-                error, "code", None)
+            said, code = shorten(told_in(error) or str(error)) or type(error).__name__, getattr(
+                error, "http_status", None) or getattr(error, "code", None)
             if isinstance(error, auth.Unauthorized):
                 raise self.error(f"{self.url} refuses the credentials: {said}",
                     "check user, password, project and domains", 401) from error
@@ -3861,8 +3919,8 @@ class Service:
             way_out = "check auth_url, and that this machine can reach it" if act == "sign in" else ""
             raise self.error(f"{act}: {said}", way_out, code) from error
 
-    def retrying(self, act: str, do: Callable[[], T]) -> T:
-        """The result of a request that may be repeated; retried during an outage and while a task conflicts with it."""
+    def retrying(self, act: str, do: Callable[[], T], *, waits: bool = True) -> T:
+        """The result of a request that may be repeated; retried during an outage and, if it waits, a conflict."""
         conflict = told = 0.0
         for _ in self.polls():
             try:
@@ -3873,7 +3931,7 @@ class Service:
             except CloudError as error:
                 now = time.monotonic()
                 self._failing_since = (self._failing_since or now) if error.is_temporary else 0.0  # others are answers
-                if error.code == 409:
+                if error.code == 409 and waits:
                     conflict = conflict or now
                 elif not error.is_temporary:
                     raise
@@ -3884,6 +3942,16 @@ class Service:
                     told = now
                     self.tell(f"{error}; retrying for {duration(OUTAGE_LIMIT - now + since)}")
         raise AssertionError("polls never end")
+
+    def pages(self, adapter: Any, path: str, key: str) -> list[dict[str, Any]]:
+        """All pages of a list."""
+        found = list[dict[str, Any]]()
+        while path:
+            told = dict(self.retrying(f"list {key}", partial(adapter.get, path)).json())
+            found += told[key]
+            following = (link["href"] for link in told.get(f"{key}_links", ()) if link["rel"] == "next")
+            path = next(following, "") or (told.get("links") or {}).get("next") or ""
+        return found
 
     @staticmethod
     def polls() -> Iterator[float]:
@@ -4126,15 +4194,33 @@ class Cloud(Compute):
         self.volumes = VolumeStore(self, adapter.Adapter(opened, service_type="block-storage", **where))
         self.networks = NetworkStore(self, adapter.Adapter(
             opened, service_type="network", version="2.0", **where))
-        self._identity = adapter.Adapter(opened, service_type="identity", version="3", **where)
+        self._services = {"identity": adapter.Adapter(opened, service_type="identity", version="3", **where),
+                          "network": self.networks.adapter, "block-storage": self.volumes.adapter,
+                          "compute": adapter.Adapter(
+                              opened, service_type="compute", default_microversion="{}.{}".format(
+                                  *min(self._version, NOVA_KNOWN)), **where)}
         self.user = str(opened.get_user_id() or "")
         self.identity = {"nova": str(opened.get_endpoint(service_type="compute", **where)), "region": region or "",
                          "project": str(opened.get_project_id() or "")}
 
     def project_name(self, id: str) -> str:
         """The name of a project."""
-        told = self.retrying(f"show project {id}", lambda: dict(self._identity.get(f"/projects/{id}").json()))
-        return str(told["project"]["name"])
+        return str(self.ask(f"show project {id}", "identity", "GET", f"/projects/{id}")["project"]["name"])
+
+    def ask(self, act: str, service: str, method: str, path: str,
+            body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """An answer of a service's API; repeated during an outage, but for what makes something."""
+        asking = partial(self._services[service].request, path, method, **({"json": body} if body is not None else {}))
+        if method == "POST":
+            with self.translating(act):
+                answer = asking()
+        else:
+            answer = self.retrying(act, asking, waits=False)
+        return dict(answer.json()) if answer.content else {}
+
+    def listed(self, service: str, path: str, key: str) -> list[dict[str, Any]]:
+        """A whole list of a service's API."""
+        return self.pages(self._services[service], path, key)
 
     def find_server(self, id: str, *, is_patient: bool = True) -> Server | None:
         """An instance as it is, None if there is none; raises CloudError if these credentials may just not see it."""
@@ -6526,8 +6612,1398 @@ def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Clou
             return carry(settings, journal, undo, clouds, plan)
 
 
-# ---- 13. Copy --------------------------------------------------------------------------------------------------------
+# ---- 13. Resources ---------------------------------------------------------------------------------------------------
 
+AUTH: Final = "%auth%"  # in OS Migrate's files: the project, domain or user of the credentials in use
+FORMAT_VERSION: Final = "1.0.5"  # of OS Migrate, whose files these are
+DEFAULT_GROUP: Final = "default"  # the security group that every project has
+INTERFACE_OWNERS: Final = (
+    "network:router_interface", "network:ha_router_replicated_interface", "network:router_interface_distributed")
+PROVIDER: Final = ("provider_network_type", "provider_physical_network", "provider_segmentation_id", "segments")
+BULK: Final = 100  # resources in one request to Neutron
+MOST_SHOWN: Final = 20  # resources of a type that a plan names
+
+
+@dataclass(frozen=True)
+class ResourceType:
+    """A type of resource: where the API lists it, and what OS Migrate's files have of it.
+
+    `params` and `info` are names of the files, each with the API's where that differs; `refs` are names of the files
+    with the API's field and the type that it refers to; `key` tells those of one project from each other.
+    """
+
+    label: str
+    service: str
+    path: str
+    one: str  # what the API calls one; that and an s is the key of a list
+    type: str = ""  # empty: only referred to
+    params: str = "name"
+    info: str = "id"
+    refs: str = ""
+    key: str = "name"
+    changeable: str = ""  # names that can be changed later
+    query: str = ""
+    is_owned: bool = True  # by a project
+
+    @property
+    def many(self) -> str:
+        return f"{self.one[:-1]}ies" if self.one.endswith("y") else f"{self.one}s"
+
+    @property
+    def file(self) -> str:
+        """The name of its file."""
+        return f"{self.label.replace(' ', '_').replace('key_pair', 'keypair')}s.yml".replace(
+            "role_assignment", "user_project_role_assignment")
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The API's names by those of the files' params."""
+        return pairs_in(self.params)
+
+    @property
+    def references(self) -> dict[str, tuple[str, str]]:
+        """The API's field and the type referred to, by the names in params."""
+        return {name: (api.partition(":")[0], api.partition(":")[2].replace("-", " "))
+                for name, api in pairs_in(self.refs).items()}
+
+
+def pairs_in(text: str) -> dict[str, str]:
+    """A dictionary from words such as `name` or `is_shared=shared`."""
+    return {word.partition("=")[0]: word.partition("=")[2] or word for word in text.split()}
+
+
+TIMES: Final = "created_at id project_id revision_number updated_at"
+IMAGE_COLUMNS: Final = (
+    "architecture container_format disk_format has_auto_disk_config=auto_disk_config hash_algo=os_hash_algo "
+    "hash_value=os_hash_value hw_cpu_cores hw_cpu_policy hw_cpu_sockets hw_cpu_thread_policy hw_cpu_threads "
+    "hw_disk_bus hw_machine_type hw_qemu_guest_agent hw_rng_model hw_scsi_model hw_serial_port_count hw_video_model "
+    "hw_video_ram hw_vif_model hw_watchdog_action hypervisor_type instance_type_rxtx_factor is_hidden=os_hidden "
+    "is_hw_boot_menu_enabled=hw_boot_menu is_hw_vif_multiqueue_enabled=hw_vif_multiqueue_enabled "
+    "is_protected=protected kernel_ref ramdisk_ref min_disk min_ram name needs_config_drive=img_config_drive "
+    "needs_secure_boot=os_secure_boot os_admin_user os_command_line os_distro os_require_quiesce os_shutdown_timeout "
+    "os_type os_version visibility vm_mode vmware_adaptertype vmware_ostype")
+RESOURCE_TYPES: Final = {one.label: one for one in (  # in the order in which they are created
+    ResourceType("domain", "identity", "/domains", "domain", is_owned=False),
+    ResourceType("role", "identity", "/roles", "role", is_owned=False),
+    ResourceType("qos policy", "network", "/qos/policies", "policy"),
+    ResourceType("segment", "network", "/segments", "segment", is_owned=False),
+    ResourceType("subnet pool", "network", "/subnetpools", "subnetpool"),
+    ResourceType("network flavor", "network", "/flavors", "flavor", is_owned=False),
+    ResourceType("project", "identity", "/projects", "project", "openstack.identity.Project",
+                 "description is_domain is_enabled=enabled name", "domain_id id parent_id",
+                 "domain_ref=domain_id:domain parent_ref=parent_id:project", "name domain_ref",
+                 "description is_enabled", is_owned=False),
+    ResourceType("user", "identity", "/users", "user", "openstack.user.User",
+                 "description email is_enabled=enabled name", "default_project_id domain_id id",
+                 "default_project_ref=default_project_id:project domain_ref=domain_id:domain", "name domain_ref",
+                 "description email is_enabled default_project_ref", is_owned=False),
+    ResourceType("role assignment", "identity", "/role_assignments", "role_assignment",
+                 "openstack.identity.UserProjectRoleAssignment", "", "project_id role_id user_id",
+                 "project_ref=project_id:project role_ref=role_id:role user_ref=user_id:user",
+                 "project_ref role_ref user_ref", is_owned=False),
+    ResourceType("quota", "compute", "/os-quota-sets", "quota_set", "migrena.Quota", "service limits", "project_id",
+                 "project_ref=project_id:project", "service project_ref", "limits", is_owned=False),
+    ResourceType("volume type", "block-storage", "/types", "volume_type", "migrena.VolumeType",
+                 "description extra_specs is_public=os-volume-type-access:is_public name", "id",
+                 "access_refs=access:project", "name",
+                 "description extra_specs access_refs", "?is_public=None", is_owned=False),
+    ResourceType("flavor", "compute", "/flavors", "flavor", "openstack.compute.Flavor",
+                 "description disk ephemeral=OS-FLV-EXT-DATA:ephemeral extra_specs "
+                 "is_public=os-flavor-access:is_public name ram rxtx_factor swap vcpus",
+                 "id is_disabled=OS-FLV-DISABLED:disabled", "access_refs=access:project", "name",
+                 "description extra_specs access_refs", "/detail?is_public=None", is_owned=False),
+    ResourceType("key pair", "compute", "/os-keypairs", "keypair", "openstack.compute.Keypair",
+                 "name public_key type", "created_at fingerprint id is_deleted user_id",
+                 "user_ref=user_id:user", "name user_ref", is_owned=False),
+    ResourceType("image", "image", "/v2/images", "image", "openstack.image.Image", IMAGE_COLUMNS,
+                 "checksum created_at direct_url file id owner_id=owner schema size status updated_at virtual_size",
+                 key="name hash_value", changeable="visibility is_protected min_disk min_ram"),
+    ResourceType("server group", "compute", "/os-server-groups", "server_group", "migrena.ServerGroup",
+                 "name policy rules", "id project_id", query="?all_projects=True"),
+    ResourceType("security group", "network", "/security-groups", "security_group",
+                 "openstack.network.SecurityGroup", "description name", TIMES, changeable="description"),
+    ResourceType("security group rule", "network", "/security-group-rules", "security_group_rule",
+                 "openstack.network.SecurityGroupRule",
+                 "description direction ether_type=ethertype port_range_max port_range_min protocol remote_ip_prefix",
+                 f"remote_group_id security_group_id {TIMES}",
+                 "security_group_ref=security_group_id:security-group remote_group_ref=remote_group_id:security-group",
+                 "direction ether_type port_range_max port_range_min protocol remote_ip_prefix "
+                 "security_group_ref remote_group_ref"),
+    ResourceType("network", "network", "/networks", "network", "openstack.network.Network",
+                 "availability_zone_hints description dns_domain is_admin_state_up=admin_state_up is_default "
+                 "is_port_security_enabled=port_security_enabled is_router_external=router:external is_shared=shared "
+                 "is_vlan_transparent=vlan_transparent mtu name provider_network_type=provider:network_type "
+                 "provider_physical_network=provider:physical_network "
+                 "provider_segmentation_id=provider:segmentation_id segments tags",
+                 f"availability_zones qos_policy_id status subnet_ids=subnets {TIMES}",
+                 "qos_policy_ref=qos_policy_id:qos-policy", "name",
+                 "description dns_domain is_admin_state_up is_port_security_enabled is_shared mtu tags qos_policy_ref"),
+    ResourceType("subnet", "network", "/subnets", "subnet", "openstack.subnet.Subnet",
+                 "allocation_pools cidr description dns_nameservers gateway_ip host_routes ip_version "
+                 "ipv6_address_mode ipv6_ra_mode is_dhcp_enabled=enable_dhcp name service_types tags "
+                 "use_default_subnet_pool=use_default_subnetpool",
+                 f"network_id prefix_length segment_id subnet_pool_id=subnetpool_id {TIMES}",
+                 "network_ref=network_id:network segment_ref=segment_id:segment "
+                 "subnet_pool_ref=subnetpool_id:subnet-pool", "cidr network_ref",
+                 "allocation_pools description dns_nameservers gateway_ip host_routes is_dhcp_enabled name "
+                 "service_types tags"),
+    ResourceType("router", "network", "/routers", "router", "openstack.network.Router",
+                 "availability_zone_hints description is_admin_state_up=admin_state_up is_distributed=distributed "
+                 "is_ha=ha name tags routes",
+                 f"availability_zones external_gateway_info flavor_id status {TIMES}",
+                 "external_gateway_refinfo=external_gateway_info:network flavor_ref=flavor_id:network-flavor", "name",
+                 "description is_admin_state_up tags routes external_gateway_refinfo"),
+    ResourceType("router interface", "network", "/ports", "port", "openstack.network.RouterInterface", "device_owner",
+                 "id project_id", "device_ref=device_id:router fixed_ips_refs=fixed_ips:subnet "
+                 "network_ref=network_id:network", "device_ref network_ref fixed_ips_refs",
+                 query="?" + "&".join(f"device_owner={one}" for one in INTERFACE_OWNERS)))}
+IN_FILES: Final = {label: kind for label, kind in RESOURCE_TYPES.items() if kind.type}
+
+
+class Unseen(CloudError):
+    """Something that a resource refers to is not shown to these credentials."""
+
+
+class Catalog:
+    """What a cloud has as far as these credentials see it, from the view of one project; each list is read once."""
+
+    def __init__(self, cloud: Cloud, project: str = "") -> None:
+        self.cloud, self.project = cloud, project or cloud.identity["project"]
+        self.hidden: dict[str, str] = {}  # types that are not shown, and why
+        self._lists: dict[str, list[dict[str, Any]]] = {}
+        self._by_id: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def read(self, labels: Iterable[str]) -> None:
+        """Reads these lists at the same time."""
+        wanted = [label for label in labels if label not in self._lists]
+        if {"role assignment", "quota", "key pair"} & {*wanted}:  # these are read for each project or user
+            self.read([label for label in ("project", "user") if label not in (*wanted, *self._lists)])
+        first = [label for label in wanted if label not in ("quota", "key pair")]
+        for part in (first, [label for label in wanted if label not in first]):
+            with ThreadPoolExecutor(8) as pool:
+                for label, found in zip(part, pool.map(self._list, part), strict=True):
+                    self._lists[label] = found
+
+    def all(self, label: str) -> list[dict[str, Any]]:
+        """All of a type, as the API has them."""
+        self.read([label])
+        return self._lists[label]
+
+    def one(self, label: str, id: object) -> dict[str, Any] | None:
+        """One by its id."""
+        if len(self._by_id.get(label, ())) < len(self.all(label)):
+            self._by_id[label] = {str(raw.get("id")): raw for raw in self.all(label)}
+        return self._by_id.get(label, {}).get(str(id))
+
+    def add(self, label: str, raw: dict[str, Any]) -> None:
+        """Adds what was just made."""
+        self.all(label).append(raw)
+
+    def _list(self, label: str) -> list[dict[str, Any]]:
+        kind, cloud = RESOURCE_TYPES[label], self.cloud
+        readers: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
+            "image": lambda: [dict(one.facts) for one in cloud.store.all()],
+            "project": self._projects, "role assignment": self._assignments, "quota": self._quotas,
+            "key pair": self._key_pairs}
+        if kind.service == "block-storage" and not cloud.has_volumes:
+            return []
+        try:
+            found = readers.get(label, lambda: cloud.listed(kind.service, kind.path + kind.query, kind.many))()
+        except CloudError as error:
+            if error.code not in (400, 403, 404):
+                raise
+            self.hidden[label] = str(error)
+            return []
+        for raw in found if label in ("flavor", "volume type") else ():
+            self._complete(label, raw)
+        return found
+
+    def _projects(self) -> list[dict[str, Any]]:
+        with ignoring(403):
+            return self.cloud.listed("identity", "/projects", "projects")
+        return self.cloud.listed("identity", "/auth/projects", "projects")
+
+    def _assignments(self) -> list[dict[str, Any]]:
+        """Roles of users in projects; those of groups and in domains have no place in the files."""
+        told = self.cloud.listed("identity", "/role_assignments", "role_assignments")
+        return [{"id": "", "project_id": one["scope"]["project"]["id"], "role_id": one["role"]["id"],
+                 "user_id": one["user"]["id"]} for one in told if "user" in one and (
+                     "project" in one.get("scope", {}) and "OS-INHERIT:inherited_to" not in one["scope"])]
+
+    def _quotas(self) -> list[dict[str, Any]]:
+        found = list[dict[str, Any]]()
+        services = [("compute", "/os-quota-sets/", "quota_set"), ("network", "/quotas/", "quota")]
+        services += [("block-storage", "/os-quota-sets/", "quota_set")] if self.cloud.has_volumes else []
+        for project, (service, path, one) in itertools.product(self.all("project"), services):
+            with ignoring(403, 404):
+                limits = self.cloud.ask(f"show quotas of {project['name']}", service, "GET", path + project["id"])[one]
+                found.append({"id": "", "project_id": project["id"], "service": service, "limits": {
+                    name: value for name, value in limits.items() if isinstance(value, int)}})
+        return found
+
+    def _key_pairs(self) -> list[dict[str, Any]]:
+        users = [user["id"] for user in self.all("user") if user["id"] != self.cloud.user]
+        found = list[dict[str, Any]]()
+        for user in (self.cloud.user, *users):
+            query = "" if user == self.cloud.user else f"?user_id={user}"
+            found += [{"type": "ssh", **one["keypair"], "id": one["keypair"]["name"], "user_id": user}
+                      for one in self.cloud.listed("compute", f"/os-keypairs{query}", "keypairs")]
+        return found
+
+    def _complete(self, label: str, raw: dict[str, Any]) -> None:
+        """Adds the projects that have access to a flavor or a volume type, and what old releases list apart."""
+        kind, is_flavor, raw["access"] = RESOURCE_TYPES[label], label == "flavor", list[str]()
+        path, word = f"{kind.path}/{raw['id']}", "flavor" if is_flavor else "volume_type"
+        if is_flavor:
+            raw["swap"] = raw.get("swap") or 0
+            if "extra_specs" not in raw:  # before microversion 2.61
+                raw["extra_specs"] = self.cloud.ask(
+                    f"show flavor {raw['name']}", kind.service, "GET", f"{path}/os-extra_specs")["extra_specs"]
+        if not raw.get("os-flavor-access:is_public" if is_flavor else "is_public", True):
+            access = f"{path}/os-{word.replace('_', '-')}-access"
+            with ignoring(403, 404):
+                told = self.cloud.ask(f"show access to {label} {raw['name']}", kind.service, "GET", access)
+                raw["access"] = sorted(
+                    one.get("tenant_id") or one.get("project_id") for one in told[f"{word}_access"])
+
+    def owner(self, raw: Mapping[str, Any]) -> str:
+        """The id of a resource's project."""
+        return str(raw.get("project_id") or raw.get("tenant_id") or raw.get("owner") or "")
+
+    def ref(self, label: str, id: object) -> dict[str, Any] | None:
+        """What the files have for a reference to a resource with this id. Raises Unseen."""
+        if id in (None, ""):
+            return None
+        if label == "user" and id == self.cloud.user:
+            return {"domain_name": AUTH, "name": AUTH, "project_name": None}
+        raw = self.one(label, id) or (self.one("domain", id) if label == "project" else None)
+        if not raw:
+            raise Unseen(f"{self.cloud.label} cloud: {label} {id} is not shown to these credentials")
+        domain = self.one("domain", raw.get("domain_id")) if label in ("project", "user") else None
+        whose = {"domain_name": domain["name"] if domain else None, "project_name": None}
+        if RESOURCE_TYPES[label].is_owned:
+            whose = self.owner_ref(self.owner(raw))
+        return {**whose, "name": raw["name"]}
+
+    def owner_ref(self, project: str) -> dict[str, Any]:
+        """What the files have for a project: the names of its domain and of itself, which may be unknown."""
+        if project == self.project:
+            return {"domain_name": AUTH, "project_name": AUTH}
+        raw = self.one("project", project) or {}
+        return {"domain_name": (self.one("domain", raw.get("domain_id")) or {}).get("name"),
+                "project_name": raw.get("name")}
+
+    def described(self, label: str, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """A resource as the files have it. Raises Unseen if it refers to something that is not shown."""
+        kind, refs = RESOURCE_TYPES[label], dict[str, Any]()
+        for name, (api, of) in kind.references.items():
+            value = raw.get(api)
+            if name == "fixed_ips_refs":
+                refs[name] = [{"ip_address": one["ip_address"], "subnet_ref": self.ref(of, one["subnet_id"])}
+                              for one in value or ()]
+            elif name == "external_gateway_refinfo":
+                refs[name] = {"network_ref": self.ref(of, value["network_id"]), **(
+                    {"enable_snat": False} if value.get("enable_snat") is False else {})} if value else None
+            elif name == "access_refs":
+                refs[name] = [self.ref(of, id) for id in value or ()]
+            else:
+                refs[name] = self.ref(of, value)
+        if raw.get("remote_address_group_id"):
+            raise Unseen("it refers to an address group, which the files have no place for")
+        params = {name: in_stable_order(raw.get(api)) for name, api in kind.columns.items()}
+        if label == "image":
+            params["properties"] = {key: value for key, value in sorted(raw.items()) if key not in (
+                *kind.columns.values(), *NOT_CARRIED, "os_hidden")}
+        owner, ours = self.owner(raw), {}
+        if kind.is_owned and owner and owner != self.project:
+            ours = {"project_ref": self.owner_ref(owner)}
+        return {"_info": {name: raw.get(api) for name, api in pairs_in(kind.info).items()},
+                "_migration_params": ours, "params": {**params, **refs}, "type": kind.type}
+
+
+def in_stable_order(value: Any) -> Any:
+    """The same value, lists in a stable order."""
+    if isinstance(value, list):
+        return sorted(value, key=lambda one: [str(one.get(key)) for key in ("start", "destination", "end")]
+                      if isinstance(one, dict) else [str(one)])
+    return value
+
+
+def shown_key(data: Mapping[str, Any]) -> str:
+    """What a resource is called in messages, and sorted by in files: its name, or what else tells it from others."""
+    params = data["params"]
+    names = [str(ref["name"]) for name, ref in sorted(params.items(), reverse=True)
+             if name.endswith("_ref") and isinstance(ref, dict)]
+    words = [str(params[name]) for name in ("service", "direction", "ether_type", "protocol", "port_range_min",
+             "port_range_max", "remote_ip_prefix", "cidr") if params.get(name) not in (None, "")]
+    return str(params.get("name") or "") or " ".join([*names, *words]) or data["type"]
+
+
+# ---- 14. Export ------------------------------------------------------------------------------------------------------
+
+
+def in_project_of(catalog: Catalog, label: str, raw: Mapping[str, Any]) -> bool:
+    """Whether a resource is the project's, or made for it."""
+    users = {one["user_id"] for one in (catalog.all("role assignment") if label in ("user", "key pair") else ())
+             if one["project_id"] == catalog.project}
+    own = catalog.cloud.user
+    whose: Mapping[str, Callable[[], bool]] = {
+        "project": lambda: raw["id"] == catalog.project,
+        "user": lambda: raw["id"] in users and raw["id"] != own,
+        "key pair": lambda: raw["user_id"] in {own, *users},
+        "role assignment": lambda: raw["project_id"] == catalog.project,
+        "quota": lambda: raw["project_id"] == catalog.project,
+        "flavor": lambda: raw.get("os-flavor-access:is_public", True) or catalog.project in raw["access"],
+        "volume type": lambda: raw.get("is_public", True) or catalog.project in raw["access"]}
+    return whose.get(label, lambda: catalog.owner(raw) == catalog.project)()
+
+
+def needed_by(catalog: Catalog, server: Server, lost: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What an instance needs: its networks, groups and those that these refer to, routers to the outside, the rest."""
+    catalog.read(label for label in IN_FILES if label not in ("user", "role assignment", "quota", "volume type"))
+    cloud, facts = catalog.cloud, server.facts
+    ports = ports_of(cloud.networks, server.id)
+    networks, groups = {one["network_id"] for one in ports}, {id for one in ports for id in one["security_groups"]}
+    rules = catalog.all("security group rule")
+    while more := {one["remote_group_id"] for one in rules if one["security_group_id"] in groups} - {None, *groups}:
+        groups |= more
+    interfaces = [one for one in catalog.all("router interface") if one["network_id"] in networks]
+    routers = [reachable(catalog, one, networks, lost) for one in catalog.all("router")
+               if one.get("external_gateway_info") and one["id"] in {port["device_id"] for port in interfaces}]
+    yield from (("project", one) for one in catalog.all("project") if one["id"] == facts.get("tenant_id"))
+    flavors = [one for one in catalog.all("flavor") if one["name"] == server.flavor.name]
+    yield from (("flavor", one) for one in flavors or [raw_flavor(server.flavor)])
+    if server.key and (pair := cloud.key_pair(server.key, str(facts.get("user_id") or ""))):
+        yield "key pair", {**asdict(pair), "id": pair.name, "user_id": cloud.user}
+    yield from (("image", one) for one in catalog.all("image") if one["id"] == server.image)
+    yield from (("server group", one) for one in catalog.all("server group") if server.id in one["members"])
+    for label, field_name, ids in (("network", "id", networks), ("subnet", "network_id", networks),
+                                   ("security group", "id", groups),
+                                   ("security group rule", "security_group_id", groups)):
+        yield from ((label, one) for one in catalog.all(label) if one[field_name] in ids)
+    yield from (("router", one) for one in routers)
+    ids = {one["id"] for one in routers}
+    yield from (("router interface", port) for port in interfaces if port["device_id"] in ids)
+
+
+def reachable(catalog: Catalog, router: dict[str, Any], networks: Collection[str], lost: list[str]) -> dict[str, Any]:
+    """A router with those of its static routes that it can have with these networks alone; the others join `lost`."""
+    sides = {*networks, router["external_gateway_info"]["network_id"]}
+    cidrs = [ipaddress.ip_network(one["cidr"]) for one in catalog.all("subnet") if one["network_id"] in sides]
+    routes = [one for one in router.get("routes") or () if any(ipaddress.ip_address(one["nexthop"]) in cidr
+                                                              for cidr in cidrs)]
+    lost += [f"router {router['name']}: its route to {one['destination']} by {one['nexthop']}, on another network"
+             for one in router.get("routes") or () if one not in routes]
+    return {**router, "routes": routes}
+
+
+def raw_flavor(flavor: Flavor) -> dict[str, Any]:
+    """A flavor that was deleted since, as the API would have it."""
+    return {"id": "", "name": flavor.name, "vcpus": flavor.vcpus, "ram": flavor.ram, "disk": flavor.disk,
+            "swap": flavor.swap, "OS-FLV-EXT-DATA:ephemeral": flavor.ephemeral, "os-flavor-access:is_public": True,
+            "extra_specs": dict(flavor.extra_specs or {}), "rxtx_factor": 1.0, "access": []}
+
+
+def described_all(catalog: Catalog, chosen_ones: Iterable[tuple[str, dict[str, Any]]],
+                  lost: list[str]) -> list[dict[str, Any]]:
+    """These resources as the files have them, in order; what cannot be described joins `lost`, with the reason."""
+    found = list[dict[str, Any]]()
+    for label, raw in chosen_ones:
+        try:
+            found.append(catalog.described(label, raw))
+        except Unseen as error:
+            lost.append(f"{label} {raw.get('name') or raw.get('id')}: {error}")
+    return sorted(found, key=lambda one: (one["type"], shown_key(one), json.dumps(one["params"], sort_keys=True)))
+
+
+def write_files(folder: Path, resources: Sequence[Mapping[str, Any]], *, may_replace: bool) -> dict[str, int]:
+    """Writes a file for each type; returns how many resources each has. Raises Refused rather than replace one."""
+    import yaml
+
+    by_type = {kind.type: kind for kind in IN_FILES.values()}
+    files = {by_type[type].file: [*ones] for type, ones in itertools.groupby(resources, key=lambda one: one["type"])}
+    if there := [] if may_replace else [name for name in files if (folder / name).exists()]:
+        raise Refused(f"{folder} has {', '.join(there)} already", "name another --folder, or --yes replaces them")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, ones in files.items():
+            draft = folder / f".{name}.{os.getpid()}"
+            draft.write_text(yaml.safe_dump({"os_migrate_version": FORMAT_VERSION, "resources": ones},
+                                            allow_unicode=True), encoding="utf-8")
+            draft.replace(folder / name)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error}", "name another --folder") from error
+    return {name: len(ones) for name, ones in files.items()}
+
+
+def parse_types(value: object) -> tuple[str, ...]:
+    """Types of resources, by the names of their files or in plain words."""
+    known = {re.sub(r"\W", "_", word): label for label, kind in IN_FILES.items()
+             for word in (label, f"{label}s", kind.file.removesuffix(".yml"), kind.type)}
+    words = [re.sub(r"\W", "_", word) for word in parse_names(value or ())] if value else []
+    for word in words:
+        if word not in known:
+            raise ValueError(f"{word!r} is not a type{did_you_mean(word, known)}; there are: "
+                             f"{', '.join(kind.file.removesuffix('.yml') for kind in IN_FILES.values())}")
+    return tuple(known[word] for word in words)
+
+
+def export_resources(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
+    """The subcommand `export`: writes what surrounds instances into files."""
+    if sum(map(bool, (settings.project, settings.all_projects, settings.needed_for))) > 1 or (
+            settings.needed_for and settings.types):
+        raise UsageError("--project, --all-projects and --for exclude each other, and --for chooses the types",
+                         "give one of them")
+    side, screen, lost = settings.cloud or "src", undo.screen, list[str]()
+    try:
+        types = parse_types(settings.types)
+    except ValueError as error:
+        raise UsageError(str(error), "see ./migrena.py export --help") from error
+    with screen.timed("Survey"), refusing():
+        cloud = Cloud(NAMES_OF_SIDES.get(side, side), credentials(side, settings, call.environment))
+        catalog = Catalog(cloud, project_called(Catalog(cloud), settings.project) if settings.project else "")
+        if settings.needed_for:
+            found = [*needed_by(catalog, cloud.server(settings.needed_for), lost)]
+        else:
+            labels = [label for label in IN_FILES if label in (types or IN_FILES)]
+            catalog.read(labels)
+            found = [(label, raw) for label in labels for raw in catalog.all(label)
+                     if settings.all_projects or in_project_of(catalog, label, raw)]
+        resources = [one for one in described_all(catalog, found, lost) if not settings.only_names or any(
+            fnmatch.fnmatchcase(name, settings.only_names) for name in names_of(one))]
+    for line in lost:
+        screen.warn(f"left out: {line}")
+    for label in types:
+        if label in catalog.hidden:
+            screen.warn(f"{label}s are not shown to these credentials: {catalog.hidden[label]}")
+    counts = write_files(Path(settings.folder), resources, may_replace=settings.yes)
+    for name, count in counts.items():
+        screen.say(f"{count:6} in {Path(settings.folder) / name}")
+    report.resources = [{"type": one["type"], "name": shown_key(one), "result": "exported"} for one in resources]
+    report.result, report.api_calls = "done", {cloud.label: cloud.calls}
+    return 0
+
+
+def names_of(data: Mapping[str, Any]) -> list[str]:
+    """The names that --name is matched with: the resource's own, or those of what it is a part of."""
+    params = data["params"]
+    refs = (params.get(name) or {} for name in ("security_group_ref", "device_ref", "user_ref", "project_ref"))
+    return [str(params["name"])] if params.get("name") else [str(one["name"]) for one in refs if one]
+
+
+def project_called(catalog: Catalog, name: str) -> str:
+    """The id of the project with this name or id. Raises Refused."""
+    found = [one for one in catalog.all("project") if name in (one["name"], one["id"])]
+    if len(found) != 1:
+        raise Refused(f"{catalog.cloud.label} cloud: {len(found) or 'no'} projects are called {name!r}",
+                      "give its id; see: openstack project list")
+    return str(found[0]["id"])
+
+
+# ---- 15. Import ------------------------------------------------------------------------------------------------------
+
+NOT_COMPARED: Final = ("is_default", "is_domain", "use_default_subnet_pool", "segments", "hash_algo", "device_owner",
+                       "availability_zone_hints", "disk_format", "container_format", "properties")
+NOT_SENT: Final = (*NOT_COMPARED[:6], "tags", "routes", "extra_specs", "hash_value")
+OFF_BY_DEFAULT: Final = ("is_shared", "is_router_external", "is_ha", "is_distributed", "is_vlan_transparent")
+UNKNOWN: Final = re.compile(r"Unrecognized attribute\(s\) '([^']+)'|Attribute '([^']+)' not allowed|Requested (MTU)")
+
+
+@dataclass(eq=False)
+class Resource:
+    """A resource of the files, and what becomes of it in the destination."""
+
+    label: str
+    data: Mapping[str, Any]
+    place: str  # the file, and the number in it
+    owner: str | Resource = ""  # a project's id, or a project that is to be made
+    refs: dict[str, Any] = field(default_factory=dict)  # ids, or what is to be made
+    id: str = ""
+    result: str = "to be created"
+    differences: list[tuple[str, Any, Any]] = field(default_factory=list)  # name, there, in the file
+    omitted: list[str] = field(default_factory=list)
+    password: str = field(default="", repr=False)
+
+    @property
+    def kind(self) -> ResourceType:
+        return RESOURCE_TYPES[self.label]
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.data["params"]
+        return found
+
+    @property
+    def name(self) -> str:
+        return str(self.params.get("name") or "")
+
+    def __str__(self) -> str:
+        return f"{self.label} {shown_key(self.data)}"
+
+
+def read_files(names: Sequence[str], problems: list[Reason]) -> list[Resource]:
+    """The resources in these files, and in all files of these folders. Raises UsageError for what is not readable."""
+    import yaml
+
+    labels, found = {kind.type: label for label, kind in IN_FILES.items()}, list[Resource]()
+    paths = [path for name in names for path in (
+        sorted(Path(name).glob("*.yml")) if Path(name).is_dir() else [Path(name)])]
+    if not paths:
+        raise UsageError(f"there are no files *.yml in {', '.join(names)}", "./migrena.py export writes some")
+    for path in paths:
+        try:
+            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UsageError(f"{path} cannot be read: {shorten(str(error))}") from error
+        listed = document.get("resources") if isinstance(document, dict) else None
+        if not isinstance(listed, list):
+            raise UsageError(f"{path} is not a file of resources", "see what ./migrena.py export writes")
+        for number, one in enumerate(listed, 1):
+            place, label = f"{path}, number {number}", labels.get(one.get("type", "") if isinstance(one, dict) else "")
+            if label and isinstance(one.get("params"), dict):
+                found.append(Resource(label, one, place))
+            else:
+                problems.append(Reason(f"{place}: its type is unknown, or it has no params",
+                                       f"take it out; known: {', '.join(labels)}"))
+    return found
+
+
+def normal(value: Any) -> Any:
+    """A value such that equal ones compare equal: null, '' and empty lists are the same, and order means nothing."""
+    if isinstance(value, Mapping):
+        return tuple(sorted((str(key), normal(one)) for key, one in value.items() if normal(one) is not None)) or None
+    if isinstance(value, (list, tuple)):
+        return tuple(sorted(map(normal, value), key=repr)) or None
+    if isinstance(value, str):
+        return value.strip() or None
+    return value
+
+
+def scalar(api: str, value: Any) -> Any:
+    """What tells a reference from others: an id, or of addresses the addresses."""
+    return tuple(sorted(one["ip_address"] for one in value or ())) if api == "fixed_ips" else value
+
+
+class Resolver:
+    """Finds what the files refer to, in the destination or among what is to be made."""
+
+    def __init__(self, catalog: Catalog, settings: Settings, wanted: Sequence[Resource]) -> None:
+        self.catalog, self._networks, self.pending = catalog, settings.network, dict[tuple[str, str], list[Resource]]()
+        for one in wanted:
+            self.pending.setdefault((one.label, one.name), []).append(one)
+        self._indexes: dict[str, dict[Any, list[dict[str, Any]]]] = {}
+        self.target: str | Resource = catalog.project  # what %auth% stands for
+        if settings.project:
+            named = list(self.pending.get(("project", settings.project), ()))
+            self.target = named[0] if len(named) == 1 and not any(
+                settings.project in (one["name"], one["id"]) for one in catalog.all("project")) else project_called(
+                    catalog, settings.project)
+
+    def owner(self, one: Resource) -> str | Resource:
+        """The project that a resource belongs to. Raises Refused."""
+        ours = (one.data.get("_migration_params") or {}).get("project_ref")
+        return self.project(ours, one) if ours and one.kind.is_owned else self.target
+
+    def project(self, ref: Mapping[str, Any], one: Resource) -> str | Resource:
+        """The project of a reference."""
+        if ref.get("project_name") == AUTH:
+            return self.target
+        return self.find("project", {"name": ref.get("project_name"), "domain_name": ref.get("domain_name")}, one)
+
+    def find(self, label: str, ref: Mapping[str, Any] | None, one: Resource) -> str | Resource:
+        """The id, or the resource to be made, that a reference means. Raises Refused if it means none, or several."""
+        if not ref:
+            return ""
+        name, domain = str(ref.get("name")), ref.get("domain_name")
+        if name == AUTH and label in ("user", "project"):
+            return self.catalog.cloud.user if label == "user" else self.target
+        name = self._networks.get(name, name) if label == "network" else name
+        there = [raw for raw in self.catalog.all(label) if name in (raw.get("name"), raw["id"])]
+        pending = self.pending.get((label, name), [])
+        if label == "project" and not (there or pending):
+            there = [raw for raw in self.catalog.all("domain") if raw["name"] == name]
+        if label in ("project", "user") and domain not in (None, AUTH):
+            ids = {raw["id"] for raw in self.catalog.all("domain") if raw["name"] == domain}
+            there = [raw for raw in there if raw.get("domain_id") in ids]
+            pending = [other for other in pending if (other.params.get("domain_ref") or {}).get("name") == domain]
+        if RESOURCE_TYPES[label].is_owned and ref.get("project_name"):
+            there, pending = self._of_project(ref, one, there, pending)
+        found: dict[str, str | Resource] = {str(raw["id"]): str(raw["id"]) for raw in there}
+        found |= {other.id or other.place: other.id or other for other in pending}
+        if len(found) != 1:
+            way = "--network SRC=DST names another one" if label == "network" else "export it too, or create it"
+            near = did_you_mean(name, {str(raw.get("name")) for raw in self.catalog.all(label)} - {name})
+            raise Refused(f"{one} ({one.place}): {len(found) or 'no'} {label}s are called {name!r}{near}",
+                          "give it a name of its own" if found else way)
+        return next(iter(found.values()))
+
+    def _of_project(self, ref: Mapping[str, Any], one: Resource, there: list[dict[str, Any]],
+                    pending: list[Resource]) -> tuple[list[dict[str, Any]], list[Resource]]:
+        """Those of the project that a reference names; if it has none, those that are shared with all."""
+        try:
+            project = self.project(ref, one)
+        except Refused:  # these credentials may not see other projects
+            project = ""
+        mine = [raw for raw in there if self.catalog.owner(raw) == project]
+        waiting = [other for other in pending if (other.owner or self.owner(other)) == project]
+        shared = [raw for raw in there if raw.get("shared") or raw.get("router:external")]
+        return (mine, waiting) if mine or waiting else (shared, [])
+
+    def existing(self, one: Resource) -> dict[str, Any] | None:
+        """The destination's resource that this one is, if it has it. Raises Refused if it has several."""
+        kind, values = one.kind, list[Any]()
+        for name in kind.key.split():
+            api, _ = kind.references.get(name, (kind.columns.get(name, name), ""))
+            value = one.refs[name] if name in one.refs else one.params.get(name)
+            if isinstance(value, Resource):
+                return None
+            values.append(normal(scalar(api, value)))
+        if isinstance(one.owner, Resource) and kind.is_owned:
+            return None
+        found = [raw for raw in self._index(one.label).get(tuple(values), ())
+                 if not kind.is_owned or self.catalog.owner(raw) in (one.owner, "")
+                 or (one.params.get("is_shared") and raw.get("shared"))]
+        if len(found) > 1:
+            raise Refused(f"{one} ({one.place}): the destination has {len(found)} of them: "
+                          f"{', '.join(str(raw['id']) for raw in found)}", "rename or delete all but one")
+        return found[0] if found else None
+
+    def _index(self, label: str) -> dict[Any, list[dict[str, Any]]]:
+        """All of a type by what tells one from another."""
+        if label not in self._indexes:
+            kind, index = RESOURCE_TYPES[label], dict[Any, list[dict[str, Any]]]()
+            apis = [kind.references.get(name, (kind.columns.get(name, name), ""))[0] for name in kind.key.split()]
+            for raw in self.catalog.all(label):
+                index.setdefault(tuple(normal(scalar(api, raw.get(api))) for api in apis), []).append(raw)
+            self._indexes[label] = index
+        return self._indexes[label]
+
+
+def resolved_refs(resolver: Resolver, one: Resource) -> dict[str, Any]:
+    """What a resource refers to, as ids or as what is to be made. Raises Refused."""
+    refs = dict[str, Any]()
+    for name, (_, of) in one.kind.references.items():
+        value = one.params.get(name)
+        if name == "fixed_ips_refs":
+            network, cloud = resolver.find("network", one.params.get("network_ref"), one), resolver.catalog
+            refs[name] = [{"ip_address": ip["ip_address"], "subnet_id": subnet_of(cloud, resolver, network, ip, one)}
+                          for ip in value or ()]
+        elif name == "external_gateway_refinfo":
+            refs[name] = resolver.find(of, (value or {}).get("network_ref"), one)
+        elif name == "access_refs":
+            refs[name] = [resolver.find(of, ref, one) for ref in value or ()]
+        else:
+            refs[name] = resolver.find(of, value, one)
+    return refs
+
+
+def subnet_of(catalog: Catalog, resolver: Resolver, network: str | Resource, ip: Mapping[str, Any],
+              one: Resource) -> str | Resource:
+    """The subnet of a network that an address is of: subnets often have no name. Raises Refused."""
+    address = ipaddress.ip_address(ip["ip_address"])
+    there = [str(raw["id"]) for raw in catalog.all("subnet")
+             if raw["network_id"] == network and address in ipaddress.ip_network(raw["cidr"])]
+    pending = [other for others in resolver.pending.values() for other in others if other.label == "subnet"
+               and other.refs.get("network_ref") == network and address in ipaddress.ip_network(other.params["cidr"])]
+    found: list[str | Resource] = [*there, *pending]
+    if not found:
+        raise Refused(f"{one} ({one.place}): no subnet of its network has the address {address}", "export it too")
+    return found[0]
+
+
+def plan_import(resolver: Resolver, settings: Settings, wanted: Sequence[Resource]) -> list[Reason]:
+    """Finds what of the files the destination has already; returns all reasons why the rest cannot be made."""
+    reasons, seen = list[Reason](), dict[Any, Resource]()
+    for label in IN_FILES:
+        for one in (other for other in wanted if other.label == label):
+            with collecting(reasons):
+                if "name" in one.kind.key.split() and not one.name:
+                    raise Refused(f"{one} ({one.place}) has no name", "give it one, in the source or in the file")
+                one.owner = resolver.owner(one)
+                one.refs = resolved_refs(resolver, one)
+                key = (label, one.owner if one.kind.is_owned else "", *(normal(
+                    one.refs[name] if name in one.refs else one.params.get(name)) for name in one.kind.key.split()))
+                if first := seen.get(key):
+                    raise Refused(f"{one} is there twice: {first.place}, and {one.place}", "take one of them out")
+                seen[key] = one
+                if raw := resolver.existing(one):
+                    one.id, one.differences = str(raw["id"]), [*differences_of(one, raw, settings)]
+                    one.result = "differs" if one.differences else "equal"
+    return [*reasons, *refuse_shares(resolver.catalog.cloud, wanted)]
+
+
+def refuse_shares(cloud: Cloud, wanted: Sequence[Resource]) -> Iterator[Reason]:
+    """Reasons to refuse by the quotas of projects: a failure in the middle of an import would undo it."""
+    needs = Counter((one.owner, one.label) for one in wanted
+                    if one.kind.service == "network" and one.owner and isinstance(one.owner, str) and not one.id)
+    for project in sorted({str(owner) for owner, _ in needs}):
+        with ignoring(400, 403, 404):
+            told = cloud.ask("show quotas", "network", "GET", f"/quotas/{project}/details.json")["quota"]
+            for label in ("network", "subnet", "router", "security group", "security group rule"):
+                row = told.get(label.replace(" ", "_"), {"limit": -1})
+                if 0 <= row["limit"] < row.get("used", 0) + (need := needs[(project, label)]):
+                    yield from refuse_quota([
+                        f"{row['used']} of {row['limit']} {label}s are used, {need} more are needed"])
+
+
+def differences_of(one: Resource, raw: Mapping[str, Any], settings: Settings) -> Iterator[tuple[str, Any, Any]]:
+    """What of a resource differs from the file: name, value there, value in the file; null there says nothing."""
+    known = {*one.kind.key.split(), *NOT_COMPARED, *(() if settings.provider else PROVIDER)}
+    for name in one.kind.columns:
+        value, there = one.params.get(name), value_in(one.kind, raw, name)
+        if name in known or name not in one.params or (value is None and name != "gateway_ip"):
+            continue
+        if name == "limits":
+            known_here = {key for key in value or () if key in (there or {})}
+            one.omitted = sorted({*(value or ())} - known_here)
+            there, value = ({key: of[key] for key in known_here} for of in (there or {}, value or {}))
+        if normal(value) != normal(there):
+            yield name, there, value
+    for name in one.kind.references:
+        there, value = value_in(one.kind, raw, name), one.refs[name]
+        if name not in known and one.params.get(name) and normal(there) != normal(value):
+            yield name, there, one.params[name]
+
+
+def value_in(kind: ResourceType, raw: Mapping[str, Any], name: str) -> Any:
+    """What the API has for a name in params: of a reference the id."""
+    api = kind.references.get(name, (kind.columns.get(name, name), ""))[0]
+    found = raw.get(api)
+    return (found or {}).get("network_id") if api == "external_gateway_info" else found
+
+
+def body_of(one: Resource, settings: Settings, own_project: str) -> dict[str, Any]:
+    """The request that makes a resource."""
+    body, params, kind = dict[str, Any](), one.params, one.kind
+    for name, api in kind.columns.items():
+        value = params.get(name)
+        is_said = normal(value) is not None or (name == "gateway_ip" and name in params)
+        if is_said and name not in NOT_SENT and (settings.provider or name not in PROVIDER) and not (
+                value is False and name in OFF_BY_DEFAULT):
+            body[api] = value
+    for name, (api, _) in kind.references.items():
+        value = one.refs.get(name)
+        if name == "fixed_ips_refs":
+            body[api] = [{**ip, "subnet_id": id_of(ip["subnet_id"])} for ip in value or ()]
+        elif name == "external_gateway_refinfo" and value:
+            told = params[name]
+            body[api] = {"network_id": id_of(value), **{key: told[key] for key in ("enable_snat",) if key in told}}
+        elif value and name not in ("access_refs", "external_gateway_refinfo", "device_ref"):
+            body[api] = id_of(value)
+    if kind.service == "network" and (owner := id_of(one.owner)) != own_project:
+        body["project_id"] = owner
+    if one.label == "user":
+        body |= {"password": one.password} if one.password else {"enabled": False}
+    return body
+
+
+def id_of(value: str | Resource) -> str:
+    """The id of what is there, or was made by now."""
+    return value.id if isinstance(value, Resource) else value
+
+
+class Scopes:
+    """The destination with its user's rights in several projects."""
+
+    def __init__(self, catalog: Catalog, creds: Mapping[str, Any]) -> None:
+        self.catalog, self._creds, self._clouds = catalog, creds, {catalog.cloud.identity["project"]: catalog.cloud}
+        self._opening = threading.Lock()
+
+    def in_project(self, id: str) -> Cloud:
+        """The cloud from within a project, for what has no other way to belong to it."""
+        with self._opening:
+            if id not in self._clouds:
+                self._clouds[id] = Cloud(self.catalog.cloud.label, in_project(self._creds, id))
+            return self._clouds[id]
+
+
+@dataclass
+class Import:
+    """An import under way."""
+
+    settings: Settings
+    screen: Screen
+    journal: Journal
+    undo: Undo
+    scopes: Scopes
+    wanted: Sequence[Resource]
+    images: Mapping[Resource, ImagePlan]
+    source: Cloud | None  # where images come from
+
+    @property
+    def cloud(self) -> Cloud:
+        return self.scopes.catalog.cloud
+
+    def due(self, label: str) -> list[Resource]:
+        """Those of a type that are to be made."""
+        return due_of(self.wanted, label)
+
+
+def due_of(wanted: Sequence[Resource], label: str) -> list[Resource]:
+    """Those of a type that are to be made."""
+    return [one for one in wanted if one.label == label and one.result == "to be created"]
+
+
+def at_once(parallel: int, acts: Sequence[Callable[[], T]], done: Callable[[int], None]) -> list[T | MigrenaError]:
+    """The results of these, so many at a time, or their errors; a signal ends them, once each has its answer."""
+    pool, results = ThreadPoolExecutor(parallel), list[T | MigrenaError]()
+    try:
+        with defer_signals():
+            asked = [pool.submit(act) for act in acts]
+        for number, future in enumerate(asked, 1):
+            try:
+                results.append(result_of(future))
+            except MigrenaError as error:
+                results.append(error)
+            done(number)
+        return results
+    finally:
+        with defer_signals():
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def make_all(run: Import) -> None:
+    """Makes what the destination lacks, type by type; raises the first error, or with --keep-going goes on."""
+    for label in IN_FILES:
+        if not (due := run.due(label)):
+            continue
+        parts = [*batches(label, due)]
+        with run.screen.step(f"Create {len(due)} {label}{'s' if len(due) > 1 else ''}."), run.screen.counting(
+                len(parts), label) as show:
+            results = at_once(1 if label == "image" else run.settings.parallel, [
+                partial(make_part, run, label, number, part) for number, part in enumerate(parts, 1)], show)
+        failed = [(part, error) for part, error in zip(parts, results, strict=True) if isinstance(error, MigrenaError)]
+        if failed and not run.settings.keep_going:
+            raise failed[0][1]
+        for part, error in failed:
+            run.undo.left += [f"{one} was not made: {error}" for one in part if not one.id]
+    set_routes(run)
+
+
+def batches(label: str, due: Sequence[Resource]) -> Iterator[Sequence[Resource]]:
+    """What is made with one request each: of what Neutron makes in bulk as many as it takes, rules of one group."""
+    size = BULK if label in ("network", "subnet", "security group", "security group rule") else 1
+
+    def of(one: Resource) -> str:
+        return id_of(one.refs["security_group_ref"]) if label == "security group rule" else ""
+
+    for _, group in itertools.groupby(sorted(due, key=of), key=of):
+        together = [*group]
+        yield from (together[at : at + size] for at in range(0, len(together), size))
+
+
+def make_part(run: Import, label: str, number: int, ones: Sequence[Resource]) -> None:
+    """Makes some resources of one type with one request, and completes them."""
+    ones = [one for one in ones if one.result == "to be created"]  # a new group has rules already
+    if not ones:
+        return
+    bodies = [body_of(one, run.settings, run.cloud.identity["project"]) for one in ones]
+    told = [{key: value for key, value in body.items() if key != "password"} for body in bodies]
+    with run.journal.act(f"create {label} {number}", kind=label, requests=told) as result:
+        try:
+            made = MAKERS.get(label, make_by_post)(run, ones, bodies)
+        except CloudError as error:
+            result["refused"] = not error.is_temporary
+            raise
+        result["ids"] = [str(raw["id"]) for raw in made]
+    for one, raw in zip(ones, made, strict=True):
+        one.id, one.result = str(raw["id"]), "created"
+    for one, raw in zip(ones, made, strict=True):
+        complete(run, one, raw)
+
+
+def make_by_post(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Makes resources as most APIs do; attributes that this release does not know are omitted, and told."""
+    kind = ones[0].kind
+    for _ in range(20):
+        try:
+            what = {kind.many: bodies} if len(bodies) > 1 else {kind.one: bodies[0]}
+            told = run.cloud.ask(f"create {kind.label} {ones[0].name}".strip(), kind.service, "POST", kind.path, what)
+            return list(told[kind.many]) if len(bodies) > 1 else [told[kind.one]]
+        except CloudError as error:
+            match = UNKNOWN.search(str(error))
+            unknown = re.split(r"\W+", next(filter(None, match.groups())).lower()) if match else []
+            keys = {key for body in bodies for key in body if key in unknown or key.partition(":")[2] in unknown}
+            if not keys or error.code not in (400, 403):
+                raise
+            for one, body in zip(ones, bodies, strict=True):
+                one.omitted += [key for key in keys if body.pop(key, None) is not None]
+    raise AssertionError("each answer names another attribute")
+
+
+def complete(run: Import, one: Resource, raw: Mapping[str, Any]) -> None:
+    """Sets what a new resource does not take when it is made."""
+    cloud, kind, params = run.cloud, one.kind, one.params
+    if kind.service == "network" and params.get("tags"):
+        cloud.ask(f"tag {one}", "network", "PUT", f"{kind.path}/{one.id}/tags", {"tags": params["tags"]})
+    if specs := params.get("extra_specs"):
+        path = f"{kind.path}/{one.id}/{'os-extra_specs' if one.label == 'flavor' else 'extra_specs'}"
+        cloud.ask(f"set extra specs of {one}", kind.service, "POST", path, {"extra_specs": specs})
+    for project in map(id_of, one.refs.get("access_refs") or ()):
+        grant_access(cloud, one, project)
+    if one.label == "project":
+        for role in own_roles(run.scopes.catalog):
+            path = f"/projects/{one.id}/users/{cloud.user}/roles/{role}"
+            cloud.ask(f"get a role in {one}", "identity", "PUT", path)
+        run.screen.note(f"The user of the credentials has its roles in {one} too.")
+    if one.label == "security group":
+        settle_first_rules(run, one, raw.get("security_group_rules") or ())
+
+
+def grant_access(cloud: Cloud, one: Resource, project: str) -> None:
+    """Gives a project access to a private flavor or volume type."""
+    act = {"addTenantAccess": {"tenant": project}} if one.label == "flavor" else {
+        "addProjectAccess": {"project": project}}
+    with ignoring(409):
+        cloud.ask(f"give access to {one}", one.kind.service, "POST", f"{one.kind.path}/{one.id}/action", act)
+
+
+def own_roles(catalog: Catalog) -> list[str]:
+    """The ids of the roles that the credentials' user has in its own project."""
+    cloud = catalog.cloud
+    return [one["role_id"] for one in catalog.all("role assignment")
+            if one["user_id"] == cloud.user and one["project_id"] == cloud.identity["project"]]
+
+
+def settle_first_rules(run: Import, group: Resource, rules: Iterable[Mapping[str, Any]]) -> None:
+    """Of the rules that every new group has, keeps those of the files; the others are removed if files have rules."""
+    wanted = [one for one in run.wanted if one.label == "security group rule"]
+    mine = [one for one in wanted if one.refs["security_group_ref"] is group]
+    kind, removed = RESOURCE_TYPES["security group rule"], 0
+    for raw in rules:
+        same = [one for one in mine if all(
+            normal(one.params.get(name)) == normal(raw.get(api)) for name, api in kind.columns.items()
+            if name != "description") and id_of(one.refs["remote_group_ref"] or "") == (raw["remote_group_id"] or "")]
+        if same:
+            same[0].id, same[0].result = str(raw["id"]), "created"
+        elif wanted:
+            removed += 1
+            run.cloud.ask("delete a first rule", "network", "DELETE", f"{kind.path}/{raw['id']}")
+    if removed:
+        run.screen.note(f"{group}: {removed} rules that new groups have are removed; the files do not have them.")
+
+
+def set_routes(run: Import) -> None:
+    """Sets the static routes of new routers, once they have their interfaces."""
+    for one in run.wanted:
+        if one.label == "router" and one.result == "created" and one.params.get("routes"):
+            run.cloud.ask(f"set routes of {one}", "network", "PUT", f"/routers/{one.id}",
+                          {"router": {"routes": one.params["routes"]}})
+
+
+Made = list[dict[str, Any]]
+Maker = Callable[["Import", Sequence[Resource], list[dict[str, Any]]], Made]
+
+
+def make_interface(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
+    """A port with the router's addresses, which the router then gets; a subnet's gateway is asked for by the subnet."""
+    one, router = ones[0], id_of(ones[0].refs["device_ref"])
+    ips = [(ip["ip_address"], ip["subnet_id"]) for ip in one.refs["fixed_ips_refs"]]
+    subnets = [subnet.params if isinstance(subnet, Resource) else run.scopes.catalog.one("subnet", subnet) or {}
+               for _, subnet in ips]
+    if all(ip == subnet.get("gateway_ip") for (ip, _), subnet in zip(ips, subnets, strict=True)):
+        made = [run.cloud.ask(f"add {one}", "network", "PUT", f"/routers/{router}/add_router_interface", {
+            "subnet_id": id_of(subnet)}) for _, subnet in ips]
+        return [{"id": made[0]["port_id"]}]
+    (port,) = make_by_post(run, ones, bodies)
+    try:
+        run.cloud.ask(f"add {one}", "network", "PUT", f"/routers/{router}/add_router_interface",
+                      {"port_id": port["id"]})
+    except CloudError:
+        with suppress(CloudError):
+            run.cloud.ask("delete a port", "network", "DELETE", f"/ports/{port['id']}")
+        raise
+    return [port]
+
+
+def make_key(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
+    """A key pair, for another user if these are an admin's credentials; its name is its id."""
+    if bodies[0].get("user_id") == run.cloud.user:
+        del bodies[0]["user_id"]
+    return [{**raw, "id": raw["name"]} for raw in make_by_post(run, ones, bodies)]
+
+
+def make_assignment(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
+    """A role of a user in a project; its path is its id."""
+    path = "{project_id}/users/{user_id}/roles/{role_id}".format(**bodies[0])
+    run.cloud.ask(f"assign {ones[0]}", "identity", "PUT", f"/projects/{path}")
+    return [{"id": path}]
+
+
+def make_quota(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
+    """The limits of a new project that differ from the cloud's own."""
+    one, project = ones[0], str(bodies[0]["project_id"])
+    set_limits(run.cloud, project, one, run.journal)
+    return [{"id": project}]
+
+
+def set_limits(cloud: Cloud, project: str, one: Resource, journal: Journal) -> None:
+    """Sets a project's quotas in one service; what that does not know is omitted, and told."""
+    service, told = str(one.params["service"]), "quota" if one.params["service"] == "network" else "quota_set"
+    path = f"{'/quotas' if service == 'network' else '/os-quota-sets'}/{project}"
+    there = cloud.ask(f"show {one}", service, "GET", path)[told]
+    one.omitted = [key for key in one.params["limits"] if key not in there]
+    if wanted := {key: value for key, value in one.params["limits"].items() if there.get(key, value) != value}:
+        with journal.act(f"set limits of {service} {project}", service=service, path=path, one=told, new=wanted,
+                         was={key: there[key] for key in wanted}):
+            cloud.ask(f"set {one}", service, "PUT", path, {told: wanted})
+
+
+def make_group(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
+    """A server group, which only the project's own credentials can make."""
+    params = ones[0].params
+    facts = {"name": params["name"], "policy": params["policy"], "rules": params.get("rules") or {}}
+    return [{"id": run.scopes.in_project(id_of(ones[0].owner)).make_server_group(facts)}]
+
+
+def make_image(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
+    """An image with the content of the source's."""
+    cloud = run.scopes.in_project(id_of(ones[0].owner))
+    assert run.source
+    return [{"id": run.images[ones[0]].there or carry(
+        run.settings, run.journal, run.undo, (run.source, cloud), run.images[ones[0]])}]
+
+
+def make_security_groups(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
+    """Security groups; the default one comes with its project."""
+    first = [one for one in ones if one.name == DEFAULT_GROUP]
+    there = {one: next(raw for raw in run.scopes.in_project(id_of(one.owner)).networks.all("security-groups")
+                       if raw["name"] == DEFAULT_GROUP and raw["project_id"] == id_of(one.owner)) for one in first}
+    rest = [(one, body) for one, body in zip(ones, bodies, strict=True) if one not in there]
+    made = make_by_post(run, [one for one, _ in rest], [body for _, body in rest]) if rest else []
+    found = there | dict(zip((one for one, _ in rest), made, strict=True))
+    return [found[one] for one in ones]
+
+
+MAKERS: Final[Mapping[str, Maker]] = {
+    "router interface": make_interface, "key pair": make_key, "role assignment": make_assignment, "quota": make_quota,
+    "server group": make_group, "image": make_image, "security group": make_security_groups}
+CHANGES: Final = ("PUT", "PATCH")
+
+
+def change_all(run: Import) -> None:
+    """With --update: changes what exists and differs, as far as it can be changed."""
+    for one in run.wanted if run.settings.update else ():
+        able = {name: value for name, _, value in one.differences if name in one.kind.changeable.split()}
+        if one.result != "differs" or not able:
+            continue
+        was = {name: there for name, there, _ in one.differences if name in able}
+        if one.label == "quota":
+            set_limits(run.cloud, id_of(one.refs["project_ref"]), one, run.journal)
+        else:
+            new = {name: one.refs.get(name, value) for name, value in able.items()}
+            with run.journal.act(f"change {one.label} {one.id}", what=one.label, new=new, was=was):
+                change_resource(run.cloud, one.label, one.id, new, was)
+        one.result, one.differences = "changed", [row for row in one.differences if row[0] not in able]
+
+
+def change_resource(cloud: Cloud, label: str, id: str, new: Mapping[str, Any], was: Mapping[str, Any]) -> None:
+    """Gives a resource other values, by the files' names."""
+    kind, what = RESOURCE_TYPES[label], f"change {label} {id}"
+    path, body = f"{kind.path}/{id}", dict[str, Any]()
+    for name, value in new.items():
+        if name == "tags":
+            cloud.ask(what, "network", "PUT", f"{path}/tags", {"tags": value or []})
+        elif name == "extra_specs":
+            specs = f"{path}/{'os-extra_specs' if label == 'flavor' else 'extra_specs'}"
+            for key in {*(was[name] or {})} - {*(value or {})}:
+                cloud.ask(what, kind.service, "DELETE", f"{specs}/{key}")
+            if value:
+                cloud.ask(what, kind.service, "POST", specs, {"extra_specs": value})
+        elif name == "access_refs":
+            for project in {*value} - {*(was[name] or ())}:
+                act = "addTenantAccess" if label == "flavor" else "addProjectAccess"
+                about = {"tenant" if label == "flavor" else "project": project}
+                cloud.ask(what, kind.service, "POST", f"{path}/action", {act: about})
+        elif name == "external_gateway_refinfo":
+            body["external_gateway_info"] = {"network_id": value} if value else None
+        else:
+            body[kind.references.get(name, (kind.columns.get(name, name), ""))[0]] = value
+    if label == "image":
+        cloud.store.describe(id, body)
+    elif body:
+        cloud.ask(what, kind.service, "PATCH" if kind.service == "identity" else "PUT", path, {kind.one: body})
+
+
+def refuse_projects(scopes: Scopes, wanted: Sequence[Resource]) -> Iterator[Reason]:
+    """Reasons to refuse where something can only be made with a role in its project."""
+    for one in (*due_of(wanted, "server group"), *due_of(wanted, "image")):
+        if isinstance(one.owner, str):
+            with collecting(problems := list[Reason]()):
+                scopes.in_project(one.owner)
+            yield from (Reason(f"{one} ({one.place}): {why.problem}", "give the user of the credentials a role there")
+                        for why in problems)
+
+
+def plan_images(call: Call, settings: Settings, cloud: Cloud, wanted: Sequence[Resource],
+                reasons: list[Reason]) -> tuple[Cloud | None, dict[Resource, ImagePlan]]:
+    """The source and what is to be carried from it; adds reasons why images cannot be."""
+    due, plans = due_of(wanted, "image"), dict[Resource, ImagePlan]()
+    if not due:
+        return None, plans
+    source = Cloud("source", credentials("src", settings, call.environment))
+    here, there = in_parallel(source.store.all, cloud.store.all)
+    for one in due:
+        id, digest = (one.data.get("_info") or {}).get("id"), one.params.get("hash_value")
+        found = [image for image in here if image.id == id or (digest and image.os_hash == digest)]
+        if not found:
+            reasons.append(Reason(
+                f"{one} ({one.place}): the source has no such image", "take it out, or see --src-cloud"))
+            continue
+        best = next((image for image in found if image.id == id), found[0])
+        plans[one] = replace(plan_image(settings, best, there), name=one.name)
+        reasons += [*refuse_image(settings, plans[one], there), *refuse_reading(plans[one], source)]
+    return source, plans
+
+
+def read_passwords(settings: Settings, wanted: Sequence[Resource]) -> None:
+    """Gives users the passwords that --passwords has, or --new-passwords, which is written first."""
+    import yaml
+
+    users = [one for one in wanted if one.label == "user" and one.result == "to be created"]
+    if settings.passwords:
+        try:
+            told = yaml.safe_load(Path(settings.passwords).read_text(encoding="utf-8"))
+            known = {str(name): str(word) for name, word in told.items()}
+        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:  # it holds passwords
+            raise UsageError(f"{settings.passwords} cannot be read: {type(error).__name__}",
+                             "write lines such as NAME: PASSWORD") from None
+        for one in users:
+            one.password = known.get(one.name, "")
+    if settings.new_passwords and users:
+        for one in users:
+            one.password = one.password or secrets.token_urlsafe(18)
+        try:
+            with open(settings.new_passwords, "x", encoding="utf-8", opener=PRIVATE) as file:
+                yaml.safe_dump({one.name: one.password for one in users}, file)
+        except OSError as error:
+            raise UsageError(f"{settings.new_passwords} cannot be written: {error}", "name a new file") from error
+
+
+def rows_of(wanted: Sequence[Resource]) -> list[dict[str, Any]]:
+    """What became of each resource, for the report."""
+    return [{"type": one.kind.type, "name": shown_key(one.data), "id": one.id, "result": one.result,
+             "omitted": one.omitted, "differences": [
+                 {"name": name, "there": there, "file": value} for name, there, value in one.differences]}
+            for one in wanted]
+
+
+def tell_import(screen: Screen, wanted: Sequence[Resource], *, always: bool = False) -> None:
+    """Shows what is, or was, to be done: counts of equal ones, what differs field by field, what was omitted."""
+    for label in (known for known in IN_FILES if any(one.label == known for one in wanted)):
+        counts = Counter(one.result for one in wanted if one.label == label)
+        screen.say(f"  {label}s: {', '.join(f'{count} {result}' for result, count in counts.items())}", always=always)
+        new = [shown_key(one.data) for one in due_of(wanted, label)]
+        for line in (*new[:MOST_SHOWN], *([f"and {len(new) - MOST_SHOWN} more"] if new[MOST_SHOWN:] else ())):
+            screen.say(f"    + {line}", always=always)
+    for one in wanted:
+        for name, there, value in one.differences:
+            able = name in one.kind.changeable.split()
+            screen.say(f"  {one}: {name} is {shorten(json.dumps(there), 80)}, the file has "
+                       f"{shorten(json.dumps(value), 80)}" + ("" if able else " (cannot be changed)"), always=always)
+        if one.omitted:
+            screen.warn(f"{one}: omitted, since this cloud does not know it: {', '.join(one.omitted)}")
+
+
+def import_resources(call: Call, settings: Settings, undo: Undo, report: Report, catalog: Catalog,
+                     wanted: Sequence[Resource], problems: list[Reason]) -> str:
+    """Makes what the destination lacks of these, as a run of its own; returns that, or nothing if nothing was made.
+
+    Raises Refused with all reasons before anything is made. A failure removes what was made.
+    """
+    folder, screen, id, creds = state_folder(settings, call.environment), undo.screen, new_run(), credentials(
+        settings.cloud or "dst", settings, call.environment)
+    with ExitStack() as stack:
+        if not settings.dry_run:  # before the survey, so that its results stay valid
+            await_turn(stack, folder, catalog.cloud, id, screen)
+        with screen.timed("Survey"), refusing():
+            catalog.read([label for label in RESOURCE_TYPES if label in {"project", "domain", "role assignment"} | {
+                of for one in wanted for of in (one.label, *(of for _, of in one.kind.references.values()))}])
+            problems += plan_import(Resolver(catalog, settings, wanted), settings, wanted)
+            scopes = Scopes(catalog, creds)
+            problems += refuse_projects(scopes, wanted)
+            source, images = plan_images(call, settings, catalog.cloud, wanted, problems)
+        if problems:
+            raise Refused.of(problems)
+        report.resources = rows_of(wanted)
+        if settings.dry_run:
+            report.result = "planned"
+            tell_import(screen, wanted, always=True)
+            return ""
+        if not any(one.result == "to be created" or (settings.update and one.result == "differs") for one in wanted):
+            report.result = "done"
+            tell_import(screen, wanted)
+            return ""
+        read_passwords(settings, wanted)
+        run = Import(settings, screen, begin_import(folder, id, settings, catalog.cloud, wanted), undo, scopes, wanted,
+                     images, source)
+        report.run = id
+        with run.journal.ending(undo), undo:
+            if not settings.keep_going:
+                undo.on_failure("delete what was imported", lambda: delete_imported(
+                    catalog.cloud, record_of(id, run.journal.entries), run.journal, screen, LOST_ANSWER))
+            try:
+                make_all(run)
+                change_all(run)
+            finally:
+                report.resources = rows_of(wanted)
+        report.result = "left" if undo.left else "done"
+        tell_import(screen, wanted)
+        return id
+
+
+def await_turn(stack: ExitStack, folder: Path, cloud: Cloud, id: str, screen: Screen) -> None:
+    """Waits until no other import of this machine is under way in a project, and holds others up then."""
+    has_told = False
+    while True:
+        try:
+            stack.enter_context(only_run_of(folder, f"import-{cloud.identity['project']}", id))
+            return
+        except Refused:
+            if not has_told:
+                screen.note("Waiting: another import into this project is under way.")
+            has_told = True
+            time.sleep(CLAIM_PAUSE)
+
+
+def begin_import(folder: Path, id: str, settings: Settings, cloud: Cloud, wanted: Sequence[Resource]) -> Journal:
+    """A new journal with its first line: what rollback needs, without secrets."""
+    journal = Journal(folder, id)
+    files = sorted({one.place.rpartition(", number ")[0] for one in wanted})
+    with journal.beginning():
+        journal.write("run", job="import", pid=os.getpid(), source=f"import-{cloud.identity['project']}",
+                      source_name=f"{len(wanted)} resources", name=shorten(", ".join(files), 60), clouds=[cloud.url],
+                      where=[cloud.identity], settings={"cloud": settings.cloud, "dst_cloud": settings.dst_cloud})
+    return journal
+
+
+def import_files(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
+    """The subcommand `import`: makes in the destination what the files have and it lacks."""
+    problems, side = list[Reason](), settings.cloud or "dst"
+    wanted = read_files(settings.files, problems)
+    with refusing():
+        cloud = Cloud(NAMES_OF_SIDES.get(side, side), credentials(side, settings, call.environment))
+    cloud.tell = undo.screen.note
+    try:
+        id = import_resources(call, settings, undo, report, Catalog(cloud), wanted, problems)
+    finally:
+        report.api_calls = {cloud.label: cloud.calls}
+    if id:
+        undo.screen.say(f"./migrena.py rollback {id} removes what it made.")
+        if not (settings.json or settings.quiet):
+            print(id)
+    return 0
+
+
+def delete_imported(cloud: Cloud, record: RunRecord, journal: Journal, screen: Screen, patience: float) -> None:
+    """Deletes what an import has made, the last first, and takes back what it changed. Raises Kept for what is in use.
+
+    Where an answer was lost, what is as the request said is the import's: it was only made because there was none.
+    """
+    problems, catalog = list[Reason](), Catalog(cloud)
+    take_changes_back(catalog, record, problems)
+    made = [(act, id) for act in reversed(record.acts) if act.facts.get("kind")
+            for id in act.facts.get("ids") or lost_ids(catalog, act, patience)]
+    ours = {id for _, id in made}
+    for label, group in itertools.groupby(made, key=lambda one: str(one[0].facts["kind"])):
+        rows = [*group]
+        with screen.counting(len(rows), f"delete {label}") as show:
+            results = at_once(8, [partial(delete_resource, cloud, act, id, ours, journal) for act, id in rows], show)
+        problems += [reason for result in results if isinstance(result, MigrenaError) for reason in result.reasons]
+    delete_carried(cloud, record.run)
+    if problems:
+        raise Kept.of(list(dict.fromkeys(problems)))
+
+
+def lost_ids(catalog: Catalog, act: Step, patience: float) -> list[str]:
+    """The ids of what a request without an answer has made; it is waited for."""
+    label, limit = str(act.facts["kind"]), time.monotonic() + patience
+    if act.facts.get("refused") or act.result == "done" or label in ("image", "quota"):
+        return []
+    requests = [{key: value for key, value in request.items() if isinstance(value, (str, int))}
+                for request in act.facts.get("requests", ())]
+    if label == "role assignment":
+        return ["{project_id}/users/{user_id}/roles/{role_id}".format(**request) for request in requests]
+    while True:
+        found = [str(raw["id"]) for raw in Catalog(catalog.cloud).all(label) if any(
+            all(normal(raw.get(key)) == normal(value) for key, value in request.items()) for request in requests)]
+        if found or time.monotonic() > limit:
+            return found
+        time.sleep(CLAIM_PAUSE)
+
+
+def delete_resource(cloud: Cloud, act: Step, id: str, ours: Collection[str], journal: Journal) -> None:
+    """Deletes one resource, unless it is gone; raises Kept if somebody uses it."""
+    label = str(act.facts["kind"])
+    kind = RESOURCE_TYPES[label]
+    if users := users_of(cloud, label, id, ours):
+        raise Kept(f"{label} {id} is kept: {users}", f"openstack {label} delete {id}, once nobody needs it")
+    path, what = f"{kind.path}/{id}", f"delete {label} {id}"
+    if label == "role assignment":
+        path = f"/projects/{id}"
+    if label == "key pair":
+        user = str(act.facts["requests"][0].get("user_id") or "")
+        path = f"{kind.path}/{urllib.parse.quote(id)}{f'?user_id={user}' if user else ''}"
+    try:
+        with journal.act(what, id=id), ignoring(404):
+            if label == "router interface":
+                router = cloud.ask(what, "network", "GET", path)["port"]["device_id"]
+                if router in ours:
+                    cloud.ask(what, "network", "PUT", f"/routers/{router}", {"router": {"routes": []}})
+                cloud.ask(what, "network", "PUT", f"/routers/{router}/remove_router_interface", {"port_id": id})
+            elif label == "image":
+                cloud.store.delete(id)
+            elif label != "quota":  # it goes with its project
+                cloud.ask(what, kind.service, "DELETE", path)
+    except CloudError as error:
+        if error.code not in (400, 403, 409):
+            raise
+        raise Kept(f"{label} {id} is kept: {error}", f"openstack {label} delete {id}, once nobody needs it") from error
+
+
+def users_of(cloud: Cloud, label: str, id: str, ours: Collection[str]) -> str:
+    """Who uses a resource that the API would delete all the same; nothing if nobody does."""
+    wholes = {
+        "flavor": [("compute", f"/servers?all_tenants=1&flavor={id}", "servers")],
+        "image": [("compute", f"/servers?all_tenants=1&image={id}", "servers")],
+        "network": [("network", f"/subnets?network_id={id}", "subnets")],
+        "server group": [],
+        "project": [("compute", f"/servers?all_tenants=1&project_id={id}", "servers"),
+                    ("network", f"/ports?project_id={id}", "ports"),
+                    ("network", f"/networks?project_id={id}", "networks"),
+                    *([("block-storage", f"/volumes?all_tenants=1&project_id={id}", "volumes")]
+                      if cloud.has_volumes else [])]}
+    for service, path, key in wholes.get(label, ()):
+        with ignoring(400, 403, 404):
+            if found := [one for one in cloud.listed(service, path, key) if one["id"] not in ours]:
+                return f"it has {len(found)} {key} ({found[0].get('name') or found[0]['id']})"
+    if label == "server group" and (group := cloud.server_group(id)) and group["members"]:
+        return f"it has {len(group['members'])} instances"
+    return ""
+
+
+def take_changes_back(catalog: Catalog, record: RunRecord, problems: list[Reason]) -> None:
+    """Gives resources that an import has changed the values that they had, unless somebody has changed them since."""
+    cloud = catalog.cloud
+    for act in reversed(record.acts):
+        facts = act.facts
+        with collecting(problems):
+            if act.name.startswith("set limits ") and "was" in facts:
+                cloud.ask(act.name, facts["service"], "PUT", facts["path"], {facts["one"]: facts["was"]})
+            elif act.name.startswith("change ") and "was" in facts:
+                label, id, new = str(facts["what"]), act.name.rpartition(" ")[2], facts["new"]
+                raw = catalog.one(label, id) or {}
+                mine = {name for name, value in new.items()
+                        if normal(value_in(RESOURCE_TYPES[label], raw, name)) == normal(value)}
+                change_resource(cloud, label, id, {name: facts["was"][name] for name in mine}, new)
+                if mine != new.keys():
+                    raise Kept(f"{label} {id}: {', '.join(sorted(new.keys() - mine))} was changed since, and is kept")
+
+
+# ---- 16. Copy --------------------------------------------------------------------------------------------------------
+
+SURROUNDING: Final = (  # what --with-network brings
+    "security group", "security group rule", "network", "subnet", "router", "router interface")
 STOP_DESTINATION: Final = "Stop destination instance"  # a step; also measures how long Nova takes to stop
 POWER_BUTTON: Final = 10.0  # seconds after which Nova presses it again (shutdown_retry_interval)
 PATIENCE: Final = 60.0  # seconds that Nova does so (shutdown_timeout), unless told otherwise
@@ -6536,9 +8012,7 @@ SETTING_UP: Final = 2.0  # seconds of downtime besides Nova and the copy
 LONGEST_PAUSE: Final = 60.0  # seconds between passes that gain nothing
 LOOK_LIMIT: Final = 20.0  # seconds after which a look at both sides is out of date
 LOOKS: Final = 3  # attempts to look at both sides in less than that
-LOST_ANSWER: Final = 10.0  # seconds for an instance to appear although Nova answered with an error
-LATE_ANSWER: Final = 60.0  # the same for one that must be deleted
-CLAIM_PAUSE: Final = 1.0  # seconds in which another run that did not see our mark writes its own
+LATE_ANSWER: Final = 60.0  # as LOST_ANSWER, for an instance that must be deleted
 
 NO_IMAGE: Final = Image("", "none, it boots from a volume", "active", "", "")
 STATE_WAYS: Final = {  # arguments of `openstack server`
@@ -6638,11 +8112,6 @@ def survey_attributes(settings: Settings, found: SourceFacts, cloud: Cloud, serv
         found.key = cloud.key_pair(server.key, str(server.facts.get("user_id") or ""))
     if groups := server.facts.get("server_groups"):
         found.server_group = cloud.server_group(groups[0])
-
-
-def ports_of(store: NetworkStore, id: str) -> list[dict[str, Any]]:
-    """The ports that Nova uses for an instance: anybody may name any device."""
-    return [one for one in store.all("ports", ("device_id", id)) if str(one.get("device_owner")).startswith("compute:")]
 
 
 def survey_ports(cloud: Cloud, server: Server, macs: Sequence[str]) -> list[Port]:
@@ -6915,12 +8384,6 @@ def refuse_volumes(settings: Settings, source: SourceFacts, server: Server,
              f"destination cloud: there is no volume type {wanted!r}, for {volume.label}",
              f"--volume-type {volume.type}=TYPE; there are: {', '.join(destination.volume_types)}"))
     return reasons + refuse_quota(over_quota(destination.volume_limits, None, source.volumes.values()))
-
-
-def refuse_quota(exceeded: Iterable[str]) -> list[Reason]:
-    """A reason for each quota of the destination that is exceeded."""
-    return [Reason(f"destination cloud: the quota is exceeded: {what}",
-                   "delete unused resources, or have the quota raised") for what in exceeded]
 
 
 def type_of(settings: Settings, volume: Volume) -> str:
@@ -7358,6 +8821,7 @@ class Report:
     api_calls: dict[str, int] = field(default_factory=dict)  # by cloud
     ssh_commands: dict[str, int] = field(default_factory=dict)  # by host
     images: list[dict[str, object]] = field(default_factory=list)  # of `image`: the result for each
+    resources: list[dict[str, Any]] = field(default_factory=list)  # of `export` and `import`: the same
     moves: list[dict[str, object]] = field(default_factory=list)  # of `live-migrate`: the same
     ports: list[dict[str, Any]] = field(default_factory=list)  # of a plan, in the order of the instance's interfaces
     attributes: list[dict[str, str]] = field(default_factory=list)  # of a plan
@@ -8958,12 +10422,49 @@ def survey_both(call: Call, settings: Settings, screen: Screen,
     return settings, source, survey_destination(settings, credentials("dst", settings, call.environment))
 
 
+def bring_surroundings(call: Call, settings: Settings, undo: Undo, report: Report) -> str:
+    """Makes what the source needs and the destination lacks; returns the import's run, if there was one."""
+    lost = list[str]()
+    with undo.screen.timed("Survey"), refusing():
+        source = Cloud("source", credentials("src", settings, call.environment))
+        there = Cloud("destination", credentials("dst", replace(settings, dst_project=""), call.environment))
+        server = source.server(settings.src_uid)
+        catalog = Catalog(source, str(server.facts["tenant_id"]))
+        project = source.project_name(catalog.project) if settings.dst_project == "same" else settings.dst_project
+        labels = [label for label in IN_FILES if (label in SURROUNDING if settings.with_network else (
+            label != "project" or settings.dst_project == "same"))]
+        found = described_all(catalog, (one for one in needed_by(catalog, server, lost) if one[0] in labels), lost)
+    for line in lost:
+        undo.screen.warn(f"left out: {line}")
+    by_type = {kind.type: label for label, kind in IN_FILES.items()}
+    wanted = [Resource(by_type[one["type"]], one, f"source, number {number}") for number, one in enumerate(found, 1)]
+    run = import_resources(call, replace(settings, project=project, cloud="dst", dst_project=""), undo, report,
+                           Catalog(there), wanted, [])
+    undo.has_begun = False  # the copy can be interrupted again
+    return run
+
+
 def copy_instance(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
-    """migrena without a subcommand: survey, refuse, then print or execute the plan."""
+    """migrena without a subcommand: makes what the source needs, if that is asked for, and moves it."""
     check_extra(settings.extra_args)
     if not settings.warm and {"max_downtime", "warm_passes", "warm_timeout", "bitmap"} & set(call.flags):
         raise UsageError("--max-downtime, --warm-passes, --warm-timeout and --bitmap need --warm", "give --warm too")
     check_times(call, settings)
+    brought = bring_surroundings(call, settings, undo, report) if settings.with_network or settings.with_all else ""
+    if settings.dry_run and any(row["result"] == "to be created" for row in report.resources):
+        undo.screen.say("The plan of the copy can be made once these are there.", always=True)
+        return 0
+    try:
+        return survey_and_copy(call, settings, undo, report)
+    except Refused as error:
+        if not brought:
+            raise
+        raise Kept.of([*error.reasons, Reason(f"what run {brought} made for it stays",
+                                              f"./migrena.py rollback {brought} removes it")]) from error
+
+
+def survey_and_copy(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
+    """Survey, refuse, then print or execute the plan."""
     extra = {key: value for key, value in settings.extra_args.items() if key != "nics" or value is not None}
     folder, screen, run = state_folder(settings, call.environment), undo.screen, new_run()
     settings = replace(settings, extra_args=extra)
@@ -9037,7 +10538,7 @@ def warn_left_behind(screen: Screen, plan: Plan) -> None:
         screen.note("The source uses UEFI: its NVRAM (boot entries) is copied, for a Nova that keeps it at a start.")
 
 
-# ---- 14. Status ------------------------------------------------------------------------------------------------------
+# ---- 17. Status ------------------------------------------------------------------------------------------------------
 
 
 def show_status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
@@ -9140,8 +10641,8 @@ def what_to_do(record: RunRecord) -> Iterator[str]:
     """What a failed run has left behind, and the next commands."""
     yield from (f"left behind: {line}" for line in record.left)
     if record.state == "killed":
-        yield "it may have left " + ("an incomplete image" if record.carries_image
-            else "the new instance, and the mark and the lock on the source")
+        yield "it may have left " + {"image": "an incomplete image", "import": "what it has made by then"}.get(
+            record.job, "the new instance, and the mark and the lock on the source")
     if record.state == "seeded" or (record.seed and record.state in ("killed", "left") and not record.stopped_at):
         yield (f"update: ./migrena.py resume {record.run} --seed    cut over: {record.cut_over}    "
                f"remove: ./migrena.py rollback {record.run}")
@@ -9179,7 +10680,7 @@ def detail_lines(record: RunRecord) -> Iterator[str]:
     yield from what_to_do(record)
 
 
-# ---- 15. Resume ------------------------------------------------------------------------------------------------------
+# ---- 18. Resume ------------------------------------------------------------------------------------------------------
 
 
 def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord, screen: Screen) -> Earlier:
@@ -9230,9 +10731,11 @@ def refuse_state(record: RunRecord) -> None:
     if record.state in told:
         raise Refused(f"run {run} {told[record.state]}: there is nothing to resume",
                       "" if record.state == "done" else "give the command again")
-    if record.carries_image:
+    if record.job == "image":
         raise Refused(f"run {run} carried an image, which cannot be resumed",
             f"./migrena.py rollback {run}, then the command again")
+    if record.job == "import":
+        raise Refused(f"run {run} was an import", "give its command again: it makes what is missing")
 
 
 def is_seed_again(record: RunRecord, now: Situation) -> bool:
@@ -9351,7 +10854,7 @@ def plan_again(source: SourceFacts, record: RunRecord, made: Server, *, is_again
                 ports=[PortPlan(**row) for row in record.facts.get("ports", ())])
 
 
-# ---- 16. Rollback ----------------------------------------------------------------------------------------------------
+# ---- 19. Rollback ----------------------------------------------------------------------------------------------------
 
 # Prints a run's private folders on a host; with $2 only those whose lease is alive.
 LEFT_FOLDERS: Final = """
@@ -9498,10 +11001,12 @@ def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
             with refusing():
                 source = Cloud("source", credentials("src", settings, call.environment))
                 settings = in_same_project(settings, source, source.server(record.source))
+        if record.job == "import":
+            return undo_import(call, settings, record, Journal(folder, record.run), undo, report)
         clouds = both_clouds(settings, call.environment)
         for cloud in clouds:
             cloud.tell = screen.note
-        if record.carries_image:
+        if record.job == "image":
             require_same_clouds(record, clouds)
             return undo_image(record, clouds[1], Journal(folder, record.run), undo, report)
         with refusing():
@@ -9550,6 +11055,19 @@ def undo_image(record: RunRecord, cloud: Cloud, journal: Journal, undo: Undo, re
             f"run {record.run} was successful: its image may be in use", "openstack image delete, if that is wanted")
     report.run, what = record.run, f"delete image {record.facts.get('name')}"
     return run_steps([(what, lambda: delete_carried(cloud, record.run))], journal, undo, report)
+
+
+def undo_import(call: Call, settings: Settings, record: RunRecord, journal: Journal, undo: Undo,
+                report: Report) -> int:
+    """Removes what an import has made, as far as nobody uses it, and takes back what it changed."""
+    side, report.run = settings.cloud or "dst", record.run
+    with refusing():
+        cloud = Cloud(NAMES_OF_SIDES.get(side, side), credentials(side, replace(settings, dst_project=""),
+                                                                 call.environment))
+    cloud.tell = undo.screen.note
+    require_same_clouds(record, [cloud])
+    return run_steps([("delete what was imported", lambda: delete_imported(
+        cloud, record, journal, undo.screen, 0.0))], journal, undo, report)
 
 
 def run_steps(steps: Iterable[tuple[str, Callable[[], None]]], journal: Journal, undo: Undo,
@@ -9645,7 +11163,7 @@ def clean_host(plan: UndoPlan, server: Server) -> None:
             drop_bitmap(host, server.id, path, run)
 
 
-# ---- 17. Spread ------------------------------------------------------------------------------------------------------
+# ---- 20. Spread ------------------------------------------------------------------------------------------------------
 
 FAILED_STATES: Final = ("error", "failed", "cancelled")  # Nova's statuses of a live migration without success
 ROOM_LIMIT: Final = 60.0  # seconds for Nova to free an instance's resources on its old host
@@ -9832,7 +11350,7 @@ def handle_timeout(cloud: Cloud, move: Move, number: int, state: str, settings: 
             "--keep-waiting keeps waiting, --abort aborts it")
 
 
-# ---- 18. Main --------------------------------------------------------------------------------------------------------
+# ---- 21. Main --------------------------------------------------------------------------------------------------------
 
 RUNTIME: Final = (
     "paramiko", "novaclient", "glanceclient", "keystoneauth1", "cryptography", "requests", "tqdm", "yaml", "oslo_utils")
@@ -9868,6 +11386,12 @@ SUBCOMMANDS: Final = {
     "image": Subcommand(carry_images, "-i IMAGE [-i IMAGE] | --tag TAG",
         "Carries images (also snapshots) from the source's Glance to the destination's, with their properties.\n"
         "Verifies the content by digests; an image that exists already is a success."),
+    "export": Subcommand(export_resources, "[TYPE…]",
+        "Writes what surrounds instances into files of OS Migrate's form: networks, groups, flavors, projects…\n"
+        "Without a TYPE all that an instance may need; --for SRC_UUID: just what this instance needs."),
+    "import": Subcommand(import_files, "FILE|DIR…",
+        "Makes in the destination what such files have and it lacks, in the order of their dependencies.\n"
+        "What exists is left alone, and told where it differs. `rollback RUN` removes what an import made."),
     "live-migrate": Subcommand(spread, "--host-map FILE",
         "Live-migrates instances within one cloud, one after the other, to the hosts of a map."),
 }
@@ -9898,6 +11422,10 @@ def parser(subcommand: str = "copy") -> argparse.ArgumentParser:
     if "RUN" in words:
         made.add_argument("run", metavar="RUN", nargs=None if words == "RUN" else "?", default=argparse.SUPPRESS,
                           help="the run's id, or the beginning of it")
+    for word, name, many in (("TYPE…", "types", "*"), ("FILE|DIR…", "files", "+")):
+        if word in words:
+            made.add_argument(name, metavar=word.rstrip("…"), nargs=many, default=argparse.SUPPRESS,
+                              help="such as networks" if name == "types" else "what `export` or OS Migrate wrote")
     return with_options(made, subcommand)
 
 

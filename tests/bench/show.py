@@ -146,6 +146,9 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join(parts)
 
 
+LEFT_OUT: Final = ("dd", "nbdcopy", "rsync", "ssh-cat")  # README has their next of kin; the picture has all
+
+
 def brief(records: Sequence[Record]) -> str:
     """What README shows of a run: each way's seconds until its copy is on the disk, and how many times those of the wire's limit, or of the
     fastest other way where the wire is no limit; of those disks and wires for which the limit was measured."""
@@ -160,7 +163,7 @@ def brief(records: Sequence[Record]) -> str:
         limit = min(others, default=0.0) if wire == "unshaped" else times.get("iperf3", 0.0)
         title = f"{wire}, {disk}, {max(row.held for row in rows) / MiB:.0f} MiB"
         columns[title] = {way: f"{digits(seconds)} s (×{ratio(seconds, limit)})" for way, seconds in times.items()}
-        order = [*times, *(way for way in order if way not in times)]
+        order = [way for way in [*times, *(way for way in order if way not in times)] if way not in LEFT_OUT]
     lines = [f"| way | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     lines += [f"| {way} | {' | '.join(found.get(way, '') for found in columns.values())} |" for way in order]
     return "\n".join(lines)

@@ -133,6 +133,7 @@ def test_a_volume_on_lvm_goes_by_iscsi_to_a_guest_whose_root_is_on_lvm(storage: 
     src.act(id, "os-start", until="ACTIVE")
     shown = wait_for_console(src, id, f"GUEST disk vdb serial={volume[:20]} ", PATIENCE, 15)
     assert f"size={1024 * MiB} first={hashlib.md5(PATTERN).hexdigest()[:12]}" in shown
+    src.act(id, "os-stop", until="SHUTOFF")  # this emulated guest takes minutes to let a device go
     src.detach(id, volume)
     src.delete(id)
     src.delete_volume(volume)

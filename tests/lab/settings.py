@@ -309,7 +309,7 @@ def _neutron(cloud: Cloud) -> Ini:
 
 def _ml2() -> Ini:
     return {
-        "ml2": {"type_drivers": "flat", "tenant_network_types": "", "mechanism_drivers": "linuxbridge",
+        "ml2": {"type_drivers": "flat,local", "tenant_network_types": "local", "mechanism_drivers": "linuxbridge",
                 "extension_drivers": "port_security,dns"},
         "ml2_type_flat": {"flat_networks": ",".join((*WIRES, "public"))},
     }

@@ -21,6 +21,7 @@ from unit.makers import UUID, a_screen
 SAMPLES: dict[str, tuple[tuple[object, Any], ...]] = {
     "dst_name": (("a", "a"), ("b", "b"), ("c", "c")),
     "src_uid": ((UUID, UUID), (UUID.replace("1", "A"), UUID.replace("1", "a")), (UUID.replace("-", ""), UUID)),
+    "needed_for": ((UUID, UUID), (UUID.replace("1", "A"), UUID.replace("1", "a")), (UUID.replace("-", ""), UUID)),
     "run_of": ((UUID, UUID), (UUID.replace("1", "A"), UUID.replace("1", "a")), (UUID.replace("-", ""), UUID)),
     "extra_args": (({"a": 1}, {"a": 1}), ("{'b': 1}", {"b": 1}), ('{"c": 1}', {"c": 1})),
     "start_after": (("src", "src"), ("dst", "dst"), ("all", "all")),
@@ -39,6 +40,8 @@ SAMPLES: dict[str, tuple[tuple[object, Any], ...]] = {
     "disks": ((["a"], ("a",)), ("b", ("b",)), ("c,d", ("c", "d"))),
     "volume_type": (({"a": "b"}, {"a": "b"}), ("{'c': 'd'}", {"c": "d"}), ("e=f,g=h", {"e": "f", "g": "h"})),
     "network": (({"a": "b"}, {"a": "b"}), ("{'c': 'd'}", {"c": "d"}), (["e=f", "g=h"], {"e": "f", "g": "h"})),
+    "types": ((["a"], ("a",)), ("b", ("b",)), ("c,d", ("c", "d"))),
+    "files": ((["a"], ("a",)), ("b,c", ("b,c",)), (["d", "e"], ("d", "e"))),
     "floating_ip": (("new", "new"), ("keep", "keep"), ("new", "new")),
     "disk_format": (("raw", "raw"), ("qcow2", "qcow2"), ("vmdk", "vmdk")),
     "sudo": (("yes", "yes"), ("no", "no"), ("yes", "yes")),
@@ -198,7 +201,8 @@ def test_a_alone_means_all_and_without_it_nothing_is_started(tmp_path: Path, wor
     assert settings.start_after == meant
 
 
-WORDS = {"status": [], "resume": ["RUN"], "rollback": ["RUN"], "image": ["-i", "web"], "live-migrate": ["--host-map", "map.json"]}
+WORDS = {"status": [], "resume": ["RUN"], "rollback": ["RUN"], "image": ["-i", "web"], "live-migrate": ["--host-map", "map.json"],
+         "export": ["networks"], "import": ["resources"]}
 BEFORE: list[list[str]] = [[], ["-v"], ["-q", "--json"], ["-vq"], ["--debug"], ["--log-file", "/tmp/log"],
                            ["--log-file=status"], ["--log-file", "status"]]
 

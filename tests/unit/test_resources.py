@@ -1,0 +1,263 @@
+"""Files of resources: how they are written and read, what references mean, what is compared, and what is asked for."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import yaml
+
+import migrena
+from migrena import (
+    IN_FILES,
+    Catalog,
+    Cloud,
+    Kept,
+    Reason,
+    Refused,
+    Resolver,
+    Resource,
+    RunRecord,
+    Settings,
+    Step,
+    Unseen,
+    UsageError,
+    batches,
+    body_of,
+    described_all,
+    normal,
+    parse_types,
+    plan_import,
+    reachable,
+    read_files,
+    take_changes_back,
+    write_files,
+)
+
+OWN, OTHER = "project-own", "project-other"
+DOMAINS = [{"id": "default", "name": "Default"}, {"id": "d2", "name": "Second"}]
+PROJECTS = [{"id": OWN, "name": "shop", "domain_id": "default"}, {"id": OTHER, "name": "infra", "domain_id": "default"},
+            {"id": "p3", "name": "infra", "domain_id": "d2"}]
+MINE = {"domain_name": "%auth%", "project_name": "%auth%"}
+
+
+def a_network(name: str, id: str = "", project: str = OWN, **facts: Any) -> dict[str, Any]:
+    """A network as Neutron tells it."""
+    return {"id": id or f"id-{name}", "name": name, "project_id": project, "description": "", "mtu": 1450, "shared": False, "tags": [],
+            "router:external": False, "admin_state_up": True, "port_security_enabled": True, "provider:segmentation_id": 7, **facts}
+
+
+class Known(Catalog):
+    """A stand-in for a cloud: what each list of its APIs has."""
+
+    def __init__(self, **lists: Sequence[dict[str, Any]]) -> None:
+        def ask(act: str, service: str, method: str, path: str, body: Any = None) -> dict[str, Any]:
+            self.asked.append((method, path, body))
+            return {"quota": {}}
+
+        cloud = SimpleNamespace(identity={"project": OWN}, user="user-own", label="destination", ask=ask, has_volumes=True)
+        super().__init__(cast(Cloud, cloud))
+        self.asked: list[tuple[str, str, Any]] = []
+        self._lists = {label: [] for label in migrena.RESOURCE_TYPES}
+        self._lists |= {"domain": DOMAINS, "project": [*PROJECTS], **{name.replace("_", " "): [*rows] for name, rows in lists.items()}}
+
+
+def wanted(label: str, params: Mapping[str, Any], number: int = 1, **more: Any) -> Resource:
+    """A resource of a file."""
+    data = {"type": IN_FILES[label].type, "params": dict(params), "_info": {}, "_migration_params": {}, **more}
+    return Resource(label, data, f"file, number {number}")
+
+
+def planned(catalog: Catalog, *ones: Resource, settings: Settings | None = None) -> list[str]:
+    """The reasons against an import of these."""
+    given = settings or Settings()
+    return [reason.problem for reason in plan_import(Resolver(catalog, given, ones), given, ones)]
+
+
+def to(name: str, **whose: Any) -> dict[str, Any]:
+    """A reference."""
+    return {"name": name, **(whose or MINE)}
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [
+    (None, "", True), ("", [], True), ({}, None, True), (0, None, False), (False, None, False), ("key\n", "key", True),
+    (["a", "b"], ["b", "a"], True),
+    ({"a": 1, "b": None}, {"a": 1}, True), ([{"a": 1}, {"b": 2}], [{"b": 2}, {"a": 1}], True), ({"a": 1}, {"a": 2}, False), (1.0, 1, True)])
+def test_null_and_nothing_are_the_same_and_order_means_nothing(one: Any, other: Any, same: bool) -> None:
+    assert (normal(one) == normal(other)) is same
+
+
+def test_types_are_named_as_their_files_or_in_plain_words() -> None:
+    assert parse_types("networks,security-group-rules") == ("network", "security group rule")
+    assert parse_types(["keypairs", "openstack.compute.Flavor", "router interface"]) == ("key pair", "flavor", "router interface")
+    assert parse_types(["user_project_role_assignments"]) == ("role assignment",)
+    with pytest.raises(ValueError, match="did you mean networks"):
+        parse_types(["netwoks"])
+
+
+def test_changing_one_resource_is_one_hunk_of_a_file_and_files_are_not_replaced(tmp_path: Path) -> None:
+    catalog = Known(network=[a_network(name) for name in ("c", "a", "b")])
+    def write(folder: Path, **settings: Any) -> str:
+        write_files(folder, described_all(catalog, [("network", one) for one in catalog.all("network")], []), **settings)
+        return (folder / "networks.yml").read_text()
+
+    before = write(tmp_path / "one", may_replace=False)
+    assert [one["params"]["name"] for one in yaml.safe_load(before)["resources"]] == ["a", "b", "c"]
+    catalog.all("network")[2]["mtu"] = 9000
+    catalog.all("network").reverse()
+    after = write(tmp_path / "two", may_replace=False)
+    assert sum(line.startswith("@@") for line in difflib.unified_diff(before.splitlines(), after.splitlines(), n=0)) == 1
+    assert "id-b" not in yaml.safe_dump([one["params"] for one in yaml.safe_load(after)["resources"]])
+    with pytest.raises(Refused, match=r"has networks\.yml already"):
+        write(tmp_path / "one", may_replace=False)
+    assert write(tmp_path / "one", may_replace=True) == after
+
+
+def test_what_refers_to_something_that_is_not_shown_is_left_out_and_told() -> None:
+    group = {"id": "g", "name": "web", "project_id": OWN}
+    rules: list[dict[str, Any]] = [{"id": "1", "project_id": OWN, "security_group_id": "g", "remote_group_id": "hidden"},
+             {"id": "2", "project_id": OWN, "security_group_id": "g", "remote_group_id": None, "remote_address_group_id": "a"},
+             {"id": "3", "project_id": OWN, "security_group_id": "g", "remote_group_id": "g", "direction": "ingress"}]
+    lost: list[str] = []
+    found = described_all(Known(security_group=[group]), [("security group rule", rule) for rule in rules], lost)
+    assert [one["_info"]["id"] for one in found] == ["3"] and found[0]["params"]["remote_group_ref"] == to("web")
+    assert len(lost) == 2 and "hidden is not shown" in lost[0] and "address group" in lost[1]
+    with pytest.raises(Unseen):
+        Known().ref("network", "nowhere")
+
+
+def test_a_reference_to_another_project_names_it_and_its_domain() -> None:
+    catalog = Known(network=[a_network("wire", project=OTHER)])
+    assert catalog.ref("network", "id-wire") == {"name": "wire", "project_name": "infra", "domain_name": "Default"}
+    assert catalog.described("network", catalog.all("network")[0])["_migration_params"] == {
+        "project_ref": {"project_name": "infra", "domain_name": "Default"}}
+    assert catalog.ref("project", "default") == {"name": "Default", "project_name": None, "domain_name": None}  # a project's parent
+    assert catalog.ref("user", "user-own") == {"name": "%auth%", "project_name": None, "domain_name": "%auth%"}
+
+
+@pytest.mark.parametrize(("ref", "found"), [
+    (to("app"), "id-app"), (to("wire", project_name="infra", domain_name="Default"), "id-wire"), (to("public"), "id-public"),
+    (to("wire", project_name="unknown", domain_name="Default"), ""), (to("public", project_name="unknown", domain_name=None), "id-public"),
+    (to("wire", project_name=None, domain_name=None), "id-wire"), (to("wire", project_name="infra", domain_name="Second"), ""),
+    (to("twice"), "2 networks are called 'twice'"), (to("ap"), "no networks are called 'ap'; did you mean app?"), (to("theirs"), "id-app")])
+def test_a_reference_means_what_has_that_name_in_that_project_or_is_shared(ref: dict[str, Any], found: str) -> None:
+    catalog = Known(network=[a_network("app"), a_network("wire", project=OTHER), {**a_network("public", project=OTHER), "router:external": True},
+                             a_network("twice", "1"), a_network("twice", "2")])
+    subnet = wanted("subnet", {"name": "s", "cidr": "10.0.0.0/24", "network_ref": ref})
+    said = planned(catalog, subnet, settings=Settings(network={"theirs": "app"}))
+    if found.startswith("id-"):
+        assert said == [] and subnet.refs["network_ref"] == found
+    else:
+        assert len(said) == 1 and (found or "no networks are called 'wire'") in said[0], said
+
+
+def test_what_is_made_in_the_same_import_is_found_and_what_is_there_twice_or_has_no_name_is_refused() -> None:
+    network, subnet = wanted("network", {"name": "new"}), wanted("subnet", {"cidr": "10.0.0.0/24", "network_ref": to("new")})
+    assert planned(Known(), network, subnet) == [] and subnet.refs["network_ref"] is network and subnet.result == "to be created"
+    said = planned(Known(), network, wanted("network", {"name": "new"}, 2), wanted("network", {"name": ""}, 3))
+    assert ["is there twice: file, number 1, and file, number 2" in said[0], "has no name" in said[1]] == [True, True]
+    shop = wanted("project", {"name": "market", "domain_ref": to("Default", project_name=None, domain_name=None)})
+    inside = wanted("network", {"name": "new"})
+    assert planned(Known(), shop, inside, settings=Settings(project="market")) == [] and inside.owner is shop
+
+
+def test_what_differs_is_what_the_file_says_and_nothing_that_it_does_not() -> None:
+    there = a_network("app", mtu=1450, description="old", tags=["b", "a"])
+    one = wanted("network", {"name": "app", "mtu": None, "description": "new", "tags": ["a", "b"], "provider_segmentation_id": 9, "of_later": 1})
+    assert planned(Known(network=[there]), one) == [] and one.id == "id-app" and one.differences == [("description", "old", "new")]
+    assert planned(Known(network=[there]), one, settings=Settings(provider=True)) == []
+    assert ("provider_segmentation_id", 7, 9) in one.differences
+    gate = {"id": "s", "name": "s", "cidr": "10.0.0.0/24", "network_id": "id-app", "gateway_ip": "10.0.0.1", "project_id": OWN}
+    subnet = wanted("subnet", {"name": "s", "cidr": "10.0.0.0/24", "network_ref": to("app"), "gateway_ip": None})
+    assert planned(Known(network=[there], subnet=[gate]), subnet) == [] and subnet.differences == [("gateway_ip", "10.0.0.1", None)]
+
+
+def test_a_request_has_what_the_file_says_and_no_more_than_is_asked_for() -> None:
+    params = {"name": "app", "mtu": None, "is_shared": False, "is_admin_state_up": False, "tags": ["a"], "segments": None}
+    one = wanted("network", {**params, "provider_network_type": "vlan"})
+    planned(Known(), one)
+    assert body_of(one, Settings(), OWN) == {"name": "app", "admin_state_up": False}
+    assert body_of(one, Settings(provider=True), OTHER) == {
+        "name": "app", "admin_state_up": False, "provider:network_type": "vlan", "project_id": OWN}
+    router = wanted("router", {"name": "gate", "external_gateway_refinfo": {"network_ref": to("public"), "enable_snat": False}})
+    planned(Known(network=[a_network("public")]), router)
+    assert body_of(router, Settings(), OWN) == {"name": "gate", "external_gateway_info": {"network_id": "id-public", "enable_snat": False}}
+    user = wanted("user", {"name": "clerk", "is_enabled": True, "domain_ref": to("Default", project_name=None, domain_name=None)})
+    planned(Known(), user)
+    assert body_of(user, Settings(), OWN) == {"name": "clerk", "enabled": False, "domain_id": "default"}
+    user.password = "word"
+    assert body_of(user, Settings(), OWN) == {"name": "clerk", "enabled": True, "domain_id": "default", "password": "word"}
+
+
+def test_rules_go_in_requests_of_one_group_and_networks_in_requests_of_a_hundred() -> None:
+    rules = [replace_refs(wanted("security group rule", {"port_range_min": number}, number), {"security_group_ref": f"g{number % 2}"})
+             for number in range(250)]
+    parts = [*batches("security group rule", rules)]
+    assert [len(part) for part in parts] == [100, 25, 100, 25] and all(len({one.refs["security_group_ref"] for one in part}) == 1 for part in parts)
+    assert [len(part) for part in batches("network", [wanted("network", {"name": str(number)}) for number in range(201)])] == [100, 100, 1]
+    assert [len(part) for part in batches("router", [wanted("router", {"name": str(number)}) for number in range(3)])] == [1, 1, 1]
+
+
+def replace_refs(one: Resource, refs: dict[str, Any]) -> Resource:
+    one.refs = refs
+    return one
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("a: [", "cannot be read"), ("- 1", "is not a file of resources"), ("resources: {}", "is not a file of resources"), (None, "cannot be read")])
+def test_what_is_no_file_of_resources_is_said_to_be_none(tmp_path: Path, text: str | None, said: str) -> None:
+    path = tmp_path / "x.yml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UsageError, match=said):
+        read_files([str(path)], [])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UsageError, match="there are no files"):
+        read_files([str(tmp_path / "none")], [])
+
+
+def test_types_that_are_not_known_are_refused_each_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "x.yml").write_text(yaml.safe_dump({"resources": [
+        {"type": "openstack.compute.Server", "params": {}}, "text", {"type": "openstack.network.Network"},
+        {"type": IN_FILES["network"].type, "params": {}}]}))
+    problems: list[Reason] = []
+    assert len(read_files([str(tmp_path)], problems)) == 1
+    assert [problem.problem.partition(": its type")[0].rpartition(" ")[2] for problem in problems] == ["1", "2", "3"]
+
+
+def test_a_router_keeps_the_routes_that_it_can_have() -> None:
+    catalog = Known(subnet=[{"id": "1", "network_id": "n1", "cidr": "10.1.0.0/24"}, {"id": "2", "network_id": "n2", "cidr": "10.2.0.0/24"}])
+    router = {"id": "r", "name": "gate", "external_gateway_info": {"network_id": "ext"}, "routes": [
+        {"destination": "10.9.0.0/16", "nexthop": "10.1.0.9"}, {"destination": "10.8.0.0/16", "nexthop": "10.2.0.9"}]}
+    lost: list[str] = []
+    assert reachable(catalog, router, {"n1"}, lost)["routes"] == router["routes"][:1] and "10.8.0.0/16 by 10.2.0.9" in lost[0]  # type: ignore[index]
+
+
+def test_what_an_import_changed_is_changed_back_but_not_what_somebody_changed_since() -> None:
+    catalog = Known(network=[a_network("app", description="ours", mtu=9000)])
+    act = Step("change network id-app", "", "", "done", {
+        "what": "network", "new": {"description": "ours", "mtu": 1500}, "was": {"description": "old", "mtu": 1400}})
+    problems: list[Reason] = []
+    take_changes_back(catalog, replace(RunRecord("run", "done", "", {}), acts=(act,)), problems)
+    assert catalog.asked == [("PUT", "/networks/id-app", {"network": {"description": "old"}})]
+    assert "mtu was changed since" in problems[0].problem
+
+
+@pytest.mark.parametrize(("label", "path"), [("flavor", "servers"), ("network", "subnets"), ("project", "networks")])
+def test_what_somebody_else_uses_is_kept(label: str, path: str) -> None:
+    deleted: list[str] = []
+    cloud = SimpleNamespace(has_volumes=False, ask=lambda act, *of: deleted.append(act), listed=lambda service, asked, key: [
+        {"id": "somebody's", "name": "theirs"}] if path in asked else [])
+    act = Step(f"create {label} 1", "", facts={"kind": label})
+    journal = SimpleNamespace(act=lambda *of, **facts: nullcontext({}))
+    with pytest.raises(Kept, match="theirs"):
+        migrena.delete_resource(cast(Any, cloud), act, "one", {"one"}, cast(Any, journal))
+    assert deleted == []
+    migrena.delete_resource(cast(Any, cloud), act, "one", {"one", "somebody's"}, cast(Any, journal))
+    assert len(deleted) == 1
