@@ -4200,6 +4200,7 @@ class Cloud(Compute):
                               opened, service_type="compute", default_microversion="{}.{}".format(
                                   *min(self._version, NOVA_KNOWN)), **where)}
         self.user = str(opened.get_user_id() or "")
+        self.roles = list(auth.get_access(opened).role_ids or ())
         self.identity = {"nova": str(opened.get_endpoint(service_type="compute", **where)), "region": region or "",
                          "project": str(opened.get_project_id() or "")}
 
@@ -6617,9 +6618,11 @@ def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Clou
 AUTH: Final = "%auth%"  # in OS Migrate's files: the project, domain or user of the credentials in use
 FORMAT_VERSION: Final = "1.0.5"  # of OS Migrate, whose files these are
 DEFAULT_GROUP: Final = "default"  # the security group that every project has
+PROTOCOLS: Final = {"1": "icmp", "6": "tcp", "17": "udp", "58": "ipv6-icmp", "icmpv6": "ipv6-icmp"}
 INTERFACE_OWNERS: Final = (
     "network:router_interface", "network:ha_router_replicated_interface", "network:router_interface_distributed")
 PROVIDER: Final = ("provider_network_type", "provider_physical_network", "provider_segmentation_id", "segments")
+SIZES: Final = ("name", "vcpus", "ram", "disk", "swap", "OS-FLV-EXT-DATA:ephemeral")  # what makes a flavor
 BULK: Final = 100  # resources in one request to Neutron
 MOST_SHOWN: Final = 20  # resources of a type that a plan names
 
@@ -6644,6 +6647,7 @@ class ResourceType:
     changeable: str = ""  # names that can be changed later
     query: str = ""
     is_owned: bool = True  # by a project
+    parent: str = ""  # the reference to what it is a part of, whose project is its own
 
     @property
     def many(self) -> str:
@@ -6721,14 +6725,15 @@ RESOURCE_TYPES: Final = {one.label: one for one in (  # in the order in which th
     ResourceType("server group", "compute", "/os-server-groups", "server_group", "migrena.ServerGroup",
                  "name policy rules", "id project_id", query="?all_projects=True"),
     ResourceType("security group", "network", "/security-groups", "security_group",
-                 "openstack.network.SecurityGroup", "description name", TIMES, changeable="description"),
+                 "openstack.network.SecurityGroup", "description is_stateful=stateful name", TIMES,
+                 changeable="description is_stateful"),
     ResourceType("security group rule", "network", "/security-group-rules", "security_group_rule",
                  "openstack.network.SecurityGroupRule",
                  "description direction ether_type=ethertype port_range_max port_range_min protocol remote_ip_prefix",
                  f"remote_group_id security_group_id {TIMES}",
                  "security_group_ref=security_group_id:security-group remote_group_ref=remote_group_id:security-group",
                  "direction ether_type port_range_max port_range_min protocol remote_ip_prefix "
-                 "security_group_ref remote_group_ref"),
+                 "security_group_ref remote_group_ref", parent="security_group_ref"),
     ResourceType("network", "network", "/networks", "network", "openstack.network.Network",
                  "availability_zone_hints description dns_domain is_admin_state_up=admin_state_up is_default "
                  "is_port_security_enabled=port_security_enabled is_router_external=router:external is_shared=shared "
@@ -6746,7 +6751,7 @@ RESOURCE_TYPES: Final = {one.label: one for one in (  # in the order in which th
                  "network_ref=network_id:network segment_ref=segment_id:segment "
                  "subnet_pool_ref=subnetpool_id:subnet-pool", "cidr network_ref",
                  "allocation_pools description dns_nameservers gateway_ip host_routes is_dhcp_enabled name "
-                 "service_types tags"),
+                 "service_types tags", parent="network_ref"),
     ResourceType("router", "network", "/routers", "router", "openstack.network.Router",
                  "availability_zone_hints description is_admin_state_up=admin_state_up is_distributed=distributed "
                  "is_ha=ha name tags routes",
@@ -6756,7 +6761,7 @@ RESOURCE_TYPES: Final = {one.label: one for one in (  # in the order in which th
     ResourceType("router interface", "network", "/ports", "port", "openstack.network.RouterInterface", "device_owner",
                  "id project_id", "device_ref=device_id:router fixed_ips_refs=fixed_ips:subnet "
                  "network_ref=network_id:network", "device_ref network_ref fixed_ips_refs",
-                 query="?" + "&".join(f"device_owner={one}" for one in INTERFACE_OWNERS)))}
+                 query="?" + "&".join(f"device_owner={one}" for one in INTERFACE_OWNERS), parent="device_ref"))}
 IN_FILES: Final = {label: kind for label, kind in RESOURCE_TYPES.items() if kind.type}
 
 
@@ -6770,6 +6775,8 @@ class Catalog:
     def __init__(self, cloud: Cloud, project: str = "") -> None:
         self.cloud, self.project = cloud, project or cloud.identity["project"]
         self.hidden: dict[str, str] = {}  # types that are not shown, and why
+        self.is_whole = False  # whether quotas and key pairs of all projects and users are read; each is a request
+        self.names: Collection[str] = ()  # or of those with these names
         self._lists: dict[str, list[dict[str, Any]]] = {}
         self._by_id: dict[str, dict[str, dict[str, Any]]] = {}
 
@@ -6834,7 +6841,9 @@ class Catalog:
         found = list[dict[str, Any]]()
         services = [("compute", "/os-quota-sets/", "quota_set"), ("network", "/quotas/", "quota")]
         services += [("block-storage", "/os-quota-sets/", "quota_set")] if self.cloud.has_volumes else []
-        for project, (service, path, one) in itertools.product(self.all("project"), services):
+        projects = [one for one in self.all("project")
+                    if self.is_whole or one["name"] in self.names or one["id"] == self.project]
+        for project, (service, path, one) in itertools.product(projects, services):
             with ignoring(403, 404):
                 limits = self.cloud.ask(f"show quotas of {project['name']}", service, "GET", path + project["id"])[one]
                 found.append({"id": "", "project_id": project["id"], "service": service, "limits": {
@@ -6842,13 +6851,18 @@ class Catalog:
         return found
 
     def _key_pairs(self) -> list[dict[str, Any]]:
-        users = [user["id"] for user in self.all("user") if user["id"] != self.cloud.user]
-        found = list[dict[str, Any]]()
-        for user in (self.cloud.user, *users):
+        mine, found = self.users_in(self.project), list[dict[str, Any]]()
+        users = [user["id"] for user in self.all("user")
+                 if self.is_whole or user["name"] in self.names or user["id"] in mine]
+        for user in dict.fromkeys((self.cloud.user, *users)):
             query = "" if user == self.cloud.user else f"?user_id={user}"
             found += [{"type": "ssh", **one["keypair"], "id": one["keypair"]["name"], "user_id": user}
                       for one in self.cloud.listed("compute", f"/os-keypairs{query}", "keypairs")]
         return found
+
+    def users_in(self, project: str) -> set[str]:
+        """The ids of the users with a role in a project."""
+        return {one["user_id"] for one in self.all("role assignment") if one["project_id"] == project}
 
     def _complete(self, label: str, raw: dict[str, Any]) -> None:
         """Adds the projects that have access to a flavor or a volume type, and what old releases list apart."""
@@ -6859,6 +6873,10 @@ class Catalog:
             if "extra_specs" not in raw:  # before microversion 2.61
                 raw["extra_specs"] = self.cloud.ask(
                     f"show flavor {raw['name']}", kind.service, "GET", f"{path}/os-extra_specs")["extra_specs"]
+        else:
+            with ignoring(403, 404):
+                raw["encryption"] = self.cloud.ask(f"show encryption of {label} {raw['name']}", kind.service, "GET",
+                                                   f"{path}/encryption").get("provider")
         if not raw.get("os-flavor-access:is_public" if is_flavor else "is_public", True):
             access = f"{path}/os-{word.replace('_', '-')}-access"
             with ignoring(403, 404):
@@ -6866,8 +6884,11 @@ class Catalog:
                 raw["access"] = sorted(
                     one.get("tenant_id") or one.get("project_id") for one in told[f"{word}_access"])
 
-    def owner(self, raw: Mapping[str, Any]) -> str:
-        """The id of a resource's project."""
+    def owner(self, raw: Mapping[str, Any], label: str = "") -> str:
+        """The id of a resource's project; that of a part is the whole's, whoever added it."""
+        if label and (parent := RESOURCE_TYPES[label].parent):
+            api, of = RESOURCE_TYPES[label].references[parent]
+            raw = self.one(of, raw.get(api)) or raw
         return str(raw.get("project_id") or raw.get("tenant_id") or raw.get("owner") or "")
 
     def ref(self, label: str, id: object) -> dict[str, Any] | None:
@@ -6884,6 +6905,11 @@ class Catalog:
         if RESOURCE_TYPES[label].is_owned:
             whose = self.owner_ref(self.owner(raw))
         return {**whose, "name": raw["name"]}
+
+    def _project_ref(self, id: object) -> dict[str, Any] | None:
+        """A reference to a project, which may become another one there if it is the exported one."""
+        return {"domain_name": AUTH, "name": AUTH, "project_name": None} if id == self.project else self.ref(
+            "project", id)
 
     def owner_ref(self, project: str) -> dict[str, Any]:
         """What the files have for a project: the names of its domain and of itself, which may be unknown."""
@@ -6905,18 +6931,21 @@ class Catalog:
                 refs[name] = {"network_ref": self.ref(of, value["network_id"]), **(
                     {"enable_snat": False} if value.get("enable_snat") is False else {})} if value else None
             elif name == "access_refs":
-                refs[name] = [self.ref(of, id) for id in value or ()]
+                refs[name] = [self._project_ref(id) for id in value or () if self.one(of, id)]
             else:
-                refs[name] = self.ref(of, value)
-        if raw.get("remote_address_group_id"):
-            raise Unseen("it refers to an address group, which the files have no place for")
+                refs[name] = self._project_ref(value) if label == "quota" else self.ref(of, value)
+        for key, what in (("remote_address_group_id", "it refers to an address group"), ("encryption", "it encrypts")):
+            if raw.get(key):
+                raise Unseen(f"{what}, which the files have no place for")
         params = {name: in_stable_order(raw.get(api)) for name, api in kind.columns.items()}
+        if label == "server group" and not params["policy"]:  # before microversion 2.64
+            params["policy"] = next(iter(raw.get("policies") or ()), None)
         if label == "image":
             params["properties"] = {key: value for key, value in sorted(raw.items()) if key not in (
                 *kind.columns.values(), *NOT_CARRIED, "os_hidden")}
-        owner, ours = self.owner(raw), {}
-        if kind.is_owned and owner and owner != self.project:
-            ours = {"project_ref": self.owner_ref(owner)}
+        owner, ours = self.owner(raw, label), dict[str, Any]()
+        if kind.is_owned and owner != self.project and (whose := self.owner_ref(owner))["project_name"]:
+            ours = {"project_ref": whose}
         return {"_info": {name: raw.get(api) for name, api in pairs_in(kind.info).items()},
                 "_migration_params": ours, "params": {**params, **refs}, "type": kind.type}
 
@@ -6944,8 +6973,7 @@ def shown_key(data: Mapping[str, Any]) -> str:
 
 def in_project_of(catalog: Catalog, label: str, raw: Mapping[str, Any]) -> bool:
     """Whether a resource is the project's, or made for it."""
-    users = {one["user_id"] for one in (catalog.all("role assignment") if label in ("user", "key pair") else ())
-             if one["project_id"] == catalog.project}
+    users = catalog.users_in(catalog.project) if label in ("user", "key pair") else set[str]()
     own = catalog.cloud.user
     whose: Mapping[str, Callable[[], bool]] = {
         "project": lambda: raw["id"] == catalog.project,
@@ -6955,12 +6983,13 @@ def in_project_of(catalog: Catalog, label: str, raw: Mapping[str, Any]) -> bool:
         "quota": lambda: raw["project_id"] == catalog.project,
         "flavor": lambda: raw.get("os-flavor-access:is_public", True) or catalog.project in raw["access"],
         "volume type": lambda: raw.get("is_public", True) or catalog.project in raw["access"]}
-    return whose.get(label, lambda: catalog.owner(raw) == catalog.project)()
+    return whose.get(label, lambda: catalog.owner(raw, label) == catalog.project)()
 
 
 def needed_by(catalog: Catalog, server: Server, lost: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What an instance needs: its networks, groups and those that these refer to, routers to the outside, the rest."""
-    catalog.read(label for label in IN_FILES if label not in ("user", "role assignment", "quota", "volume type"))
+    catalog.read(label for label in IN_FILES if label not in (
+        "user", "role assignment", "quota", "volume type", "key pair"))
     cloud, facts = catalog.cloud, server.facts
     ports = ports_of(cloud.networks, server.id)
     networks, groups = {one["network_id"] for one in ports}, {id for one in ports for id in one["security_groups"]}
@@ -6971,8 +7000,10 @@ def needed_by(catalog: Catalog, server: Server, lost: list[str]) -> Iterator[tup
     routers = [reachable(catalog, one, networks, lost) for one in catalog.all("router")
                if one.get("external_gateway_info") and one["id"] in {port["device_id"] for port in interfaces}]
     yield from (("project", one) for one in catalog.all("project") if one["id"] == facts.get("tenant_id"))
-    flavors = [one for one in catalog.all("flavor") if one["name"] == server.flavor.name]
-    yield from (("flavor", one) for one in flavors or [raw_flavor(server.flavor)])
+    wanted = raw_flavor(server.flavor, str(facts["tenant_id"]))
+    same = [one for one in catalog.all("flavor") if all(one.get(key) == wanted[key] for key in SIZES)]
+    flavor = (same or [wanted])[0]
+    yield "flavor", {**flavor, "access": wanted["access"] if flavor["access"] else []}  # others need no access
     if server.key and (pair := cloud.key_pair(server.key, str(facts.get("user_id") or ""))):
         yield "key pair", {**asdict(pair), "id": pair.name, "user_id": cloud.user}
     yield from (("image", one) for one in catalog.all("image") if one["id"] == server.image)
@@ -6997,11 +7028,11 @@ def reachable(catalog: Catalog, router: dict[str, Any], networks: Collection[str
     return {**router, "routes": routes}
 
 
-def raw_flavor(flavor: Flavor) -> dict[str, Any]:
-    """A flavor that was deleted since, as the API would have it."""
+def raw_flavor(flavor: Flavor, project: str) -> dict[str, Any]:
+    """An instance's flavor, which may be deleted since, as the API would have it for this project alone."""
     return {"id": "", "name": flavor.name, "vcpus": flavor.vcpus, "ram": flavor.ram, "disk": flavor.disk,
-            "swap": flavor.swap, "OS-FLV-EXT-DATA:ephemeral": flavor.ephemeral, "os-flavor-access:is_public": True,
-            "extra_specs": dict(flavor.extra_specs or {}), "rxtx_factor": 1.0, "access": []}
+            "swap": flavor.swap, "OS-FLV-EXT-DATA:ephemeral": flavor.ephemeral, "os-flavor-access:is_public": False,
+            "extra_specs": dict(flavor.extra_specs or {}), "rxtx_factor": 1.0, "access": [project]}
 
 
 def described_all(catalog: Catalog, chosen_ones: Iterable[tuple[str, dict[str, Any]]],
@@ -7016,12 +7047,15 @@ def described_all(catalog: Catalog, chosen_ones: Iterable[tuple[str, dict[str, A
     return sorted(found, key=lambda one: (one["type"], shown_key(one), json.dumps(one["params"], sort_keys=True)))
 
 
-def write_files(folder: Path, resources: Sequence[Mapping[str, Any]], *, may_replace: bool) -> dict[str, int]:
+def write_files(folder: Path, resources: Sequence[Mapping[str, Any]], *, may_replace: bool,
+                has_rules: bool = False) -> dict[str, int]:
     """Writes a file for each type; returns how many resources each has. Raises Refused rather than replace one."""
     import yaml
 
+    rules = RESOURCE_TYPES["security group rule"]
     by_type = {kind.type: kind for kind in IN_FILES.values()}
     files = {by_type[type].file: [*ones] for type, ones in itertools.groupby(resources, key=lambda one: one["type"])}
+    files |= {rules.file: files.get(rules.file, [])} if has_rules else {}  # that there are none is said, too
     if there := [] if may_replace else [name for name in files if (folder / name).exists()]:
         raise Refused(f"{folder} has {', '.join(there)} already", "name another --folder, or --yes replaces them")
     try:
@@ -7055,6 +7089,7 @@ def export_resources(call: Call, settings: Settings, undo: Undo, report: Report)
         raise UsageError("--project, --all-projects and --for exclude each other, and --for chooses the types",
                          "give one of them")
     side, screen, lost = settings.cloud or "src", undo.screen, list[str]()
+    settings = replace(settings, dst_project="")
     try:
         types = parse_types(settings.types)
     except ValueError as error:
@@ -7062,6 +7097,10 @@ def export_resources(call: Call, settings: Settings, undo: Undo, report: Report)
     with screen.timed("Survey"), refusing():
         cloud = Cloud(NAMES_OF_SIDES.get(side, side), credentials(side, settings, call.environment))
         catalog = Catalog(cloud, project_called(Catalog(cloud), settings.project) if settings.project else "")
+        if catalog.project != cloud.identity["project"] and not cloud.sees_hosts():  # who is no admin must be in it
+            cloud = Cloud(cloud.label, in_project(credentials(side, settings, call.environment), catalog.project))
+            catalog = Catalog(cloud)
+        catalog.is_whole = settings.all_projects
         if settings.needed_for:
             found = [*needed_by(catalog, cloud.server(settings.needed_for), lost)]
         else:
@@ -7076,7 +7115,8 @@ def export_resources(call: Call, settings: Settings, undo: Undo, report: Report)
     for label in types:
         if label in catalog.hidden:
             screen.warn(f"{label}s are not shown to these credentials: {catalog.hidden[label]}")
-    counts = write_files(Path(settings.folder), resources, may_replace=settings.yes)
+    counts = write_files(Path(settings.folder), resources, may_replace=settings.yes, has_rules=(
+        not settings.only_names and "security group rule" in (types or IN_FILES)))
     for name, count in counts.items():
         screen.say(f"{count:6} in {Path(settings.folder) / name}")
     report.resources = [{"type": one["type"], "name": shown_key(one), "result": "exported"} for one in resources]
@@ -7106,7 +7146,9 @@ NOT_COMPARED: Final = ("is_default", "is_domain", "use_default_subnet_pool", "se
                        "availability_zone_hints", "disk_format", "container_format", "properties")
 NOT_SENT: Final = (*NOT_COMPARED[:6], "tags", "routes", "extra_specs", "hash_value")
 OFF_BY_DEFAULT: Final = ("is_shared", "is_router_external", "is_ha", "is_distributed", "is_vlan_transparent")
-UNKNOWN: Final = re.compile(r"Unrecognized attribute\(s\) '([^']+)'|Attribute '([^']+)' not allowed|Requested (MTU)")
+UNKNOWN: Final = re.compile(
+    r"Unrecognized attribute\(s\) '([^']+)'|Attribute '([^']+)' not allowed|Requested (MTU)|"
+    r"Additional properties are not allowed \('([^']+)'|(AvailabilityZone) \S+ could not be found")
 
 
 @dataclass(eq=False)
@@ -7158,14 +7200,57 @@ def read_files(names: Sequence[str], problems: list[Reason]) -> list[Resource]:
         listed = document.get("resources") if isinstance(document, dict) else None
         if not isinstance(listed, list):
             raise UsageError(f"{path} is not a file of resources", "see what ./migrena.py export writes")
-        for number, one in enumerate(listed, 1):
+        for number, one in enumerate(plain(listed), 1):
             place, label = f"{path}, number {number}", labels.get(one.get("type", "") if isinstance(one, dict) else "")
-            if label and isinstance(one.get("params"), dict):
-                found.append(Resource(label, one, place))
-            else:
+            if not (label and isinstance(one.get("params"), dict)):
                 problems.append(Reason(f"{place}: its type is unknown, or it has no params",
                                        f"take it out; known: {', '.join(labels)}"))
+            elif wrong := misformed(IN_FILES[label], one["params"]):
+                problems.append(Reason(f"{place}: {wrong}", "see what ./migrena.py export writes"))
+            else:
+                found.append(Resource(label, one, place))
     return found
+
+
+def has_rules_in(names: Sequence[str]) -> bool:
+    """Whether these files and folders say which rules groups have, even if none."""
+    rules = RESOURCE_TYPES["security group rule"].file
+    return any(Path(name).name == rules or (Path(name) / rules).exists() for name in names)
+
+
+def plain(value: Any) -> Any:
+    """What YAML has read, with dates as the text that they were."""
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+def misformed(kind: ResourceType, params: dict[str, Any]) -> str:
+    """What is wrong with the form of a resource's params, if anything."""
+    if params.get("name") is not None:
+        params["name"] = str(params["name"])
+    needed = {"subnet": ("cidr",), "quota": ("service", "limits"), "server group": ("policy",),
+              "key pair": ("public_key",), "flavor": ("ram", "vcpus", "disk")}.get(kind.label, ())
+    if lacking := [name for name in needed if params.get(name) in (None, "", {})]:
+        return f"{', '.join(lacking)} is missing"
+    for name in kind.references:
+        value = params.get(name)
+        if name in ("fixed_ips_refs", "access_refs"):
+            rows = value or []
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                return f"{name} is not a list of dictionaries"
+            if name == "fixed_ips_refs" and not (rows and all(row.get("ip_address") for row in rows)):
+                return f"{name} has no ip_address"
+            continue
+        if name == "external_gateway_refinfo" and isinstance(value, dict):
+            value = value.get("network_ref") or {}
+        if value is not None and not (isinstance(value, dict) and value.get("name")):
+            return f"{name} is not a reference with a name"
+        if value is None and name in kind.key.split() and name != "remote_group_ref":
+            return f"{name} is missing"
+    return "limits is not a dictionary" if not isinstance(params.get("limits", {}), dict) else ""
 
 
 def normal(value: Any) -> Any:
@@ -7180,8 +7265,31 @@ def normal(value: Any) -> Any:
 
 
 def scalar(api: str, value: Any) -> Any:
-    """What tells a reference from others: an id, or of addresses the addresses."""
-    return tuple(sorted(one["ip_address"] for one in value or ())) if api == "fixed_ips" else value
+    """What tells a value from others: of addresses the addresses, and as Neutron compares rules."""
+    if api == "fixed_ips":
+        return tuple(sorted(one["ip_address"] for one in value or ()))
+    if api == "remote_ip_prefix":
+        return None if value in ("0.0.0.0/0", "::/0") else value
+    return PROTOCOLS.get(str(value), value) if api == "protocol" else value
+
+
+def key_of_raw(catalog: Catalog, label: str, raw: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells a resource in a cloud from others of its type."""
+    kind = RESOURCE_TYPES[label]
+    apis = [kind.references.get(name, (kind.columns.get(name, name), ""))[0] for name in kind.key.split()]
+    owner = catalog.owner(raw) if kind.is_owned and not kind.parent else ""
+    return (owner, *(normal(scalar(api, raw.get(api))) for api in apis))
+
+
+def key_of_wanted(one: Resource) -> tuple[Any, ...]:
+    """The same of a resource of the files; what is to be made stands for its id."""
+    kind, values = one.kind, list[Any]()
+    for name in kind.key.split():
+        api, _ = kind.references.get(name, (kind.columns.get(name, name), ""))
+        value = one.refs[name] if name in one.refs else one.params.get(name)
+        values.append((value.id or value) if isinstance(value, Resource) else normal(scalar(api, value)))
+    owner = one.owner if kind.is_owned and not kind.parent else ""
+    return (owner.id or owner if isinstance(owner, Resource) else owner, *values)
 
 
 class Resolver:
@@ -7192,15 +7300,23 @@ class Resolver:
         for one in wanted:
             self.pending.setdefault((one.label, one.name), []).append(one)
         self._indexes: dict[str, dict[Any, list[dict[str, Any]]]] = {}
-        self.target: str | Resource = catalog.project  # what %auth% stands for
+        self._target: str | Resource = catalog.project
         if settings.project:
-            named = list(self.pending.get(("project", settings.project), ()))
-            self.target = named[0] if len(named) == 1 and not any(
-                settings.project in (one["name"], one["id"]) for one in catalog.all("project")) else project_called(
-                    catalog, settings.project)
+            named = self.pending.get(("project", settings.project), [])
+            self._target = named[0] if len(named) == 1 else project_called(catalog, settings.project)
+
+    @property
+    def target(self) -> str | Resource:
+        """What %auth% stands for."""
+        return self._target.id or self._target if isinstance(self._target, Resource) else self._target
 
     def owner(self, one: Resource) -> str | Resource:
-        """The project that a resource belongs to. Raises Refused."""
+        """The project that a resource belongs to; that of a part is the whole's. Raises Refused."""
+        if one.kind.parent and one.refs:
+            whole, of = one.refs[one.kind.parent], one.kind.references[one.kind.parent][1]
+            if isinstance(whole, Resource):
+                return whole.owner
+            return self.catalog.owner(self.catalog.one(of, whole) or {}) or self.target
         ours = (one.data.get("_migration_params") or {}).get("project_ref")
         return self.project(ours, one) if ours and one.kind.is_owned else self.target
 
@@ -7210,7 +7326,8 @@ class Resolver:
             return self.target
         return self.find("project", {"name": ref.get("project_name"), "domain_name": ref.get("domain_name")}, one)
 
-    def find(self, label: str, ref: Mapping[str, Any] | None, one: Resource) -> str | Resource:
+    def find(self, label: str, ref: Mapping[str, Any] | None, one: Resource, *,
+             is_parent: bool = False) -> str | Resource:
         """The id, or the resource to be made, that a reference means. Raises Refused if it means none, or several."""
         if not ref:
             return ""
@@ -7220,8 +7337,8 @@ class Resolver:
         name = self._networks.get(name, name) if label == "network" else name
         there = [raw for raw in self.catalog.all(label) if name in (raw.get("name"), raw["id"])]
         pending = self.pending.get((label, name), [])
-        if label == "project" and not (there or pending):
-            there = [raw for raw in self.catalog.all("domain") if raw["name"] == name]
+        if is_parent and domain is None and (top := [raw for raw in self.catalog.all("domain") if raw["name"] == name]):
+            return str(top[0]["id"])
         if label in ("project", "user") and domain not in (None, AUTH):
             ids = {raw["id"] for raw in self.catalog.all("domain") if raw["name"] == domain}
             there = [raw for raw in there if raw.get("domain_id") in ids]
@@ -7251,18 +7368,11 @@ class Resolver:
 
     def existing(self, one: Resource) -> dict[str, Any] | None:
         """The destination's resource that this one is, if it has it. Raises Refused if it has several."""
-        kind, values = one.kind, list[Any]()
-        for name in kind.key.split():
-            api, _ = kind.references.get(name, (kind.columns.get(name, name), ""))
-            value = one.refs[name] if name in one.refs else one.params.get(name)
-            if isinstance(value, Resource):
-                return None
-            values.append(normal(scalar(api, value)))
-        if isinstance(one.owner, Resource) and kind.is_owned:
-            return None
-        found = [raw for raw in self._index(one.label).get(tuple(values), ())
-                 if not kind.is_owned or self.catalog.owner(raw) in (one.owner, "")
-                 or (one.params.get("is_shared") and raw.get("shared"))]
+        owner, *values = key_of_wanted(one)
+        found = self._index(one.label).get((owner, *values), [])
+        if not found and one.params.get("is_shared"):
+            found = [raw for (_, *known), rows in self._index(one.label).items() if known == values
+                     for raw in rows if raw.get("shared")]
         if len(found) > 1:
             raise Refused(f"{one} ({one.place}): the destination has {len(found)} of them: "
                           f"{', '.join(str(raw['id']) for raw in found)}", "rename or delete all but one")
@@ -7271,11 +7381,9 @@ class Resolver:
     def _index(self, label: str) -> dict[Any, list[dict[str, Any]]]:
         """All of a type by what tells one from another."""
         if label not in self._indexes:
-            kind, index = RESOURCE_TYPES[label], dict[Any, list[dict[str, Any]]]()
-            apis = [kind.references.get(name, (kind.columns.get(name, name), ""))[0] for name in kind.key.split()]
+            index = self._indexes[label] = dict[Any, list[dict[str, Any]]]()
             for raw in self.catalog.all(label):
-                index.setdefault(tuple(normal(scalar(api, raw.get(api))) for api in apis), []).append(raw)
-            self._indexes[label] = index
+                index.setdefault(key_of_raw(self.catalog, label, raw), []).append(raw)
         return self._indexes[label]
 
 
@@ -7293,7 +7401,7 @@ def resolved_refs(resolver: Resolver, one: Resource) -> dict[str, Any]:
         elif name == "access_refs":
             refs[name] = [resolver.find(of, ref, one) for ref in value or ()]
         else:
-            refs[name] = resolver.find(of, value, one)
+            refs[name] = resolver.find(of, value, one, is_parent=name == "parent_ref")
     return refs
 
 
@@ -7311,25 +7419,42 @@ def subnet_of(catalog: Catalog, resolver: Resolver, network: str | Resource, ip:
     return found[0]
 
 
-def plan_import(resolver: Resolver, settings: Settings, wanted: Sequence[Resource]) -> list[Reason]:
+def plan_import(resolver: Resolver, settings: Settings, wanted: Sequence[Resource], *,
+                has_rules: bool = False) -> list[Reason]:
     """Finds what of the files the destination has already; returns all reasons why the rest cannot be made."""
-    reasons, seen = list[Reason](), dict[Any, Resource]()
+    reasons, seen, cloud = list[Reason](), dict[Any, Resource](), resolver.catalog.cloud
     for label in IN_FILES:
         for one in (other for other in wanted if other.label == label):
             with collecting(reasons):
                 if "name" in one.kind.key.split() and not one.name:
                     raise Refused(f"{one} ({one.place}) has no name", "give it one, in the source or in the file")
-                one.owner = resolver.owner(one)
+                if "block-storage" in (one.kind.service, one.params.get("service")) and not cloud.has_volumes:
+                    one.result = "omitted, since this cloud has no Cinder"
+                    continue
                 one.refs = resolved_refs(resolver, one)
-                key = (label, one.owner if one.kind.is_owned else "", *(normal(
-                    one.refs[name] if name in one.refs else one.params.get(name)) for name in one.kind.key.split()))
-                if first := seen.get(key):
+                one.owner = resolver.owner(one)
+                if first := seen.get((label, key_of_wanted(one))):
                     raise Refused(f"{one} is there twice: {first.place}, and {one.place}", "take one of them out")
-                seen[key] = one
+                seen[(label, key_of_wanted(one))] = one
                 if raw := resolver.existing(one):
                     one.id, one.differences = str(raw["id"]), [*differences_of(one, raw, settings)]
                     one.result = "differs" if one.differences else "equal"
-    return [*reasons, *refuse_shares(resolver.catalog.cloud, wanted)]
+    if has_rules:
+        tell_surplus(resolver.catalog, wanted)
+    return [*reasons, *refuse_shares(cloud, wanted)]
+
+
+def tell_surplus(catalog: Catalog, wanted: Sequence[Resource]) -> None:
+    """Adds what rules the groups there have that the files do not have: they let more through."""
+    known = {one.id for one in wanted if one.label == "security group rule"}
+    for group in (one for one in wanted if one.label == "security group" and one.id):
+        more = [raw for raw in catalog.all("security group rule")
+                if raw["security_group_id"] == group.id and raw["id"] not in known]
+        if more:
+            group.differences.append(("rules", [{key: raw.get(key) for key in (
+                "id", "direction", "ethertype", "protocol", "port_range_min", "port_range_max", "remote_ip_prefix",
+                "remote_group_id")} for raw in more], []))
+            group.result = "differs"
 
 
 def refuse_shares(cloud: Cloud, wanted: Sequence[Resource]) -> Iterator[Reason]:
@@ -7361,7 +7486,7 @@ def differences_of(one: Resource, raw: Mapping[str, Any], settings: Settings) ->
             yield name, there, value
     for name in one.kind.references:
         there, value = value_in(one.kind, raw, name), one.refs[name]
-        if name not in known and one.params.get(name) and normal(there) != normal(value):
+        if name not in known and name in one.params and normal(there) != normal(value):
             yield name, there, one.params[name]
 
 
@@ -7392,13 +7517,17 @@ def body_of(one: Resource, settings: Settings, own_project: str) -> dict[str, An
             body[api] = id_of(value)
     if kind.service == "network" and (owner := id_of(one.owner)) != own_project:
         body["project_id"] = owner
+    if body.get("stateful"):  # as it is without being asked for
+        del body["stateful"]
     if one.label == "user":
         body |= {"password": one.password} if one.password else {"enabled": False}
     return body
 
 
 def id_of(value: str | Resource) -> str:
-    """The id of what is there, or was made by now."""
+    """The id of what is there, or was made by now; raises MigrenaError if it was not."""
+    if isinstance(value, Resource) and not value.id:
+        raise MigrenaError(f"{value} was not made, which is needed")
     return value.id if isinstance(value, Resource) else value
 
 
@@ -7429,6 +7558,7 @@ class Import:
     wanted: Sequence[Resource]
     images: Mapping[Resource, ImagePlan]
     source: Cloud | None  # where images come from
+    has_rules: bool  # whether the files say which rules groups have
 
     @property
     def cloud(self) -> Cloud:
@@ -7467,17 +7597,27 @@ def make_all(run: Import) -> None:
     for label in IN_FILES:
         if not (due := run.due(label)):
             continue
-        parts = [*batches(label, due)]
+        problems = list[Reason]()
+        for one in due:  # what it needs may not have been made
+            with collecting(problems):
+                body_of(one, run.settings, "")
+                continue
+            one.result = "not made"
+        parts = [*batches(label, run.due(label))]
         with run.screen.step(f"Create {len(due)} {label}{'s' if len(due) > 1 else ''}."), run.screen.counting(
                 len(parts), label) as show:
-            results = at_once(1 if label == "image" else run.settings.parallel, [
+            results = at_once(1 if label in ("image", "project") else run.settings.parallel, [
                 partial(make_part, run, label, number, part) for number, part in enumerate(parts, 1)], show)
-        failed = [(part, error) for part, error in zip(parts, results, strict=True) if isinstance(error, MigrenaError)]
-        if failed and not run.settings.keep_going:
-            raise failed[0][1]
-        for part, error in failed:
-            run.undo.left += [f"{one} was not made: {error}" for one in part if not one.id]
+        problems += [reason for error in results if isinstance(error, MigrenaError) for reason in error.reasons]
+        tell_problems(run, problems)
     set_routes(run)
+
+
+def tell_problems(run: Import, problems: Sequence[Reason]) -> None:
+    """Raises MigrenaError with what went wrong, or with --keep-going lists it."""
+    if problems and not run.settings.keep_going:
+        raise MigrenaError.of(problems)
+    run.undo.left += [reason.problem for reason in problems]
 
 
 def batches(label: str, due: Sequence[Resource]) -> Iterator[Sequence[Resource]]:
@@ -7487,7 +7627,10 @@ def batches(label: str, due: Sequence[Resource]) -> Iterator[Sequence[Resource]]
     def of(one: Resource) -> str:
         return id_of(one.refs["security_group_ref"]) if label == "security group rule" else ""
 
-    for _, group in itertools.groupby(sorted(due, key=of), key=of):
+    def depth(one: Resource) -> int:  # a project's parent is made before it
+        return 1 + depth(above) if isinstance(above := one.refs.get("parent_ref"), Resource) else 0
+
+    for _, group in itertools.groupby(sorted(due, key=lambda one: (depth(one), of(one))), key=of):
         together = [*group]
         yield from (together[at : at + size] for at in range(0, len(together), size))
 
@@ -7499,17 +7642,27 @@ def make_part(run: Import, label: str, number: int, ones: Sequence[Resource]) ->
         return
     bodies = [body_of(one, run.settings, run.cloud.identity["project"]) for one in ones]
     told = [{key: value for key, value in body.items() if key != "password"} for body in bodies]
-    with run.journal.act(f"create {label} {number}", kind=label, requests=told) as result:
-        try:
-            made = MAKERS.get(label, make_by_post)(run, ones, bodies)
-        except CloudError as error:
-            result["refused"] = not error.is_temporary
-            raise
-        result["ids"] = [str(raw["id"]) for raw in made]
+    keys = [[id_of(part) if isinstance(part, Resource) else part for part in key_of_wanted(one)] for one in ones]
+    try:
+        with run.journal.act(f"create {label} {number}", kind=label, requests=told, keys=keys) as result:
+            try:
+                made = MAKERS.get(label, make_by_post)(run, ones, bodies)
+            except CloudError as error:
+                result["refused"] = not error.is_temporary
+                raise
+            result["ids"] = [str(raw["id"]) for raw in made]
+    except MigrenaError as error:
+        for one in ones:
+            one.result = "not made"
+        names = ", ".join(map(str, ones[:3])) + (f" and {len(ones) - 3} more" if ones[3:] else "")
+        raise MigrenaError(f"{names}: not made: {error}", error.reasons[0].way_out) from error
+    problems = list[Reason]()
     for one, raw in zip(ones, made, strict=True):
         one.id, one.result = str(raw["id"]), "created"
-    for one, raw in zip(ones, made, strict=True):
-        complete(run, one, raw)
+        with collecting(problems):
+            complete(run, one, raw)
+    if problems:
+        raise MigrenaError.of(problems)
 
 
 def make_by_post(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -7523,8 +7676,10 @@ def make_by_post(run: Import, ones: Sequence[Resource], bodies: list[dict[str, A
         except CloudError as error:
             match = UNKNOWN.search(str(error))
             unknown = re.split(r"\W+", next(filter(None, match.groups())).lower()) if match else []
-            keys = {key for body in bodies for key in body if key in unknown or key.partition(":")[2] in unknown}
-            if not keys or error.code not in (400, 403):
+            unknown += ["availability_zone_hints"] if "availabilityzone" in unknown else []
+            able = {api for name, api in kind.columns.items() if name not in kind.key.split()}
+            keys = {key for body in bodies for key in able & body.keys() if {key, key.partition(":")[2]} & {*unknown}}
+            if not keys or error.code not in (400, 403, 404):
                 raise
             for one, body in zip(ones, bodies, strict=True):
                 one.omitted += [key for key in keys if body.pop(key, None) is not None]
@@ -7550,6 +7705,13 @@ def complete(run: Import, one: Resource, raw: Mapping[str, Any]) -> None:
         settle_first_rules(run, one, raw.get("security_group_rules") or ())
 
 
+def own_roles(catalog: Catalog) -> list[str]:
+    """The ids of the roles that the credentials' user has in its own project, by a group perhaps."""
+    cloud = catalog.cloud
+    return [one["role_id"] for one in catalog.all("role assignment") if one["user_id"] == cloud.user
+            and one["project_id"] == cloud.identity["project"]] or cloud.roles
+
+
 def grant_access(cloud: Cloud, one: Resource, project: str) -> None:
     """Gives a project access to a private flavor or volume type."""
     act = {"addTenantAccess": {"tenant": project}} if one.label == "flavor" else {
@@ -7558,27 +7720,17 @@ def grant_access(cloud: Cloud, one: Resource, project: str) -> None:
         cloud.ask(f"give access to {one}", one.kind.service, "POST", f"{one.kind.path}/{one.id}/action", act)
 
 
-def own_roles(catalog: Catalog) -> list[str]:
-    """The ids of the roles that the credentials' user has in its own project."""
-    cloud = catalog.cloud
-    return [one["role_id"] for one in catalog.all("role assignment")
-            if one["user_id"] == cloud.user and one["project_id"] == cloud.identity["project"]]
-
-
 def settle_first_rules(run: Import, group: Resource, rules: Iterable[Mapping[str, Any]]) -> None:
     """Of the rules that every new group has, keeps those of the files; the others are removed if files have rules."""
-    wanted = [one for one in run.wanted if one.label == "security group rule"]
-    mine = [one for one in wanted if one.refs["security_group_ref"] is group]
-    kind, removed = RESOURCE_TYPES["security group rule"], 0
+    mine = {key_of_wanted(one): one for one in run.wanted
+            if one.label == "security group rule" and one.refs.get("security_group_ref") is group}
+    removed = 0
     for raw in rules:
-        same = [one for one in mine if all(
-            normal(one.params.get(name)) == normal(raw.get(api)) for name, api in kind.columns.items()
-            if name != "description") and id_of(one.refs["remote_group_ref"] or "") == (raw["remote_group_id"] or "")]
-        if same:
-            same[0].id, same[0].result = str(raw["id"]), "created"
-        elif wanted:
+        if one := mine.get(key_of_raw(run.scopes.catalog, "security group rule", raw)):
+            one.id, one.result = str(raw["id"]), "created"
+        elif run.has_rules:
             removed += 1
-            run.cloud.ask("delete a first rule", "network", "DELETE", f"{kind.path}/{raw['id']}")
+            run.cloud.ask("delete a first rule", "network", "DELETE", f"/security-group-rules/{raw['id']}")
     if removed:
         run.screen.note(f"{group}: {removed} rules that new groups have are removed; the files do not have them.")
 
@@ -7601,19 +7753,20 @@ def make_interface(run: Import, ones: Sequence[Resource], bodies: list[dict[str,
     ips = [(ip["ip_address"], ip["subnet_id"]) for ip in one.refs["fixed_ips_refs"]]
     subnets = [subnet.params if isinstance(subnet, Resource) else run.scopes.catalog.one("subnet", subnet) or {}
                for _, subnet in ips]
-    if all(ip == subnet.get("gateway_ip") for (ip, _), subnet in zip(ips, subnets, strict=True)):
-        made = [run.cloud.ask(f"add {one}", "network", "PUT", f"/routers/{router}/add_router_interface", {
-            "subnet_id": id_of(subnet)}) for _, subnet in ips]
-        return [{"id": made[0]["port_id"]}]
-    (port,) = make_by_post(run, ones, bodies)
+    is_gate = len(ips) == 1 and ips[0][0] == subnets[0].get("gateway_ip")
+    port = "" if is_gate else str(make_by_post(run, ones, bodies)[0]["id"])
     try:
-        run.cloud.ask(f"add {one}", "network", "PUT", f"/routers/{router}/add_router_interface",
-                      {"port_id": port["id"]})
+        told = run.cloud.ask(f"add {one}", "network", "PUT", f"/routers/{router}/add_router_interface", {
+            "subnet_id": id_of(ips[0][1])} if is_gate else {"port_id": port})
+        return [{"id": told["port_id"]}]
     except CloudError:
-        with suppress(CloudError):
-            run.cloud.ask("delete a port", "network", "DELETE", f"/ports/{port['id']}")
+        there = run.cloud.networks.all("ports", ("device_id", router))
+        if found := [raw for raw in there if {ip["ip_address"] for ip in raw["fixed_ips"]} == {ip for ip, _ in ips}]:
+            return found  # the answer to the first attempt was lost
+        if port:
+            with suppress(CloudError):
+                run.cloud.ask("delete a port", "network", "DELETE", f"/ports/{port}")
         raise
-    return [port]
 
 
 def make_key(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
@@ -7660,8 +7813,7 @@ def make_image(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any
     """An image with the content of the source's."""
     cloud = run.scopes.in_project(id_of(ones[0].owner))
     assert run.source
-    return [{"id": run.images[ones[0]].there or carry(
-        run.settings, run.journal, run.undo, (run.source, cloud), run.images[ones[0]])}]
+    return [{"id": carry(run.settings, run.journal, run.undo, (run.source, cloud), run.images[ones[0]])}]
 
 
 def make_security_groups(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
@@ -7683,18 +7835,23 @@ CHANGES: Final = ("PUT", "PATCH")
 
 def change_all(run: Import) -> None:
     """With --update: changes what exists and differs, as far as it can be changed."""
+    problems = list[Reason]()
     for one in run.wanted if run.settings.update else ():
-        able = {name: value for name, _, value in one.differences if name in one.kind.changeable.split()}
+        able = {name: value for name, _, value in one.differences if name in (*one.kind.changeable.split(), "rules")}
         if one.result != "differs" or not able:
             continue
         was = {name: there for name, there, _ in one.differences if name in able}
-        if one.label == "quota":
-            set_limits(run.cloud, id_of(one.refs["project_ref"]), one, run.journal)
-        else:
-            new = {name: one.refs.get(name, value) for name, value in able.items()}
-            with run.journal.act(f"change {one.label} {one.id}", what=one.label, new=new, was=was):
-                change_resource(run.cloud, one.label, one.id, new, was)
-        one.result, one.differences = "changed", [row for row in one.differences if row[0] not in able]
+        with collecting(problems):
+            if one.label == "quota":
+                set_limits(run.cloud, id_of(one.refs["project_ref"]), one, run.journal)
+            else:
+                refs = {name: [*map(id_of, value)] if isinstance(value, list) else id_of(value)
+                        for name, value in one.refs.items() if name in able}
+                new = {**able, **refs}
+                with run.journal.act(f"change {one.label} {one.id}", what=one.label, new=new, was=was):
+                    change_resource(run.cloud, one.label, one.id, new, was)
+            one.result, one.differences = "changed", [row for row in one.differences if row[0] not in able]
+    tell_problems(run, problems)
 
 
 def change_resource(cloud: Cloud, label: str, id: str, new: Mapping[str, Any], was: Mapping[str, Any]) -> None:
@@ -7711,16 +7868,26 @@ def change_resource(cloud: Cloud, label: str, id: str, new: Mapping[str, Any], w
             if value:
                 cloud.ask(what, kind.service, "POST", specs, {"extra_specs": value})
         elif name == "access_refs":
-            for project in {*value} - {*(was[name] or ())}:
-                act = "addTenantAccess" if label == "flavor" else "addProjectAccess"
-                about = {"tenant" if label == "flavor" else "project": project}
-                cloud.ask(what, kind.service, "POST", f"{path}/action", {act: about})
+            now, then = {*(value or ())}, {*(was[name] or ())}
+            about, word = ("tenant", "Tenant") if label == "flavor" else ("project", "Project")
+            for project in now ^ then:
+                act = f"{'add' if project in now else 'remove'}{word}Access"
+                cloud.ask(what, kind.service, "POST", f"{path}/action", {act: {about: project}})
+        elif name == "rules":  # that the files do not have, or that they had
+            for rule in was[name] or ():
+                with ignoring(404):
+                    cloud.ask(what, "network", "DELETE", f"/security-group-rules/{rule['id']}")
+            for rule in value or ():
+                with ignoring(409):
+                    cloud.ask(what, "network", "POST", "/security-group-rules", {"security_group_rule": {
+                        "security_group_id": id, **{key: rule[key] for key in rule if key != "id" and rule[key]}}})
         elif name == "external_gateway_refinfo":
             body["external_gateway_info"] = {"network_id": value} if value else None
         else:
             body[kind.references.get(name, (kind.columns.get(name, name), ""))[0]] = value
     if label == "image":
-        cloud.store.describe(id, body)
+        if refused := cloud.store.describe(id, body):
+            raise cloud.error(f"{what}: Glance does not accept {', '.join(refused)}")
     elif body:
         cloud.ask(what, kind.service, "PATCH" if kind.service == "identity" else "PUT", path, {kind.one: body})
 
@@ -7751,9 +7918,23 @@ def plan_images(call: Call, settings: Settings, cloud: Cloud, wanted: Sequence[R
                 f"{one} ({one.place}): the source has no such image", "take it out, or see --src-cloud"))
             continue
         best = next((image for image in found if image.id == id), found[0])
-        plans[one] = replace(plan_image(settings, best, there), name=one.name)
+        plan = replace(plan_image(settings, best, there), name=one.name)
+        if plan.there:
+            one.id, one.result = plan.there, "equal"
+            continue
+        plans[one] = replace(plan, source=edited(best, one))
         reasons += [*refuse_image(settings, plans[one], there), *refuse_reading(plans[one], source)]
     return source, plans
+
+
+def edited(image: Image, one: Resource) -> Image:
+    """An image with the properties that the file has for it, which an operator may have edited."""
+    said = {api: one.params[name] for name, api in one.kind.columns.items()
+            if name in one.params and name not in ("hash_algo", "hash_value", "disk_format", "container_format")}
+    properties = one.params.get("properties")
+    known = {*NOT_CARRIED, *image.facts} - {*one.kind.columns.values()} if properties is None else NOT_CARRIED
+    kept = {key: value for key, value in image.facts.items() if key in known or key in one.kind.columns.values()}
+    return Image.of({**kept, **(properties or {}), **said})
 
 
 def read_passwords(settings: Settings, wanted: Sequence[Resource]) -> None:
@@ -7806,7 +7987,7 @@ def tell_import(screen: Screen, wanted: Sequence[Resource], *, always: bool = Fa
 
 
 def import_resources(call: Call, settings: Settings, undo: Undo, report: Report, catalog: Catalog,
-                     wanted: Sequence[Resource], problems: list[Reason]) -> str:
+                     wanted: Sequence[Resource], problems: list[Reason], *, has_rules: bool) -> str:
     """Makes what the destination lacks of these, as a run of its own; returns that, or nothing if nothing was made.
 
     Raises Refused with all reasons before anything is made. A failure removes what was made.
@@ -7817,12 +7998,10 @@ def import_resources(call: Call, settings: Settings, undo: Undo, report: Report,
         if not settings.dry_run:  # before the survey, so that its results stay valid
             await_turn(stack, folder, catalog.cloud, id, screen)
         with screen.timed("Survey"), refusing():
-            catalog.read([label for label in RESOURCE_TYPES if label in {"project", "domain", "role assignment"} | {
-                of for one in wanted for of in (one.label, *(of for _, of in one.kind.references.values()))}])
-            problems += plan_import(Resolver(catalog, settings, wanted), settings, wanted)
-            scopes = Scopes(catalog, creds)
-            problems += refuse_projects(scopes, wanted)
+            read_lists(settings, catalog, wanted)
+            problems += plan_import(Resolver(catalog, settings, wanted), settings, wanted, has_rules=has_rules)
             source, images = plan_images(call, settings, catalog.cloud, wanted, problems)
+            problems += refuse_projects(scopes := Scopes(catalog, creds), wanted)
         if problems:
             raise Refused.of(problems)
         report.resources = rows_of(wanted)
@@ -7836,12 +8015,11 @@ def import_resources(call: Call, settings: Settings, undo: Undo, report: Report,
             return ""
         read_passwords(settings, wanted)
         run = Import(settings, screen, begin_import(folder, id, settings, catalog.cloud, wanted), undo, scopes, wanted,
-                     images, source)
+                     images, source, has_rules)
         report.run = id
         with run.journal.ending(undo), undo:
-            if not settings.keep_going:
-                undo.on_failure("delete what was imported", lambda: delete_imported(
-                    catalog.cloud, record_of(id, run.journal.entries), run.journal, screen, LOST_ANSWER))
+            undo.on_failure("keep what was imported" if settings.keep_going else "delete what was imported",
+                            lambda: undo_failed(run, id))
             try:
                 make_all(run)
                 change_all(run)
@@ -7850,6 +8028,21 @@ def import_resources(call: Call, settings: Settings, undo: Undo, report: Report,
         report.result = "left" if undo.left else "done"
         tell_import(screen, wanted)
         return id
+
+
+def read_lists(settings: Settings, catalog: Catalog, wanted: Sequence[Resource]) -> None:
+    """Reads the lists that these resources are looked for in, at the same time."""
+    labels = {of for one in wanted for of in (one.label, *(of for _, of in one.kind.references.values()))}
+    catalog.names = {settings.project, *(str((one.params.get(name) or {}).get("name")) for one in wanted
+                                         for name in ("project_ref", "user_ref"))}
+    catalog.read([label for label in RESOURCE_TYPES if label in labels | {"project", "domain"}])
+
+
+def undo_failed(run: Import, id: str) -> None:
+    """Deletes what a failed import has made, or with --keep-going says that it is there."""
+    if run.settings.keep_going:
+        raise Kept("what was imported by then is kept", f"./migrena.py rollback {id} removes it")
+    delete_imported(run.cloud, record_of(id, run.journal.entries), run.journal, run.screen, LOST_ANSWER)
 
 
 def await_turn(stack: ExitStack, folder: Path, cloud: Cloud, id: str, screen: Screen) -> None:
@@ -7879,13 +8072,15 @@ def begin_import(folder: Path, id: str, settings: Settings, cloud: Cloud, wanted
 
 def import_files(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     """The subcommand `import`: makes in the destination what the files have and it lacks."""
-    problems, side = list[Reason](), settings.cloud or "dst"
+    problems, side, settings = list[Reason](), settings.cloud or "dst", replace(settings, dst_project="")
     wanted = read_files(settings.files, problems)
     with refusing():
         cloud = Cloud(NAMES_OF_SIDES.get(side, side), credentials(side, settings, call.environment))
     cloud.tell = undo.screen.note
     try:
-        id = import_resources(call, settings, undo, report, Catalog(cloud), wanted, problems)
+        id = import_resources(call, settings, undo, report, Catalog(cloud), wanted, problems,
+                              has_rules=has_rules_in(settings.files) or any(
+                                  one.label == "security group rule" for one in wanted))
     finally:
         report.api_calls = {cloud.label: cloud.calls}
     if id:
@@ -7902,31 +8097,37 @@ def delete_imported(cloud: Cloud, record: RunRecord, journal: Journal, screen: S
     """
     problems, catalog = list[Reason](), Catalog(cloud)
     take_changes_back(catalog, record, problems)
+    others = {id for entry in lines_of_runs(journal.path.parent, "done") for id in entry.get("ids", ())}
     made = [(act, id) for act in reversed(record.acts) if act.facts.get("kind")
-            for id in act.facts.get("ids") or lost_ids(catalog, act, patience)]
+            for id in act.facts.get("ids") or lost_ids(catalog, act, patience, others)]
+    made = [(act, id) for act, id in made if not record.has_done(f"delete {act.facts['kind']} {id}")]
     ours = {id for _, id in made}
     for label, group in itertools.groupby(made, key=lambda one: str(one[0].facts["kind"])):
         rows = [*group]
         with screen.counting(len(rows), f"delete {label}") as show:
-            results = at_once(8, [partial(delete_resource, cloud, act, id, ours, journal) for act, id in rows], show)
+            results = at_once(1 if label == "project" else 8, [
+                partial(delete_resource, cloud, act, id, ours, journal) for act, id in rows], show)
         problems += [reason for result in results if isinstance(result, MigrenaError) for reason in result.reasons]
     delete_carried(cloud, record.run)
     if problems:
         raise Kept.of(list(dict.fromkeys(problems)))
 
 
-def lost_ids(catalog: Catalog, act: Step, patience: float) -> list[str]:
-    """The ids of what a request without an answer has made; it is waited for."""
+def lost_ids(catalog: Catalog, act: Step, patience: float, others: Collection[str]) -> list[str]:
+    """The ids of what a request without an answer has made; it is waited for. What another run made is not."""
     label, limit = str(act.facts["kind"]), time.monotonic() + patience
     if act.facts.get("refused") or act.result == "done" or label in ("image", "quota"):
         return []
-    requests = [{key: value for key, value in request.items() if isinstance(value, (str, int))}
-                for request in act.facts.get("requests", ())]
     if label == "role assignment":
-        return ["{project_id}/users/{user_id}/roles/{role_id}".format(**request) for request in requests]
+        return ["{project_id}/users/{user_id}/roles/{role_id}".format(**request) for request in act.facts["requests"]]
+    keys = {json.dumps(key) for key in act.facts.get("keys", ())}
+    began = datetime.fromisoformat(act.began) - timedelta(minutes=5)  # clocks differ
     while True:
-        found = [str(raw["id"]) for raw in Catalog(catalog.cloud).all(label) if any(
-            all(normal(raw.get(key)) == normal(value) for key, value in request.items()) for request in requests)]
+        now = Catalog(catalog.cloud)
+        now.is_whole = True
+        found = [str(raw["id"]) for raw in now.all(label) if json.dumps(key_of_raw(now, label, raw)) in keys
+                 and str(raw["id"]) not in others and (not raw.get("created_at") or datetime.fromisoformat(
+                     str(raw["created_at"]).replace("Z", "+00:00")) > began)]
         if found or time.monotonic() > limit:
             return found
         time.sleep(CLAIM_PAUSE)
@@ -7936,7 +8137,7 @@ def delete_resource(cloud: Cloud, act: Step, id: str, ours: Collection[str], jou
     """Deletes one resource, unless it is gone; raises Kept if somebody uses it."""
     label = str(act.facts["kind"])
     kind = RESOURCE_TYPES[label]
-    if users := users_of(cloud, label, id, ours):
+    if users := users_of(cloud, act, id, ours):
         raise Kept(f"{label} {id} is kept: {users}", f"openstack {label} delete {id}, once nobody needs it")
     path, what = f"{kind.path}/{id}", f"delete {label} {id}"
     if label == "role assignment":
@@ -7953,6 +8154,11 @@ def delete_resource(cloud: Cloud, act: Step, id: str, ours: Collection[str], jou
                 cloud.ask(what, "network", "PUT", f"/routers/{router}/remove_router_interface", {"port_id": id})
             elif label == "image":
                 cloud.store.delete(id)
+            elif label == "project":  # its default group would be left without an owner
+                for group in cloud.listed("network", f"/security-groups?project_id={id}", "security_groups"):
+                    if group["name"] == DEFAULT_GROUP and group.get("project_id") == id:
+                        cloud.ask(what, "network", "DELETE", f"/security-groups/{group['id']}")
+                cloud.ask(what, kind.service, "DELETE", path)
             elif label != "quota":  # it goes with its project
                 cloud.ask(what, kind.service, "DELETE", path)
     except CloudError as error:
@@ -7961,22 +8167,40 @@ def delete_resource(cloud: Cloud, act: Step, id: str, ours: Collection[str], jou
         raise Kept(f"{label} {id} is kept: {error}", f"openstack {label} delete {id}, once nobody needs it") from error
 
 
-def users_of(cloud: Cloud, label: str, id: str, ours: Collection[str]) -> str:
-    """Who uses a resource that the API would delete all the same; nothing if nobody does."""
+def users_of(cloud: Cloud, act: Step, id: str, ours: Collection[str]) -> str:
+    """Who uses a resource that the API would delete all the same; nothing if nobody does. Raises CloudError."""
+    label = str(act.facts["kind"])
     wholes = {
         "flavor": [("compute", f"/servers?all_tenants=1&flavor={id}", "servers")],
         "image": [("compute", f"/servers?all_tenants=1&image={id}", "servers")],
         "network": [("network", f"/subnets?network_id={id}", "subnets")],
-        "server group": [],
-        "project": [("compute", f"/servers?all_tenants=1&project_id={id}", "servers"),
+        "security group": [("network", f"/security-group-rules?remote_group_id={id}", "security_group_rules")],
+        "project": [*(("network", f"/{kind}?project_id={id}", kind) for kind in ("routers", "floatingips")),
+("compute", f"/servers?all_tenants=1&project_id={id}", "servers"),
                     ("network", f"/ports?project_id={id}", "ports"),
                     ("network", f"/networks?project_id={id}", "networks"),
                     *([("block-storage", f"/volumes?all_tenants=1&project_id={id}", "volumes")]
                       if cloud.has_volumes else [])]}
     for service, path, key in wholes.get(label, ()):
-        with ignoring(400, 403, 404):
-            if found := [one for one in cloud.listed(service, path, key) if one["id"] not in ours]:
+        with ignoring(404):
+            found = [one for one in cloud.listed(service, path, key) if one["id"] not in ours]
+            if key == "security_group_rules":  # its own go with it
+                found = [one for one in found if one["security_group_id"] not in ours]
+            if found:
                 return f"it has {len(found)} {key} ({found[0].get('name') or found[0]['id']})"
+    if label in ("user", "project"):
+        which = "user.id" if label == "user" else "scope.project.id"
+        told = cloud.listed("identity", f"/role_assignments?{which}={id}", "role_assignments")
+        more = [one for one in told if "{}/users/{}/roles/{}".format(
+            one.get("scope", {}).get("project", {}).get("id"), one.get("user", {}).get("id"), one["role"]["id"])
+            not in ours and one.get("user", {}).get("id") != cloud.user]
+        if more:
+            return f"somebody gave it {len(more)} more roles"
+    if label == "key pair":
+        user = str(act.facts["requests"][0].get("user_id") or "")
+        pair, mine = cloud.key_pair(id, user), str(act.facts["requests"][0]["public_key"]).strip()
+        if pair and pair.public_key.strip() != mine:
+            return "it is another one by now"
     if label == "server group" and (group := cloud.server_group(id)) and group["members"]:
         return f"it has {len(group['members'])} instances"
     return ""
@@ -7989,15 +8213,19 @@ def take_changes_back(catalog: Catalog, record: RunRecord, problems: list[Reason
         facts = act.facts
         with collecting(problems):
             if act.name.startswith("set limits ") and "was" in facts:
-                cloud.ask(act.name, facts["service"], "PUT", facts["path"], {facts["one"]: facts["was"]})
+                with ignoring(404):  # with its project
+                    there = cloud.ask(act.name, facts["service"], "GET", facts["path"])[facts["one"]]
+                    back = {key: value for key, value in facts["was"].items() if there.get(key) == facts["new"][key]}
+                    if back:
+                        cloud.ask(act.name, facts["service"], "PUT", facts["path"], {facts["one"]: back})
             elif act.name.startswith("change ") and "was" in facts:
                 label, id, new = str(facts["what"]), act.name.rpartition(" ")[2], facts["new"]
-                raw = catalog.one(label, id) or {}
-                mine = {name for name, value in new.items()
-                        if normal(value_in(RESOURCE_TYPES[label], raw, name)) == normal(value)}
+                raw, kind = catalog.one(label, id) or {}, RESOURCE_TYPES[label]
+                now = {name: normal(value_in(kind, raw, name)) for name in new}
+                mine = {name for name, value in new.items() if now[name] == normal(value) or name == "rules"}
                 change_resource(cloud, label, id, {name: facts["was"][name] for name in mine}, new)
-                if mine != new.keys():
-                    raise Kept(f"{label} {id}: {', '.join(sorted(new.keys() - mine))} was changed since, and is kept")
+                if other := [name for name in new if name not in mine and now[name] != normal(facts["was"][name])]:
+                    raise Kept(f"{label} {id}: {', '.join(sorted(other))} was changed since, and is kept")
 
 
 # ---- 16. Copy --------------------------------------------------------------------------------------------------------
@@ -10439,7 +10667,7 @@ def bring_surroundings(call: Call, settings: Settings, undo: Undo, report: Repor
     by_type = {kind.type: label for label, kind in IN_FILES.items()}
     wanted = [Resource(by_type[one["type"]], one, f"source, number {number}") for number, one in enumerate(found, 1)]
     run = import_resources(call, replace(settings, project=project, cloud="dst", dst_project=""), undo, report,
-                           Catalog(there), wanted, [])
+                           Catalog(there), wanted, [], has_rules=True)
     undo.has_begun = False  # the copy can be interrupted again
     return run
 
@@ -11066,6 +11294,12 @@ def undo_import(call: Call, settings: Settings, record: RunRecord, journal: Jour
                                                                  call.environment))
     cloud.tell = undo.screen.note
     require_same_clouds(record, [cloud])
+    if settings.dry_run:
+        report.result = "planned"
+        for act in reversed(record.acts):
+            for id in act.facts.get("ids", ()):
+                undo.screen.say(f"delete {act.facts['kind']} {id}, unless somebody uses it", always=True)
+        return 0
     return run_steps([("delete what was imported", lambda: delete_imported(
         cloud, record, journal, undo.screen, 0.0))], journal, undo, report)
 

@@ -177,9 +177,33 @@ def test_a_whole_project_arrives_and_its_export_from_there_is_the_same(operator:
     assert emptied.call("POST", "keystone", "/auth/tokens", body)["token"]["user"]["name"] == "clerk"
     again = operator.report(*words)
     assert {*counts(again)} == {"equal"} and again["run"] == ""
+    there = ids_there(emptied)
+    done = operator.run("rollback", report["run"], "-n")
+    assert done.returncode == 0 and done.stderr.count("unless somebody uses it") >= 25 and ids_there(emptied) == there
     done = operator.run("rollback", report["run"])
     assert done.returncode == 0, done.stderr
     assert ids_there(emptied) == before
+
+
+@pytest.mark.long
+def test_rules_that_the_files_do_not_have_are_told_and_removed_if_asked_for(operator: Operator, shop: Api, emptied: Api) -> None:
+    files = export(operator, "here", "security_groups", "security_group_rules", "projects", "--project", PROJECT)
+    words = ("import", str(files), "--project", PROJECT)
+    made = operator.report(*words)["run"]
+    group = next(one["id"] for one in emptied.call("GET", "neutron", "/security-groups")["security_groups"] if one["name"] == "ops")
+    emptied.call("POST", "neutron", "/security-group-rules", {"security_group_rule": {
+        "security_group_id": group, "direction": "ingress", "protocol": "udp", "remote_ip_prefix": "10.0.0.0/8"}})
+
+    def rules() -> set[tuple[str, str | None]]:
+        told = emptied.call("GET", "neutron", f"/security-group-rules?security_group_id={group}")["security_group_rules"]
+        return {(one["protocol"], one["remote_ip_prefix"]) for one in told}
+
+    before, done = rules(), operator.run(*words)
+    assert done.returncode == 0 and "security group ops: rules is [{" in done.stderr and '"udp"' in done.stderr and rules() == before
+    run = operator.report(*words, "--update")["run"]
+    assert rules() == {("tcp", None)}
+    assert operator.run("rollback", run).returncode == 0 and rules() == before == {("tcp", None), ("udp", "10.0.0.0/8")}
+    assert operator.run("rollback", made).returncode == 0
 
 
 def test_what_differs_is_shown_field_by_field_changed_if_asked_for_and_changed_back(operator: Operator, shop: Api, emptied: Api) -> None:
@@ -205,6 +229,7 @@ def test_what_differs_is_shown_field_by_field_changed_if_asked_for_and_changed_b
     assert operator.run("rollback", made).returncode == 0 and emptied.find("keystone", "projects", PROJECT) is None
 
 
+@pytest.mark.long
 def test_what_somebody_uses_stays_and_is_named(operator: Operator, shop: Api, emptied: Api) -> None:
     files = export(operator, "here", "networks", "subnets", "security_groups", "projects", "--project", PROJECT)
     run = operator.report("import", str(files), "--project", PROJECT)["run"]
@@ -244,7 +269,7 @@ def test_everything_wrong_with_the_files_is_told_before_anything_is_made(operato
     assert done.returncode == 3 and "--yes replaces them" in done.stderr
 
 
-@pytest.mark.parametrize("line", ["intent of create network 1", "intent of create security group 1"])
+@pytest.mark.parametrize("line", ["intent of create network 1", pytest.param("intent of create security group 1", marks=pytest.mark.long)])
 def test_an_import_that_is_killed_is_rolled_back_or_goes_on(operator: Operator, shop: Api, emptied: Api, line: str) -> None:
     before, files = ids_there(emptied), export(operator, "here", "--project", PROJECT)
     words = ("import", str(files), "--project", PROJECT)
@@ -268,6 +293,10 @@ def test_ctrl_c_removes_what_was_made(operator: Operator, shop: Api, emptied: Ap
     done = operator.run("import", str(files), "--project", PROJECT, throw=[("done of create subnet 1", signal.SIGINT)])
     assert done.returncode == 128 + signal.SIGINT, done.stderr
     assert ids_there(emptied) == before
+    line = [("done of create subnet 1", signal.SIGINT)]
+    done = operator.run("import", str(files), "--project", PROJECT, "--keep-going", throw=line)
+    assert done.returncode == 4 and "what was imported by then is kept" in done.stderr and ids_there(emptied) > before, done.stderr
+    assert operator.run("rollback", operator.last_run).returncode == 0 and ids_there(emptied) == before
 
 
 @pytest.fixture
@@ -294,6 +323,7 @@ def has_moved_whole(api: Api, report: dict[str, Any]) -> None:
     assert arrived["security_groups"] == [{"name": "web"}]
 
 
+@pytest.mark.long
 def test_an_instance_arrives_in_an_empty_cloud_by_three_commands(operator: Operator, emptied: Api, sold: str) -> None:
     files = export(operator, "needed", "--for", sold)
     assert {path.stem for path in files.iterdir()} == {
@@ -337,7 +367,8 @@ def between() -> Iterator[Middle]:
 
 
 @pytest.mark.parametrize(("what", "answer"), [
-    ("networks", LOST), ("subnets", "500"), ("security-groups", LOST), ("projects", LOST), ("flavors", LOST), ("security-group-rules", "503")])
+    ("networks", LOST), *(pytest.param(*row, marks=pytest.mark.long) for row in (
+        ("subnets", "500"), ("security-groups", LOST), ("projects", LOST), ("flavors", LOST), ("security-group-rules", "503")))])
 def test_a_request_that_fails_or_whose_answer_is_lost_leaves_nothing(
         operator: Operator, shop: Api, emptied: Api, between: Middle, what: str, answer: str) -> None:
     before, files = ids_there(emptied), export(operator, "here", "--project", PROJECT)
@@ -347,6 +378,7 @@ def test_a_request_that_fails_or_whose_answer_is_lost_leaves_nothing(
     assert ids_there(emptied) == before
 
 
+@pytest.mark.long
 def test_what_a_cloud_does_not_know_is_omitted_and_told_and_what_goes_wrong_alone_is_named(
         operator: Operator, shop: Api, emptied: Api) -> None:
     files = export(operator, "here", "networks", "projects", "flavors", "--project", PROJECT)
@@ -363,7 +395,7 @@ def test_what_a_cloud_does_not_know_is_omitted_and_told_and_what_goes_wrong_alon
     done = operator.run(*words)
     assert done.returncode == 1 and "create flavor shop.small" in done.stderr and emptied.find("keystone", "projects", PROJECT) is None
     done = operator.run(*words, "--keep-going")
-    assert done.returncode == 4 and "flavor shop.small was not made" in done.stderr and emptied.find("keystone", "projects", PROJECT)
+    assert done.returncode == 4 and "flavor shop.small: not made" in done.stderr and emptied.find("keystone", "projects", PROJECT)
     assert operator.run("rollback", operator.last_run).returncode == 0 and emptied.find("keystone", "projects", PROJECT) is None
 
 

@@ -18,7 +18,9 @@ from migrena import (
     IN_FILES,
     Catalog,
     Cloud,
+    Image,
     Kept,
+    MigrenaError,
     Reason,
     Refused,
     Resolver,
@@ -31,8 +33,12 @@ from migrena import (
     batches,
     body_of,
     described_all,
+    has_rules_in,
+    key_of_wanted,
+    lost_ids,
     normal,
     parse_types,
+    plan_images,
     plan_import,
     reachable,
     read_files,
@@ -261,3 +267,103 @@ def test_what_somebody_else_uses_is_kept(label: str, path: str) -> None:
     assert deleted == []
     migrena.delete_resource(cast(Any, cloud), act, "one", {"one", "somebody's"}, cast(Any, journal))
     assert len(deleted) == 1
+
+
+def lost(catalog: Catalog, kind: str, keys: list[list[Any]], others: Sequence[str] = (), **facts: Any) -> list[str]:
+    """What is taken for made by a request whose answer was lost."""
+    act = Step(f"create {kind} 1", "2026-11-28T12:00:00+00:00", facts={"kind": kind, "keys": keys, "requests": [{}], **facts})
+    return lost_ids(catalog, act, 0.0, others)
+
+
+def test_of_a_lost_answer_only_what_has_all_that_was_asked_for_is_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    new, old = ({"created_at": f"2026-11-28T{hour}:00:01Z"} for hour in (12, 11))
+    catalog = Known(network=[a_network("app", "ours", **new), a_network("app", "before", **old), a_network("app", "theirs", OTHER, **new)],
+                    security_group_rule=[{"id": id, "security_group_id": group, "direction": "ingress", "ethertype": "IPv4", **new, "protocol": "tcp",
+                                          "port_range_min": port} for id, group, port in (("r1", "g1", 22), ("r2", "g2", 22), ("r3", "g1", None))])
+    monkeypatch.setattr(migrena, "Catalog", lambda cloud: catalog)
+    assert lost(catalog, "network", [[OWN, "app"]]) == ["ours"] and lost(catalog, "network", [[OWN, "app"]], ["ours"]) == []
+    rule = wanted("security group rule", {"direction": "ingress", "ether_type": "IPv4", "protocol": "6", "port_range_min": 22})
+    rule.refs = {"security_group_ref": "g1", "remote_group_ref": ""}
+    assert lost(catalog, "security group rule", [list(key_of_wanted(rule))]) == ["r1"]
+    assert lost(catalog, "network", [[OWN, "app"]], refused=True) == []
+
+
+def test_an_image_that_is_there_under_another_name_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"status": "active", "disk_format": "qcow2", "container_format": "bare", "os_hash_algo": "sha512", "os_hash_value": "d1", "size": 5}
+    here, there = (Image.of({**facts, "id": id, "name": name}) for id, name in (("a", "gold"), ("b", "debian 12")))
+    source = SimpleNamespace(store=SimpleNamespace(all=lambda: [here]))
+    monkeypatch.setattr(migrena, "Cloud", lambda *of: source)
+    monkeypatch.setattr(migrena, "credentials", lambda *of: {})
+    monkeypatch.setattr(migrena, "refuse_reading", lambda *of: [])
+    one = wanted("image", {"name": "gold", "hash_value": "d1", "visibility": "private", "os_type": None})
+    call = cast(Any, SimpleNamespace(environment={}))
+    cloud = cast(Any, SimpleNamespace(store=SimpleNamespace(all=lambda: [there])))
+    assert plan_images(call, Settings(), cloud, [one], [])[1] == {} and (one.id, one.result) == ("b", "equal")
+    other = wanted("image", {"name": "gold", "hash_value": "d1", "visibility": "private", "is_protected": True, "properties": {"team": "shop"}})
+    cloud.store.all = list
+    plan = plan_images(call, Settings(), cloud, [other], [])[1][other]
+    told = plan.source.facts
+    assert (told["visibility"], told["protected"], told["team"], told["os_hash_value"], plan.there) == ("private", True, "shop", "d1", "")
+
+
+def test_what_a_group_has_and_the_files_have_not_is_told_where_the_files_have_rules() -> None:
+    group = {"id": "g", "name": "web", "project_id": OWN, "description": "", "stateful": True}
+    more = {"id": "open", "security_group_id": "g", "direction": "ingress", "ethertype": "IPv4", "protocol": None, "project_id": OWN}
+    one = wanted("security group", {"name": "web", "description": "", "is_stateful": True})
+    catalog, settings = Known(security_group=[group], security_group_rule=[more]), Settings()
+    assert plan_import(Resolver(catalog, settings, [one]), settings, [one]) == [] and one.result == "equal"
+    assert plan_import(Resolver(catalog, settings, [one]), settings, [one], has_rules=True) == []
+    assert one.result == "differs" and one.differences[0][0] == "rules" and one.differences[0][1][0]["id"] == "open"
+
+
+def test_that_groups_have_no_rules_is_in_the_files_too(tmp_path: Path) -> None:
+    write_files(tmp_path, [], may_replace=False, has_rules=True)
+    assert yaml.safe_load((tmp_path / "security_group_rules.yml").read_text())["resources"] == []
+    assert has_rules_in([str(tmp_path)]) and has_rules_in([str(tmp_path / "security_group_rules.yml")]) and not has_rules_in(["networks.yml"])
+
+
+def test_a_volume_type_that_encrypts_is_left_out_and_told() -> None:
+    said: list[str] = []
+    kept = described_all(Known(), [("volume type", {"id": "1", "name": "luks", "encryption": "luks", "access": []}),
+                                   ("volume type", {"id": "2", "name": "plain", "encryption": None, "access": []})], said)
+    assert [one["params"]["name"] for one in kept] == ["plain"] and "it encrypts" in said[0]
+
+
+def test_a_project_is_one_of_its_domain_and_its_parent_is_made_before_it() -> None:
+    second = to("Second", project_name=None, domain_name=None)
+    infra = wanted("project", {"name": "shop", "domain_ref": second, "parent_ref": second})
+    inside = wanted("network", {"name": "new"}, 2)
+    assert planned(Known(), infra, inside, settings=Settings(project="shop")) == []
+    assert infra.result == "to be created" and inside.owner is infra and infra.refs["parent_ref"] == "d2"
+    child = wanted("project", {"name": "child", "domain_ref": second, "parent_ref": to("shop", project_name=None, domain_name="Second")}, 3)
+    assert planned(Known(), child, infra) == [] and [*batches("project", [child, infra])] == [[infra], [child]]
+    with pytest.raises(MigrenaError, match="project shop was not made"):
+        body_of(child, Settings(), OWN)
+
+
+def test_what_an_admin_added_to_a_tenant_s_network_is_the_tenant_s() -> None:
+    added = {"id": "s", "name": "", "cidr": "10.0.0.0/24", "network_id": "id-app", "project_id": OTHER}
+    catalog = Known(network=[a_network("app")], subnet=[added])
+    assert migrena.in_project_of(catalog, "subnet", added) and catalog.described("subnet", added)["_migration_params"] == {}
+    subnet = wanted("subnet", {"name": "", "cidr": "10.0.0.0/24", "network_ref": to("app")})
+    assert planned(catalog, subnet) == [] and subnet.id == "s" and subnet.owner == OWN
+
+
+@pytest.mark.parametrize(("label", "params", "said"), [
+    ("subnet", {"network_ref": to("app")}, "cidr is missing"), ("subnet", {"cidr": "10.0.0.0/24", "network_ref": "app"}, "not a reference"),
+    ("subnet", {"cidr": "10.0.0.0/24"}, "network_ref is missing"), ("quota", {"service": "compute", "project_ref": to("shop")}, "limits is missing"),
+    ("quota", {"service": "compute", "limits": [1], "project_ref": to("shop")}, "limits is not"),
+    ("subnet", {"cidr": "1/8", "network_ref": to("")}, "with a name"),
+    ("router interface", {"device_ref": to("gate"), "network_ref": to("app"), "fixed_ips_refs": []}, "has no ip_address"),
+    ("router", {"name": "gate", "external_gateway_refinfo": {}}, "not a reference"), ("flavor", {"name": "a"}, "ram, vcpus, disk is missing"),
+    ("flavor", {"name": 5, "ram": 1, "vcpus": 1, "disk": 0, "access_refs": "shop"}, "not a list"), ("security group", {"name": 7}, "")])
+def test_what_is_not_in_the_form_of_the_files_is_refused(tmp_path: Path, label: str, params: dict[str, Any], said: str) -> None:
+    (tmp_path / "x.yml").write_text(yaml.safe_dump({"resources": [{"type": IN_FILES[label].type, "params": params}]}))
+    problems: list[Reason] = []
+    found = read_files([str(tmp_path)], problems)
+    assert (said in problems[0].problem and not found) if said else (problems == [] and found[0].name == "7")
+
+
+def test_a_date_in_a_file_is_text(tmp_path: Path) -> None:
+    (tmp_path / "x.yml").write_text(f"resources: [{{type: {IN_FILES['network'].type}, params: {{name: app, description: 2026-11-28}}}}]")
+    assert read_files([str(tmp_path)], [])[0].params["description"] == "2026-11-28"
