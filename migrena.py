@@ -8102,6 +8102,9 @@ def delete_imported(cloud: Cloud, record: RunRecord, journal: Journal, screen: S
             for id in act.facts.get("ids") or lost_ids(catalog, act, patience, others)]
     made = [(act, id) for act, id in made if not record.has_done(f"delete {act.facts['kind']} {id}")]
     ours = {id for _, id in made}
+    whole = {id for act, _ in made for id, request in zip(act.facts.get("ids", ()), act.facts["requests"], strict=False)
+             if request.get("security_group_id") in ours}  # rules go with their groups
+    made = [(act, id) for act, id in made if id not in whole]
     for label, group in itertools.groupby(made, key=lambda one: str(one[0].facts["kind"])):
         rows = [*group]
         with screen.counting(len(rows), f"delete {label}") as show:
