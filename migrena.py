@@ -7980,6 +7980,11 @@ def tell_import(screen: Screen, wanted: Sequence[Resource], *, always: bool = Fa
     for one in wanted:
         for name, there, value in one.differences:
             able = name in one.kind.changeable.split()
+            for rule in there if name == "rules" else ():
+                words = " ".join(str(word) for key, word in rule.items() if key != "id" and word is not None)
+                screen.say(f"  {one}: has a rule that the files do not have: {words}", always=always)
+            if name == "rules":
+                continue
             screen.say(f"  {one}: {name} is {shorten(json.dumps(there), 80)}, the file has "
                        f"{shorten(json.dumps(value), 80)}" + ("" if able else " (cannot be changed)"), always=always)
         if one.omitted:
