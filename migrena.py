@@ -6938,6 +6938,8 @@ class Catalog:
             if raw.get(key):
                 raise Unseen(f"{what}, which the files have no place for")
         params = {name: in_stable_order(raw.get(api)) for name, api in kind.columns.items()}
+        if label == "subnet":
+            params["dns_nameservers"] = raw.get("dns_nameservers")  # the first is asked first
         if label == "server group" and not params["policy"]:  # before microversion 2.64
             params["policy"] = next(iter(raw.get("policies") or ()), None)
         if label == "image":
@@ -7112,7 +7114,7 @@ def export_resources(call: Call, settings: Settings, undo: Undo, report: Report)
             fnmatch.fnmatchcase(name, settings.only_names) for name in names_of(one))]
     for line in lost:
         screen.warn(f"left out: {line}")
-    for label in types:
+    for label in types or IN_FILES:
         if label in catalog.hidden:
             screen.warn(f"{label}s are not shown to these credentials: {catalog.hidden[label]}")
     counts = write_files(Path(settings.folder), resources, may_replace=settings.yes, has_rules=(
@@ -7345,6 +7347,8 @@ class Resolver:
             pending = [other for other in pending if (other.params.get("domain_ref") or {}).get("name") == domain]
         if RESOURCE_TYPES[label].is_owned and ref.get("project_name"):
             there, pending = self._of_project(ref, one, there, pending)
+        if label == "project" and there:  # the same as the files have
+            pending = []
         found: dict[str, str | Resource] = {str(raw["id"]): str(raw["id"]) for raw in there}
         found |= {other.id or other.place: other.id or other for other in pending}
         if len(found) != 1:
@@ -7431,6 +7435,9 @@ def plan_import(resolver: Resolver, settings: Settings, wanted: Sequence[Resourc
                 if "block-storage" in (one.kind.service, one.params.get("service")) and not cloud.has_volumes:
                     one.result = "omitted, since this cloud has no Cinder"
                     continue
+                if why := resolver.catalog.hidden.get(label):
+                    raise Refused(f"{one} ({one.place}): what is there is not shown: {why}",
+                                  "use an admin's credentials")
                 one.refs = resolved_refs(resolver, one)
                 one.owner = resolver.owner(one)
                 if first := seen.get((label, key_of_wanted(one))):
@@ -7453,7 +7460,7 @@ def tell_surplus(catalog: Catalog, wanted: Sequence[Resource]) -> None:
         if more:
             group.differences.append(("rules", [{key: raw.get(key) for key in (
                 "id", "direction", "ethertype", "protocol", "port_range_min", "port_range_max", "remote_ip_prefix",
-                "remote_group_id")} for raw in more], []))
+                "remote_group_id", "remote_address_group_id", "description")} for raw in more], []))
             group.result = "differs"
 
 
@@ -7598,7 +7605,7 @@ def make_all(run: Import) -> None:
         if not (due := run.due(label)):
             continue
         problems = list[Reason]()
-        for one in due:  # what it needs may not have been made
+        for one in due if label != "project" else ():  # what it needs may not have been made
             with collecting(problems):
                 body_of(one, run.settings, "")
                 continue
@@ -7848,6 +7855,8 @@ def change_all(run: Import) -> None:
                 refs = {name: [*map(id_of, value)] if isinstance(value, list) else id_of(value)
                         for name, value in one.refs.items() if name in able}
                 new = {**able, **refs}
+                if "access_refs" in new:  # others keep theirs: the file may know of one project alone
+                    new["access_refs"] = sorted({*(was["access_refs"] or ()), *new["access_refs"]})
                 with run.journal.act(f"change {one.label} {one.id}", what=one.label, new=new, was=was):
                     change_resource(run.cloud, one.label, one.id, new, was)
             one.result, one.differences = "changed", [row for row in one.differences if row[0] not in able]
@@ -7880,7 +7889,8 @@ def change_resource(cloud: Cloud, label: str, id: str, new: Mapping[str, Any], w
             for rule in value or ():
                 with ignoring(409):
                     cloud.ask(what, "network", "POST", "/security-group-rules", {"security_group_rule": {
-                        "security_group_id": id, **{key: rule[key] for key in rule if key != "id" and rule[key]}}})
+                        "security_group_id": id, **{key: one for key, one in rule.items()
+                                                    if key != "id" and one not in (None, "")}}})
         elif name == "external_gateway_refinfo":
             body["external_gateway_info"] = {"network_id": value} if value else None
         else:
@@ -7981,7 +7991,7 @@ def tell_import(screen: Screen, wanted: Sequence[Resource], *, always: bool = Fa
         for name, there, value in one.differences:
             able = name in one.kind.changeable.split()
             for rule in there if name == "rules" else ():
-                words = " ".join(str(word) for key, word in rule.items() if key != "id" and word is not None)
+                words = " ".join(str(word) for key, word in rule.items() if key != "id" and word not in (None, ""))
                 screen.say(f"  {one}: has a rule that the files do not have: {words}", always=always)
             if name == "rules":
                 continue
@@ -8157,9 +8167,15 @@ def delete_resource(cloud: Cloud, act: Step, id: str, ours: Collection[str], jou
         with journal.act(what, id=id), ignoring(404):
             if label == "router interface":
                 router = cloud.ask(what, "network", "GET", path)["port"]["device_id"]
-                if router in ours:
+                remove = partial(cloud.ask, what, "network", "PUT", f"/routers/{router}/remove_router_interface",
+                                 {"port_id": id})
+                try:
+                    remove()
+                except CloudError as error:
+                    if router not in ours or "required by one or more routes" not in str(error):
+                        raise
                     cloud.ask(what, "network", "PUT", f"/routers/{router}", {"router": {"routes": []}})
-                cloud.ask(what, "network", "PUT", f"/routers/{router}/remove_router_interface", {"port_id": id})
+                    remove()
             elif label == "image":
                 cloud.store.delete(id)
             elif label == "project":  # its default group would be left without an owner

@@ -367,3 +367,31 @@ def test_what_is_not_in_the_form_of_the_files_is_refused(tmp_path: Path, label: 
 def test_a_date_in_a_file_is_text(tmp_path: Path) -> None:
     (tmp_path / "x.yml").write_text(f"resources: [{{type: {IN_FILES['network'].type}, params: {{name: app, description: 2026-11-28}}}}]")
     assert read_files([str(tmp_path)], [])[0].params["description"] == "2026-11-28"
+
+
+def test_a_list_that_is_not_shown_is_not_taken_for_empty() -> None:
+    catalog = Known()
+    catalog.hidden["role assignment"] = "403"
+    one = wanted("role assignment", {"project_ref": to("shop", project_name=None, domain_name="Default"),
+                                     "role_ref": to("member"), "user_ref": to("%auth%")})
+    (said,) = planned(catalog, one)
+    assert "what is there is not shown: 403" in said
+
+
+def test_a_child_of_a_project_that_is_there_and_in_the_files_is_no_riddle() -> None:
+    default = to("Default", project_name=None, domain_name=None)
+    child = wanted("project", {"name": "a", "domain_ref": default, "parent_ref": to("shop", project_name=None, domain_name="Default")})
+    assert planned(Known(), child, wanted("project", {"name": "shop", "domain_ref": default}, 2)) == [] and child.refs["parent_ref"] == OWN
+
+
+def test_rules_come_back_as_they_were_and_access_is_only_added() -> None:
+    catalog = Known()
+    rule = {"id": "1", "direction": "ingress", "protocol": "icmp", "port_range_min": 0, "port_range_max": 0, "remote_address_group_id": "a",
+            "remote_ip_prefix": None, "description": ""}
+    migrena.change_resource(catalog.cloud, "security group", "g", {"rules": [rule]}, {"rules": []})
+    assert catalog.asked == [("POST", "/security-group-rules", {"security_group_rule": {
+        "security_group_id": "g", "direction": "ingress", "protocol": "icmp", "port_range_min": 0, "port_range_max": 0,
+        "remote_address_group_id": "a"}})]
+    subnet = {"id": "s", "name": "s", "network_id": "id-app", "project_id": OWN, "dns_nameservers": ["8.8.8.8", "10.0.0.53"]}
+    told = Known(network=[a_network("app")]).described("subnet", subnet)["params"]
+    assert told["dns_nameservers"] == ["8.8.8.8", "10.0.0.53"]
