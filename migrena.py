@@ -765,7 +765,6 @@ class Call:
         return merge_settings({**(kept or {}), **self.flags}, self.environment, self.config)
 
 
-NAMES_OF_SIDES: Final = {"src": "source", "dst": "destination"}
 # Keys of a credentials dictionary that are for the session or the clients, not for the auth plugin.
 SESSION_KEYS: Final = (
     "region_name", "interface", "endpoint_type", "verify", "insecure", "cacert", "cert", "key", "timeout", "auth_type")
@@ -6617,6 +6616,7 @@ def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Clou
 
 AUTH: Final = "%auth%"  # in OS Migrate's files: the project, domain or user of the credentials in use
 FORMAT_VERSION: Final = "1.0.5"  # of OS Migrate, whose files these are
+ASSIGNMENT: Final = "{project_id}/users/{user_id}/roles/{role_id}"  # a role of a user in a project, as its path
 DEFAULT_GROUP: Final = "default"  # the security group that every project has
 PROTOCOLS: Final = {"1": "icmp", "6": "tcp", "17": "udp", "58": "ipv6-icmp", "icmpv6": "ipv6-icmp"}
 INTERFACE_OWNERS: Final = (
@@ -6663,6 +6663,10 @@ class ResourceType:
     def columns(self) -> dict[str, str]:
         """The API's names by those of the files' params."""
         return pairs_in(self.params)
+
+    def api(self, name: str) -> str:
+        """The API's field for a name in params."""
+        return self.references.get(name, (self.columns.get(name, name), ""))[0]
 
     @property
     def references(self) -> dict[str, tuple[str, str]]:
@@ -6763,6 +6767,7 @@ RESOURCE_TYPES: Final = {one.label: one for one in (  # in the order in which th
                  "network_ref=network_id:network", "device_ref network_ref fixed_ips_refs",
                  query="?" + "&".join(f"device_owner={one}" for one in INTERFACE_OWNERS), parent="device_ref"))}
 IN_FILES: Final = {label: kind for label, kind in RESOURCE_TYPES.items() if kind.type}
+LABELS: Final = {kind.type: label for label, kind in IN_FILES.items()}
 
 
 class Unseen(CloudError):
@@ -6801,10 +6806,6 @@ class Catalog:
         if len(self._by_id.get(label, ())) < len(self.all(label)):
             self._by_id[label] = {str(raw.get("id")): raw for raw in self.all(label)}
         return self._by_id.get(label, {}).get(str(id))
-
-    def add(self, label: str, raw: dict[str, Any]) -> None:
-        """Adds what was just made."""
-        self.all(label).append(raw)
 
     def _list(self, label: str) -> list[dict[str, Any]]:
         kind, cloud = RESOURCE_TYPES[label], self.cloud
@@ -7055,8 +7056,8 @@ def write_files(folder: Path, resources: Sequence[Mapping[str, Any]], *, may_rep
     import yaml
 
     rules = RESOURCE_TYPES["security group rule"]
-    by_type = {kind.type: kind for kind in IN_FILES.values()}
-    files = {by_type[type].file: [*ones] for type, ones in itertools.groupby(resources, key=lambda one: one["type"])}
+    by_type = itertools.groupby(resources, key=lambda one: one["type"])
+    files = {IN_FILES[LABELS[type]].file: [*ones] for type, ones in by_type}
     files |= {rules.file: files.get(rules.file, [])} if has_rules else {}  # that there are none is said, too
     if there := [] if may_replace else [name for name in files if (folder / name).exists()]:
         raise Refused(f"{folder} has {', '.join(there)} already", "name another --folder, or --yes replaces them")
@@ -7090,17 +7091,18 @@ def export_resources(call: Call, settings: Settings, undo: Undo, report: Report)
             settings.needed_for and settings.types):
         raise UsageError("--project, --all-projects and --for exclude each other, and --for chooses the types",
                          "give one of them")
-    side, screen, lost = settings.cloud or "src", undo.screen, list[str]()
-    settings = replace(settings, dst_project="")
+    screen, lost = undo.screen, list[str]()
     try:
         types = parse_types(settings.types)
     except ValueError as error:
         raise UsageError(str(error), "see ./migrena.py export --help") from error
     with screen.timed("Survey"), refusing():
-        cloud = Cloud(NAMES_OF_SIDES.get(side, side), credentials(side, settings, call.environment))
-        catalog = Catalog(cloud, project_called(Catalog(cloud), settings.project) if settings.project else "")
+        cloud, creds = cloud_of_files(call, settings, "src")
+        catalog = Catalog(cloud)
+        if settings.project:
+            catalog.project = project_called(catalog, settings.project)
         if catalog.project != cloud.identity["project"] and not cloud.sees_hosts():  # who is no admin must be in it
-            cloud = Cloud(cloud.label, in_project(credentials(side, settings, call.environment), catalog.project))
+            cloud = Cloud(cloud.label, in_project(creds, catalog.project))
             catalog = Catalog(cloud)
         catalog.is_whole = settings.all_projects
         if settings.needed_for:
@@ -7124,6 +7126,13 @@ def export_resources(call: Call, settings: Settings, undo: Undo, report: Report)
     report.resources = [{"type": one["type"], "name": shown_key(one), "result": "exported"} for one in resources]
     report.result, report.api_calls = "done", {cloud.label: cloud.calls}
     return 0
+
+
+def cloud_of_files(call: Call, settings: Settings, default: str) -> tuple[Cloud, dict[str, Any]]:
+    """The cloud that is exported from or imported into, in the project of its credentials, and these."""
+    side = settings.cloud or default
+    creds = credentials(side, replace(settings, dst_project=""), call.environment)
+    return Cloud({"src": "source", "dst": "destination"}.get(side, side), creds), creds
 
 
 def names_of(data: Mapping[str, Any]) -> list[str]:
@@ -7189,7 +7198,7 @@ def read_files(names: Sequence[str], problems: list[Reason]) -> list[Resource]:
     """The resources in these files, and in all files of these folders. Raises UsageError for what is not readable."""
     import yaml
 
-    labels, found = {kind.type: label for label, kind in IN_FILES.items()}, list[Resource]()
+    found = list[Resource]()
     paths = [path for name in names for path in (
         sorted(Path(name).glob("*.yml")) if Path(name).is_dir() else [Path(name)])]
     if not paths:
@@ -7203,10 +7212,10 @@ def read_files(names: Sequence[str], problems: list[Reason]) -> list[Resource]:
         if not isinstance(listed, list):
             raise UsageError(f"{path} is not a file of resources", "see what ./migrena.py export writes")
         for number, one in enumerate(plain(listed), 1):
-            place, label = f"{path}, number {number}", labels.get(one.get("type", "") if isinstance(one, dict) else "")
+            place, label = f"{path}, number {number}", LABELS.get(one.get("type", "") if isinstance(one, dict) else "")
             if not (label and isinstance(one.get("params"), dict)):
                 problems.append(Reason(f"{place}: its type is unknown, or it has no params",
-                                       f"take it out; known: {', '.join(labels)}"))
+                                       f"take it out; known: {', '.join(LABELS)}"))
             elif wrong := misformed(IN_FILES[label], one["params"]):
                 problems.append(Reason(f"{place}: {wrong}", "see what ./migrena.py export writes"))
             else:
@@ -7278,7 +7287,7 @@ def scalar(api: str, value: Any) -> Any:
 def key_of_raw(catalog: Catalog, label: str, raw: Mapping[str, Any]) -> tuple[Any, ...]:
     """What tells a resource in a cloud from others of its type."""
     kind = RESOURCE_TYPES[label]
-    apis = [kind.references.get(name, (kind.columns.get(name, name), ""))[0] for name in kind.key.split()]
+    apis = [kind.api(name) for name in kind.key.split()]
     owner = catalog.owner(raw) if kind.is_owned and not kind.parent else ""
     return (owner, *(normal(scalar(api, raw.get(api))) for api in apis))
 
@@ -7287,9 +7296,8 @@ def key_of_wanted(one: Resource) -> tuple[Any, ...]:
     """The same of a resource of the files; what is to be made stands for its id."""
     kind, values = one.kind, list[Any]()
     for name in kind.key.split():
-        api, _ = kind.references.get(name, (kind.columns.get(name, name), ""))
         value = one.refs[name] if name in one.refs else one.params.get(name)
-        values.append((value.id or value) if isinstance(value, Resource) else normal(scalar(api, value)))
+        values.append((value.id or value) if isinstance(value, Resource) else normal(scalar(kind.api(name), value)))
     owner = one.owner if kind.is_owned and not kind.parent else ""
     return (owner.id or owner if isinstance(owner, Resource) else owner, *values)
 
@@ -7397,8 +7405,8 @@ def resolved_refs(resolver: Resolver, one: Resource) -> dict[str, Any]:
     for name, (_, of) in one.kind.references.items():
         value = one.params.get(name)
         if name == "fixed_ips_refs":
-            network, cloud = resolver.find("network", one.params.get("network_ref"), one), resolver.catalog
-            refs[name] = [{"ip_address": ip["ip_address"], "subnet_id": subnet_of(cloud, resolver, network, ip, one)}
+            network = resolver.find("network", one.params.get("network_ref"), one)
+            refs[name] = [{"ip_address": ip["ip_address"], "subnet_id": subnet_of(resolver, network, ip, one)}
                           for ip in value or ()]
         elif name == "external_gateway_refinfo":
             refs[name] = resolver.find(of, (value or {}).get("network_ref"), one)
@@ -7409,11 +7417,10 @@ def resolved_refs(resolver: Resolver, one: Resource) -> dict[str, Any]:
     return refs
 
 
-def subnet_of(catalog: Catalog, resolver: Resolver, network: str | Resource, ip: Mapping[str, Any],
-              one: Resource) -> str | Resource:
+def subnet_of(resolver: Resolver, network: str | Resource, ip: Mapping[str, Any], one: Resource) -> str | Resource:
     """The subnet of a network that an address is of: subnets often have no name. Raises Refused."""
     address = ipaddress.ip_address(ip["ip_address"])
-    there = [str(raw["id"]) for raw in catalog.all("subnet")
+    there = [str(raw["id"]) for raw in resolver.catalog.all("subnet")
              if raw["network_id"] == network and address in ipaddress.ip_network(raw["cidr"])]
     pending = [other for others in resolver.pending.values() for other in others if other.label == "subnet"
                and other.refs.get("network_ref") == network and address in ipaddress.ip_network(other.params["cidr"])]
@@ -7499,7 +7506,7 @@ def differences_of(one: Resource, raw: Mapping[str, Any], settings: Settings) ->
 
 def value_in(kind: ResourceType, raw: Mapping[str, Any], name: str) -> Any:
     """What the API has for a name in params: of a reference the id."""
-    api = kind.references.get(name, (kind.columns.get(name, name), ""))[0]
+    api = kind.api(name)
     found = raw.get(api)
     return (found or {}).get("network_id") if api == "external_gateway_info" else found
 
@@ -7571,10 +7578,6 @@ class Import:
     def cloud(self) -> Cloud:
         return self.scopes.catalog.cloud
 
-    def due(self, label: str) -> list[Resource]:
-        """Those of a type that are to be made."""
-        return due_of(self.wanted, label)
-
 
 def due_of(wanted: Sequence[Resource], label: str) -> list[Resource]:
     """Those of a type that are to be made."""
@@ -7602,7 +7605,7 @@ def at_once(parallel: int, acts: Sequence[Callable[[], T]], done: Callable[[int]
 def make_all(run: Import) -> None:
     """Makes what the destination lacks, type by type; raises the first error, or with --keep-going goes on."""
     for label in IN_FILES:
-        if not (due := run.due(label)):
+        if not (due := due_of(run.wanted, label)):
             continue
         problems = list[Reason]()
         for one in due if label != "project" else ():  # what it needs may not have been made
@@ -7610,7 +7613,7 @@ def make_all(run: Import) -> None:
                 body_of(one, run.settings, "")
                 continue
             one.result = "not made"
-        parts = [*batches(label, run.due(label))]
+        parts = [*batches(label, due_of(run.wanted, label))]
         with run.screen.step(f"Create {len(due)} {label}{'s' if len(due) > 1 else ''}."), run.screen.counting(
                 len(parts), label) as show:
             results = at_once(1 if label in ("image", "project") else run.settings.parallel, [
@@ -7695,14 +7698,10 @@ def make_by_post(run: Import, ones: Sequence[Resource], bodies: list[dict[str, A
 
 def complete(run: Import, one: Resource, raw: Mapping[str, Any]) -> None:
     """Sets what a new resource does not take when it is made."""
-    cloud, kind, params = run.cloud, one.kind, one.params
-    if kind.service == "network" and params.get("tags"):
-        cloud.ask(f"tag {one}", "network", "PUT", f"{kind.path}/{one.id}/tags", {"tags": params["tags"]})
-    if specs := params.get("extra_specs"):
-        path = f"{kind.path}/{one.id}/{'os-extra_specs' if one.label == 'flavor' else 'extra_specs'}"
-        cloud.ask(f"set extra specs of {one}", kind.service, "POST", path, {"extra_specs": specs})
-    for project in map(id_of, one.refs.get("access_refs") or ()):
-        grant_access(cloud, one, project)
+    cloud = run.cloud
+    later = {name: one.params[name] for name in ("tags", "extra_specs") if one.params.get(name)}
+    later |= {"access_refs": [*map(id_of, ids)]} if (ids := one.refs.get("access_refs")) else {}
+    change_resource(cloud, one.label, one.id, later, dict.fromkeys(later))
     if one.label == "project":
         for role in own_roles(run.scopes.catalog):
             path = f"/projects/{one.id}/users/{cloud.user}/roles/{role}"
@@ -7717,14 +7716,6 @@ def own_roles(catalog: Catalog) -> list[str]:
     cloud = catalog.cloud
     return [one["role_id"] for one in catalog.all("role assignment") if one["user_id"] == cloud.user
             and one["project_id"] == cloud.identity["project"]] or cloud.roles
-
-
-def grant_access(cloud: Cloud, one: Resource, project: str) -> None:
-    """Gives a project access to a private flavor or volume type."""
-    act = {"addTenantAccess": {"tenant": project}} if one.label == "flavor" else {
-        "addProjectAccess": {"project": project}}
-    with ignoring(409):
-        cloud.ask(f"give access to {one}", one.kind.service, "POST", f"{one.kind.path}/{one.id}/action", act)
 
 
 def settle_first_rules(run: Import, group: Resource, rules: Iterable[Mapping[str, Any]]) -> None:
@@ -7746,8 +7737,7 @@ def set_routes(run: Import) -> None:
     """Sets the static routes of new routers, once they have their interfaces."""
     for one in run.wanted:
         if one.label == "router" and one.result == "created" and one.params.get("routes"):
-            run.cloud.ask(f"set routes of {one}", "network", "PUT", f"/routers/{one.id}",
-                          {"router": {"routes": one.params["routes"]}})
+            change_resource(run.cloud, one.label, one.id, {"routes": one.params["routes"]}, {"routes": None})
 
 
 Made = list[dict[str, Any]]
@@ -7785,7 +7775,7 @@ def make_key(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]
 
 def make_assignment(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
     """A role of a user in a project; its path is its id."""
-    path = "{project_id}/users/{user_id}/roles/{role_id}".format(**bodies[0])
+    path = ASSIGNMENT.format(**bodies[0])
     run.cloud.ask(f"assign {ones[0]}", "identity", "PUT", f"/projects/{path}")
     return [{"id": path}]
 
@@ -7837,7 +7827,6 @@ def make_security_groups(run: Import, ones: Sequence[Resource], bodies: list[dic
 MAKERS: Final[Mapping[str, Maker]] = {
     "router interface": make_interface, "key pair": make_key, "role assignment": make_assignment, "quota": make_quota,
     "server group": make_group, "image": make_image, "security group": make_security_groups}
-CHANGES: Final = ("PUT", "PATCH")
 
 
 def change_all(run: Import) -> None:
@@ -7881,7 +7870,8 @@ def change_resource(cloud: Cloud, label: str, id: str, new: Mapping[str, Any], w
             about, word = ("tenant", "Tenant") if label == "flavor" else ("project", "Project")
             for project in now ^ then:
                 act = f"{'add' if project in now else 'remove'}{word}Access"
-                cloud.ask(what, kind.service, "POST", f"{path}/action", {act: {about: project}})
+                with ignoring(*([409] if project in now else [])):  # it has access already
+                    cloud.ask(what, kind.service, "POST", f"{path}/action", {act: {about: project}})
         elif name == "rules":  # that the files do not have, or that they had
             for rule in was[name] or ():
                 with ignoring(404):
@@ -7894,7 +7884,7 @@ def change_resource(cloud: Cloud, label: str, id: str, new: Mapping[str, Any], w
         elif name == "external_gateway_refinfo":
             body["external_gateway_info"] = {"network_id": value} if value else None
         else:
-            body[kind.references.get(name, (kind.columns.get(name, name), ""))[0]] = value
+            body[kind.api(name)] = value
     if label == "image":
         if refused := cloud.store.describe(id, body):
             raise cloud.error(f"{what}: Glance does not accept {', '.join(refused)}")
@@ -7942,8 +7932,8 @@ def edited(image: Image, one: Resource) -> Image:
     said = {api: one.params[name] for name, api in one.kind.columns.items()
             if name in one.params and name not in ("hash_algo", "hash_value", "disk_format", "container_format")}
     properties = one.params.get("properties")
-    known = {*NOT_CARRIED, *image.facts} - {*one.kind.columns.values()} if properties is None else NOT_CARRIED
-    kept = {key: value for key, value in image.facts.items() if key in known or key in one.kind.columns.values()}
+    kept = {key: value for key, value in image.facts.items()
+            if properties is None or key in NOT_CARRIED or key in one.kind.columns.values()}
     return Image.of({**kept, **(properties or {}), **said})
 
 
@@ -8001,14 +7991,13 @@ def tell_import(screen: Screen, wanted: Sequence[Resource], *, always: bool = Fa
             screen.warn(f"{one}: omitted, since this cloud does not know it: {', '.join(one.omitted)}")
 
 
-def import_resources(call: Call, settings: Settings, undo: Undo, report: Report, catalog: Catalog,
+def import_resources(call: Call, settings: Settings, undo: Undo, report: Report, scopes: Scopes,
                      wanted: Sequence[Resource], problems: list[Reason], *, has_rules: bool) -> str:
     """Makes what the destination lacks of these, as a run of its own; returns that, or nothing if nothing was made.
 
     Raises Refused with all reasons before anything is made. A failure removes what was made.
     """
-    folder, screen, id, creds = state_folder(settings, call.environment), undo.screen, new_run(), credentials(
-        settings.cloud or "dst", settings, call.environment)
+    folder, screen, id, catalog = state_folder(settings, call.environment), undo.screen, new_run(), scopes.catalog
     with ExitStack() as stack:
         if not settings.dry_run:  # before the survey, so that its results stay valid
             await_turn(stack, folder, catalog.cloud, id, screen)
@@ -8016,7 +8005,7 @@ def import_resources(call: Call, settings: Settings, undo: Undo, report: Report,
             read_lists(settings, catalog, wanted)
             problems += plan_import(Resolver(catalog, settings, wanted), settings, wanted, has_rules=has_rules)
             source, images = plan_images(call, settings, catalog.cloud, wanted, problems)
-            problems += refuse_projects(scopes := Scopes(catalog, creds), wanted)
+            problems += refuse_projects(scopes, wanted)
         if problems:
             raise Refused.of(problems)
         report.resources = rows_of(wanted)
@@ -8087,13 +8076,13 @@ def begin_import(folder: Path, id: str, settings: Settings, cloud: Cloud, wanted
 
 def import_files(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     """The subcommand `import`: makes in the destination what the files have and it lacks."""
-    problems, side, settings = list[Reason](), settings.cloud or "dst", replace(settings, dst_project="")
+    problems = list[Reason]()
     wanted = read_files(settings.files, problems)
     with refusing():
-        cloud = Cloud(NAMES_OF_SIDES.get(side, side), credentials(side, settings, call.environment))
+        cloud, creds = cloud_of_files(call, settings, "dst")
     cloud.tell = undo.screen.note
     try:
-        id = import_resources(call, settings, undo, report, Catalog(cloud), wanted, problems,
+        id = import_resources(call, settings, undo, report, Scopes(Catalog(cloud), creds), wanted, problems,
                               has_rules=has_rules_in(settings.files) or any(
                                   one.label == "security group rule" for one in wanted))
     finally:
@@ -8137,7 +8126,7 @@ def lost_ids(catalog: Catalog, act: Step, patience: float, others: Collection[st
     if act.facts.get("refused") or act.result == "done" or label in ("image", "quota"):
         return []
     if label == "role assignment":
-        return ["{project_id}/users/{user_id}/roles/{role_id}".format(**request) for request in act.facts["requests"]]
+        return [ASSIGNMENT.format(**request) for request in act.facts["requests"]]
     keys = {json.dumps(key) for key in act.facts.get("keys", ())}
     began = datetime.fromisoformat(act.began) - timedelta(minutes=5)  # clocks differ
     while True:
@@ -8215,9 +8204,9 @@ def users_of(cloud: Cloud, act: Step, id: str, ours: Collection[str]) -> str:
     if label in ("user", "project"):
         which = "user.id" if label == "user" else "scope.project.id"
         told = cloud.listed("identity", f"/role_assignments?{which}={id}", "role_assignments")
-        more = [one for one in told if "{}/users/{}/roles/{}".format(
-            one.get("scope", {}).get("project", {}).get("id"), one.get("user", {}).get("id"), one["role"]["id"])
-            not in ours and one.get("user", {}).get("id") != cloud.user]
+        more = [one for one in told if ASSIGNMENT.format(
+            project_id=one.get("scope", {}).get("project", {}).get("id"), user_id=one.get("user", {}).get("id"),
+            role_id=one["role"]["id"]) not in ours and one.get("user", {}).get("id") != cloud.user]
         if more:
             return f"somebody gave it {len(more)} more roles"
     if label == "key pair":
@@ -10679,7 +10668,7 @@ def bring_surroundings(call: Call, settings: Settings, undo: Undo, report: Repor
     lost = list[str]()
     with undo.screen.timed("Survey"), refusing():
         source = Cloud("source", credentials("src", settings, call.environment))
-        there = Cloud("destination", credentials("dst", replace(settings, dst_project=""), call.environment))
+        there, creds = cloud_of_files(call, settings, "dst")
         server = source.server(settings.src_uid)
         catalog = Catalog(source, str(server.facts["tenant_id"]))
         project = source.project_name(catalog.project) if settings.dst_project == "same" else settings.dst_project
@@ -10688,10 +10677,9 @@ def bring_surroundings(call: Call, settings: Settings, undo: Undo, report: Repor
         found = described_all(catalog, (one for one in needed_by(catalog, server, lost) if one[0] in labels), lost)
     for line in lost:
         undo.screen.warn(f"left out: {line}")
-    by_type = {kind.type: label for label, kind in IN_FILES.items()}
-    wanted = [Resource(by_type[one["type"]], one, f"source, number {number}") for number, one in enumerate(found, 1)]
-    run = import_resources(call, replace(settings, project=project, cloud="dst", dst_project=""), undo, report,
-                           Catalog(there), wanted, [], has_rules=True)
+    wanted = [Resource(LABELS[one["type"]], one, f"source, number {number}") for number, one in enumerate(found, 1)]
+    run = import_resources(call, replace(settings, project=project, cloud="dst"), undo, report,
+                           Scopes(Catalog(there), creds), wanted, [], has_rules=True)
     undo.has_begun = False  # the copy can be interrupted again
     return run
 
@@ -11312,10 +11300,9 @@ def undo_image(record: RunRecord, cloud: Cloud, journal: Journal, undo: Undo, re
 def undo_import(call: Call, settings: Settings, record: RunRecord, journal: Journal, undo: Undo,
                 report: Report) -> int:
     """Removes what an import has made, as far as nobody uses it, and takes back what it changed."""
-    side, report.run = settings.cloud or "dst", record.run
+    report.run = record.run
     with refusing():
-        cloud = Cloud(NAMES_OF_SIDES.get(side, side), credentials(side, replace(settings, dst_project=""),
-                                                                 call.environment))
+        cloud, _ = cloud_of_files(call, settings, "dst")
     cloud.tell = undo.screen.note
     require_same_clouds(record, [cloud])
     if settings.dry_run:
