@@ -6767,6 +6767,7 @@ RESOURCE_TYPES: Final = {one.label: one for one in (  # in the order in which th
                  "network_ref=network_id:network", "device_ref network_ref fixed_ips_refs",
                  query="?" + "&".join(f"device_owner={one}" for one in INTERFACE_OWNERS), parent="device_ref"))}
 IN_FILES: Final = {label: kind for label, kind in RESOURCE_TYPES.items() if kind.type}
+WORKLOAD: Final = "openstack.compute.Server"  # an instance, which the copy itself moves
 LABELS: Final = {kind.type: label for label, kind in IN_FILES.items()}
 
 
@@ -6812,7 +6813,7 @@ class Catalog:
         readers: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
             "image": lambda: [dict(one.facts) for one in cloud.store.all()],
             "project": self._projects, "role assignment": self._assignments, "quota": self._quotas,
-            "key pair": self._key_pairs}
+            "key pair": self._key_pairs, "server group": self._groups}
         if kind.service == "block-storage" and not cloud.has_volumes:
             return []
         try:
@@ -6838,6 +6839,11 @@ class Catalog:
                  "user_id": one["user"]["id"]} for one in told if "user" in one and (
                      "project" in one.get("scope", {}) and "OS-INHERIT:inherited_to" not in one["scope"])]
 
+    def _groups(self) -> list[dict[str, Any]]:
+        kind = RESOURCE_TYPES["server group"]
+        return [{"policy": next(iter(one.get("policies") or ()), None), **one}  # before microversion 2.64
+                for one in self.cloud.listed(kind.service, kind.path + kind.query, kind.many)]
+
     def _quotas(self) -> list[dict[str, Any]]:
         found = list[dict[str, Any]]()
         services = [("compute", "/os-quota-sets/", "quota_set"), ("network", "/quotas/", "quota")]
@@ -6845,10 +6851,15 @@ class Catalog:
         projects = [one for one in self.all("project")
                     if self.is_whole or one["name"] in self.names or one["id"] == self.project]
         for project, (service, path, one) in itertools.product(projects, services):
-            with ignoring(403, 404):
+            try:
                 limits = self.cloud.ask(f"show quotas of {project['name']}", service, "GET", path + project["id"])[one]
-                found.append({"id": "", "project_id": project["id"], "service": service, "limits": {
-                    name: value for name, value in limits.items() if isinstance(value, int)}})
+            except CloudError as error:
+                if error.code not in (403, 404):
+                    raise
+                self.hidden[f"{service} quota"] = str(error)
+                continue
+            found.append({"id": "", "project_id": project["id"], "service": service, "limits": {
+                name: value for name, value in limits.items() if isinstance(value, int)}})
         return found
 
     def _key_pairs(self) -> list[dict[str, Any]]:
@@ -6880,6 +6891,7 @@ class Catalog:
                                                    f"{path}/encryption").get("provider")
         if not raw.get("os-flavor-access:is_public" if is_flavor else "is_public", True):
             access = f"{path}/os-{word.replace('_', '-')}-access"
+            raw["access"] = [self.cloud.identity["project"]]  # or it would not be shown
             with ignoring(403, 404):
                 told = self.cloud.ask(f"show access to {label} {raw['name']}", kind.service, "GET", access)
                 raw["access"] = sorted(
@@ -6929,8 +6941,8 @@ class Catalog:
                 refs[name] = [{"ip_address": one["ip_address"], "subnet_ref": self.ref(of, one["subnet_id"])}
                               for one in value or ()]
             elif name == "external_gateway_refinfo":
-                refs[name] = {"network_ref": self.ref(of, value["network_id"]), **(
-                    {"enable_snat": False} if value.get("enable_snat") is False else {})} if value else None
+                refs[name] = {"network_ref": self.ref(of, value["network_id"]), **{
+                    key: value[key] for key in ("enable_snat",) if key in value}} if value else None
             elif name == "access_refs":
                 refs[name] = [self._project_ref(id) for id in value or () if self.one(of, id)]
             else:
@@ -6941,14 +6953,15 @@ class Catalog:
         params = {name: in_stable_order(raw.get(api)) for name, api in kind.columns.items()}
         if label == "subnet":
             params["dns_nameservers"] = raw.get("dns_nameservers")  # the first is asked first
-        if label == "server group" and not params["policy"]:  # before microversion 2.64
-            params["policy"] = next(iter(raw.get("policies") or ()), None)
         if label == "image":
             params["properties"] = {key: value for key, value in sorted(raw.items()) if key not in (
                 *kind.columns.values(), *NOT_CARRIED, "os_hidden")}
         owner, ours = self.owner(raw, label), dict[str, Any]()
-        if kind.is_owned and owner != self.project and (whose := self.owner_ref(owner))["project_name"]:
-            ours = {"project_ref": whose}
+        if kind.is_owned and owner != self.project:
+            if (whose := self.owner_ref(owner))["project_name"]:
+                ours = {"project_ref": whose}
+            elif self.is_whole and label != "image":  # it would become the importer's
+                raise Unseen(f"its project {owner} is not shown, or deleted" if owner else "it is no project's")
         return {"_info": {name: raw.get(api) for name, api in pairs_in(kind.info).items()},
                 "_migration_params": ours, "params": {**params, **refs}, "type": kind.type}
 
@@ -7047,6 +7060,7 @@ def described_all(catalog: Catalog, chosen_ones: Iterable[tuple[str, dict[str, A
             found.append(catalog.described(label, raw))
         except Unseen as error:
             lost.append(f"{label} {raw.get('name') or raw.get('id')}: {error}")
+        lost += [f"volume type {raw['name']}: its QoS specs"] if raw.get("qos_specs_id") else []
     return sorted(found, key=lambda one: (one["type"], shown_key(one), json.dumps(one["params"], sort_keys=True)))
 
 
@@ -7116,9 +7130,9 @@ def export_resources(call: Call, settings: Settings, undo: Undo, report: Report)
             fnmatch.fnmatchcase(name, settings.only_names) for name in names_of(one))]
     for line in lost:
         screen.warn(f"left out: {line}")
-    for label in types or IN_FILES:
-        if label in catalog.hidden:
-            screen.warn(f"{label}s are not shown to these credentials: {catalog.hidden[label]}")
+    for label, why in catalog.hidden.items():
+        if label in (types or IN_FILES) or label.endswith(" quota"):
+            screen.warn(f"{label}s are not shown to these credentials: {why}")
     counts = write_files(Path(settings.folder), resources, may_replace=settings.yes, has_rules=(
         not settings.only_names and "security group rule" in (types or IN_FILES)))
     for name, count in counts.items():
@@ -7158,8 +7172,9 @@ NOT_COMPARED: Final = ("is_default", "is_domain", "use_default_subnet_pool", "se
 NOT_SENT: Final = (*NOT_COMPARED[:6], "tags", "routes", "extra_specs", "hash_value")
 OFF_BY_DEFAULT: Final = ("is_shared", "is_router_external", "is_ha", "is_distributed", "is_vlan_transparent")
 UNKNOWN: Final = re.compile(
-    r"Unrecognized attribute\(s\) '([^']+)'|Attribute '([^']+)' not allowed|Requested (MTU)|"
-    r"Additional properties are not allowed \('([^']+)'|(AvailabilityZone) \S+ could not be found")
+    r"Unrecognized attribute\(s\) '(?P<names>[^']+)'|Attribute '(?P<more>[^']+)' not allowed|"
+    r"Requested MTU is too big, maximum is (?P<mtu>\d+)|"
+    r"Additional properties are not allowed \('(?P<added>[^']+)'|AvailabilityZone (?P<zone>\S+) could not be found")
 
 
 @dataclass(eq=False)
@@ -7194,8 +7209,11 @@ class Resource:
         return f"{self.label} {shown_key(self.data)}"
 
 
-def read_files(names: Sequence[str], problems: list[Reason]) -> list[Resource]:
-    """The resources in these files, and in all files of these folders. Raises UsageError for what is not readable."""
+def read_files(names: Sequence[str], problems: list[Reason], skipped: list[str]) -> list[Resource]:
+    """The resources in these files, and in all files of these folders; of instances only the names, in `skipped`.
+
+    Raises UsageError for what is not readable.
+    """
     import yaml
 
     found = list[Resource]()
@@ -7213,7 +7231,9 @@ def read_files(names: Sequence[str], problems: list[Reason]) -> list[Resource]:
             raise UsageError(f"{path} is not a file of resources", "see what ./migrena.py export writes")
         for number, one in enumerate(plain(listed), 1):
             place, label = f"{path}, number {number}", LABELS.get(one.get("type", "") if isinstance(one, dict) else "")
-            if not (label and isinstance(one.get("params"), dict)):
+            if isinstance(one, dict) and one.get("type") == WORKLOAD:
+                skipped.append(shown_key({"params": {}, **one}))
+            elif not (label and isinstance(one.get("params"), dict)):
                 problems.append(Reason(f"{place}: its type is unknown, or it has no params",
                                        f"take it out; known: {', '.join(LABELS)}"))
             elif wrong := misformed(IN_FILES[label], one["params"]):
@@ -7280,6 +7300,8 @@ def scalar(api: str, value: Any) -> Any:
     if api == "fixed_ips":
         return tuple(sorted(one["ip_address"] for one in value or ()))
     if api == "remote_ip_prefix":
+        with suppress(ValueError):
+            value = str(ipaddress.ip_network(value, strict=False))
         return None if value in ("0.0.0.0/0", "::/0") else value
     return PROTOCOLS.get(str(value), value) if api == "protocol" else value
 
@@ -7289,7 +7311,8 @@ def key_of_raw(catalog: Catalog, label: str, raw: Mapping[str, Any]) -> tuple[An
     kind = RESOURCE_TYPES[label]
     apis = [kind.api(name) for name in kind.key.split()]
     owner = catalog.owner(raw) if kind.is_owned and not kind.parent else ""
-    return (owner, *(normal(scalar(api, raw.get(api))) for api in apis))
+    more = [raw[name] for name in ("remote_address_group_id",) if raw.get(name)]  # the files have no place for it
+    return (owner, *(normal(scalar(api, raw.get(api))) for api in apis), *more)
 
 
 def key_of_wanted(one: Resource) -> tuple[Any, ...]:
@@ -7409,7 +7432,8 @@ def resolved_refs(resolver: Resolver, one: Resource) -> dict[str, Any]:
             refs[name] = [{"ip_address": ip["ip_address"], "subnet_id": subnet_of(resolver, network, ip, one)}
                           for ip in value or ()]
         elif name == "external_gateway_refinfo":
-            refs[name] = resolver.find(of, (value or {}).get("network_ref"), one)
+            refs[name] = {"network_id": resolver.find(of, value.get("network_ref"), one), **{
+                key: value[key] for key in ("enable_snat",) if value.get(key) is not None}} if value else None
         elif name == "access_refs":
             refs[name] = [resolver.find(of, ref, one) for ref in value or ()]
         else:
@@ -7442,7 +7466,8 @@ def plan_import(resolver: Resolver, settings: Settings, wanted: Sequence[Resourc
                 if "block-storage" in (one.kind.service, one.params.get("service")) and not cloud.has_volumes:
                     one.result = "omitted, since this cloud has no Cinder"
                     continue
-                if why := resolver.catalog.hidden.get(label):
+                hidden = resolver.catalog.hidden
+                if why := hidden.get(label) or hidden.get(f"{one.params.get('service')} {label}"):
                     raise Refused(f"{one} ({one.place}): what is there is not shown: {why}",
                                   "use an admin's credentials")
                 one.refs = resolved_refs(resolver, one)
@@ -7492,23 +7517,44 @@ def differences_of(one: Resource, raw: Mapping[str, Any], settings: Settings) ->
         value, there = one.params.get(name), value_in(one.kind, raw, name)
         if name in known or name not in one.params or (value is None and name != "gateway_ip"):
             continue
+        if one.kind.service in ("compute", "network") and one.kind.api(name) not in raw:
+            one.omitted += [name] if normal(value) is not None else []
+            continue
         if name == "limits":
             known_here = {key for key in value or () if key in (there or {})}
             one.omitted = sorted({*(value or ())} - known_here)
             there, value = ({key: of[key] for key in known_here} for of in (there or {}, value or {}))
-        if normal(value) != normal(there):
+        if not agrees(name, there, value):
             yield name, there, value
     for name in one.kind.references:
-        there, value = value_in(one.kind, raw, name), one.refs[name]
-        if name not in known and name in one.params and normal(there) != normal(value):
+        there = value_in(one.kind, raw, name)
+        if name not in known and name in one.params and not agrees(name, there, one.refs[name]):
             yield name, there, one.params[name]
 
 
 def value_in(kind: ResourceType, raw: Mapping[str, Any], name: str) -> Any:
-    """What the API has for a name in params: of a reference the id."""
+    """What the API has for a name in params: of a reference the id, of a gateway what the files have of it."""
     api = kind.api(name)
     found = raw.get(api)
-    return (found or {}).get("network_id") if api == "external_gateway_info" else found
+    if found and api == "external_gateway_info":
+        return {key: found[key] for key in ("network_id", "enable_snat") if key in found}
+    return found
+
+
+def agrees(name: str, there: Any, value: Any) -> bool:
+    """Whether a value there is another one; of a gateway, as far as this one says."""
+    if name == "external_gateway_refinfo" and there and value:
+        there = {key: there.get(key, one) for key, one in value.items()}
+    return bool(normal(there) == normal(value))
+
+
+def ids_of(value: Any) -> Any:
+    """References with the ids of what is there, or was made by now; none is null. Raises MigrenaError as `id_of`."""
+    if isinstance(value, list):
+        return [ids_of(one) for one in value]
+    if isinstance(value, dict):  # that routers translate addresses is so without being asked for, and an admin's
+        return {key: ids_of(one) for key, one in value.items() if (key, one) != ("enable_snat", True)}
+    return id_of(value) or None if isinstance(value, (str, Resource)) else value
 
 
 def body_of(one: Resource, settings: Settings, own_project: str) -> dict[str, Any]:
@@ -7521,14 +7567,8 @@ def body_of(one: Resource, settings: Settings, own_project: str) -> dict[str, An
                 value is False and name in OFF_BY_DEFAULT):
             body[api] = value
     for name, (api, _) in kind.references.items():
-        value = one.refs.get(name)
-        if name == "fixed_ips_refs":
-            body[api] = [{**ip, "subnet_id": id_of(ip["subnet_id"])} for ip in value or ()]
-        elif name == "external_gateway_refinfo" and value:
-            told = params[name]
-            body[api] = {"network_id": id_of(value), **{key: told[key] for key in ("enable_snat",) if key in told}}
-        elif value and name not in ("access_refs", "external_gateway_refinfo", "device_ref"):
-            body[api] = id_of(value)
+        if (value := one.refs.get(name)) and name not in ("access_refs", "device_ref"):
+            body[api] = ids_of(value)
     if kind.service == "network" and (owner := id_of(one.owner)) != own_project:
         body["project_id"] = owner
     if body.get("stateful"):  # as it is without being asked for
@@ -7684,16 +7724,30 @@ def make_by_post(run: Import, ones: Sequence[Resource], bodies: list[dict[str, A
             told = run.cloud.ask(f"create {kind.label} {ones[0].name}".strip(), kind.service, "POST", kind.path, what)
             return list(told[kind.many]) if len(bodies) > 1 else [told[kind.one]]
         except CloudError as error:
-            match = UNKNOWN.search(str(error))
-            unknown = re.split(r"\W+", next(filter(None, match.groups())).lower()) if match else []
-            unknown += ["availability_zone_hints"] if "availabilityzone" in unknown else []
-            able = {api for name, api in kind.columns.items() if name not in kind.key.split()}
-            keys = {key for body in bodies for key in able & body.keys() if {key, key.partition(":")[2]} & {*unknown}}
-            if not keys or error.code not in (400, 403, 404):
+            if error.code not in (400, 403, 404) or not (omitted := unknown_in(kind, bodies, str(error))):
                 raise
-            for one, body in zip(ones, bodies, strict=True):
-                one.omitted += [key for key in keys if body.pop(key, None) is not None]
+            for number, key in omitted:
+                del bodies[number][key]
+                ones[number].omitted.append(key)
     raise AssertionError("each answer names another attribute")
+
+
+def unknown_in(kind: ResourceType, bodies: Sequence[Mapping[str, Any]], said: str) -> list[tuple[int, str]]:
+    """Which attributes of which of these the API will not have, by its error message."""
+    if not (match := UNKNOWN.search(said)):
+        return []
+    words = {*re.split(r"\W+", (match["names"] or match["more"] or match["added"] or "").lower())} - {""}
+    able = {api for name, api in kind.columns.items() if name not in kind.key.split()}
+
+    def is_meant(key: str, value: Any) -> bool:
+        if key == "mtu" and match["mtu"]:
+            return int(value) > int(match["mtu"])
+        if key == "availability_zone_hints" and match["zone"]:
+            return match["zone"] in value
+        return bool({key, key.partition(":")[2]} & words)
+
+    return [(number, key) for number, body in enumerate(bodies) for key in body
+            if key in able and is_meant(key, body[key])]
 
 
 def complete(run: Import, one: Resource, raw: Mapping[str, Any]) -> None:
@@ -7810,7 +7864,11 @@ def make_image(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any
     """An image with the content of the source's."""
     cloud = run.scopes.in_project(id_of(ones[0].owner))
     assert run.source
-    return [{"id": carry(run.settings, run.journal, run.undo, (run.source, cloud), run.images[ones[0]])}]
+    try:
+        return [{"id": carry(run.settings, run.journal, run.undo, (run.source, cloud), run.images[ones[0]])}]
+    except MigrenaError:
+        delete_carried(cloud, run.journal.path.stem)  # with --keep-going nothing else would
+        raise
 
 
 def make_security_groups(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
@@ -7841,8 +7899,7 @@ def change_all(run: Import) -> None:
             if one.label == "quota":
                 set_limits(run.cloud, id_of(one.refs["project_ref"]), one, run.journal)
             else:
-                refs = {name: [*map(id_of, value)] if isinstance(value, list) else id_of(value)
-                        for name, value in one.refs.items() if name in able}
+                refs = {name: ids_of(value) for name, value in one.refs.items() if name in able}
                 new = {**able, **refs}
                 if "access_refs" in new:  # others keep theirs: the file may know of one project alone
                     new["access_refs"] = sorted({*(was["access_refs"] or ()), *new["access_refs"]})
@@ -7882,7 +7939,7 @@ def change_resource(cloud: Cloud, label: str, id: str, new: Mapping[str, Any], w
                         "security_group_id": id, **{key: one for key, one in rule.items()
                                                     if key != "id" and one not in (None, "")}}})
         elif name == "external_gateway_refinfo":
-            body["external_gateway_info"] = {"network_id": value} if value else None
+            body["external_gateway_info"] = ids_of(value)
         else:
             body[kind.api(name)] = value
     if label == "image":
@@ -8076,8 +8133,10 @@ def begin_import(folder: Path, id: str, settings: Settings, cloud: Cloud, wanted
 
 def import_files(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     """The subcommand `import`: makes in the destination what the files have and it lacks."""
-    problems = list[Reason]()
-    wanted = read_files(settings.files, problems)
+    problems, skipped = list[Reason](), list[str]()
+    wanted = read_files(settings.files, problems, skipped)
+    if skipped:
+        undo.screen.warn(f"instances are not imported, ./migrena.py -s copies them: {', '.join(skipped)}")
     with refusing():
         cloud, creds = cloud_of_files(call, settings, "dst")
     cloud.tell = undo.screen.note
@@ -8188,15 +8247,23 @@ def users_of(cloud: Cloud, act: Step, id: str, ours: Collection[str]) -> str:
         "image": [("compute", f"/servers?all_tenants=1&image={id}", "servers")],
         "network": [("network", f"/subnets?network_id={id}", "subnets")],
         "security group": [("network", f"/security-group-rules?remote_group_id={id}", "security_group_rules")],
-        "project": [*(("network", f"/{kind}?project_id={id}", kind) for kind in ("routers", "floatingips")),
-("compute", f"/servers?all_tenants=1&project_id={id}", "servers"),
+        "project": [("image", f"/v2/images?owner={id}", "images"),
+                    *(("network", f"/{kind}?project_id={id}", kind) for kind in ("routers", "floatingips")),
+                    ("network", f"/security-groups?project_id={id}", "security_groups"),
+                    ("compute", "/os-server-groups?all_projects=True", "server_groups"),
+                    ("compute", f"/servers?all_tenants=1&project_id={id}", "servers"),
                     ("network", f"/ports?project_id={id}", "ports"),
                     ("network", f"/networks?project_id={id}", "networks"),
-                    *([("block-storage", f"/volumes?all_tenants=1&project_id={id}", "volumes")]
-                      if cloud.has_volumes else [])]}
+                    *((("block-storage", f"/{kind}?all_tenants=1&project_id={id}", kind)
+                       for kind in ("volumes", "snapshots")) if cloud.has_volumes else ())]}
     for service, path, key in wholes.get(label, ()):
         with ignoring(404):
-            found = [one for one in cloud.listed(service, path, key) if one["id"] not in ours]
+            found = cloud.listed(service, path, key)
+            if label == "project":  # what of this import is left by now is in use
+                found = [one for one in found if one.get("project_id", id) == id
+                         and (key, one.get("name")) != ("security_groups", DEFAULT_GROUP)]
+            else:
+                found = [one for one in found if one["id"] not in ours]
             if key == "security_group_rules":  # its own go with it
                 found = [one for one in found if one["security_group_id"] not in ours]
             if found:
@@ -8235,7 +8302,8 @@ def take_changes_back(catalog: Catalog, record: RunRecord, problems: list[Reason
                 label, id, new = str(facts["what"]), act.name.rpartition(" ")[2], facts["new"]
                 raw, kind = catalog.one(label, id) or {}, RESOURCE_TYPES[label]
                 now = {name: normal(value_in(kind, raw, name)) for name in new}
-                mine = {name for name, value in new.items() if now[name] == normal(value) or name == "rules"}
+                mine = {name for name, value in new.items() if name == "rules" or agrees(
+                    name, value_in(kind, raw, name), value)}
                 change_resource(cloud, label, id, {name: facts["was"][name] for name in mine}, new)
                 if other := [name for name in new if name not in mine and now[name] != normal(facts["was"][name])]:
                     raise Kept(f"{label} {id}: {', '.join(sorted(other))} was changed since, and is kept")

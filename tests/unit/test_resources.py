@@ -43,6 +43,8 @@ from migrena import (
     reachable,
     read_files,
     take_changes_back,
+    unknown_in,
+    users_of,
     write_files,
 )
 
@@ -215,6 +217,92 @@ def replace_refs(one: Resource, refs: dict[str, Any]) -> Resource:
     return one
 
 
+def test_what_is_no_project_s_or_a_deleted_one_s_does_not_become_the_importer_s() -> None:
+    lost: list[str] = []
+    rows = [a_network("ha", project=""), a_network("orphan", project="gone"), a_network("app"), a_network("core", project=OTHER)]
+    catalog = Known(network=rows)
+    catalog.is_whole = True
+    found = described_all(catalog, [("network", raw) for raw in rows], lost)
+    assert [one["params"]["name"] for one in found] == ["app", "core"]
+    assert "ha: it is no project's" in lost[0] and "project gone is not shown, or deleted" in lost[1]
+
+
+def test_only_those_are_made_without_an_attribute_that_the_api_would_not_have_it_of() -> None:
+    kind = IN_FILES["network"]
+    bodies: list[dict[str, Any]] = [{"name": "a", "mtu": 1400, "availability_zone_hints": ["z1"]},
+              {"name": "b", "mtu": 9000, "availability_zone_hints": ["z2"], "dns_domain": "x."}]
+    assert unknown_in(kind, bodies, "Invalid input for operation: Requested MTU is too big, maximum is 1450.") == [(1, "mtu")]
+    assert unknown_in(kind, bodies, "AvailabilityZone z2 could not be found.") == [(1, "availability_zone_hints")]
+    assert unknown_in(kind, bodies, "Unrecognized attribute(s) 'dns_domain, mtu'") == [(0, "mtu"), (1, "mtu"), (1, "dns_domain")]
+    assert unknown_in(kind, bodies, "Unrecognized attribute(s) 'name'") == unknown_in(kind, bodies, "Quota exceeded") == []
+
+
+def test_whether_a_gateway_translates_addresses_is_compared_where_the_file_says_so() -> None:
+    catalog = Known(network=[a_network("public")], router=[{
+        "id": "r", "name": "gate", "project_id": OWN, "external_gateway_info": {"network_id": "id-public", "enable_snat": False}}])
+    told = catalog.described("router", catalog.all("router")[0])["params"]["external_gateway_refinfo"]
+    assert told["enable_snat"] is False
+
+    def differences(**more: Any) -> list[Any]:
+        one = wanted("router", {"name": "gate", "external_gateway_refinfo": {"network_ref": to("public"), **more}})
+        assert planned(catalog, one) == []
+        return one.differences
+
+    assert differences() == differences(enable_snat=False) == []
+    ((name, there, _),) = differences(enable_snat=True)
+    assert name == "external_gateway_refinfo" and there == {"network_id": "id-public", "enable_snat": False}
+    migrena.change_resource(catalog.cloud, "router", "r", {name: there}, {})
+    migrena.change_resource(catalog.cloud, "router", "r", {name: {**there, "enable_snat": True}}, {})
+    assert [body["router"]["external_gateway_info"] for _, _, body in catalog.asked[-2:]] == [there, {"network_id": "id-public"}]
+
+
+def test_what_this_release_does_not_show_is_omitted_and_no_difference() -> None:
+    old = a_network("app")
+    del old["mtu"]
+    one = wanted("network", {"name": "app", "mtu": 1450, "dns_domain": "", "qos_policy_ref": None})
+    assert planned(Known(network=[old]), one) == [] and one.result == "equal" and one.omitted == ["mtu"]
+    assert migrena.ids_of("") is None
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [
+    ("10.0.0.5", "10.0.0.5/32", True), ("10.0.0.9/24", "10.0.0.0/24", True), ("fd00::1", "fd00::1/128", True), (None, "0.0.0.0/0", True),
+    ("10.0.0.5", "10.0.0.6/32", False)])
+def test_a_rule_for_an_address_is_one_for_its_network(one: str | None, other: str, same: bool) -> None:
+    raw = {"id": "1", "security_group_id": "g", "direction": "ingress", "ethertype": "IPv4", "remote_ip_prefix": other}
+    group = {"id": "g", "name": "web", "project_id": OWN}
+    rule = wanted("security group rule", {
+        "direction": "ingress", "ether_type": "IPv4", "remote_ip_prefix": one, "security_group_ref": to("web")})
+    assert planned(Known(security_group=[group], security_group_rule=[raw]), rule) == [] and (rule.id == "1") is same
+    planned(Known(security_group=[group], security_group_rule=[{**raw, "remote_address_group_id": "a"}]), rule := replace(rule, id=""))
+    assert not rule.id  # what lets fewer addresses in is another one
+
+
+def test_a_project_is_kept_for_whatever_is_left_in_it() -> None:
+    step = Step("create project 1", "", "", "done", {"kind": "project", "ids": ["p"]})
+    for key, facts in (("images", {}), ("snapshots", {}), ("security_groups", {"name": "web"}), ("server_groups", {"project_id": "p"}),
+                       ("security_groups", {"name": "default"}), ("server_groups", {"project_id": "q"})):
+        cloud = SimpleNamespace(has_volumes=True, user="me", listed=lambda service, path, many, key=key, facts=facts: (
+            [{"id": "x", **facts}] if many == key else []))
+        is_use = facts not in ({"name": "default"}, {"project_id": "q"})
+        assert bool(users_of(cast(Cloud, cloud), step, "p", {"p", "x"})) is is_use, (key, facts)
+
+
+def test_who_may_not_see_the_list_of_access_has_it_at_least() -> None:
+    def ask(act: str, service: str, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        raise migrena.CloudError("Forbidden", code=403)
+
+    catalog = Known()
+    cast(Any, catalog.cloud).ask = ask
+    raw = {"id": "f", "name": "small", "os-flavor-access:is_public": False, "extra_specs": {}}
+    catalog._complete("flavor", raw)
+    assert raw["access"] == [OWN]
+    catalog.names = ["shop"]
+    assert catalog._quotas() == [] and "network quota" in catalog.hidden
+    one = wanted("quota", {"service": "network", "limits": {"router": 1}, "project_ref": to("%auth%")})
+    (said,) = planned(catalog, one)
+    assert "what is there is not shown" in said
+
+
 @pytest.mark.parametrize(("text", "said"), [
     ("a: [", "cannot be read"), ("- 1", "is not a file of resources"), ("resources: {}", "is not a file of resources"), (None, "cannot be read")])
 def test_what_is_no_file_of_resources_is_said_to_be_none(tmp_path: Path, text: str | None, said: str) -> None:
@@ -222,18 +310,19 @@ def test_what_is_no_file_of_resources_is_said_to_be_none(tmp_path: Path, text: s
     if text is not None:
         path.write_text(text)
     with pytest.raises(UsageError, match=said):
-        read_files([str(path)], [])
+        read_files([str(path)], [], [])
     (tmp_path / "none").mkdir()
     with pytest.raises(UsageError, match="there are no files"):
-        read_files([str(tmp_path / "none")], [])
+        read_files([str(tmp_path / "none")], [], [])
 
 
 def test_types_that_are_not_known_are_refused_each_with_its_place(tmp_path: Path) -> None:
     (tmp_path / "x.yml").write_text(yaml.safe_dump({"resources": [
-        {"type": "openstack.compute.Server", "params": {}}, "text", {"type": "openstack.network.Network"},
-        {"type": IN_FILES["network"].type, "params": {}}]}))
+        {"type": "openstack.compute.Volume", "params": {}}, "text", {"type": "openstack.network.Network"},
+        {"type": IN_FILES["network"].type, "params": {}}, {"type": "openstack.compute.Server", "params": {"name": "web"}}]}))
     problems: list[Reason] = []
-    assert len(read_files([str(tmp_path)], problems)) == 1
+    skipped: list[str] = []
+    assert len(read_files([str(tmp_path)], problems, skipped)) == 1 and skipped == ["web"]
     assert [problem.problem.partition(": its type")[0].rpartition(" ")[2] for problem in problems] == ["1", "2", "3"]
 
 
@@ -265,6 +354,8 @@ def test_what_somebody_else_uses_is_kept(label: str, path: str) -> None:
     with pytest.raises(Kept, match="theirs"):
         migrena.delete_resource(cast(Any, cloud), act, "one", {"one"}, cast(Any, journal))
     assert deleted == []
+    if label == "project":  # what of the import is left in it by now is in use
+        cloud.listed = lambda service, asked, key: []
     migrena.delete_resource(cast(Any, cloud), act, "one", {"one", "somebody's"}, cast(Any, journal))
     assert len(deleted) == 1
 
@@ -360,13 +451,13 @@ def test_what_an_admin_added_to_a_tenant_s_network_is_the_tenant_s() -> None:
 def test_what_is_not_in_the_form_of_the_files_is_refused(tmp_path: Path, label: str, params: dict[str, Any], said: str) -> None:
     (tmp_path / "x.yml").write_text(yaml.safe_dump({"resources": [{"type": IN_FILES[label].type, "params": params}]}))
     problems: list[Reason] = []
-    found = read_files([str(tmp_path)], problems)
+    found = read_files([str(tmp_path)], problems, [])
     assert (said in problems[0].problem and not found) if said else (problems == [] and found[0].name == "7")
 
 
 def test_a_date_in_a_file_is_text(tmp_path: Path) -> None:
     (tmp_path / "x.yml").write_text(f"resources: [{{type: {IN_FILES['network'].type}, params: {{name: app, description: 2026-11-28}}}}]")
-    assert read_files([str(tmp_path)], [])[0].params["description"] == "2026-11-28"
+    assert read_files([str(tmp_path)], [], [])[0].params["description"] == "2026-11-28"
 
 
 def test_a_list_that_is_not_shown_is_not_taken_for_empty() -> None:
