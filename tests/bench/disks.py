@@ -57,10 +57,12 @@ class Kind:
     held: int = 0  # bytes that the guest wrote
     is_scaled: bool = True
     fragment: int = 0  # bytes of each data and of each hole after it, where all are of one size
+    other_base: str = ""  # what the destination's base is made from, if it is not the source's: then what the guest sees is copied
 
 
 KINDS: Final = {
     "random": Kind("overlay, 2 GiB of random data in scattered extents", "qcow2", 4 * GiB, held=2 * GiB),
+    "guest": Kind("the same, on another base at the destination", "qcow2", 4 * GiB, held=2 * GiB, other_base="other"),
     "half-zeros": Kind("the same, half of it zeros that were written", "qcow2", 4 * GiB, "half", 2 * GiB),
     "sparse": Kind("raw, 20 GiB with 1 GiB of data", "raw", 20 * GiB, held=GiB),
     "usr": Kind("overlay, 2 GiB of a real /usr", "qcow2", 4 * GiB, "usr", 2 * GiB),
@@ -84,6 +86,11 @@ class Disk:
     def path(self) -> str:
         """The file."""
         return self.instance.path
+
+    @property
+    def base_there(self) -> str:
+        """The path of the destination's base."""
+        return BASE + KINDS[self.name].other_base
 
     @property
     def format(self) -> str:
@@ -141,9 +148,9 @@ def make(lab: Lab, name: str, scale: float, seed: str) -> Disk:
     if kind.format == "raw":
         source = source.raw(size)
     else:
-        for host in (lab["src"], lab["dst"]):
-            if host.run("test", "-f", BASE, check=False).returncode:
-                base(host, "bench", path=BASE)
+        for host, content in ((lab["src"], "bench"), (lab["dst"], "bench"), *([(lab["dst"], kind.other_base)] if kind.other_base else [])):
+            if host.run("test", "-f", path := BASE + content.removeprefix("bench"), check=False).returncode:
+                base(host, content, path=path)
         source = source.overlay(BASE, size)
     fill(source, kind.content, seed, places)
     return Disk(name, source, size, source.length, source.allocated)

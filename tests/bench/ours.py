@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.clouds import SizedServers
-from bench.disks import BASE, Disk
+from bench.disks import Disk
 from bench.stage import OPERATOR, GaveUp, Reading, Stage
 from conftest import REPOSITORY
 from hosts.rig import INSTANCES
@@ -35,7 +35,7 @@ def move(stage: Stage, disk: Disk, *words: str) -> tuple[str, dict[str, Any]]:
     (folder / "config.py").chmod(0o600)
     SizedServers(stage.lab, folder / "src", "src").add(disk.id, "web")
     env = {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "MIGRENA_CONFIG": str(folder / "config.py")}
-    clouds = (sys.executable, "-m", "bench.clouds", stage.lab.spec.tag, folder, disk.format, str(disk.size), BASE)
+    clouds = (sys.executable, "-m", "bench.clouds", stage.lab.spec.tag, folder, disk.format, str(disk.size), disk.base_there)
     with stage.started(OPERATOR, *clouds, "-s", disk.id, "-d", "new", "--json", *words, env=env) as process:
         seen = watch(stage, process, folder / "state")
         out, said = process.communicate()

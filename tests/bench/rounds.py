@@ -23,7 +23,7 @@ from hosts.rig import INSTANCES
 from lab.hosts import hosts
 from lab.processes import CLEAN_ENV, PATH, LabError, say
 
-PACKAGES: Final = ("iperf3", "libnbd-bin", "rsync", "curl", "coreutils", "tar")
+PACKAGES: Final = ("iperf3", "libnbd-bin", "rsync", "curl", "coreutils", "openssl", "tar")
 VERSIONS: Final = {"qemu": "qemu-img --version", "nbd-server": "nbd-server --version", "nbdcopy": "nbdcopy --version",
                    "iperf3": "iperf3 --version", "rsync": "rsync --version", "ssh": "ssh -V", "curl": "curl --version"}
 NETWORK: Final = "10.82.7.0/24"

@@ -7,7 +7,7 @@ from typing import Final
 from lab.hosts import Lab
 from lab.processes import command
 
-WIRES: Final = {"unshaped": 0, "1gbit": 1_000_000_000, "100mbit": 100_000_000}  # bits per second
+WIRES: Final = {"unshaped": 0, "10gbit": 10_000_000_000, "1gbit": 1_000_000_000, "100mbit": 100_000_000}  # bits per second
 
 
 def words(device: str, rate: int) -> tuple[str, ...]:
