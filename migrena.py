@@ -64,6 +64,7 @@ import os
 import re
 import runpy
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -78,7 +79,6 @@ import time
 import traceback
 import urllib.parse
 import uuid
-import xml.etree.ElementTree as ElementTree
 import zlib
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -90,6 +90,7 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, TypeVar
+from xml.etree import ElementTree
 
 if TYPE_CHECKING:  # `--help` must not wait for these; each is imported where it is first needed
     import asyncio
@@ -108,9 +109,10 @@ GiB: Final = 1024**3
 ROOT: Final = "root"  # the root disk's key; the names of an instance's disks in journal, report and status
 S = TypeVar("S")
 T = TypeVar("T")
+Facts = Mapping[str, Any]  # what an API or a journal tells
 
 
-# ---- 1. Errors -------------------------------------------------------------------------------------------------------
+# ---- 1. Errors -------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,6 @@ class MigrenaError(Exception):
 
     @classmethod
     def of(cls, reasons: Sequence[Reason]) -> MigrenaError:
-        """One error with all these reasons."""
         error = cls(reasons[0].problem)
         error.reasons = tuple(reasons)
         return error
@@ -220,7 +221,7 @@ def quoted(words: Sequence[str], limit: int = 300) -> str:
     return f"`{shorten(shlex.join(words), limit)}`"
 
 
-# ---- 2. Settings -----------------------------------------------------------------------------------------------------
+# ---- 2. Settings -----------------------------------------------------
 
 
 def parse_size(value: object) -> int:
@@ -232,8 +233,6 @@ def parse_size(value: object) -> int:
 
 
 def one_of(*allowed: str) -> Callable[[object], str]:
-    """A parser that accepts only these words."""
-
     def read(value: object) -> str:
         if value not in allowed:
             raise ValueError(f"is not one of {', '.join(allowed)}{did_you_mean(str(value), allowed)}")
@@ -243,8 +242,6 @@ def one_of(*allowed: str) -> Callable[[object], str]:
 
 
 def matching(form: str, complaint: str, made: Callable[[str], T]) -> Callable[[object], T]:
-    """A parser for values that match this regular expression."""
-
     def read(value: object) -> T:
         if not re.fullmatch(form, str(value)):
             raise ValueError(complaint)
@@ -284,7 +281,6 @@ def parse_new_name(value: object) -> str:
 
 
 def parse_yes_no(value: object) -> bool:
-    """True or False, also from words."""
     word, yes = str(value).lower(), ("1", "true", "yes", "on")
     if word not in (*yes, "0", "false", "no", "off"):
         raise ValueError("is neither yes nor no")
@@ -319,11 +315,11 @@ def parse_moment(value: object) -> str:
         if zone := match[2]:
             is_offset = zone[0] in "+-"
             found = (datetime.strptime(f"{found:%Y-%m-%d %H:%M:%S}{zone}", "%Y-%m-%d %H:%M:%S%z") if is_offset else
-                     found.replace(tzinfo=timezone.utc if zone == "Z" else ZoneInfo(zone)))
+                found.replace(tzinfo=timezone.utc if zone == "Z" else ZoneInfo(zone)))
         return found.astimezone().isoformat(timespec="seconds")
     except (ValueError, OSError, OverflowError, KeyError) as error:  # KeyError: no such zone
         raise ValueError("is not a time; write it as \"2026-12-05 01:00\", which is local, or with +01:00 or "
-                         "Europe/Berlin after it") from error
+            "Europe/Berlin after it") from error
 
 
 def parse_rate(value: object) -> str:
@@ -335,7 +331,7 @@ def parse_rate(value: object) -> str:
     if found.count(None) > 1 or None in found[:-1]:
         raise ValueError("is not a rate; write it as 50M, or as 08:00-18:00=20M,50M, with that of other hours last")
     rows = [f"{match[1]}-{match[2]}={parse_size(match[3])}" if match else str(parse_size(part))
-            for part, match in zip(parts, found, strict=True)]
+        for part, match in zip(parts, found, strict=True)]
     return "" if rows == ["0"] else ",".join(rows)
 
 
@@ -396,6 +392,12 @@ def parse_pairs(value: object) -> dict[str, str]:
     return found
 
 
+def empty(kind: Callable[[], T], **more: Any) -> T:
+    """A dataclass's field that is empty unless it is given."""
+    made: T = field(default_factory=kind, **more)
+    return made
+
+
 @dataclass(frozen=True)
 class HostEntry:
     """An entry of HOSTS: how a hypervisor is reached; empty fields come from Settings or ~/.ssh/config."""
@@ -406,7 +408,7 @@ class HostEntry:
     key: str = ""
     nbd_address: str = ""  # for the other hypervisor; empty: the address that SSH used
     prefix: tuple[str, ...] = ()  # words before virsh, qemu-img and qemu-nbd, where these are in a container
-    paths: Mapping[str, str] = field(default_factory=dict)  # of folders in that container: where they lie outside
+    paths: Mapping[str, str] = empty(dict)  # of folders in that container: where they lie outside
 
 
 def parse_ip_address(value: object) -> str:
@@ -418,7 +420,7 @@ def parse_paths(value: object) -> dict[str, str]:
     """Folders in a container, each with where it lies outside."""
     found = value if isinstance(value, dict) else {}
     if not found or not all(isinstance(path, str) and re.fullmatch(r"(/[\w.+-]+)+", path, re.ASCII)
-                            for pair in found.items() for path in pair):
+            for pair in found.items() for path in pair):
         raise ValueError("paths is not a dictionary like {'/var/lib/nova': '/srv/nova'}")
     return found
 
@@ -430,7 +432,7 @@ def parse_hosts(value: object) -> dict[str, HostEntry]:
         "nbd_address": parse_ip_address, "paths": parse_paths,
         "prefix": lambda value: tuple(shlex.split(parse_text(value)))}
     rows = {name: given if isinstance(given, dict) else {"address": given}
-            for name, given in parse_literal(value).items()}
+        for name, given in parse_literal(value).items()}
     entries = {}
     for name, row in rows.items():
         for key in row.keys() - readers.keys():
@@ -475,7 +477,7 @@ def option(default: T, usage: str = "", meaning: str = "", *, read: Callable[[An
     elif words != flags:
         more["metavar"] = words[-1]
     metadata = {"flags": flags, "read": read or (parse_yes_no if is_switch else parse_text), "config": config,
-                "of": of.split(), "more": {"help": meaning, **more}}
+        "of": of.split(), "more": {"help": meaning, **more}}
     row: T = field(default_factory=lambda: default, metadata=metadata)
     return row
 
@@ -502,10 +504,10 @@ class Settings:
     types: tuple[str, ...] = per_call((), read=lambda value: parse_names(value) if value else ())
     files: tuple[str, ...] = per_call((), read=lambda value: (value,) if isinstance(value, str) else tuple(value))
     project: str = per_call("", "--project NAME", "the project, name or id, whose resources are exported, or which "
-                            "gets them (default: that of the credentials)", of=FILES)
+        "gets them (default: that of the credentials)", of=FILES)
     all_projects: bool = per_call(False, "--all-projects", "of all projects, with whose they are", of="export")
     needed_for: str = per_call("", "--for SRC_UUID", "just what this instance needs",
-                               read=parse_instance_id, of="export")
+        read=parse_instance_id, of="export")
     only_names: str = per_call("", "--name GLOB", "only what is called like this, such as \"web-*\"", of="export")
     folder: str = option("resources", "--folder DIR", "where the files are written (default: resources)", of="export")
     update: bool = per_call(False, "--update", "change what exists and differs from the files", of="import")
@@ -526,7 +528,7 @@ class Settings:
     abort: bool = per_call(False, "--abort", "after the timeout, abort the migration", of=LIVE_MIGRATE)
     watch: bool = per_call(False, "--watch", "draw the table anew every two seconds", of="status")
     keep_going: bool = per_call(False, "--keep-going", "after a failure, continue with the next one",
-                                of=f"{LIVE_MIGRATE} import")
+        of=f"{LIVE_MIGRATE} import")
     src_uid: str = per_call("", "-s --src-uid --src-uuid UUID", "the source instance's id", read=parse_instance_id)
     dst_name: str = per_call("", "-d --dst-name NAME",
         "name of the new instance (default: the source's)", read=parse_new_name)
@@ -554,8 +556,9 @@ class Settings:
     disks: tuple[str, ...] = per_call((), "--disks NAME,…",
         "move only these besides the root disk, by the plan's names or as the guest's devices, such as eph0,vdc",
         read=lambda value: parse_names(value) if value else ())
-    lanes: int = option(2, "--lanes N", "disks copied in parallel, with --limit-rate one (default: 2)",
-                        read=parse_positive, of=COPY_RESUME)
+    lanes: int = option(2, "--lanes N",
+        "disks copied in parallel (default: 2, with --limit-rate 1); 1 also spares the source's host",
+        read=parse_positive, of=COPY_RESUME)
     volume_type: dict[str, str] = option({}, "--volume-type SRC=DST",
         "the destination's type for volumes of a type of the source (default: the same name); may be repeated",
         read=parse_pairs, action="append")
@@ -578,7 +581,7 @@ class Settings:
         "compress on the network; auto: only if it is slow, not with --limit-rate or transport nbd",
         read=one_of("auto", "on", "off"), of=COPY_RESUME)
     limit_rate: str = option("", "--limit-rate RATE", "bytes per second at most, such as 50M, or by the hour, "
-                             "such as 08:00-18:00=20M,50M", read=parse_rate, of=SEND)
+        "such as 08:00-18:00=20M,50M", read=parse_rate, of=SEND)
     warm: bool = option(False, "--warm", "copy while the source runs; stop it only for what has changed since")
     warm_passes: int = option(0, "--warm-passes N",
         "passes while it runs, with the first (default: while each is much smaller)", read=parse_count, of=COPY_RESUME)
@@ -590,12 +593,12 @@ class Settings:
         "with --warm: record changes in a dirty bitmap in the source's qcow2 file, so that the rest is not read again",
         of=COPY_RESUME)
     seed: bool = per_call(False, "--seed", "copy while the source runs, and leave it running: `resume RUN --seed` "
-                          "sends what has changed since, `resume RUN` cuts over", of=COPY_RESUME)
+        "sends what has changed since, `resume RUN` cuts over", of=COPY_RESUME)
     cutover_at: str = per_call("", "--cutover-at TIME",
         "copy while the source runs, and stop it at this local time, such as \"2026-12-05 01:00\"",
         read=parse_moment, of=COPY_RESUME)
     every: int = option(600, "--every TIME", "until --cutover-at, send what has changed this often (default: 10m)",
-                        read=parse_seconds, of=COPY_RESUME)
+        read=parse_seconds, of=COPY_RESUME)
     late: int = option(600, "--late TIME",
         "after --cutover-at, the source is stopped this much later at most (default: 10m)",
         read=parse_seconds, of=COPY_RESUME)
@@ -603,7 +606,7 @@ class Settings:
         "done once the new instance answers; else it is stopped, and the source started again; may be repeated",
         read=parse_answers, of=COPY_RESUME, action="append")
     await_timeout: int = option(300, "--await-timeout TIME", "time for --await after the start (default: 5m)",
-                                read=parse_seconds, of=COPY_RESUME)
+        read=parse_seconds, of=COPY_RESUME)
     retries: int = option(5, "--retries N",
         "retries of a copy that broke off or stalled (default: 5)", read=parse_count, of=COPY_RESUME)
     stall_timeout: int = option(120, "--stall-timeout SECONDS",
@@ -640,7 +643,6 @@ class Settings:
     per_side: dict[str, Any] = per_call({})  # settings for one cloud, by names such as src_hosts
 
     def host(self, name: str) -> HostEntry:
-        """What HOSTS says of a host."""
         return self.hosts.get(name) or self.hosts.get("*", HostEntry())
 
     @property
@@ -664,7 +666,6 @@ class Settings:
 
     @property
     def rate(self) -> int:
-        """The same now."""
         return self.rate_at(datetime.now())
 
     @property
@@ -681,7 +682,7 @@ class Settings:
         days = [(now + timedelta(days=day)).replace(second=0, microsecond=0, tzinfo=None) for day in range(8)]
         changes = sorted(day.replace(hour=hour, minute=past).astimezone() for day in days for hour, past in clocks)
         return ",".join([str(self.rate), *(f"{(at - now).total_seconds():.0f}:{self.rate_at(at)}"
-                                           for at in changes if at > now)])
+            for at in changes if at > now)])
 
 
 PER_SIDE: Final = (  # also SRC_HOSTS etc.
@@ -689,9 +690,9 @@ PER_SIDE: Final = (  # also SRC_HOSTS etc.
 
 # Settings of a run that resume takes from its journal; never credentials, nor -e, which may hold secrets.
 FOR_RESUME: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "compress", "limit_rate",
-                     "chunk", "root_only", "disks", "lanes", "warm", "warm_passes", "max_downtime", "warm_timeout",
-                     "bitmap", "cutover_at", "every", "late", "answers", "await_timeout", "src_cloud", "dst_cloud",
-                     "dst_project", "floating_ip")
+    "chunk", "root_only", "disks", "lanes", "warm", "warm_passes", "max_downtime", "warm_timeout",
+    "bitmap", "cutover_at", "every", "late", "answers", "await_timeout", "src_cloud", "dst_cloud",
+    "dst_project", "floating_ip")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -701,7 +702,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def config_names() -> list[str]:
-    """The names that config.py may set."""
     return [row.name.upper() for row in fields(Settings) if row.metadata["config"]]
 
 
@@ -726,7 +726,7 @@ def merge_settings(flags: Mapping[str, object], environment: Mapping[str, str],
     def given(row: Field[Any], name: str) -> dict[str, Any]:
         variable = f"MIGRENA_{name.upper()}"
         for place, key, origin in ((flags, name, (name.upper(), *row.metadata["flags"])[-1]),
-                                   (environment, variable, variable), (config, name, f"{name.upper()} in config.py")):
+                (environment, variable, variable), (config, name, f"{name.upper()} in config.py")):
             if key in place:
                 try:
                     return {name: row.metadata["read"](place[key])}
@@ -787,14 +787,14 @@ def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) 
         raise UsageError(f"no credentials for the {'source' if cloud == 'src' else 'destination'} cloud",
             f"fill in {cloud.upper()}_CREDS in config.py, or give --{cloud}-cloud, or set {prefix}AUTH_URL etc.")
     raise UsageError(f"cloud {name!r} has no auth_url" if name else "no cloud is named",
-                     "give --cloud src, dst or a name in clouds.yaml, or set OS_AUTH_URL etc.")
+        "give --cloud src, dst or a name in clouds.yaml, or set OS_AUTH_URL etc.")
 
 
-def as_v3(found: Mapping[str, Any]) -> dict[str, Any]:
+def as_v3(found: Facts) -> dict[str, Any]:
     """Credentials for Keystone v3, without entries for other clients."""
     renamed = {"tenant_name": "project_name", "tenant_id": "project_id", "api_key": "password"}
     creds = {renamed.get(key, key): value for key, value in found.items()
-             if value not in (None, "") and not re.fullmatch(r"\w+_api_version|cloud|client_config_file", str(key))}
+        if value not in (None, "") and not re.fullmatch(r"\w+_api_version|cloud|client_config_file", str(key))}
     creds["auth_url"] = re.sub(r"/v2\.0/?$", "", str(creds["auth_url"]))
     kind = str(creds.get("auth_type", "password")).replace("v2", "v3")
     if kind in ("password", "v3password"):
@@ -806,16 +806,16 @@ def as_v3(found: Mapping[str, Any]) -> dict[str, Any]:
     return creds
 
 
-def in_project(creds: Mapping[str, Any], project: str) -> dict[str, Any]:
+def in_project(creds: Facts, project: str) -> dict[str, Any]:
     """The same credentials for another project, name or id; raises UsageError if they are bound to theirs."""
     if "project_name" not in creds and "project_id" not in creds:
         raise UsageError("--dst-project: these credentials are bound to one project",
-                         "give those of a user and password, with a role in that project")
+            "give those of a user and password, with a role in that project")
     key = "project_id" if re.fullmatch(r"[0-9a-f]{32}", project) else "project_name"
     rest = {name: value for name, value in creds.items() if name not in ("project_id", "project_name")}
     if not {"project_domain_id", "project_domain_name"} & rest.keys():
         rest |= {name.replace("user", "project"): rest[name] for name in ("user_domain_id", "user_domain_name")
-                 if name in rest} or {"project_domain_id": "default"}
+            if name in rest} or {"project_domain_id": "default"}
     return {**rest, key: project}
 
 
@@ -853,7 +853,7 @@ def session_options(own: Mapping[Any, Any], label: str) -> tuple[bool | str, flo
             "write yes or no, or seconds") from error
 
 
-# ---- 3. Plans --------------------------------------------------------------------------------------------------------
+# ---- 3. Plans --------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -904,8 +904,7 @@ class Image:
     facts: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # all properties
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Image:
-        """An image from Glance's answer."""
+    def of(cls, told: Facts) -> Image:
         return cls(told["id"], told.get("name") or "", told.get("status") or "",
             told.get("os_hash_value") or "", told.get("checksum") or "", told)
 
@@ -967,7 +966,6 @@ class Server:
 
     @property
     def is_running(self) -> bool:
-        """Running, with no task."""
         return self.status == "ACTIVE" and not self.task and self.power == 1
 
     @property
@@ -988,10 +986,9 @@ class Volume:
     facts: Mapping[str, Any] = field(repr=False, compare=False)  # all that Cinder tells
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Volume:
-        """A volume from Cinder's answer."""
+    def of(cls, told: Facts) -> Volume:
         return cls(told["id"], told.get("name") or "", told["status"], int(told["size"]),
-                   told.get("volume_type") or "", told)
+            told.get("volume_type") or "", told)
 
     @property
     def label(self) -> str:
@@ -1022,7 +1019,7 @@ class FloatingIp:
     """A floating IP of the source, with the address of the port that it leads to."""
 
     address: str
-    network: Mapping[str, Any]
+    network: Facts
     fixed: str
     description: str
 
@@ -1031,7 +1028,7 @@ class FloatingIp:
 class Port:
     """A port of the source as Neutron shows it, with the names of what it refers to by ids."""
 
-    network: Mapping[str, Any]
+    network: Facts
     addresses: tuple[tuple[str, str], ...]  # each with its subnet's CIDR
     groups: tuple[str, ...]
     floating: tuple[FloatingIp, ...]
@@ -1056,21 +1053,21 @@ class PortPlan:
 
     source: str  # the id of the port that it is made for
     network: str  # its network's name
-    request: Mapping[str, Any]
-    later: Mapping[str, Any]  # facts that are set when the run ends; until then the description is the run's mark
+    request: Facts
+    later: Facts  # facts that are set when the run ends; until then the description is the run's mark
     tags: Sequence[str] = ()
-    floating: Sequence[Mapping[str, Any]] = ()  # requests for floating IPs, and each one's later description
+    floating: Sequence[Facts] = ()  # requests for floating IPs, and each one's later description
 
 
 @dataclass(frozen=True)
 class Networks:
     """What the destination's Neutron has for the ports of the source."""
 
-    networks: Sequence[Mapping[str, Any]] = ()
-    subnets: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # by the network's id
-    groups: Sequence[Mapping[str, Any]] = ()  # security groups of the project
+    networks: Sequence[Facts] = ()
+    subnets: Mapping[str, Sequence[Facts]] = empty(dict)  # by the network's id
+    groups: Sequence[Facts] = ()  # security groups of the project
     # Ports by network and by the MAC or address that they have.
-    taken: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+    taken: Mapping[tuple[str, str], Facts] = empty(dict)
     room: int = -1  # ports that the quota allows still; -1: no limit, or not known
     floating: Collection[str] = ()  # floating IPs in use
 
@@ -1103,7 +1100,7 @@ class Wanted:
     """What a run makes before the instance, for one of its attributes: a server group or a key pair."""
 
     kind: str
-    facts: Mapping[str, Any]
+    facts: Facts
 
 
 @dataclass(frozen=True)
@@ -1118,7 +1115,7 @@ class Action:
 
 
 def seconds_between(began: Any, ended: Any) -> float:
-    """Seconds between two of Nova's times; 0 where one is missing or is not a time."""
+    """Seconds between two times in ISO 8601; 0 where one is missing or is not a time."""
     try:
         return (datetime.fromisoformat(ended) - datetime.fromisoformat(began)).total_seconds()
     except (TypeError, ValueError):
@@ -1152,7 +1149,6 @@ def pick(name: str, among: Sequence[Named], kind: str, place: str, way: str) -> 
 
 
 def not_found(problem: str, name: str, known: Sequence[Named], way: str) -> Refused:
-    """The refusal for a missing object, with similar or else other known names."""
     names = [one.name for one in known if one.name]
     near = ", ".join(difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]) or "none"
     return Refused(problem, f"name one{way}; nearest: {near}")
@@ -1182,7 +1178,7 @@ class Node:
         """These bytes of it, for --image-opts."""
         whole = self.storage if self.format == "raw" else self.options
         return image_opts({"driver": "raw", "offset": str(offset), "size": str(length),
-                           **{f"file.{key}": value for key, value in whole.items()}})
+            **{f"file.{key}": value for key, value in whole.items()}})
 
     @property
     def has_locks(self) -> bool:
@@ -1196,7 +1192,7 @@ class Node:
         A raw node takes no such lock itself, but blkdebug does: see `unshare-child-perms` in qemu's block-core.json.
         """
         return image_opts({"driver": "blkdebug", **{f"image.{key}": value for key, value in self.storage.items()},
-                           "unshare-child-perms.0": "write", "unshare-child-perms.1": "resize"})
+            "unshare-child-perms.0": "write", "unshare-child-perms.1": "resize"})
 
     @property
     def unlocked(self) -> str:
@@ -1224,7 +1220,7 @@ class DiskImage:
     flaws: tuple[str, ...] = ()
     leaks: int = 0  # clusters that are allocated but not referenced
     lost_bitmaps: tuple[str, ...] = ()  # marked "in-use": by a qemu that has the file open, or by one that was killed
-    storage: Mapping[str, str] = field(default_factory=dict)  # a Node's, of a device or an image on Ceph
+    storage: Mapping[str, str] = empty(dict)  # a Node's, of a device or an image on Ceph
     identity: tuple[str, ...] = ()  # of a device: what proves, on its host, that it is the right one
 
     @property
@@ -1249,8 +1245,7 @@ class Disk:
     macs: tuple[str, ...] = ()  # of the instance's interfaces, in their order
     direct_io: bool = True  # whether O_DIRECT works on it
     volume: str = ""  # the id of the volume that it is
-    target: str = ""  # its name and its bus in the guest
-    bus: str = ""
+    bus: str = ""  # its bus in the guest
 
     @property
     def top(self) -> DiskImage:
@@ -1270,6 +1265,7 @@ class Disk:
 
 LEAST_CHUNK: Final = 64 * MiB  # least bytes of data in a chunk, except the last
 Extent = tuple[int, int]  # offset and length, in bytes
+Show = Callable[[int], None]  # called with the number of what is done so far
 
 
 @dataclass(frozen=True)
@@ -1358,15 +1354,14 @@ def over_quota(limits: Mapping[str, int], flavor: Flavor | None, volumes: Collec
         ("Volumes", "Volumes", "volumes", len(volumes)),
         ("VolumeGigabytes", "Gigabytes", "GiB of volumes", sum(volume.size for volume in volumes)))
     told = [(limits.get(f"maxTotal{most}", -1), limits.get(f"total{used}Used", 0), what, need)
-            for most, used, what, need in rows]
+        for most, used, what, need in rows]
     return [f"{used} of {most} {what} are used, {need} more are needed"
-            for most, used, what, need in told if 0 <= most < used + need]
+        for most, used, what, need in told if 0 <= most < used + need]
 
 
 def refuse_quota(exceeded: Iterable[str]) -> list[Reason]:
-    """A reason for each quota of the destination that is exceeded."""
     return [Reason(f"destination cloud: the quota is exceeded: {what}",
-                   "delete unused resources, or have the quota raised") for what in exceeded]
+        "delete unused resources, or have the quota raised") for what in exceeded]
 
 
 def pick_view(source: Disk, fresh: Disk, bases_equal: bool, *, in_place: bool = False) -> tuple[bool, str]:
@@ -1409,8 +1404,8 @@ class ComputeHost:
     name: str
     is_enabled: bool
     is_up: bool
-    free: Mapping[str, int] = field(default_factory=dict)  # this and the next: empty if Placement does not say
-    taken: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    free: Mapping[str, int] = empty(dict)  # this and the next: empty if Placement does not say
+    taken: Mapping[str, Mapping[str, int]] = empty(dict)
 
 
 @dataclass(frozen=True)
@@ -1419,11 +1414,10 @@ class Move:
 
     server: Server
     to: str
-    needs: Mapping[str, int] = field(default_factory=dict)
+    needs: Mapping[str, int] = empty(dict)
 
     @property
     def is_due(self) -> bool:
-        """Whether it is on another host."""
         return self.server.host != self.to
 
 
@@ -1459,7 +1453,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
-# ---- 4. Screen -------------------------------------------------------------------------------------------------------
+# ---- 4. Screen -------------------------------------------------------
 
 
 def stamp() -> str:
@@ -1468,13 +1462,11 @@ def stamp() -> str:
 
 
 def printable(line: str) -> str:
-    """A line with control characters escaped."""
     return "".join(sign if sign.isprintable() else " " if sign == "\n" else sign.encode("unicode_escape").decode()
         for sign in line)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table's lines, with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -1566,7 +1558,7 @@ class Screen:
                 self._wipe = "\r\033[K"
 
     @contextmanager
-    def counting(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
+    def counting(self, total: int, what: str) -> Iterator[Show]:
         """A progress bar on a terminal; yields a function to call with the number of what is done so far."""
         from tqdm import tqdm
 
@@ -1578,7 +1570,7 @@ class Screen:
             yield show
 
     @contextmanager
-    def progress(self, total: int, label: str = "") -> Iterator[Callable[[int], None]]:
+    def progress(self, total: int, label: str = "") -> Iterator[Show]:
         """A progress bar, or a line now and then; yields a function to call with the bytes done so far.
 
         What is done in parallel has one bar, of the sums.
@@ -1637,7 +1629,7 @@ class LogProgress:
         self.say(f"{done * 100 // self.total}% {human(done)} of {human(self.total)}, {human(rate)}/s, {left} left")
 
 
-# ---- 5. Journal ------------------------------------------------------------------------------------------------------
+# ---- 5. Journal ------------------------------------------------------
 
 
 PRIVATE: Final = partial(os.open, mode=0o600)  # opens files that only this user can read
@@ -1800,7 +1792,7 @@ def only_run_of(folder: Path, source: str, run: str) -> Iterator[None]:
         time.sleep(0.1)
     pid, other = lock_holder(folder, source)
     raise Refused(f"another run is moving {source} (process {pid or 'unknown'}, run {other or 'unknown'})",
-                  "wait until it ends; see: ./migrena.py status")
+        "wait until it ends; see: ./migrena.py status")
 
 
 def lock_holder(folder: Path, source: str) -> tuple[int, str]:
@@ -1876,9 +1868,9 @@ class RunRecord:
     run: str
     state: str  # running, killed, seeded, done, failed (and rolled back), left, rolled back
     began: str
-    facts: Mapping[str, Any]  # the first line: source, destination, settings
+    facts: Facts  # the first line: source, destination, settings
     acts: tuple[Step, ...] = ()
-    disks: Mapping[str, DiskRecord] = field(default_factory=dict)  # by key
+    disks: Mapping[str, DiskRecord] = empty(dict)  # by key
     rate: float = 0.0
     retries: int = 0
     error: str = ""
@@ -1887,6 +1879,7 @@ class RunRecord:
     before_seed: int = 0  # the number of acts before the last seed
     seed: Mapping[str, Any] = field(default_factory=dict)  # the last one: when, the disks' sizes there, downtime
     last_pass: Mapping[str, Any] = field(default_factory=dict)  # of a warm copy, and when it ended
+    seeds: bool = False  # whether its last process was to make or update a seed
 
     @property
     def source(self) -> str:
@@ -1922,7 +1915,7 @@ class RunRecord:
         """The requests for things of a kind whose outcome is not known, by what they were for."""
         known = self.made(kind)
         return {act.of: act for act in self.acts
-                if act.name == f"create {kind}" and act.of not in known and not act.facts.get("refused")}
+            if act.name == f"create {kind}" and act.of not in known and not act.facts.get("refused")}
 
     @property
     def is_seed(self) -> bool:
@@ -1944,15 +1937,15 @@ class RunRecord:
         return f"./migrena.py resume {self.run}{' --cutover-at now' if is_past else ''}"
 
     @property
-    def volumes(self) -> dict[str, str]:
-        """The ids of the volumes that it made, by the disk's key."""
-        return self.made("volume")
+    def go_on(self) -> str:
+        """The command that continues it; never a cut-over where none was begun."""
+        return f"./migrena.py resume {self.run}{' --seed' if self.seeds and not self.stopped_at else ''}"
 
     @property
     def was_running(self) -> bool:
-        """Whether the source ran when the run began, or when it was stopped after a seed."""
-        known = [act.facts["was_running"] for act in self.recent if act.name == "stop source"]
-        return bool(known[-1] if known and self.seed else self.facts.get("was_running"))
+        """Whether the source ran when it was stopped; before that, when the run began."""
+        known = [act.facts["was_running"] for act in self.recent if "was_running" in act.facts]
+        return bool(known[-1] if known else self.facts.get("was_running"))
 
     @property
     def step(self) -> str:
@@ -2018,11 +2011,11 @@ def record_of(run: str, entries: Sequence[dict[str, Any]]) -> RunRecord:
         before_seed=sum(entry["event"] == "intent" for entry in entries[: len(entries) - len(recent)]),
         seed=last.get("seeded", {}), last_pass=last.get("pass", {}), rate=_rate(entries),
         retries=sum(entry["event"] == "retry" for entry in entries),
-        error=str(end.get("error", "")), left=tuple(end.get("left", ())), is_undoing="rollback" in last)
+        error=str(end.get("error", "")), left=tuple(end.get("left", ())), is_undoing="rollback" in last,
+        seeds=bool(last.get("asked to resume", facts).get("seed")))
 
 
-def key_of(entry: Mapping[str, Any]) -> str:
-    """The key of the disk that a journal's line is about."""
+def key_of(entry: Facts) -> str:
     return str(entry.get("disk", ROOT))
 
 
@@ -2040,7 +2033,7 @@ def _lines_since(entries: Sequence[dict[str, Any]], *events: str) -> Sequence[di
     return entries[max((number for number, entry in enumerate(entries) if entry["event"] in events), default=0) :]
 
 
-def _acts(entries: Iterable[Mapping[str, Any]]) -> tuple[Step, ...]:
+def _acts(entries: Iterable[Facts]) -> tuple[Step, ...]:
     """The acts in the order in which they began, each with its end if any."""
     acts: list[Step] = []
     latest: dict[str, int] = {}
@@ -2077,7 +2070,7 @@ def find_run(folder: Path, beginning: str) -> str:
     found = [run for run in known_runs(folder) if run.startswith(beginning)]
     if beginning not in found and len(found) != 1:
         raise Refused(f"{len(found) or 'no'} runs in {folder} begin with {beginning!r}",
-                      f"name one of {', '.join(found)}" if found else "see: ./migrena.py status")
+            f"name one of {', '.join(found)}" if found else "see: ./migrena.py status")
     return beginning if beginning in found else found[0]
 
 
@@ -2169,7 +2162,7 @@ class Undo:
         self.doing = ""
 
 
-# ---- 6. Threads ------------------------------------------------------------------------------------------------------
+# ---- 6. Threads ------------------------------------------------------
 
 class DeferredSignal(threading.local):
     """A signal that is deferred by defer_signals(), in the main thread."""
@@ -2210,7 +2203,7 @@ def in_parallel(one: Callable[[], T], other: Callable[[], S]) -> tuple[T, S]:
         return result_of(first), result_of(second)
 
 
-# ---- 7. Programs -----------------------------------------------------------------------------------------------------
+# ---- 7. Programs -----------------------------------------------------
 
 # Functions and classes that are sent to hypervisors and run there, by a Python 3.6 or later without further packages.
 # Annotations and docstrings are not sent.
@@ -2239,7 +2232,7 @@ def parts_of_programs() -> dict[str, Any]:
     with PARSING:
         tree = ast.parse("#" + OWN_TEXT.partition(". Programs --")[2].partition("\n# ----")[0])
     return {ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else node.name: node
-            for node in Bare().visit(tree).body}
+        for node in Bare().visit(tree).body}
 
 
 @cache
@@ -2298,7 +2291,6 @@ def joined(spans: Iterable[Sequence[int]], gap: int = 0, most: int = sys.maxsize
 
 
 def blocks_of(extents: Iterable[Sequence[int]]) -> set[int]:
-    """The numbers of the blocks that extents touch."""
     return {block for start, count in extents for block in range(start // MiB, -(-(start + count) // MiB))}
 
 
@@ -2475,8 +2467,6 @@ class ExportClient:
 
 
 class NewFile:
-    """A file that is written to."""
-
     def __init__(self, path: str) -> None:
         import ctypes
 
@@ -2537,7 +2527,29 @@ def runs_of(room: memoryview, start: int, stop: int) -> list[list[int]]:
     return joined((at, to) for at, to in cells if room[at] or bytes(room[at:to]) != zeros[:to - at])
 
 
-def tell_digests(disk: AnyDisk, touched: set[int] | None, rates: str) -> None:
+def lines_told() -> Iterator[str]:
+    """Gives each line of standard input, without dots: see LEASED_SERVICE. Its end, or a minute of silence, ends us."""
+    import queue
+
+    told: queue.Queue[str] = queue.Queue()
+
+    def hear() -> None:
+        said = b""
+        while select.select([0], [], [], 60)[0]:
+            part = os.read(0, 4096)
+            if not part:
+                break
+            *lines, said = (said + part.replace(b".", b"")).split(b"\n")
+            for line in lines:
+                told.put(line.decode())
+        os._exit(0)
+
+    threading.Thread(target=hear, daemon=True).start()
+    while True:
+        yield told.get()
+
+
+def tell_digests(disk: AnyDisk, touched: set[int] | None, pace: Pace, threads: int) -> None:
     """Prints the number and a sha256 of each block, or of each `touched` one, that is not all zeros.
 
     The sha256 is of runs of cells that are not all zeros, each after its place and length: holes need not be read.
@@ -2549,7 +2561,7 @@ def tell_digests(disk: AnyDisk, touched: set[int] | None, rates: str) -> None:
         for block in range(start // MiB, -(-stop // MiB)):
             if touched is None or block in touched:
                 filled.setdefault(block, []).append((max(start, block * MiB), min(stop, (block + 1) * MiB)))
-    own, pace = threading.local(), Pace(rates)
+    own = threading.local()
 
     def digest(block: int) -> tuple[int, str]:
         if not hasattr(own, "room"):
@@ -2567,7 +2579,7 @@ def tell_digests(disk: AnyDisk, touched: set[int] | None, rates: str) -> None:
 
     order, slow = sorted(filled), pace.least
     turn = max(1, min(256, slow // MiB)) if slow else 256  # a sign of life a second, at any rate
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1)) as pool:
         for at in range(0, len(order), turn):
             for block, found in pool.map(digest, order[at:at + turn]):
                 if found:
@@ -2616,15 +2628,16 @@ def unchanged_spans(disk: AnyDisk, path: str, cluster: int) -> Iterator[tuple[in
 
 
 def work_on_blocks(verb: str, where: str, *words: str) -> None:
-    """The program of `blocks`: VERB WHERE OFFSET LENGTH RATE LIST FILE FOLDER.
+    """The program of `blocks`: VERB WHERE OFFSET LENGTH RATES LIST FILE FOLDER.
 
     WHERE and FILE are files, or NBD exports as qemu's nodes in JSON, for which FOLDER has the certificates. LIST names
-    a file with extents. RATE is as Pace takes it. `extents` prints the extents that hold data; `digest` the
-    digests of blocks, with LIST of those that its extents touch. `patch` makes FILE equal to WHERE at those extents.
+    a file with extents. RATES are as Pace takes them. `extents` prints the extents that hold data; `digest` the
+    digests of blocks, with LIST of those that its extents touch; `answer` those of each OFFSET LENGTH that a line of
+    standard input tells, and `=` after them; both by FILE threads. `patch` makes FILE equal to WHERE at those extents.
     `unchanged` prints the blocks of the qcow2 file FILE, with clusters of FOLDER bytes, that are full of data which is
     as it was when the dirty bitmap WHERE began.
     """
-    offset, length, rate, listed, target, folder = (*words, "", "", "", "")[:6]
+    offset, length, rates, listed, target, folder = (*words, "", "", "", "")[:6]
     begin, end, wanted = int(offset), int(offset) + int(length), None
     name = "the export" if where.startswith("{") else where
     try:
@@ -2637,12 +2650,19 @@ def work_on_blocks(verb: str, where: str, *words: str) -> None:
                 print(start, stop - start)
         elif verb == "patch":
             new = ExportClient(json.loads(target), begin, end, folder) if target.startswith("{") else NewFile(target)
-            bring(disk, new, wanted or [], rate)
+            bring(disk, new, wanted or [], rates)
         elif verb == "unchanged":
             for start, stop in joined(sorted(unchanged_spans(disk, target, int(folder)))):
                 print(*range(-(-start // MiB), stop // MiB))
+        elif verb == "answer":
+            pace = Pace(rates)
+            for line in lines_told():
+                disk.begin, count = map(int, line.split())
+                disk.end, pace.since, pace.passed = disk.begin + count, time.monotonic(), 0
+                tell_digests(disk, None, pace, int(target or 0))
+                print("=", flush=True)
         else:
-            tell_digests(disk, None if wanted is None else blocks_of(wanted), rate)
+            tell_digests(disk, None if wanted is None else blocks_of(wanted), Pace(rates), int(target or 0))
         sys.stdout.flush()
     except Exception as error:
         sys.exit(f"{name}: {error}")
@@ -2677,7 +2697,7 @@ def filter_of(client: bytes, field: int) -> bytes:
     """The code of a socket filter that lets pass what has this address in the given field of its IP header."""
     words = struct.unpack(f">{len(client) // 4}I", client)
     tests = (struct.pack("HBBIHBBI", 0x20, 0, 0, 0xFFF00000 + field + 4 * n, 0x15, 0, 2 * (len(words) - n) - 1, word)
-             for n, word in enumerate(words))
+        for n, word in enumerate(words))
     return b"".join(tests) + struct.pack("HBBIHBBI", 6, 0, 0, 0xFFFFFFFF, 6, 0, 0, 0)
 
 
@@ -2708,7 +2728,7 @@ async def aside(act: Callable[..., bytes], *words: object) -> bytes:
 
 
 async def pass_on(said: asyncio.StreamReader, heard: asyncio.StreamWriter,
-                  form: Callable[[asyncio.StreamReader], Awaitable[bytes]]) -> None:
+        form: Callable[[asyncio.StreamReader], Awaitable[bytes]]) -> None:
     """Hands on what is said, in another form, until one of both ends, and ends the other one."""
     try:
         piece = await form(said)
@@ -2777,7 +2797,7 @@ def contained(where: str, tool: str, *words: str) -> None:
     sys.exit(process.returncode)
 
 
-# ---- 8. Host ---------------------------------------------------------------------------------------------------------
+# ---- 8. Host ---------------------------------------------------------
 
 # Which call for which command on a hypervisor (a thread of a scope that may fail holds a lease, or is short):
 #   run, script  short: a limit for the whole of it, may have input; end_work() does not end it
@@ -2804,6 +2824,9 @@ wait "$child"; status=$?
 kill "$watcher" 2>/dev/null
 exit "$status"
 """
+
+# A program that reads the dots by itself, among lines that we tell it; it ends when they do.
+LEASED_SERVICE: Final = HOLD + '"$@"'
 
 # $1 is the pid file: once it exists, the daemon serves. nbd-server forks away, qemu-nbd stays our child.
 LEASED_DAEMON: Final = HOLD + """
@@ -2931,7 +2954,6 @@ def dial(target: Target) -> tuple[paramiko.SSHClient, ExitStack]:
 
 
 def dial_once(target: Target) -> tuple[paramiko.SSHClient, ExitStack]:
-    """The same, without retries."""
     import paramiko
 
     name = target.name
@@ -2946,7 +2968,7 @@ def dial_once(target: Target) -> tuple[paramiko.SSHClient, ExitStack]:
     except paramiko.BadHostKeyException as error:
         known = shlex.join(["-f", target.known_hosts[0], "-R", error.hostname])
         raise HostError(f"{name}: the host key of {target} has changed",
-                        f"find out why; if it is legitimate: ssh-keygen {known}") from error
+            f"find out why; if it is legitimate: ssh-keygen {known}") from error
     except (paramiko.SSHException, EOFError, OSError, subprocess.TimeoutExpired) as error:
         if isinstance(error, paramiko.AuthenticationException) or "No authentication methods" in str(error):
             raise HostError(f"{name}: {target} refuses the key of user {target.user}: {error}",
@@ -3017,8 +3039,8 @@ class Target:
         client.set_missing_host_key_policy(self)  # type: ignore[arg-type]  # only the method below is needed
         try:
             client.connect(self.host, self.port, self.user, key_filename=self.keys or None, look_for_keys=not self.keys,
-                           timeout=20, banner_timeout=30, auth_timeout=30, allow_agent=self.use_agent, sock=through,
-                           disabled_algorithms=self.disabled)
+                timeout=20, banner_timeout=30, auth_timeout=30, allow_agent=self.use_agent, sock=through,
+                disabled_algorithms=self.disabled)
         except (paramiko.SSHException, ValueError) as error:
             if self._takes_only_sha1(client, error):
                 client.close()
@@ -3046,8 +3068,8 @@ class Target:
             if "ssh-rsa" in paramiko.RSAKey.HASHES:  # before paramiko 5
                 return True
             raise HostError(f"{self.name}: {self} refuses the RSA key of user {self.user}: its sshd knows no rsa-sha2, "
-                            f"and paramiko {paramiko.__version__} nothing older",
-                            "name an ed25519 key in HOSTS or SSH_KEY, or load it into the agent") from error
+                f"and paramiko {paramiko.__version__} nothing older",
+                "name an ed25519 key in HOSTS or SSH_KEY, or load it into the agent") from error
         if not isinstance(error, paramiko.AuthenticationException):  # of the file, read as that of another kind of key
             raise paramiko.AuthenticationException("Authentication failed.") from error
         return False
@@ -3161,7 +3183,7 @@ class Host:
         except CommandError as error:
             user = self.run("id", "-un").strip()
             raise HostError(f"{self.name}: user {user} has no passwordless sudo: {error.said}",
-                            f"add a line to sudoers there: {user} ALL=(root) NOPASSWD: ALL") from error
+                f"add a line to sudoers there: {user} ALL=(root) NOPASSWD: ALL") from error
         self._prefix = ("sudo", "-n")
 
     def enter_container(self) -> None:
@@ -3182,7 +3204,7 @@ class Host:
         except CommandError as error:
             way = shlex.join(self._entry.prefix)
             raise HostError(f"{self.name}: the container is not reached by {way!r}: {error.said}",
-                            "correct prefix in HOSTS") from error
+                "correct prefix in HOSTS") from error
         self._tools, self._probe = tools, probe
 
     def keep(self, script: str, *given: str) -> Answer:
@@ -3328,7 +3350,7 @@ class Host:
                             self._links = [*links, (client, [channel])]
                             return channel
                 raise HostError(f"{self.name}: sshd accepts no command on connection {len(links) + 1}",
-                                "set MaxSessions in its sshd_config to 10, the default; the least is 1")
+                    "set MaxSessions in its sshd_config to 10, the default; the least is 1")
 
     def _carried(self, link: Link, channel: paramiko.Channel) -> paramiko.Channel:
         link[1][:] = [*(other for other in link[1] if not other.closed), channel]
@@ -3368,7 +3390,7 @@ def learn_key(host: Host, user: str, secret: str) -> None:
     key = host.run("virsh", "-q", "--connect", "qemu:///system", "secret-get-value", secret).strip()
     if known and key != kept:
         raise HostError(f"{host.name}: user {user} of Ceph has two keys, by libvirt's secrets {known} and {secret}",
-                        "an instance with disks on two clusters cannot be moved whole: detach the volumes of one")
+            "an instance with disks on two clusters cannot be moved whole: detach the volumes of one")
     host.keys[user] = secret, key
     if not known:
         keep_keys(host)
@@ -3409,7 +3431,7 @@ class Answer(str):
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             host, words = self.asked
             raise HostError(f"{host}: unexpected output of {quoted(words)}: {shorten(self) or 'nothing'}",
-                            "find out whether a wrapper or another version is installed there") from error
+                "find out whether a wrapper or another version is installed there") from error
 
 
 class Lease:
@@ -3482,23 +3504,24 @@ class Lease:
         self.check()
         return Answer(printed.decode("utf-8", "surrogateescape"), self._host.name, self._words)
 
-    def line(self, seconds: float) -> Answer:
-        """The line that says it is ready; raises CommandError if it ends without one."""
+    def line(self, seconds: float, end: bytes = b"\n") -> Answer:
+        """The line that says it is ready, or all up to `end`; raises CommandError if it ends without."""
         said = b""
-        while not said.endswith(b"\n"):
+        while not said.endswith(end):
             said += (part := self._read(seconds))
             if not part:
                 self.release()
                 self.check()
                 raise CommandError(self._host.name, self._words, 0, "it ended without output")
-        return Answer(said.decode("utf-8", "surrogateescape").strip(), self._host.name, self._words)
+        return Answer(said.decode("utf-8", "surrogateescape").removesuffix(end.decode()), self._host.name, self._words)
 
     @defer_signals()
-    def feed(self, content: bytes) -> None:
+    def feed(self, content: bytes, *, is_all: bool = True) -> None:
         """Sends its standard input."""
-        with self._host._translating(self._words):
+        with self._host._translating(self._words), self._send_lock:
             self._channel.sendall(content)
-            self._channel.shutdown_write()
+            if is_all:
+                self._channel.shutdown_write()
 
     def _error_output(self) -> str:
         banner = b"" if self._has_begun else self._banner
@@ -3547,12 +3570,11 @@ class Lease:
             host.not_cleaned.append(f"{host.name}: {self._error_output()}")
         elif channel.exit_status == -1 and self in host._leases:  # else it ended with an abandoned connection
             host.unconfirmed.append(f"{host.name} did not confirm the end of {quoted(self._words, 120)}"
-                                    " (it ends with the connection)")
+                " (it ends with the connection)")
         self.drop()
 
 
 def does_succeed(act: Callable[[], object], failing: type[HostError] = CommandError) -> bool:
-    """Whether a function succeeds; False if it raises such an error."""
     with suppress(failing):
         act()
         return True
@@ -3560,13 +3582,12 @@ def does_succeed(act: Callable[[], object], failing: type[HostError] = CommandEr
 
 
 def ignoring_lost_host() -> suppress:
-    """A scope that ignores a lost connection."""
     import paramiko
 
     return suppress(paramiko.SSHException, EOFError, OSError)
 
 
-# ---- 9. Cloud --------------------------------------------------------------------------------------------------------
+# ---- 9. Cloud --------------------------------------------------------
 
 # Keys in the metadata of instances.
 MARK: Final = "migrena:run"  # source: the run that is moving it
@@ -3583,7 +3604,7 @@ LOST_ANSWER: Final = 10.0  # seconds for what was requested to appear although t
 CLAIM_PAUSE: Final = 1.0  # seconds in which another run that did not see our mark writes its own
 OUTAGE_TOLD: Final = 7.0  # seconds of API errors before the operator is told
 OWN_ARGUMENTS: Final = frozenset({"self", "name", "image", "flavor", "reservation_id", "min_count", "max_count",
-                                  "block_device_mapping", "block_device_mapping_v2"})  # not for -e
+    "block_device_mapping", "block_device_mapping_v2"})  # not for -e
 
 
 def _is_text(value: object) -> bool:
@@ -3592,8 +3613,8 @@ def _is_text(value: object) -> bool:
 
 def _is_nic(nic: object) -> bool:  # novaclient silently drops unknown keys
     return (isinstance(nic, dict) and nic.keys() <= {"net-id", "port-id", "tag", "v4-fixed-ip", "v6-fixed-ip"}
-            and all(map(_is_text, nic.values()))
-            and any(re.fullmatch(UUID_FORM, nic.get(key, "")) for key in ("net-id", "port-id")))
+        and all(map(_is_text, nic.values()))
+        and any(re.fullmatch(UUID_FORM, nic.get(key, "")) for key in ("net-id", "port-id")))
 
 
 def _is_list(value: object, of: Callable[[object], bool] = _is_text) -> bool:
@@ -3619,7 +3640,7 @@ SHOWN: Final = (  # no secrets
     "block_device_mapping_v2")
 
 
-def check_extra(extra: Mapping[str, Any]) -> None:
+def check_extra(extra: Facts) -> None:
     """Raises UsageError if Nova's create does not accept what `-e` says, or if it would break the copy."""
     from novaclient.v2.servers import ServerManager
 
@@ -3660,7 +3681,6 @@ class ImageStore:
         return [*found.values(), *filter(None, further)]
 
     def one(self, id: str) -> Image | None:
-        """An image by its id, or None."""
         with ignoring(404), self._translating(f"show image {id}"):
             return Image.of(dict(self._images.get(id)))
         return None
@@ -3675,7 +3695,7 @@ class ImageStore:
         with self._translating(f"create image {facts.get('name')}"):
             return str(self._images.create(**facts).id)
 
-    def describe(self, id: str, facts: Mapping[str, Any], *left_out: str) -> list[str]:
+    def describe(self, id: str, facts: Facts, *left_out: str) -> list[str]:
         """Sets these properties of an image and removes others; returns the names of those that Glance refused."""
         with ignoring(*(400, 403, 409, 413) if facts else ()), self._translating(f"describe image {id}"):
             self._images.update(id, remove_props=list(left_out), **facts)
@@ -3692,7 +3712,6 @@ class ImageStore:
             self._images.upload(id, content, image_size=size)
 
     def delete(self, id: str) -> None:
-        """Deletes an image unless it is gone."""
         with ignoring(404), self._translating(f"delete image {id}"):
             self._images.delete(id)
 
@@ -3707,15 +3726,13 @@ class VolumeStore:
         return self._cloud.retrying(act, lambda: dict(self.adapter.get(path, **how).json()))
 
     def one(self, id: str) -> Volume | None:
-        """A volume by its id, or None."""
         with ignoring(404):
             return Volume.of(self._ask(f"show volume {id}", f"/volumes/{id}")["volume"])
         return None
 
     def made_by(self, run: str) -> list[Volume]:
-        """The volumes that a run made, by its mark."""
         found = [Volume.of(told) for key in (MADE, DONE) for told in self._ask("list volumes", "/volumes/detail?" +
-                 urllib.parse.urlencode({"metadata": str({key: run})}))["volumes"]]
+            urllib.parse.urlencode({"metadata": str({key: run})}))["volumes"]]
         return [volume for volume in found if run in (volume.metadata.get(MADE), volume.metadata.get(DONE))]
 
     def connection(self, volume: Volume, server: str) -> tuple[str, ...]:
@@ -3734,28 +3751,24 @@ class VolumeStore:
             targets = [f"fc-0x{wwn}" for wwn in ([wwns] if isinstance(wwns, str) else wwns)]
         else:
             raise self._cloud.error(f"{volume.label} is connected by {kind or 'unknown means'}: its device cannot be "
-                                    "proven to be that volume", "--root-only or --disks goes on without it")
+                "proven to be that volume", "--root-only or --disks goes on without it")
         pairs = zip(targets, luns * len(targets) if len(luns) == 1 else luns, strict=False)
         return tuple(f"{target}-lun-{lun}" for target, lun in pairs)
 
     def with_snapshots(self) -> set[str]:
-        """The ids of volumes that have snapshots."""
         return {one["volume_id"] for one in self._ask("list volume snapshots", "/snapshots")["snapshots"]}
 
     def types(self) -> list[str]:
         return [one["name"] for one in self._ask("list volume types", "/types")["volume_types"]]
 
     def zones(self) -> list[str]:
-        """The names of the availability zones that can be used."""
         told = self._ask("list availability zones of volumes", "/os-availability-zone")["availabilityZoneInfo"]
         return [one["zoneName"] for one in told if one["zoneState"]["available"]]
 
     def limits(self) -> dict[str, int]:
-        """The project's quota and its use, by Cinder's names."""
         return dict(self._ask("show limits of volumes", "/limits")["limits"]["absolute"])
 
     def make(self, **facts: object) -> str:
-        """Requests a new volume; returns its id."""
         with self._cloud.translating(f"create volume {facts.get('name')}"):
             return str(self.adapter.post("/volumes", json={"volume": facts}).json()["volume"]["id"])
 
@@ -3778,10 +3791,9 @@ class VolumeStore:
             "os-set_bootable": {"bootable": is_bootable}}
         for name, facts in acts.items():
             self._cloud.retrying(f"{name} of volume {id}",
-                                 partial(self.adapter.post, f"/volumes/{id}/action", json={name: facts}))
+                partial(self.adapter.post, f"/volumes/{id}/action", json={name: facts}))
 
     def mark(self, id: str, marks: Mapping[str, str], *without: str) -> None:
-        """Adds these marks to a volume's metadata, and removes others."""
         path = f"/volumes/{id}/metadata"
         if marks:
             self._cloud.retrying(f"mark volume {id}", lambda: self.adapter.post(path, json={"metadata": dict(marks)}))
@@ -3797,10 +3809,10 @@ class VolumeStore:
                 return
             if volume.status == "in-use" and volume.servers and self._cloud.find_server(volume.servers[0]):
                 raise Kept(f"{volume.label} is attached to {volume.servers[0]}, and is kept",
-                           f"once nobody needs it: openstack volume delete {id}")
+                    f"once nobody needs it: openstack volume delete {id}")
             if volume.status.startswith("error_") or time.monotonic() > limit or refused == 10:
                 raise self._cloud.error(f"volume {id} was not deleted: it is {volume.status}",
-                                        "find out what needs it, such as snapshots")
+                    "find out what needs it, such as snapshots")
             if volume.status in ("available", "error"):
                 refused += 1
                 with ignoring(400, 404):  # 400: Nova reserves it, or its deletion has begun
@@ -3823,7 +3835,7 @@ class NetworkStore:
         found = {one["id"]: one for one in (self.all(what, *(("id", id) for id in wanted)) if wanted else ())}
         if unseen := [id for id in wanted if id not in found]:
             raise self._cloud.error(f"Neutron does not show {', '.join(unseen)} among the {what}",
-                                    "use an admin's credentials")
+                "use an admin's credentials")
         return found
 
     def made_by(self, what: str, run: str, description: str = "") -> list[str]:
@@ -3832,23 +3844,20 @@ class NetworkStore:
         with ignoring(404):  # no routers, no floating IPs
             found = [one for one in self.all(what, ("project_id", project)) if one.get("project_id") == project]
         return [one["id"] for one in found if (one.get("description") or "").startswith(f"{MADE}={run} ")
-                and description in ("", one["description"])]
+            and description in ("", one["description"])]
 
-    def make(self, what: str, facts: Mapping[str, Any]) -> str:
-        """Requests a new one; returns its id."""
+    def make(self, what: str, facts: Facts) -> str:
         one = what.removesuffix("s")
         with self._cloud.translating(f"create {one}"):
             return str(self.adapter.post(f"/{what}", json={one: dict(facts)}).json()[one]["id"])
 
-    def change(self, what: str, id: str, facts: Mapping[str, Any]) -> None:
-        """Sets these facts of a port or a floating IP."""
+    def change(self, what: str, id: str, facts: Facts) -> None:
         one = what.removesuffix("s")
         self._cloud.retrying(f"change {one} {id}", lambda: self.adapter.put(f"/{what}/{id}", json={one: dict(facts)}))
 
     def tag(self, port: str, tags: Sequence[str]) -> None:
-        """Sets the tags of a port."""
         self._cloud.retrying(f"tag port {port}",
-                             lambda: self.adapter.put(f"/ports/{port}/tags", json={"tags": list(tags)}))
+            lambda: self.adapter.put(f"/ports/{port}/tags", json={"tags": list(tags)}))
 
     def delete(self, what: str, id: str) -> None:
         """Deletes a port or a floating IP, unless it is gone; raises Kept if another instance uses it."""
@@ -3943,7 +3952,6 @@ class Service:
         raise AssertionError("polls never end")
 
     def pages(self, adapter: Any, path: str, key: str) -> list[dict[str, Any]]:
-        """All pages of a list."""
         found = list[dict[str, Any]]()
         while path:
             told = dict(self.retrying(f"list {key}", partial(adapter.get, path)).json())
@@ -3976,11 +3984,9 @@ class Compute(Service):
             return self.read(self._nova.servers.get(id).to_dict())
 
     def server_retrying(self, id: str) -> Server:
-        """An instance by its id, with retries."""
         return self.retrying(f"show server {id}", lambda: self.server(id))
 
     def servers(self, **search: object) -> list[Server]:
-        """The project's instances that match this search."""
         found = self.retrying("list servers", lambda: self._nova.servers.list(search_opts=search, limit=-1))  # -1: all
         return [self.read(raw.to_dict()) for raw in found]
 
@@ -3988,7 +3994,7 @@ class Compute(Service):
     def _flavors(self) -> dict[str, Flavor]:
         return {flavor.id: flavor for flavor in self.flavors()}
 
-    def read(self, raw: Mapping[str, Any]) -> Server:
+    def read(self, raw: Facts) -> Server:
         told = {key.rpartition(":")[2]: value for key, value in raw.items() if value}  # without OS-EXT-STS: etc.
         return Server(
             id=raw["id"], name=raw["name"], status=raw["status"], task=told.get("task_state", ""),
@@ -4005,7 +4011,7 @@ class Compute(Service):
                                       for entry in entries if entry.get("OS-EXT-IPS:type", "fixed") == "fixed"),
         )
 
-    def _flavor_of(self, raw: Mapping[str, Any]) -> Flavor:
+    def _flavor_of(self, raw: Facts) -> Flavor:
         if "vcpus" not in raw:  # before microversion 2.47 there is only the flavor's id, and the flavor may be deleted
             return self._flavors.get(str(raw.get("id", "")), Flavor("", 0, 0, 0, 0, 0))
         return Flavor(
@@ -4030,7 +4036,7 @@ class Compute(Service):
                     for id, one in self._placement(f"{path}/allocations")["allocations"].items()}
                 used = sum(map(Counter, taken.values()), Counter[str]())
                 free = {name: int((entry["total"] - entry["reserved"]) * entry["allocation_ratio"]) - used[name]
-                        for name, entry in self._placement(f"{path}/inventories")["inventories"].items()}
+                    for name, entry in self._placement(f"{path}/inventories")["inventories"].items()}
                 known[provider["name"]] = free, taken
         return [ComputeHost(one.host, one.status == "enabled", one.state == "up",
             *known.get(node_of.get(one.host, ""), ())) for one in services]
@@ -4061,14 +4067,12 @@ class Compute(Service):
         return max(((int(one.id), str(one.status)) for one in found if int(one.id) > after), default=(0, ""))
 
     def abort(self, id: str, migration: int) -> None:
-        """Requests the end of a migration."""
         with self.translating(f"abort migration {migration} of server {id}"):
             self._nova_2_87.server_migrations.live_migration_abort(id, migration)
 
     # What an instance refers to: of the user or the project of these credentials, unless told otherwise.
 
     def key_pair(self, name: str, user: str = "") -> KeyPair | None:
-        """A user's key pair, or None."""
         if user and self._version < (2, 10):
             return None
         with ignoring(403, 404):
@@ -4077,20 +4081,20 @@ class Compute(Service):
             return KeyPair(told["name"], told["fingerprint"], told["public_key"], told.get("type", "ssh"))
         return None
 
-    def make_key_pair(self, facts: Mapping[str, Any]) -> str:
+    def make_key_pair(self, facts: Facts) -> str:
         """Uploads a public key; returns the key pair's name, which is its id."""
         with self.translating(f"create key pair {facts['name']}"):
             more = {"key_type": facts["type"]} if self._version >= (2, 2) else {}
             return str(self._nova.keypairs.create(facts["name"], facts["public_key"], **more).id)
 
-    def delete_key_pair(self, name: str, facts: Mapping[str, Any]) -> None:
+    def delete_key_pair(self, name: str, facts: Facts) -> None:
         """Deletes a key pair of this user; raises Kept if it is another one than the run made."""
         pair, is_mine = self.key_pair(name), facts.get("user") == self.user
         if not pair and is_mine:
             return
         if not (pair and is_mine and pair.fingerprint == facts.get("fingerprint")):
             raise Kept(f"key pair {name} is kept: user {facts.get('user')} made it in the run, and user {self.user} "
-                       "sees none or another", f"as that user: openstack keypair delete {shlex.quote(name)}")
+                "sees none or another", f"as that user: openstack keypair delete {shlex.quote(name)}")
         with ignoring(404):
             self.retrying(f"delete key pair {name}", lambda: self._nova.keypairs.delete(name))
 
@@ -4110,10 +4114,9 @@ class Compute(Service):
     def _server_group(one: Any) -> dict[str, Any]:
         policies = getattr(one, "policies", ())  # before microversion 2.64
         return {"name": one.name, "policy": getattr(one, "policy", "") or next(iter(policies), ""),
-                "rules": dict(getattr(one, "rules", None) or {}), "members": list(one.members)}
+            "rules": dict(getattr(one, "rules", None) or {}), "members": list(one.members)}
 
-    def make_server_group(self, facts: Mapping[str, Any]) -> str:
-        """Requests a server group; returns its id."""
+    def make_server_group(self, facts: Facts) -> str:
         with self.translating(f"create server group {facts['name']}"):
             words = (facts["policy"], facts["rules"] or None) if self._version >= (2, 64) else ([facts["policy"]],)
             return str(self._nova.server_groups.create(facts["name"], *words).id)
@@ -4122,12 +4125,11 @@ class Compute(Service):
         """Deletes a server group; raises Kept if somebody else's instances are in it."""
         if (group := self.server_group(id)) and group["members"]:
             raise Kept(f"server group {group['name']} {id} has {len(group['members'])} instances, and is kept",
-                       f"openstack server group delete {id}")
+                f"openstack server group delete {id}")
         with ignoring(404):
             self.retrying(f"delete server group {id}", lambda: self._nova.server_groups.delete(id))
 
     def zones(self) -> list[str]:
-        """The names of the availability zones that can be used."""
         found = self.retrying("list availability zones", lambda: self._nova.availability_zones.list(detailed=False))
         return [one.zoneName for one in found if one.zoneState["available"]]
 
@@ -4137,13 +4139,11 @@ class Compute(Service):
             argument, (2, 1))
 
     def console(self, id: str) -> str:
-        """What is on an instance's console; empty if there is none yet."""
         with ignoring(404, 409), self.translating(f"show console of server {id}"):
             return str(self._nova.servers.get_console_output(id))
         return ""
 
     def attach(self, id: str, port: str) -> None:
-        """Attaches a port to an instance, unless it is attached to it already."""
         def ask() -> None:
             if port not in {one.port_id for one in self._nova.servers.interface_list(id)}:
                 self._nova.servers.interface_attach(id, port, None, None)
@@ -4154,7 +4154,7 @@ class Compute(Service):
 class Cloud(Compute):
     """One OpenStack cloud. Every method raises CloudError."""
 
-    def __init__(self, label: str, creds: Mapping[str, Any], glance_endpoint: str = "") -> None:
+    def __init__(self, label: str, creds: Facts, glance_endpoint: str = "") -> None:
         self.label, self.url = label, str(creds["auth_url"])
         with self.translating("sign in"):
             self._open(dict(creds), glance_endpoint)
@@ -4170,7 +4170,7 @@ class Cloud(Compute):
         known = {one.dest for one in loader.get_options()}
         for key in creds.keys() - known:
             raise UsageError(f"credentials of the {self.label} cloud: unknown entry {key!r}{did_you_mean(key, known)}",
-                             f"known: {', '.join(sorted(known))}")
+                f"known: {', '.join(sorted(known))}")
         verify, patience = session_options(own, self.label)
         cert = (own["cert"], own["key"]) if "cert" in own and "key" in own else own.get("cert")
         auth = loader.load_from_options(**creds)
@@ -4201,14 +4201,13 @@ class Cloud(Compute):
         self.user = str(opened.get_user_id() or "")
         self.roles = list(auth.get_access(opened).role_ids or ())
         self.identity = {"nova": str(opened.get_endpoint(service_type="compute", **where)), "region": region or "",
-                         "project": str(opened.get_project_id() or "")}
+            "project": str(opened.get_project_id() or "")}
 
     def project_name(self, id: str) -> str:
-        """The name of a project."""
         return str(self.ask(f"show project {id}", "identity", "GET", f"/projects/{id}")["project"]["name"])
 
     def ask(self, act: str, service: str, method: str, path: str,
-            body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+            body: Facts | None = None) -> dict[str, Any]:
         """An answer of a service's API; repeated during an outage, but for what makes something."""
         asking = partial(self._services[service].request, path, method, **({"json": body} if body is not None else {}))
         if method == "POST":
@@ -4219,7 +4218,6 @@ class Cloud(Compute):
         return dict(answer.json()) if answer.content else {}
 
     def listed(self, service: str, path: str, key: str) -> list[dict[str, Any]]:
-        """A whole list of a service's API."""
         return self.pages(self._services[service], path, key)
 
     def find_server(self, id: str, *, is_patient: bool = True) -> Server | None:
@@ -4234,7 +4232,7 @@ class Cloud(Compute):
         """An instance's actions, newest first."""
         found = self.retrying(f"show actions of server {id}", lambda: self._nova.instance_action.list(id))
         return [Action(one.request_id, one.action, str(one.start_time), getattr(one, "message", None) == "Error",
-                       seconds_between(one.start_time, getattr(one, "updated_at", None))) for one in found]
+            seconds_between(one.start_time, getattr(one, "updated_at", None))) for one in found]
 
     def _request(self, id: str, answer: object) -> str:
         """The request id of an answer; if that was lost, the instance's last one."""
@@ -4242,7 +4240,6 @@ class Cloud(Compute):
         return next((request for request in (*getattr(answer, "request_ids", ()), *known) if request in known), "")
 
     def servers_named(self, name: str) -> list[Server]:
-        """The project's instances with exactly this name."""
         return [server for server in self.servers(name=f"^{re.escape(name)}$") if server.name == name]
 
     def made_by(self, run: str, origin: str, *, all_tenants: bool = False) -> list[Server]:
@@ -4259,16 +4256,15 @@ class Cloud(Compute):
         return False
 
     def limits(self) -> dict[str, int]:
-        """The project's quota and its use, by Nova's names."""
         with self.translating("show limits"):
             return {limit.name: limit.value for limit in self._nova.limits.get().absolute}
 
-    def create(self, name: str, image: str, flavor: str, extra: Mapping[str, Any], marks: Mapping[str, str]) -> str:
+    def create(self, name: str, image: str, flavor: str, extra: Facts, marks: Mapping[str, str]) -> str:
         """Requests a new instance with these marks in its metadata; returns its id. Without an image: from a volume."""
         with self.translating(f"create server {name}"):
             return str(self._nova.servers.create(name, image, flavor, **self._arguments(extra, marks)).id)
 
-    def refuses(self, extra: Mapping[str, Any]) -> str:
+    def refuses(self, extra: Facts) -> str:
         """Why Nova cannot be asked for such an instance: its version, or a key pair; empty where it can."""
         trial = copy.copy(self._nova.servers)
         trial._create = lambda *body, **more: None  # does everything but send
@@ -4284,7 +4280,7 @@ class Cloud(Compute):
             return f"the user of these credentials has no key pair {key!r}"
         return ""
 
-    def _arguments(self, extra: Mapping[str, Any], marks: Mapping[str, str]) -> dict[str, Any]:
+    def _arguments(self, extra: Facts, marks: Mapping[str, str]) -> dict[str, Any]:
         given = {name: value for name, value in extra.items() if value is not None}
         return {**given, "meta": {**given.get("meta", {}), **marks}}
 
@@ -4306,10 +4302,10 @@ class Cloud(Compute):
                 refused, asked = refused + (not is_deleting), time.monotonic()
 
     def stop(self, id: str, changed: Callable[[Server], None]) -> str:
-        """Stops an instance unless it is stopped; returns the request id."""
+        """Stops an instance; returns the request id, or nothing if it was stopped already."""
         answer = self.retrying(f"stop server {id}", lambda: self.server(id).is_stopped or self._nova.servers.stop(id))
         self.wait(id, lambda server: server.is_stopped, changed)
-        return self._request(id, answer)
+        return "" if answer is True else self._request(id, answer)
 
     def start(self, id: str, changed: Callable[[Server], None]) -> Server:
         """Starts an instance; raises CloudError with the reason from os-instance-actions."""
@@ -4320,11 +4316,6 @@ class Cloud(Compute):
 
         self.retrying(f"start server {id}", lambda: self.server(id).is_running or self._nova.servers.start(id))
         return self.wait(id, is_started, changed)
-
-    def restart(self, id: str, changed: Callable[[Server], None]) -> None:
-        """Starts an instance, even one that is being stopped."""
-        self.wait(id, lambda server: not server.task, changed)
-        self.start(id, changed)
 
     def why_failed(self, id: str, action: str) -> str:
         """Why the last such action failed; empty if it did not, or not yet."""
@@ -4394,7 +4385,7 @@ def both_clouds(settings: Settings, environment: Mapping[str, str]) -> tuple[Clo
     return opening[0].result(), opening[1].result()
 
 
-# ---- 10. Disks -------------------------------------------------------------------------------------------------------
+# ---- 10. Disks -------------------------------------------------------
 
 # Each tool with its packages: Debian's, and those of RPM distributions.
 PACKAGES: Final = {
@@ -4568,6 +4559,8 @@ until said=$(drop 2>&1); do  # it may be starting or stopping
 done
 """
 
+CONNECT_IT: Final = "start and stop the instance once, so that Nova connects its disks"
+
 # Puts what is told in the place of $1, a file of the same length.
 PUT_NVRAM: Final = """
 set -e
@@ -4596,7 +4589,7 @@ BROKEN: Final = "errors that qemu-img check finds"
 
 Layer = tuple[str, str]  # a file or other storage of a disk's chain, and its format
 ENDED: Final = {"crashed": "the source's qemu was killed or crashed",
-                "destroyed": "the guest did not shut down in time and was powered off hard"}
+    "destroyed": "the guest did not shut down in time and was powered off hard"}
 
 
 @dataclass(frozen=True)
@@ -4609,7 +4602,7 @@ class Drive:
     job: str  # its active block job
     info: str  # the file's format by disk.info, if known
     is_there: bool  # whether the file exists
-    storage: Mapping[str, str] = field(default_factory=dict)  # a Node's, if it is no file
+    storage: Mapping[str, str] = empty(dict)  # a Node's, if it is no file
 
     @property
     def format(self) -> str:
@@ -4627,7 +4620,6 @@ class Drive:
 
     @property
     def volume(self) -> str:
-        """The id of the volume that it is, or nothing."""
         return volume_of(self.xml)
 
 
@@ -4657,7 +4649,6 @@ def target_of(disk: ElementTree.Element) -> str:
 
 
 def chain_in(disk: ElementTree.Element) -> tuple[Layer, ...]:
-    """A disk's chain, from the domain's XML."""
     chain, layer, format = list[Layer](), disk, disk.find("driver")
     while (source := layer.find("source")) is not None:
         lies = source.get("file") or source.get("dev") or source.get("name") or ""
@@ -4676,12 +4667,12 @@ def domain_of(host: Host, id: str, path: str) -> Domain:
     try:
         domain = host.script(DOMAIN, id, path).read(partial(domain_in, id, path))
         for secret in {(auth.get("username", ""), one.get("uuid", "")) for drive in domain.drives.values()
-                       for auth in drive.xml.iter("auth") for one in auth.iter("secret")}:
+                for auth in drive.xml.iter("auth") for one in auth.iter("secret")}:
             learn_key(host, *secret)
         return domain
     except CommandError as error:
         raise HostError(f"{host.name}: libvirt gives no information on {id}: {error.said}",
-                        "see there: virsh list --all; an instance that is not listed must be started once") from error
+            "see there: virsh list --all; an instance that is not listed must be started once") from error
 
 
 def domain_in(id: str, path: str, printed: str) -> Domain:
@@ -4703,18 +4694,18 @@ def domain_in(id: str, path: str, printed: str) -> Domain:
     if not (same or on_it) and (lies := own.get("disk", first if first in volumes else None)) is not None:
         drives = {ROOT: stored(lies, lines)}
     beside = {chain_in(disk)[0][0].rpartition("/")[2]: disk for disk in found
-              if " beside " in lines.get(target_of(disk), "")} | own
+        if " beside " in lines.get(target_of(disk), "")} | own
     for number, name in enumerate(ephemeral_among(beside)):
         drives[f"eph{number}"] = stored(own[name], lines) if name in own else drive_in(
             beside[name], f"{folder}/{name}", lines, info, is_there=True, is_it=True)
     drives |= {f"volume-{volume_of(disk)}": stored(disk, lines) for disk in volumes if disk is not drives[ROOT].xml}
     names = {kind: [name for name in told.split("\n") if name and not name.startswith("migrena-")]  # not ours
-             for kind, told in (("checkpoint", checkpoints), ("snapshot", snapshots))}
+        for kind, told in (("checkpoint", checkpoints), ("snapshot", snapshots))}
     return Domain(id, tree, drives, state.strip(), names)
 
 
 def drive_in(disk: ElementTree.Element, path: str, lines: Mapping[str, str], info: str, *, is_there: bool,
-             is_it: bool) -> Drive:
+        is_it: bool) -> Drive:
     """A Drive from the domain's disk; `is_it`: it is the file at this path, perhaps by another name."""
     chain, known = chain_in(disk), None
     with suppress(ValueError, AttributeError):
@@ -4786,12 +4777,12 @@ def refuse_domain(host: Host, domain: Domain, keys: Collection[str] = ()) -> lis
             reasons.append(other)
         elif drive.info not in ("", format):
             reasons.append(Reason(f"{host.name}: the format of {path} is {format} by libvirt, {drive.info} by "
-                                  f"{domain.drives[ROOT].path}.info", "if the guest works, correct that file"))
+                f"{domain.drives[ROOT].path}.info", "if the guest works, correct that file"))
         if drive.job:
             is_backup, id = drive.job == "Backup", domain.id
             end = f"domjobabort {id}" if is_backup else f"blockjob {id} {drive.target} --abort"
             reasons.append(Reason(f"{host.name}: a block job is active on the disk: {drive.job}",
-                                  f"wait until it ends, or: virsh {end}"))
+                f"wait until it ends, or: virsh {end}"))
     return reasons + refuse_metadata(host, domain)
 
 
@@ -4819,13 +4810,12 @@ def misplaced(host: Host, domain: Domain, drive: Drive) -> Reason | None:
         files += [image.path for image in disk_chain(host, top, format, shared=True)]
     if path not in files:
         return Reason(f"{host.name}: the disk is {top}, not {path}",
-                      "set DISK_PATH in config.py to that, with %s for the id")
+            "set DISK_PATH in config.py to that, with %s for the id")
     merge = f"virsh blockcommit {domain.id} {drive.target} --base {shlex.quote(path)} --active --pivot"
     if domain.is_off:  # without -b it would commit into the base that instances share
         merge = (f"qemu-img commit -f {format} -b {shlex.quote(path)} {shlex.quote(top)}; "
-                 f"then start and stop it, so that Nova uses {path} again")
-    return Reason(f"{host.name}: the guest writes to {top}, an external snapshot; {path} is the state before it",
-                  merge)
+            f"then start and stop it, so that Nova uses {path} again")
+    return Reason(f"{host.name}: the guest writes to {top}, an external snapshot; {path} is the state before it", merge)
 
 
 def disk_chain(host: Host, path: str, format: str, *, shared: bool) -> tuple[DiskImage, ...]:
@@ -4838,17 +4828,17 @@ def disk_chain(host: Host, path: str, format: str, *, shared: bool) -> tuple[Dis
         if not lost or lost[1] == path:
             raise
         raise HostError(f"{host.name}: {path} has the backing file {lost[1]}, which does not exist",
-                        "restore that file first: Nova would put its own image there") from error
+            "restore that file first: Nova would put its own image there") from error
     images = answer.read(lambda said: [_disk_image(node) for node in document_in(said) or [{}]])
     lengths = host.run("stat", "-L", "-c", "%s", "--", *(image.path for image in images)).read(
         lambda said: [int(length) for _, length in zip(images, said.split(), strict=True)])
     return tuple(replace(image, length=length) for image, length in zip(images, lengths, strict=True))
 
 
-def _disk_image(node: Mapping[str, Any]) -> DiskImage:
+def _disk_image(node: Facts) -> DiskImage:
     details = node.get("format-specific", {}).get("data", {})
     flaws = {"internal snapshots": node.get("snapshots"), "encryption": node.get("encrypted") or details.get("encrypt"),
-             "an external data file": details.get("data-file"), "the corrupt flag": details.get("corrupt")}
+        "an external data file": details.get("data-file"), "the corrupt flag": details.get("corrupt")}
     return DiskImage(
         path=node["filename"], format=node["format"], size=int(node["virtual-size"]), length=0,
         allocated=int(node["actual-size"]), backing=node.get("full-backing-filename", node.get("backing-filename", "")),
@@ -4862,12 +4852,12 @@ def chosen_drives(host: str, drives: Mapping[str, Drive], only: Sequence[str]) -
     known = {name for key, drive in drives.items() for name in (key, drive.target, drive.volume)}
     if unknown := set(only) - known:
         raise HostError(f"{host}: the instance has no disk {', '.join(sorted(unknown))}",
-                        f"name it in --disks as one of {', '.join(drives)}, or as the guest's device")
+            f"name it in --disks as one of {', '.join(drives)}, or as the guest's device")
     chosen = {key: drive for key, drive in drives.items() if {key, drive.target, drive.volume} & {*only}}
     ephemeral = {key for key in chosen if key.startswith("eph")}
     if before := {f"eph{number}" for number in range(len(ephemeral))} - ephemeral:
         raise HostError(f"{host}: Nova makes ephemeral disks in their order, and {', '.join(sorted(before))} is not "
-                        "among the chosen", f"name it in --disks too, or leave out {', '.join(sorted(ephemeral))}")
+            "among the chosen", f"name it in --disks too, or leave out {', '.join(sorted(ephemeral))}")
     return chosen
 
 
@@ -4890,19 +4880,18 @@ def survey_disks(host: Host, instance: str, path: str, *, shared: bool, only: Se
             "find out whether there is an external snapshot (virsh domblklist); --root-only goes on without it"))
     if shared and domain.is_off:
         reasons.append(Reason(f"{host.name}: the instance runs by Nova, but is {domain.state} by libvirt",
-                              f"openstack server reboot --hard {instance}, or openstack server stop {instance}"))
+            f"openstack server reboot --hard {instance}, or openstack server stop {instance}"))
     if reasons:
         raise HostError.of(reasons)
     macs = tuple(one.get("address", "").lower() for one in domain.xml.iterfind("devices/interface/mac"))
     return {key: replace(
         survey_drive(host, drive, shared=shared), beside=beside, has_nvram=domain.xml.find("os/nvram") is not None,
         has_tpm=domain.xml.find("devices/tpm") is not None, macs=macs,
-        volume=drive.volume, target=drive.target, bus=drive.bus)
+        volume=drive.volume, bus=drive.bus)
         for key, drive in domain.drives.items()}
 
 
 def survey_drive(host: Host, drive: Drive, *, shared: bool) -> Disk:
-    """Facts about one disk."""
     if drive.storage:
         return survey_stored(host, drive, shared=shared)
     path = drive.path
@@ -4941,7 +4930,7 @@ def stored_image(host: Host, drive: Drive) -> DiskImage:
         if "Unknown driver 'rbd'" not in error.said:
             raise
         raise HostError(f"{host.name}: qemu-img there knows no disks on Ceph",
-                        "install its driver (Debian: qemu-block-extra, RPM: qemu-kvm-block-rbd)") from error
+            "install its driver (Debian: qemu-block-extra, RPM: qemu-kvm-block-rbd)") from error
     size = info.read(lambda said: int(document_in(said)["virtual-size"]))
     flaws = ("encryption",) if drive.xml.find(".//encryption") is not None else ()
     own = logical_volume(drive.path) if drive.storage["driver"] == "host_device" and not drive.volume else ()
@@ -4952,7 +4941,7 @@ def require_chain(host: Host, drive: Drive, chain: Sequence[DiskImage]) -> None:
     """Raises HostError if the file names other bases than the running qemu has open."""
     if any(not len(below) for below in drive.xml.iter("backingStore")):  # a complete chain
         has, names = [[(os.path.normpath(file), format) for file, format in below]
-                      for below in (drive.chain[1:], [(image.path, image.format) for image in chain[1:]])]
+            for below in (drive.chain[1:], [(image.path, image.format) for image in chain[1:]])]
         if has != names:
             raise HostError(
                 f"{host.name}: {drive.path} has the bases {has} in the guest's qemu, but {names} in the file",
@@ -4990,7 +4979,7 @@ def blocks(verb: str, where: str, offset: int, length: int, *more: int | str) ->
 
 
 def digests(host: Host, where: str, offset: int, length: int, stall: float, *more: int | str,
-            before: Sequence[str] = ()) -> dict[int, str]:
+        before: Sequence[str] = ()) -> dict[int, str]:
     """The digests of the blocks that are not all zeros, by number; `where`: a file, or a node in JSON."""
     return host.work(*before, *blocks("digest", where, offset, length, *more), stall=stall).read(_digests_in)
 
@@ -5009,7 +4998,7 @@ def lines_of(found: Mapping[int, str]) -> bytes:
 
 @contextmanager
 def served_here(host: Host, folder: str, name: str, *words: str,
-                before: Sequence[str] = ()) -> Iterator[tuple[Lease, Node]]:
+        before: Sequence[str] = ()) -> Iterator[tuple[Lease, Node]]:
     """A qemu-nbd on a socket in our private folder, and its node; raises CommandError if it does not start."""
     socket_file, pidfile = f"{folder}/{name}.sock", f"{folder}/{name}.pid"
     with host.daemon(pidfile, *before, "qemu-nbd", "-t", "-k", socket_file, f"--pid-file={pidfile}", *words) as lease:
@@ -5028,7 +5017,7 @@ def watchers_of(host: Host, node: Node) -> str:
     """
     told = node.storage
     hosts = [f"{f'[{value}]' if ':' in value else value}:{told[key.replace('host', 'port')]}"
-             for key, value in told.items() if key.endswith(".host")]
+        for key, value in told.items() if key.endswith(".host")]
     user = ("--id", told["user"]) if "user" in told else ()
     said = host.script(WATCHERS, f"{told['pool']}/{told['image']}", *user, *(("-m", ",".join(hosts)) if hosts else ()))
     users = said.read(lambda said: [str(one["address"]) for one in document_in(said)["watchers"]]) if said else []
@@ -5042,14 +5031,12 @@ def require_identity(host: Host, image: DiskImage) -> None:
     try:
         found = host.script(IDENTITY, image.path).splitlines()
     except CommandError as error:
-        raise FinalError(f"{host.name}: {image.path} cannot be used: {error.said}",
-                         "start and stop the instance once, so that Nova connects its disks") from error
+        raise FinalError(f"{host.name}: {image.path} cannot be used: {error.said}", CONNECT_IT) from error
     kind = "dm:" if any(name.startswith("dm:") for name in image.identity) else "path:"
     seen = [name for name in found if name.startswith(kind)]
     if not seen or not all(name.endswith(image.identity) for name in seen):
         raise FinalError(f"{host.name}: {image.path} is not proven to be the instance's disk: it is "
-                         f"{', '.join(found)}, and should be {' or '.join(image.identity) or 'known'}",
-                         "start and stop the instance once, so that Nova connects its disks")
+                         f"{', '.join(found)}, and should be {' or '.join(image.identity) or 'known'}", CONNECT_IT)
 
 
 def logical_volume(path: str) -> tuple[str, ...]:
@@ -5116,7 +5103,7 @@ class DiskLocks(ExitStack):
             all_held, wanted = dict(self._held), {self._place(*disk) for disk in disks}
         with ThreadPoolExecutor() as pool:
             asked = {place: pool.submit(self._holds, known) for place, known in all_held.items()
-                     if not wanted or place in wanted}
+                if not wanted or place in wanted}
         for place in (place for place, holds in asked.items() if not holds.result()):
             raise HostError(f"{place[0]}: the qemu-nbd that locked {place[-1]} ended", "run it again")
 
@@ -5181,9 +5168,9 @@ def certificates(server: str) -> dict[str, dict[str, bytes]]:
     def certificate(who: str) -> bytes:
         now = datetime.now(timezone.utc)
         builder = (x509.CertificateBuilder().subject_name(names[who]).issuer_name(names["CA"])
-                   .public_key(keys[who].public_key()).serial_number(x509.random_serial_number())
-                   .not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=30))
-                   .add_extension(x509.BasicConstraints(ca=who == "CA", path_length=None), critical=True))
+            .public_key(keys[who].public_key()).serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=30))
+            .add_extension(x509.BasicConstraints(ca=who == "CA", path_length=None), critical=True))
         if who != "CA":
             builder = builder.add_extension(x509.ExtendedKeyUsage([purposes[who]]), critical=False)
             builder = builder.add_extension(
@@ -5325,7 +5312,7 @@ class DiskJob:
         """Whether the network's speed decides on compression; a rate limit is for uncompressed bytes."""
         asked = self.settings
         return (asked.compress == "auto" and not self.transport.compress and asked.transport != "nbd"
-                and not asked.limit_rate)
+            and not asked.limit_rate)
 
 
 class Transport:
@@ -5382,7 +5369,7 @@ class QemuTransport(Transport):
                 yield Node({"driver": "nbd", "server.type": "unix", "server.path": socket_file, "export": export.name})
             return
         yield Node({"driver": "nbd", "server.type": "inet", "server.host": export.address,
-                    "server.port": str(export.port), "export": export.name} | ({"tls-creds": "t"} if tls else {}))
+            "server.port": str(export.port), "export": export.name} | ({"tls-creds": "t"} if tls else {}))
 
 
 class NbdTransport(Transport):
@@ -5410,7 +5397,15 @@ class NbdTransport(Transport):
     def serve(self, ends: Ends, job: DiskJob, place: Export, image: Node, stack: ExitStack) -> tuple[str, ...]:
         if image.format != "raw" or "filename" not in image.storage:
             return QemuTransport().serve(ends, job, place, image, stack)
-        return nbd_server(ends, job, place, image.place)
+        folder = ends.source_folder  # gets its configuration, see nbd-server(5)
+        lines = ["[generic]", f"listenaddr = {place.address}", f"port = {place.port}", "allowlist = false"]
+        if job.settings.tls:
+            lines += ["force_tls = true", f"certfile = {folder}/server-cert.pem", f"keyfile = {folder}/server-key.pem",
+                      f"cacertfile = {folder}/ca-cert.pem"]
+        lines += [f"[{place.name}]", f"exportname = {image.place}", "readonly = true", f"authfile = {folder}/clients"]
+        put_files(ends.source, folder, {"clients": f"{ends.client_address}\n".encode(),
+            f"{place.port}.conf": "\n".join((*lines, "")).encode()})
+        return ("nbd-server", "-C", f"{folder}/{place.port}.conf", "-p", f"{folder}/{place.port}.pid")
 
     @contextmanager
     def reach(self, ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[Node]:
@@ -5445,25 +5440,19 @@ def exported(ends: Ends, job: DiskJob, image: Node) -> Iterator[tuple[Export, Le
             yield place, lease
             return
     raise HostError(f"{host.name}: port {job.settings.nbd_server_port[-1]} is taken",
-                    "set NBD_SERVER_PORT to a free one, or a range such as 2666-2697")
-
-
-def nbd_server(ends: Ends, job: DiskJob, place: Export, path: str) -> tuple[str, ...]:
-    """Writes nbd-server's configuration for a file, see nbd-server(5); returns the command that starts it."""
-    folder = ends.source_folder
-    lines = ["[generic]", f"listenaddr = {place.address}", f"port = {place.port}", "allowlist = false"]
-    if job.settings.tls:
-        lines += ["force_tls = true", f"certfile = {folder}/server-cert.pem", f"keyfile = {folder}/server-key.pem",
-                  f"cacertfile = {folder}/ca-cert.pem"]
-    lines += [f"[{place.name}]", f"exportname = {path}", "readonly = true", f"authfile = {folder}/clients"]
-    put_files(ends.source, folder, {"clients": f"{ends.client_address}\n".encode(),
-        f"{place.port}.conf": "\n".join((*lines, "")).encode()})
-    return ("nbd-server", "-C", f"{folder}/{place.port}.conf", "-p", f"{folder}/{place.port}.pid")
+        "set NBD_SERVER_PORT to a free one, or a range such as 2666-2697")
 
 
 def low_priority(job: DiskJob) -> tuple[str, ...]:
-    """Words before a command on a running source's host: low priority for CPU and disk."""
-    return ("nice", "-n", "15", "ionice", "-c", "2", "-n", "7") if job.is_live else ()
+    """Words before a command on the source's host while it runs, or with --lanes 1: low priority for CPU and disk."""
+    return ("nice", "-n", "15", "ionice", "-c", "2", "-n", "7") if job.is_live or job.settings.lanes == 1 else ()
+
+
+def care_for(job: DiskJob, ends: Ends, host: Host) -> tuple[str, str, Sequence[str]]:
+    """The rates, the number of threads (empty: as many as help), and the words before a proof's reading on a host."""
+    if host is not ends.source:
+        return "", "", ()
+    return job.settings.rates_ahead if job.is_live else "", "1" if job.settings.lanes == 1 else "", low_priority(job)
 
 
 def disk_options(image: Node, *, is_live: bool) -> tuple[str, ...]:
@@ -5472,9 +5461,13 @@ def disk_options(image: Node, *, is_live: bool) -> tuple[str, ...]:
     return ("-f", image.format, image.place) if is_file else ("--image-opts", image.unlocked)
 
 
+# Those that take the least of a processor's time first: AES-256 takes half as much again as AES-128.
+CIPHERS: Final = "NORMAL:-CIPHER-ALL:+AES-128-GCM:+AES-256-GCM:+CHACHA20-POLY1305:%SERVER_PRECEDENCE"
+
+
 def tls_options(job: DiskJob, folder: str, endpoint: str) -> tuple[str, ...]:
     """qemu's arguments for the run's certificates, with the id t; none without TLS."""
-    words = "--object", f"tls-creds-x509,id=t,dir={folder},endpoint={endpoint},verify-peer=yes"
+    words = "--object", f"tls-creds-x509,id=t,dir={folder},endpoint={endpoint},verify-peer=yes,priority={CIPHERS}"
     return words if job.settings.tls else ()
 
 
@@ -5518,7 +5511,7 @@ def _whole_sectors(length: int) -> int:
     return -(-length // 512) * 512
 
 
-Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]  # total -> scope of a function of bytes done
+Progress = Callable[[int], AbstractContextManager[Show]]  # total -> scope of a function of bytes done
 
 
 @dataclass(frozen=True)
@@ -5548,7 +5541,7 @@ def require_unchanged(source: Host, job: DiskJob) -> None:
     stand = stand_of(source, job.source.node)
     if not stand:
         raise FinalError(f"{source.name}: {job.source.path} was deleted while it was being copied",
-                         "find out by whom; the copy is incomplete")
+            "find out by whom; the copy is incomplete")
     if stand != job.stand:
         raise FinalError(f"{source.name}: {job.source.path} was changed while it was being copied",
             "find out who has started the source, or written to or replaced its disk, and run migrena again")
@@ -5625,7 +5618,7 @@ def move_disk(ends: Ends, job: DiskJob, callbacks: Callbacks, known: Known = NOT
             require_equal(Chunk(0, job.length, 0), here, there)
             digest = hashlib.sha256(lines_of(here)).hexdigest()
     moved = Moved(amount, received(ends) - before, digest, time.monotonic() - began, looked - began,
-                  time.monotonic() - looked, is_rest, len(known.unchanged) * MiB)
+        time.monotonic() - looked, is_rest, len(known.unchanged) * MiB)
     stand = stand_of(destination, job.landing.image.node) if job.is_live else ""
     return moved, Known(here, there, stand) if job.is_live else NOTHING_KNOWN
 
@@ -5654,7 +5647,10 @@ def is_begun(destination: Host, job: DiskJob) -> bool:
             destination.work("qemu-img", "check", "-q", "-r", "all", "-f", job.landing.format, job.new, stall=3600)
             check_qcow2(destination, job)
             return True
-    make_new(destination, job)
+    create: tuple[str, ...] = ("qemu-img", "create", "-q", "-f", job.landing.format, job.new, str(job.source.size))
+    if job.landing.format == "raw":
+        create = ("truncate", "-s", str(_whole_sectors(job.length)), job.new)
+    destination.script('umask 077; rm -f -- "$1"; shift; "$@"', job.new, *create)
     return False
 
 
@@ -5674,14 +5670,7 @@ def seen_by_guest(ends: Ends, host: Host, image: DiskImage, job: DiskJob, *, is_
         yield json.dumps({**node.storage, **({} if image.is_file else {NO_HOLES: "yes"})})
 
 
-def make_new(destination: Host, job: DiskJob) -> None:
-    create: tuple[str, ...] = ("qemu-img", "create", "-q", "-f", job.landing.format, job.new, str(job.source.size))
-    if job.landing.format == "raw":
-        create = ("truncate", "-s", str(_whole_sectors(job.length)), job.new)
-    destination.script('umask 077; rm -f -- "$1"; shift; "$@"', job.new, *create)
-
-
-def copy_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Callable[[int], None]) -> None:
+def copy_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Show) -> None:
     """Copies a chunk from the export to the same offset of the new file; raises HostError if it stalls."""
     length = min(_whole_sectors(chunk.length), job.transport.reaches(job.length) - chunk.offset)
     if length <= 0:
@@ -5692,19 +5681,19 @@ def copy_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Callabl
     # A request of 2 MiB counts as done when it begins: at most a second's worth.
     requests = max(1, min(16, limit // (2 * MiB))) if limit else 16
     cache = ("-T", "none", "-t", "none") if job.landing.direct_io else ()
-    ends.destination.work(
-        "qemu-img", "convert", "-p", "-n", "-m", str(requests), "-W", *cache, *rate, *options, "--image-opts",
-        "--target-image-opts", node.part(chunk.offset, length), job.landing.written.part(chunk.offset, length),
-        stall=job.settings.stall_timeout, on_output=progress_of(chunk.held, show),
-        given=("flock", "-s", job.landing.lock))
+    write_new(ends, job, chunk, show, "qemu-img", "convert", "-p", "-n", "-m", str(requests), "-W", *cache, *rate,
+              *options, "--image-opts", "--target-image-opts", node.part(chunk.offset, length),
+              job.landing.written.part(chunk.offset, length))
 
 
-def progress_of(total: int, show: Callable[[int], None]) -> Callable[[str], None]:
+def write_new(ends: Ends, job: DiskJob, chunk: Chunk, show: Show, *words: str) -> None:
+    """Runs a command that writes a chunk, and shows its progress."""
     def on_output(said: str) -> None:
         if shares := re.findall(r"\((\d+\.\d+)/100%\)", said):
-            show(int(total * float(shares[-1]) / 100))
+            show(int(chunk.held * float(shares[-1]) / 100))
 
-    return on_output
+    ends.destination.work(*words, stall=job.settings.stall_timeout, on_output=on_output,
+                          given=("flock", "-s", job.landing.lock))
 
 
 def find_extents(source: Host, readable: str, job: DiskJob) -> list[Extent]:
@@ -5715,14 +5704,13 @@ def find_extents(source: Host, readable: str, job: DiskJob) -> list[Extent]:
     return [(start, count) for start, count in printed.read(lambda said: numbers_in(said, 2))]
 
 
-def patch_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Callable[[int], None]) -> None:
+def patch_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Show) -> None:
     """Makes the new file equal to the export at the chunk's extents; raises HostError as `copy_chunk` does."""
     folder = ends.destination_folder
     with seen_by_guest(ends, ends.destination, job.landing.image, job, is_written=True) as target:
         listed = put_list(ends.destination, folder, chunk.extents)
-        words = blocks("patch", node.place, 0, job.length, job.settings.rates_ahead, listed, target, folder)
-        ends.destination.work(*words, stall=job.settings.stall_timeout, on_output=progress_of(chunk.held, show),
-            given=("flock", "-s", job.landing.lock))
+        write_new(ends, job, chunk, show, *blocks(
+            "patch", node.place, 0, job.length, job.settings.rates_ahead, listed, target, folder))
 
 
 def put_list(host: Host, folder: str, extents: Sequence[Extent]) -> str:
@@ -5750,6 +5738,28 @@ def copy_tail(ends: Ends, job: DiskJob) -> None:
 
 
 Digests = Future[dict[int, str]]
+
+
+@dataclass
+class Digester:
+    """Digests of a disk, part by part, by one process on its host while the scope of `stack` lasts."""
+
+    host: Host
+    where: str  # as `digests` takes it
+    stall: float
+    rates: str
+    threads: str
+    before: Sequence[str]
+    stack: ExitStack
+    lease: Lease | None = None
+
+    def of(self, chunk: Chunk) -> dict[int, str]:
+        """The digests of a chunk's blocks that are not all zeros. Raises HostError."""
+        if not self.lease:
+            words = *self.before, *blocks("answer", self.where, 0, 0, self.rates, "", self.threads)
+            self.lease = self.stack.enter_context(self.host.lease(LEASED_SERVICE, *words))
+        self.lease.feed(f"{chunk.offset} {chunk.length}\n".encode(), is_all=False)
+        return self.lease.line(self.stall, b"=\n").read(_digests_in)
 
 
 @contextmanager
@@ -5784,6 +5794,7 @@ class ChunkSender:
         self._done: dict[Chunk, int] = {}  # bytes arrived of each
         self._unproven = deque[tuple[Chunk, Digests | None, Digests | None]]()  # digests of source and new, to compare
         self._whole = hashlib.sha256()
+        self._digesters, self._leases = dict[str, Digester](), ExitStack()  # by what they read
 
     def send(self, extents: Sequence[Extent]) -> str:
         """Copies and compares these extents; returns the digest of both ends of a new file, if verified."""
@@ -5795,7 +5806,7 @@ class ChunkSender:
         split = [chunk for chunk in chunks(job.length, extents, job.chunk, least, hole) if chunk.held or self._is_new]
         on_way = deque[tuple[Chunk, Digests | None, Future[None]]]()
         is_read = self._is_new and not (job.is_live and job.source.is_file)
-        with threads_for(1, source) as reader, threads_for(1, destination) as prover, \
+        with self._leases, threads_for(1, source) as reader, threads_for(1, destination) as prover, \
                 threads_for(job.max_parallel, destination) as senders, self._opened() as self._place, \
                 self._callbacks.progress(sum(chunk.held for chunk in split)) as show:
             for chunk in split:
@@ -5840,7 +5851,7 @@ class ChunkSender:
         self.held += part.held
 
     def _arrive(self, chunk: Chunk, here: Digests | None, future: Future[None],
-            prover: ThreadPoolExecutor, show: Callable[[int], None]) -> None:
+            prover: ThreadPoolExecutor, show: Show) -> None:
         """Waits until a chunk has arrived, and compares earlier ones whose digests are ready. Raises HostError."""
         result_of(future, lambda: show(sum(self._done.values())))
         show(done := sum(self._done.values()))
@@ -5875,15 +5886,13 @@ class ChunkSender:
         if not self._is_proven and (host is self._ends.destination or self._job.source.is_file):
             return {}
         if self._is_new:
-            is_live = self._job.is_live and host is self._ends.source
-            rate, priority = (self._job.settings.rates_ahead, low_priority(self._job)) if is_live else ("", ())
-            stall = self._job.settings.stall_timeout
-            return digests(host, place, chunk.offset, chunk.length, stall, rate, before=priority)
+            known = Digester(
+                host, place, self._job.settings.stall_timeout, *care_for(self._job, self._ends, host), self._leases)
+            return self._digesters.setdefault(f"{host.name} {place}", known).of(chunk)
         return digests_again(self._ends, host, self._job, {}, chunk.extents, place)
 
 
 def require_equal(chunk: Chunk, one: Mapping[int, str], other: Mapping[int, str]) -> None:
-    """Raises FinalError if a chunk's digests differ."""
     if one != other:
         changed = differing(one, other)
         raise FinalError(
@@ -5922,17 +5931,16 @@ def unchanged_since(source: Host, folder: str, job: DiskJob, known: Known) -> fr
 
 
 def digests_again(ends: Ends, host: Host, job: DiskJob, before: Mapping[int, str], extents: Sequence[Extent],
-                  where: str = "") -> dict[int, str]:
+        where: str = "") -> dict[int, str]:
     """The digests of the new file, or of `where`: new ones for blocks these extents touch, else those of `before`."""
     touched = blocks_of(extents)
     found = {block: digest for block, digest in before.items() if block not in touched and block * MiB < job.length}
     if not extents:
         return found
-    is_live = job.is_live and host is ends.source
-    rate, priority = (job.settings.rates_ahead, low_priority(job)) if is_live else ("", ())
+    rates, threads, priority = care_for(job, ends, host)
     listed, stall = put_list(host, ends.folder(host), extents), job.settings.stall_timeout
     with nullcontext(where) if where else seen_by_guest(ends, host, job.landing.image, job) as place:
-        return found | digests(host, place, 0, job.length, stall, rate, listed, before=priority)
+        return found | digests(host, place, 0, job.length, stall, rates, listed, threads, before=priority)
 
 
 def as_extents(changed: Collection[int], length: int) -> list[Extent]:
@@ -5969,11 +5977,11 @@ def check_qcow2(host: Host, job: DiskJob) -> DiskImage:
     wanted = job.fresh.backing if job.whole_file else ""
     if top.size != job.source.size or top.backing != wanted or len(below) != bool(wanted):
         raise HostError(f"{host.name}: {job.new} has {top.size:,} bytes on base {top.backing or 'none'}; "
-                        f"{job.source.size:,} on {wanted or 'none'} were expected")
+            f"{job.source.size:,} on {wanted or 'none'} were expected")
     return top
 
 
-# ---- 11. Gate --------------------------------------------------------------------------------------------------------
+# ---- 11. Gate --------------------------------------------------------
 
 
 class Stage(enum.IntEnum):
@@ -6018,13 +6026,14 @@ class Seen:
 
     @property
     def is_gone(self) -> bool:
-        """Whether it does not exist."""
         return not self.server and not self.unseen
 
     @property
     def is_idle(self) -> bool:
-        """Whether it has been stopped ever since the run stopped it."""
-        return bool(self.server and self.server.is_stopped and not self.starts)
+        """Whether it has been stopped ever since the run stopped it; a snapshot may be made of it."""
+        server = self.server
+        is_pictured = server and server.task.startswith("image_") and replace(server, task="").is_stopped
+        return bool(server and (server.is_stopped or is_pictured) and not self.starts)
 
     @property
     def other_disk(self) -> str:
@@ -6039,7 +6048,6 @@ class Seen:
         return run in ((lock_of(seen),) if seen.lock_reason else (seen.metadata.get(MARK), seen.metadata.get(MADE)))
 
     def describe(self, run: str) -> str:
-        """A description."""
         if not (server := self.server):
             return f"not seen ({self.unseen})" if self.unseen else "gone" if self.id else "none"
         lock = f"locked by run {run}" if self.is_locked_by(run) else f"locked ({server.lock_reason or 'no reason'})"
@@ -6063,10 +6071,10 @@ class Situation:
     others: tuple[Server, ...] = ()  # other instances made from the source
     is_seed: bool = False  # the destination holds a seed, of no worth of its own
     alive: str = ""  # where the run is active on another machine
+    go_on: str = ""  # the command that continues it, if not `resume` alone
 
     @property
     def has_copy(self) -> bool:
-        """Whether the destination may have the copy."""
         return self.is_in_place or self.stage >= Stage.SWAPPED
 
     def __str__(self) -> str:
@@ -6129,7 +6137,8 @@ def rule_one_machine(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
             yield f"the source's disk {source.disk}"
         elif not source.is_locked_by(now.run):
             yield "this run's lock on the source was removed, so somebody may be about to start it"
-    if act is Act.GIVE_BACK and now.has_copy and other.server and not (asked.yes or asked.both or other.is_idle):
+    may_have_run = asked.yes and other.server and other.server.is_stopped  # and what it wrote may be lost
+    if act is Act.GIVE_BACK and now.has_copy and other.server and not (asked.both or other.is_idle or may_have_run):
         yield "the destination has the same data, and runs or has run"
     if act is Act.GIVE_BACK and not asked.yes and (now.was_running or now.source.is_locked_by(now.run)):
         yield from (f"{one.name} {one.id} was made from it, and is {one.status}"
@@ -6184,15 +6193,18 @@ def rule_nobody_inside(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
                + " during the copy: somebody started it")
     if act in (*WRITING, Act.STOP_SOURCE, Act.GO_ON) and source.is_gone:
         yield "the source is gone"
+    if act is Act.STOP_SOURCE and source.starts:
+        yield f"the source was started after run {now.run} had stopped it: the copy is outdated"
     if act in (Act.SWAP, Act.GO_ON) and source.server and not now.is_in_place and (source.disk or source.starts):
-        yield f"the source was started or its disk changed after run {now.run}: the copy is outdated"
+        yield (f"the source's disk {source.disk}" if source.disk.startswith(DISK_UNSEEN) and not source.starts else
+               f"the source was started or its disk changed after run {now.run}: the copy is outdated")
 
 
 def rule_seen(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
     """Both sides that an act depends on must have been looked up."""
     source, made = (now.source,), (now.destination,)
     needed = {Act.STOP_SOURCE: source, Act.UNMARK: source, Act.STOP_DESTINATION: made,
-              Act.GIVE_BACK: source + made if now.has_copy else source}
+        Act.GIVE_BACK: source + made if now.has_copy else source}
     if now.stage < Stage.PROVEN and not now.is_seed:
         needed |= {Act.DELETE: made, Act.CLEAN: made, Act.DELETE_VOLUMES: made}
     if not (act in WRITING and asked.is_held):
@@ -6224,6 +6236,7 @@ def allow(act: Act, now: Situation, asked: Asked, error: type[MigrenaError] = Ke
 def next_commands(act: Act, now: Situation) -> str:
     """The commands to use after an act was refused."""
     run, source, made, ways = now.run, now.source, now.destination, list[str]()
+    go_on = now.go_on or f"./migrena.py resume {run}"
     if now.alive:
         return f"wait until it ends; on that machine: ./migrena.py status {run}"
     least = Stage.PROVEN if act in (Act.START_DESTINATION, Act.SWAP) else Stage.SWAPPED
@@ -6231,12 +6244,12 @@ def next_commands(act: Act, now: Situation) -> str:
             and source.is_idle and source.server.metadata.get(MARK) == run):
         ways.append(f"./migrena.py resume {run} completes the move")
     if act is Act.WRITE and now.is_seed:
-        ways.append(f"./migrena.py resume {run} repairs it, once it is stopped")
+        ways.append(f"{go_on} repairs it, once it is stopped")
     if act is Act.DELETE and now.is_seed and made.server and source.is_gone:
         ways.append(f"openstack server delete {made.id}, if nobody wants it")
     if act in (*REMOVING, Act.GO_ON) and made.server and not (source.is_gone or source.unseen):
-        ways.append(f"./migrena.py {'rollback' if act in REMOVING else 'resume'} {run} --yes, "
-            f"if data written by {made.id} may be lost")
+        way = f"./migrena.py rollback {run}" if act in REMOVING else go_on
+        ways.append(f"{way} --yes, if data written by {made.id} may be lost")
     if act is Act.DELETE_VOLUMES:
         ways.append(f"./migrena.py rollback {run} --yes, if what is on them may be lost")
     if made.server and made.server.locked and not made.is_locked_by(run):
@@ -6255,7 +6268,11 @@ def disk_now(host: Host, nodes: Mapping[str, Node], record: RunRecord) -> str:
     """What is wrong with one of a source's disks, compared with when it was copied, or nothing."""
     def look(key: str, node: Node) -> str:
         try:
-            now, stand = stand_of(host, node), str(record.disks.get(key, DiskRecord()).job.get("stand", ""))
+            stand = str(record.disks.get(key, DiskRecord()).job.get("stand", ""))
+            try:
+                now = stand_of(host, node)
+            except HostError:  # a connection may have broken
+                now = stand_of(host, node)
             users = watchers_of(host, node) if now and stand and not node.has_locks else ""
         except HostError as error:
             return f"cannot be read: {shorten(str(error))}"
@@ -6291,10 +6308,10 @@ def see(cloud: Cloud, id: str, since: str | None, *, is_patient: bool = True) ->
 
 
 def situation(record: RunRecord, source: Seen, destination: Seen, is_in_place: bool = False) -> Situation:
-    """A run's Situation, by its journal and both sides."""
     was_running, stage = bool(record.was_running and record.stopped_at), stage_of(record)
     is_seed = record.is_seed and stage < Stage.PROVEN
-    return Situation(record.run, stage, source, destination, is_in_place, was_running, is_seed=is_seed)
+    return Situation(record.run, stage, source, destination, is_in_place, was_running, is_seed=is_seed,
+                     go_on=record.go_on)
 
 
 def stage_of(record: RunRecord) -> Stage:
@@ -6321,7 +6338,7 @@ def require_same_clouds(record: RunRecord, clouds: Sequence[Cloud]) -> None:
         raise Refused.of(reasons)
 
 
-# ---- 12. Image -------------------------------------------------------------------------------------------------------
+# ---- 12. Image -------------------------------------------------------
 
 CAME_FROM: Final = ("source_uuid", "source_cloud")  # properties of a carried image: the source's id, its cloud
 CARRIED_BY: Final = "migrena_run"  # property of an incomplete image: the run that carries it
@@ -6349,7 +6366,6 @@ class ImagePlan:
 
     @property
     def is_converted(self) -> bool:
-        """Whether its format changes."""
         return self.disk_format != str(self.source.facts["disk_format"])
 
     @property
@@ -6429,7 +6445,6 @@ def carrying(half: Image, wanted: Image) -> str:
 
 
 def refuse_image(settings: Settings, plan: ImagePlan, there: Sequence[Image]) -> Iterator[Reason]:
-    """Why an image cannot be carried."""
     wanted, name = plan.source, plan.source.name
     if wanted.status != "active":
         yield Reason(f"image {name!r} is {wanted.status}, not active", "wait until it is, or choose another one")
@@ -6443,7 +6458,7 @@ def refuse_image(settings: Settings, plan: ImagePlan, there: Sequence[Image]) ->
     for other in there:
         if run := carrying(other, wanted):
             yield Reason(f"run {run} is carrying it, or was interrupted",
-                         f"if it has ended: ./migrena.py rollback {run}, or openstack image delete {other.id}")
+                f"if it has ended: ./migrena.py rollback {run}, or openstack image delete {other.id}")
         elif other.name == plan.name and not other.is_hidden:
             doubt = ", or no journal here proves that it was converted from this one" if plan.is_converted else ""
             yield Reason(f"destination cloud: image {plan.name!r} has other content or another format "
@@ -6472,7 +6487,6 @@ def refuse_conversion(settings: Settings, plan: ImagePlan) -> Iterator[Reason]:
 
 
 def work_folder(settings: Settings) -> str:
-    """The folder where images are converted."""
     return settings.work_folder or tempfile.gettempdir()
 
 
@@ -6574,12 +6588,12 @@ def carry_images(call: Call, settings: Settings, undo: Undo, report: Report) -> 
         for entry in lines_of_runs(folder, "proven image")} if settings.disk_format else ()
     plans = [plan_image(settings, wanted, there, known) for wanted in chosen]
     reasons += [Reason(f"several of these images have the name {name!r}", "carry them one by one, with --name")
-                for name, count in Counter(plan.name for plan in plans).items() if count > 1]
+        for name, count in Counter(plan.name for plan in plans).items() if count > 1]
     reasons += [why for plan in plans for why in (*refuse_image(settings, plan, there), *refuse_reading(plan, source))]
     if reasons:
         raise Refused.of(reasons)
     report.images = [{"source": plan.source.id, "name": plan.name, "destination": plan.there, "bytes": plan.size,
-                      "result": "already there" if plan.there else "to be carried"} for plan in plans]
+        "result": "already there" if plan.there else "to be carried"} for plan in plans]
     try:
         for plan, row in zip(plans, () if settings.dry_run else report.images, strict=False):
             if not plan.there:
@@ -6612,7 +6626,7 @@ def carry_alone(settings: Settings, folder: Path, undo: Undo, clouds: tuple[Clou
             return carry(settings, journal, undo, clouds, plan)
 
 
-# ---- 13. Resources ---------------------------------------------------------------------------------------------------
+# ---- 13. Resources ---------------------------------------------------
 
 AUTH: Final = "%auth%"  # in OS Migrate's files: the project, domain or user of the credentials in use
 FORMAT_VERSION: Final = "1.0.5"  # of OS Migrate, whose files these are
@@ -6984,7 +6998,7 @@ def shown_key(data: Mapping[str, Any]) -> str:
     return str(params.get("name") or "") or " ".join([*names, *words]) or data["type"]
 
 
-# ---- 14. Export ------------------------------------------------------------------------------------------------------
+# ---- 14. Export ------------------------------------------------------
 
 
 def in_project_of(catalog: Catalog, label: str, raw: Mapping[str, Any]) -> bool:
@@ -7165,7 +7179,7 @@ def project_called(catalog: Catalog, name: str) -> str:
     return str(found[0]["id"])
 
 
-# ---- 15. Import ------------------------------------------------------------------------------------------------------
+# ---- 15. Import ------------------------------------------------------
 
 NOT_COMPARED: Final = ("is_default", "is_domain", "use_default_subnet_pool", "segments", "hash_algo", "device_owner",
                        "availability_zone_hints", "disk_format", "container_format", "properties")
@@ -8309,7 +8323,7 @@ def take_changes_back(catalog: Catalog, record: RunRecord, problems: list[Reason
                     raise Kept(f"{label} {id}: {', '.join(sorted(other))} was changed since, and is kept")
 
 
-# ---- 16. Copy --------------------------------------------------------------------------------------------------------
+# ---- 16. Copy --------------------------------------------------------
 
 SURROUNDING: Final = (  # what --with-network brings
     "security group", "security group rule", "network", "subnet", "router", "router interface")
@@ -8347,15 +8361,15 @@ class SourceFacts:
     cloud: Cloud | None = None
     server: Server | None = None
     host: Host | None = None
-    disks: Mapping[str, Disk] = field(default_factory=dict)  # by key; empty if they cannot be read
-    volumes: Mapping[str, Volume] = field(default_factory=dict)  # those among them, by key
+    disks: Mapping[str, Disk] = empty(dict)  # by key; empty if they cannot be read
+    volumes: Mapping[str, Volume] = empty(dict)  # those among them, by key
     with_snapshots: Collection[str] = ()  # the ids of those that have some
     ports: Sequence[Port] = ()  # in the order of its interfaces; none if -e names networks
     key: KeyPair | None = None
-    server_group: Mapping[str, Any] | None = None
+    server_group: Facts | None = None
     image: Image | None = None
     lacking: Sequence[str] = ()
-    problems: list[Reason] = field(default_factory=list)
+    problems: list[Reason] = empty(list)
 
     @property
     def whole(self) -> tuple[Cloud, Server, Host, Mapping[str, Disk]]:
@@ -8374,20 +8388,20 @@ class DestinationFacts:
     flavors: Sequence[Flavor] = ()
     images: Sequence[Image] = ()
     sees_hosts: bool = True
-    limits: Mapping[str, int] = field(default_factory=dict)
+    limits: Mapping[str, int] = empty(dict)
     refused: str = ""  # why -e is not accepted
     volume_types: Collection[str] = ()  # this and the next two: only if the source has volumes
     volume_zones: Collection[str] = ()
-    volume_limits: Mapping[str, int] = field(default_factory=dict)
+    volume_limits: Mapping[str, int] = empty(dict)
     made: Sequence[Server] = ()  # from the source, by earlier runs
     networks: Networks = NO_NETWORKS  # only if the source has ports
     zones: Collection[str] = ()
     key: KeyPair | None = None  # of the credentials' user, with the name of the source's
-    server_groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by id
+    server_groups: Mapping[str, Facts] = empty(dict)  # by id
     problems: Sequence[Reason] = ()
 
 
-def survey_source(settings: Settings, creds: Mapping[str, Any], screen: Screen, stack: ExitStack) -> SourceFacts:
+def survey_source(settings: Settings, creds: Facts, screen: Screen, stack: ExitStack) -> SourceFacts:
     """Surveys the source instance, its host and its disk; the stack closes connections."""
     found, server = SourceFacts(), None
     with collecting(found.problems):
@@ -8429,12 +8443,12 @@ def survey_ports(cloud: Cloud, server: Server, macs: Sequence[str]) -> list[Port
     told = ports_of(store, server.id)
     by_mac = {one["mac_address"].lower(): one for one in told}
     unknown = [f"port {one['id']} has no interface" for mac, one in by_mac.items()
-               if mac not in macs and one.get("binding:vnic_type") != "direct-physical"]
+        if mac not in macs and one.get("binding:vnic_type") != "direct-physical"]
     unknown += [f"interface {mac} has no port" for mac in macs if mac not in by_mac]
     if unknown or len({*macs}) < len(macs):
         raise Refused("Neutron and libvirt do not agree on the source's interfaces: "
-                      f"{', '.join(unknown) or 'two have one MAC address, and their order is not known'}",
-                      f"openstack server reboot --hard {server.id}, or -e \"{{'nics': 'none'}}\" goes on without ports")
+            f"{', '.join(unknown) or 'two have one MAC address, and their order is not known'}",
+            f"openstack server reboot --hard {server.id}, or -e \"{{'nics': 'none'}}\" goes on without ports")
     if not told:
         return []
     floating = list[dict[str, Any]]()
@@ -8459,7 +8473,7 @@ def identified(cloud: Cloud, server: str, disk: Disk, volume: Volume) -> Disk:
     top = disk.top
     if top.size != volume.size * GiB:
         raise Refused(f"{cloud.label} cloud: {volume.label} has {volume.size} GiB, but {top.path} {human(top.size)}",
-                      "start and stop the instance once, so that Nova connects its disks")
+                      CONNECT_IT)
     if top.node.storage["driver"] != "host_device":
         return disk
     return replace(disk, chain=(replace(top, identity=cloud.volumes.connection(volume, server)),))
@@ -8470,13 +8484,13 @@ def survey_volumes(found: SourceFacts, cloud: Cloud, server: Server) -> None:
     ids = {key: disk.volume for key, disk in found.disks.items() if disk.volume}
     if unknown := set(ids.values()) - set(server.volumes):
         raise Refused(f"by libvirt volume {', '.join(sorted(unknown))} is attached, but not by Nova",
-                      f"openstack server reboot --hard {server.id}")
+            f"openstack server reboot --hard {server.id}")
     volumes = {key: cloud.volumes.one(id) for key, id in ids.items()}
     if lost := [ids[key] for key, volume in volumes.items() if not volume]:
         raise Refused(f"source cloud: Cinder does not show volume {', '.join(lost)}", "use an admin's credentials")
     found.volumes = {key: volume for key, volume in volumes.items() if volume}
     found.disks = {key: identified(cloud, server.id, disk, found.volumes[key]) if disk.volume else disk
-                   for key, disk in found.disks.items()}
+        for key, disk in found.disks.items()}
     found.with_snapshots = cloud.volumes.with_snapshots() & set(ids.values()) if ids else ()
 
 
@@ -8486,12 +8500,10 @@ def host_name(server: Server, settings: Settings) -> str:
 
 
 def host_of(server: Server, settings: Settings, screen: Screen) -> closing[Host]:
-    """A scope with an instance's host."""
     return closing(connect(host_name(server, settings), settings, screen))
 
 
-def survey_source_disks(host: Host, server: Server, missing: Sequence[str], *,
-                        only: Sequence[str]) -> dict[str, Disk]:
+def survey_source_disks(host: Host, server: Server, missing: Sequence[str], *, only: Sequence[str]) -> dict[str, Disk]:
     """The source's disks, none if other reasons prevent reading them; those of a stopped one must not be in use."""
     if {"qemu-img", "virsh"} & set(missing) or server.status not in ("ACTIVE", "SHUTOFF"):
         return {}
@@ -8502,24 +8514,15 @@ def survey_source_disks(host: Host, server: Server, missing: Sequence[str], *,
         if not re.search("Failed to get .*lock", error.said):
             raise
         raise HostError(f"{host.name}: a disk is in use although the instance is {server.status}: {error.said}",
-                        "find out who has it open (virsh list, lsof) and end that first") from error
-
-
-def survey_storage(destination: DestinationFacts) -> None:
-    """Adds what the destination has for volumes."""
-    if cloud := destination.cloud:
-        store = cloud.volumes
-        destination.volume_types, destination.volume_zones = store.types(), store.zones()
-        destination.volume_limits = store.limits()
+            "find out who has it open (virsh list, lsof) and end that first") from error
 
 
 def network_wanted(settings: Settings, port: Port) -> str:
-    """The name or id of the destination's network for a port."""
     name = str(port.network["name"])
     return settings.network.get(port.network["id"], settings.network.get(name, name))
 
 
-def networks_for(settings: Settings, port: Port, networks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def networks_for(settings: Settings, port: Port, networks: Sequence[Facts]) -> list[Facts]:
     """The destination's networks that a port may be meant for: by id, else by name."""
     wanted = network_wanted(settings, port)
     return [one for one in networks if one["id"] == wanted] or [
@@ -8534,8 +8537,8 @@ def survey_networks(settings: Settings, source: SourceFacts, destination: Destin
     networks = [one for one in store.all("networks") if (  # an admin is also shown those of other projects
         one.get("project_id") == project or one.get("shared") or one.get("router:external")
         or one["id"] in settings.network.values())]
-    subnets, floating = dict[str, Sequence[Mapping[str, Any]]](), set[str]()
-    taken = dict[tuple[str, str], Mapping[str, Any]]()
+    subnets, floating = dict[str, Sequence[Facts]](), set[str]()
+    taken = dict[tuple[str, str], Facts]()
     for port in source.ports:
         for id in {one["id"] for one in networks_for(settings, port, networks)}:
             subnets[id] = subnets.get(id) or store.all("subnets", ("network_id", id))
@@ -8550,9 +8553,9 @@ def survey_networks(settings: Settings, source: SourceFacts, destination: Destin
             if one.get("router:external") and one["name"] == ip.network["name"]
             and store.all("ports", ("network_id", one["id"]), ("fixed_ips", f"ip_address={ip.address}"))}
         subnets |= {one["id"]: store.all("subnets", ("network_id", one["id"]))
-                    for one in networks if one.get("router:external")}
+            for one in networks if one.get("router:external")}
     destination.networks = Networks(networks, subnets, store.all("security-groups", ("project_id", project)), taken,
-                                    store.room(project), floating)
+        store.room(project), floating)
 
 
 def survey_references(source: SourceFacts, destination: DestinationFacts) -> None:
@@ -8564,8 +8567,7 @@ def survey_references(source: SourceFacts, destination: DestinationFacts) -> Non
     destination.server_groups = cloud.server_groups() if source.server_group else {}
 
 
-def survey_destination(settings: Settings, creds: Mapping[str, Any]) -> DestinationFacts:
-    """Surveys the destination cloud."""
+def survey_destination(settings: Settings, creds: Facts) -> DestinationFacts:
     try:
         cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
         is_admin = cloud.sees_hosts()
@@ -8636,24 +8638,21 @@ def refuse(settings: Settings, source: SourceFacts, destination: DestinationFact
             reasons += refuse_networks(settings, source, destination.networks)
         if source.key and destination.key and source.key.fingerprint != destination.key.fingerprint:
             reasons.append(Reason(f"destination cloud: the credentials' user has another key pair {source.key.name!r}",
-                                  "-e \"{'key_name': NAME}\" names another one, or {'key_name': None} none"))
+                "-e \"{'key_name': NAME}\" names another one, or {'key_name': None} none"))
     return reasons
 
 
 def reasons_from(*rules: tuple[object, str, str]) -> list[Reason]:
-    """The reasons of the rules whose condition is true."""
     return [Reason(problem, way_out) for holds, problem, way_out in rules if holds]
 
 
 def next_commands_for(run: str, source: str, known: Collection[str]) -> str:
-    """The commands for a run that was interrupted."""
     if run in known:
-        return f"if it has ended: ./migrena.py resume {run}, or ./migrena.py rollback {run}"
+        return f"if it has ended: ./migrena.py status {run} tells how to continue it, or ./migrena.py rollback {run}"
     return f"its journal is not on this machine; if it has ended: ./migrena.py rollback --run-of {source}"
 
 
 def refuse_server(server: Server, settings: Settings, known: Collection[str] = ()) -> list[Reason]:
-    """Reasons to refuse in the source instance."""
     id, status, reason = server.id, server.status, server.lock_reason
     run = server.metadata.get(MARK) or lock_of(server)
     ways = next_commands_for(run, id, known)
@@ -8671,12 +8670,11 @@ def refuse_server(server: Server, settings: Settings, known: Collection[str] = (
 
 
 def refuse_volumes(settings: Settings, source: SourceFacts, server: Server,
-                   destination: DestinationFacts) -> list[Reason]:
-    """Reasons to refuse in the source's volumes, and in what the destination has for them."""
+        destination: DestinationFacts) -> list[Reason]:
     reasons, seen = list[Reason](), {disk.volume for disk in source.disks.values()}
     if lost := [] if settings.chosen else [id for id in server.volumes if id not in seen]:
         reasons.append(Reason(f"by Nova volume {', '.join(lost)} is attached, but libvirt shows no such disk",
-                              f"detach it, openstack server reboot --hard {server.id}, or --root-only"))
+            f"detach it, openstack server reboot --hard {server.id}, or --root-only"))
     if settings.image and ROOT in source.volumes:
         reasons.append(Reason("the source boots from a volume: the new instance has no image", "leave -i out"))
     for volume in source.volumes.values():
@@ -8701,7 +8699,6 @@ def type_of(settings: Settings, volume: Volume) -> str:
 
 
 def refuse_networks(settings: Settings, source: SourceFacts, there: Networks) -> list[Reason]:
-    """Reasons to refuse in what the destination has for the source's ports."""
     reasons, of_project = list[Reason](), f" --project {settings.dst_project}" if settings.dst_project else ""
     for port in source.ports:
         reasons += refuse_port(port)
@@ -8729,20 +8726,18 @@ def refuse_networks(settings: Settings, source: SourceFacts, there: Networks) ->
                        *((f"address {ip}", "--new-addresses", settings.new_addresses) for ip, _ in port.addresses))
                    if not is_new)
     reasons += [Reason(f"destination cloud: two ports with {what} would be on one network", way)
-                for (_, what, way), count in used.items() if count > 1]
+        for (_, what, way), count in used.items() if count > 1]
     return list(dict.fromkeys(reasons))
 
 
 def refuse_port(port: Port) -> list[Reason]:
-    """Reasons to refuse in one of the source's ports."""
     kind, way = port.facts.get("binding:vnic_type") or "normal", "-e \"{'nics': 'none'}\" goes on without ports"
     return reasons_from(
         (kind != "normal", f"{port.label} is of the kind {kind}, which belongs to its host's hardware", way),
         (port.facts.get("trunk_details"), f"{port.label} is the parent of a trunk, which is not carried", way))
 
 
-def refuse_addresses(settings: Settings, port: Port, network: Mapping[str, Any], there: Networks) -> Iterator[Reason]:
-    """Reasons to refuse the source's addresses in a network of the destination."""
+def refuse_addresses(settings: Settings, port: Port, network: Facts, there: Networks) -> Iterator[Reason]:
     place, name = "destination cloud: ", network["name"]
     if not settings.new_macs and (user := there.taken.get((network["id"], port.mac))):
         yield Reason(f"{place}MAC {port.mac} is used on network {name} by {described(user)}", "--new-macs")
@@ -8750,8 +8745,8 @@ def refuse_addresses(settings: Settings, port: Port, network: Mapping[str, Any],
         subnet = next((one for one in there.subnets.get(network["id"], ()) if one["cidr"] == cidr), None)
         if not subnet:
             yield Reason(f"{place}network {name} has no subnet {cidr}, for {ip} of {port.label}",
-                         f"openstack subnet create --network {network['id']} --subnet-range {cidr} NAME, "
-                         "or --new-addresses")
+                f"openstack subnet create --network {network['id']} --subnet-range {cidr} NAME, "
+                "or --new-addresses")
         elif subnet.get("gateway_ip") == ip:
             yield Reason(f"{place}{ip} is the gateway of subnet {subnet['name'] or subnet['id']}", "--new-addresses")
         elif user := there.taken.get((network["id"], ip)):
@@ -8759,16 +8754,16 @@ def refuse_addresses(settings: Settings, port: Port, network: Mapping[str, Any],
     if settings.start_after == "all" and share_wire(port.network, network) and not (
             settings.new_macs and (settings.new_addresses or not port.addresses)):
         yield Reason(f"{port.label} and its copy would run on one wire ({network.get('provider:network_type')}) with "
-                     "the same addresses", "-a dst starts one of both, or --new-addresses --new-macs")
+            "the same addresses", "-a dst starts one of both, or --new-addresses --new-macs")
 
 
-def described(port: Mapping[str, Any]) -> str:
+def described(port: Facts) -> str:
     """A port that somebody uses, or that is idle."""
     user = f"{port.get('device_owner') or 'somebody'} {port['device_id']}" if port.get("device_id") else ""
     return f"port {port['id']}" + (f" of {user}" if user else f", which is idle (openstack port delete {port['id']})")
 
 
-def share_wire(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def share_wire(one: Facts, other: Facts) -> bool:
     """Whether two clouds' networks may be one: of the provider's, with the same tag. Overlays end with their cloud."""
     kind = one.get("provider:network_type", "flat")  # only admins are told
     return kind in ("flat", "vlan") and all(
@@ -8776,40 +8771,36 @@ def share_wire(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def refuse_floating(settings: Settings, port: Port, there: Networks) -> Iterator[Reason]:
-    """Reasons to refuse what --floating-ip asks for."""
     for floating in () if settings.floating_ip == "none" else port.floating:
         ip, name = floating.address, floating.network["name"]
         outside, way = outside_named(name, there), "create it, or --floating-ip none"
         if len(outside) != 1:
             yield Reason(f"destination cloud: {len(outside) or 'no'} external networks are named {name!r}, "
-                         f"for floating IP {ip}", way)
+                f"for floating IP {ip}", way)
         elif settings.floating_ip == "keep":
             ranges = [ipaddress.ip_network(one["cidr"]) for one in there.subnets.get(outside[0]["id"], ())]
             if share_wire(floating.network, outside[0]) and not settings.yes:
                 yield Reason(f"the routers of both clouds would answer for floating IP {ip}, if network {name} of both "
-                             "is one wire", "--yes if it is not; else --floating-ip none, and when all is done "
-                             "delete it in the source and create it in the destination")
+                    "is one wire", "--yes if it is not; else --floating-ip none, and when all is done "
+                    "delete it in the source and create it in the destination")
             elif ip in there.floating:
                 yield Reason(f"destination cloud: floating IP {ip} exists already",
-                             "openstack floating ip delete, if nobody needs it, or --floating-ip new")
+                    "openstack floating ip delete, if nobody needs it, or --floating-ip new")
             elif not any(ipaddress.ip_address(ip) in one for one in ranges):
                 yield Reason(f"destination cloud: network {name} has no subnet with floating IP {ip}",
-                             "--floating-ip new, or none")
+                    "--floating-ip new, or none")
 
 
-def outside_named(name: str, there: Networks) -> list[Mapping[str, Any]]:
-    """The destination's external networks of this name."""
+def outside_named(name: str, there: Networks) -> list[Facts]:
     return [one for one in there.networks if one["name"] == name and one.get("router:external")]
 
 
 def groups_wanted(settings: Settings, ports: Iterable[Port]) -> list[str]:
-    """The names of the security groups that the ports shall have."""
     secured = [port for port in ports if port.facts.get("port_security_enabled", True)]
     return [name for port in secured for name in settings.extra_args.get("security_groups", port.groups) or ()]
 
 
 def groups_named(name: str, there: Networks) -> list[str]:
-    """The ids of the project's security groups with this id or name."""
     return [one["id"] for one in there.groups if name in (one["id"], one["name"])]
 
 
@@ -8844,7 +8835,7 @@ def plan_port(settings: Settings, port: Port, there: Networks, run: str) -> Port
     return PortPlan(port.id, network["name"], request, later, tuple(facts.get("tags") or ()), floating)
 
 
-def is_automatic(subnet: Mapping[str, Any]) -> bool:
+def is_automatic(subnet: Facts) -> bool:
     """Whether a subnet's addresses follow from the MAC address (see is_auto_address_subnet in Neutron)."""
     return bool({"slaac", "dhcpv6-stateless"} & {subnet.get("ipv6_address_mode"), subnet.get("ipv6_ra_mode")})
 
@@ -8857,22 +8848,21 @@ def automatic_address(cidr: str, mac: str) -> str:
 
 
 def gets_new_addresses(port: Port, made: PortPlan) -> bool:
-    """Whether a port gets other addresses than the source's has."""
     asked = made.request.get("fixed_ips")
     if asked is None:
         return True
     is_new = "mac_address" not in made.request
     return any("ip_address" not in one and (is_new or automatic_address(cidr, port.mac) != ip)
-               for one, (ip, cidr) in zip(asked, port.addresses, strict=True))
+        for one, (ip, cidr) in zip(asked, port.addresses, strict=True))
 
 
 @dataclass
 class Carried:
     """How the source's attributes are carried: arguments for Nova's create, what is made first, and the plan's rows."""
 
-    extra: dict[str, Any] = field(default_factory=dict)
-    wanted: list[Wanted] = field(default_factory=list)
-    rows: list[Attribute] = field(default_factory=list)
+    extra: dict[str, Any] = empty(dict)
+    wanted: list[Wanted] = empty(list)
+    rows: list[Attribute] = empty(list)
 
     def add(self, name: str, here: str, there: str = "", *, is_new: bool = False) -> None:
         """A row; without `there` the attribute is left behind."""
@@ -8945,15 +8935,13 @@ def carry_group(settings: Settings, source: SourceFacts, destination: Destinatio
 
 
 def refuse_tools(host: str, lacking: Sequence[str], settings: Settings, nbd_tool: str) -> list[Reason]:
-    """The required tools that a host lacks."""
     needed = (*NEEDED, nbd_tool) if settings.transport == "nbd" else NEEDED
     old = [Reason(f"{host}: {tool} or later is needed", "upgrade it") for tool in lacking if " " in tool]
     return old + [Reason(f"{host}: {tool} is missing", "install {} (Debian: {}, RPM: {})".format(tool, *PACKAGES[tool]))
-                  for tool in needed if tool in lacking]
+        for tool in needed if tool in lacking]
 
 
 def refuse_disk(disk: Disk) -> list[Reason]:
-    """Reasons to refuse in one of the source's disks."""
     top = disk.top
     return [Reason(f"{image.path} has {flaw}", FLAW_WAYS[flaw])
             for image in disk.chain for flaw in image.flaws] + reasons_from(
@@ -8965,7 +8953,6 @@ def refuse_disk(disk: Disk) -> list[Reason]:
 
 def refuse_destination(settings: Settings, source: SourceFacts, destination: DestinationFacts,
         known: Collection[str] = ()) -> list[Reason]:
-    """Reasons to refuse in the destination cloud."""
     reasons = list[Reason]()
     for one in destination.same_name:
         run, taken = one.metadata.get(MADE), f"destination cloud: the name {settings.dst_name!r} is taken by {one.id}"
@@ -9001,7 +8988,6 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
 
 
 def refuse_flavor(settings: Settings, flavor: Flavor, image: Image | None, source: SourceFacts) -> Iterator[Reason]:
-    """Reasons to refuse a flavor of the destination, with the image that the disk is made from."""
     server, size = source.server, source.disks[ROOT].top.size if source.disks and ROOT not in source.volumes else 0
     for what, is_less in flavor.differs(server.flavor) if server and not settings.flavor else ():
         if is_less:
@@ -9009,7 +8995,7 @@ def refuse_flavor(settings: Settings, flavor: Flavor, image: Image | None, sourc
                 f"flavor {flavor.name} of the destination is smaller than the source's: {what}", "name one with -f")
     if server and flavor.ephemeral < server.flavor.ephemeral and not settings.chosen:
         yield Reason(f"flavor {flavor.name} has {flavor.ephemeral} GiB for ephemeral disks, the source's has "
-                     f"{server.flavor.ephemeral} GiB", "name a larger one with -f, or --root-only goes on without them")
+            f"{server.flavor.ephemeral} GiB", "name a larger one with -f, or --root-only goes on without them")
     if 0 < flavor.disk * GiB < size:
         yield Reason(f"flavor {flavor.name} has a disk of {flavor.disk} GiB, the source's has {human(size)}",
             "name a larger one with -f")
@@ -9027,7 +9013,6 @@ def image_to_carry(settings: Settings, source: SourceFacts, destination: Destina
 
 
 def already_there(settings: Settings, destination: DestinationFacts) -> Server | None:
-    """The completed instance of this name that an earlier run made from this source."""
     return next((one for one in destination.same_name
         if one.metadata.get(ORIGIN) == settings.src_uid and DONE in one.metadata), None)
 
@@ -9048,8 +9033,8 @@ class Plan:
     wanted: Sequence[Wanted] = ()  # what is made for them first
     ports: Sequence[PortPlan] = ()
     attributes: Sequence[Attribute] = ()
-    volumes: Mapping[str, Volume] = field(default_factory=dict)  # the source's, by key
-    requests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # what Cinder is asked for instead of them
+    volumes: Mapping[str, Volume] = empty(dict)  # the source's, by key
+    requests: Mapping[str, Facts] = empty(dict)  # what Cinder is asked for instead of them
     with_snapshots: Collection[str] = ()  # the ids of those that have some
 
     @property
@@ -9062,7 +9047,6 @@ class Plan:
 
 
 def make_plan(settings: Settings, source: SourceFacts, destination: DestinationFacts, run: str) -> Plan:
-    """The plan, for facts without reasons to refuse."""
     _, server, _, disks = source.whole
     moved = {disk.volume for disk in disks.values()} | {disk.file_name for disk in disks.values()}
     left = () if not settings.chosen else (
@@ -9079,14 +9063,14 @@ def make_plan(settings: Settings, source: SourceFacts, destination: DestinationF
     ports = [plan_port(settings, port, destination.networks, run) for port in source.ports]
     left += tuple(f"{one.name} {one.here}" for one in carried.rows if one.fate == "left behind")
     left += tuple(f"floating IP {ip.address} of {port.label}" for port in source.ports for ip in port.floating
-                  if settings.floating_ip == "none")
+        if settings.floating_ip == "none")
     left += tuple(f"the {what} of {port.label}" for port in source.ports for what, key in (
         ("QoS policy", "qos_policy_id"), ("DNS domain", "dns_domain")) if port.facts.get(key))
     left += tuple(f"the disabled port security of {port.label}" for port, made in zip(source.ports, ports, strict=True)
-                  if port.facts.get("port_security_enabled") is False and "port_security_enabled" not in made.request)
+        if port.facts.get("port_security_enabled") is False and "port_security_enabled" not in made.request)
     requests = {key: request_for(settings, volume, run, destination) for key, volume in source.volumes.items()}
     return Plan(run, server, disks, flavor, image, left, server.status == "ACTIVE", carried_image, extra,
-                carried.wanted, ports, carried.rows, source.volumes, requests, source.with_snapshots)
+        carried.wanted, ports, carried.rows, source.volumes, requests, source.with_snapshots)
 
 
 def request_for(settings: Settings, volume: Volume, run: str, destination: DestinationFacts) -> dict[str, Any]:
@@ -9094,8 +9078,8 @@ def request_for(settings: Settings, volume: Volume, run: str, destination: Desti
     zone = volume.facts.get("availability_zone")
     marks = {MADE: run, ORIGIN: volume.id}
     facts = {"name": volume.name, "description": volume.facts.get("description"),
-             "volume_type": type_of(settings, volume),
-             "availability_zone": zone if zone in destination.volume_zones else ""}
+        "volume_type": type_of(settings, volume),
+        "availability_zone": zone if zone in destination.volume_zones else ""}
     return {"size": volume.size, **{key: value for key, value in facts.items() if value}, "metadata": marks | {
         key: value for key, value in volume.metadata.items() if not key.startswith("migrena:")}}
 
@@ -9104,7 +9088,7 @@ def made_with(server: Server, disks: Mapping[str, Disk], volumes: Mapping[str, s
     """Arguments for Nova's create that make disks like these, with volumes by key; none for those of the flavor."""
     sizes = [-(-disk.top.size // GiB) for key, disk in disks.items() if key != ROOT and not disk.volume]
     blank = [{"source_type": "blank", "destination_type": "local", "boot_index": -1, "delete_on_termination": True,
-              "volume_size": size} for size in sizes]
+        "volume_size": size} for size in sizes]
     attached = [{"source_type": "volume", "destination_type": "volume", "uuid": id,
                  "boot_index": 0 if key == ROOT else -1, "disk_bus": disks[key].bus,
                  "delete_on_termination": disks[key].volume in server.deleted_with}
@@ -9120,28 +9104,27 @@ class Report:
 
     run: str = ""
     result: str = "failed"
-    source: dict[str, Any] = field(default_factory=dict)
-    destination: dict[str, Any] = field(default_factory=dict)
-    copy: dict[str, Any] = field(default_factory=dict)
-    started: list[str] = field(default_factory=list)
+    source: dict[str, Any] = empty(dict)
+    destination: dict[str, Any] = empty(dict)
+    copy: dict[str, Any] = empty(dict)
+    started: list[str] = empty(list)
     downtime_seconds: float | None = None
     answer_seconds: float | None = None  # from the destination's start, with --await
-    seconds: dict[str, float] = field(default_factory=dict)
-    api_calls: dict[str, int] = field(default_factory=dict)  # by cloud
-    ssh_commands: dict[str, int] = field(default_factory=dict)  # by host
-    images: list[dict[str, object]] = field(default_factory=list)  # of `image`: the result for each
-    resources: list[dict[str, Any]] = field(default_factory=list)  # of `export` and `import`: the same
-    moves: list[dict[str, object]] = field(default_factory=list)  # of `live-migrate`: the same
-    ports: list[dict[str, Any]] = field(default_factory=list)  # of a plan, in the order of the instance's interfaces
-    attributes: list[dict[str, str]] = field(default_factory=list)  # of a plan
-    warnings: list[str] = field(default_factory=list)
-    left_behind: list[str] = field(default_factory=list)  # parts of the instance that are not copied: volumes etc.
-    not_undone: list[str] = field(default_factory=list)
-    error: list[dict[str, str]] = field(default_factory=list)
+    seconds: dict[str, float] = empty(dict)
+    api_calls: dict[str, int] = empty(dict)  # by cloud
+    ssh_commands: dict[str, int] = empty(dict)  # by host
+    images: list[dict[str, object]] = empty(list)  # of `image`: the result for each
+    resources: list[dict[str, Any]] = empty(list)  # of `export` and `import`: the same
+    moves: list[dict[str, object]] = empty(list)  # of `live-migrate`: the same
+    ports: list[dict[str, Any]] = empty(list)  # of a plan, in the order of the instance's interfaces
+    attributes: list[dict[str, str]] = empty(list)  # of a plan
+    warnings: list[str] = empty(list)
+    left_behind: list[str] = empty(list)  # parts of the instance that are not copied: volumes etc.
+    not_undone: list[str] = empty(list)
+    error: list[dict[str, str]] = empty(list)
 
 
 def reported(cloud: Cloud, server: Server) -> dict[str, object]:
-    """An instance for the report."""
     return {"cloud": cloud.url, "id": server.id, "name": server.name, "host": server.hypervisor,
         "flavor": server.flavor}
 
@@ -9154,11 +9137,10 @@ class Earlier:
     seen: Seen = field(default_factory=Seen)
     in_place: Collection[str] = ()  # the keys of the disks whose copy is swapped in
     cloud: Cloud | None = None
-    problems: list[Reason] = field(default_factory=list)
+    problems: list[Reason] = empty(list)
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the copies of all disks are swapped in."""
         return set(self.in_place) >= (self.record.disks.keys() or {ROOT})
 
 
@@ -9203,7 +9185,6 @@ class Run:
         return f"{key}: " if len(self.plan.disks) > 1 else ""
 
     def changed(self, server: Server) -> None:
-        """Shows an instance's status."""
         self.screen.status(f"Current status: {server.status} {server.task}")
 
 
@@ -9288,12 +9269,13 @@ def execute(run: Run, stack: ExitStack) -> str:
         elif ((source := situation_now(run).source).is_idle and not source.is_locked_by(plan.run)
                 and run.settings.start_after in ("all", "dst")):
             stop_source(run, new)  # somebody unlocked it: lock it again before the destination is started
-        arrived = start_named(run, "dst", new.id)
-        if plan.was_running:
+        is_over = new.is_running and run.record.has_done("mark destination done")  # the source may run again, too
+        arrived = new if is_over else start_named(run, "dst", new.id)
+        if run.record.was_running:
             stopped = run.record.stopped_at if run.earlier else None
             elapsed = (datetime.now(timezone.utc) - stopped).total_seconds() if stopped else time.monotonic() - began
             run.report.downtime_seconds = round(elapsed, 2)
-    if arrived and run.settings.answers:
+    if arrived and run.settings.answers and not is_over:
         with suppress(Kept):  # tried again later
             lead_floating_ips(run)
         await_answer(run, arrived)
@@ -9301,7 +9283,7 @@ def execute(run: Run, stack: ExitStack) -> str:
         cloud.mark(new.id, {DONE: plan.run, ORIGIN: plan.server.id})  # somebody may have removed them
         cloud.unmark(new.id, plan.run, MADE)
     run.undo.attempt(f"unlock destination {new.id}", lambda: release_destination(run, new.id))
-    for id in run.record.volumes.values():
+    for id in run.record.made("volume").values():
         run.undo.attempt(f"mark volume {id} done", partial(cloud.volumes.mark, id, {DONE: plan.run}, MADE))
     run.undo.attempt("lead the floating IPs to the new ports", partial(lead_floating_ips, run))
     run.undo.attempt("take the marks off the ports", partial(finish_ports, cloud, run.record))
@@ -9327,7 +9309,7 @@ def has_answered(cloud: Cloud, server: Server, how: str) -> bool:
     about = {"INSTANCE_ID": server.id, "INSTANCE_NAME": server.name, "INSTANCE_ADDRESSES": " ".join(addresses)}
     try:
         done = subprocess.run(shlex.split(what), env=os.environ | about, stdin=subprocess.DEVNULL, timeout=30,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
     except (subprocess.TimeoutExpired, OSError):
         return False
     return not done.returncode
@@ -9368,7 +9350,7 @@ def take_back(run: Run, id: str, why: str) -> NoReturn:
     """Stops a destination without an answer and gives the source back, if both may be done; always raises Kept."""
     problems, source, began = list[Reason](), run.plan.server.id, run.record.stopped_at
     told = Reason(f"the destination {id} gave {why}", f"{run.record.cut_over} sends what has changed, and tries again; "
-                  f"./migrena.py rollback {run.plan.run} deletes it")
+        f"./migrena.py rollback {run.plan.run} deletes it")
     try:
         now = situation_now(run)
         if now.source.is_gone:
@@ -9379,16 +9361,18 @@ def take_back(run: Run, id: str, why: str) -> NoReturn:
             stop_destination(run, id)
             with collecting(problems):
                 lead_floating_ips(run, back=True)
-        with run.screen.step("Start source instance." if run.plan.was_running else "Unlock source instance."):
+        with run.screen.step("Start source instance." if run.record.was_running else "Unlock source instance."):
             give_back(run.source, now := gate(run, Act.GIVE_BACK), run.journal, run.changed)
             keep_as_seed(run, now)
             down = (datetime.now(timezone.utc) - began).total_seconds() if began else 0.0
             status = run.source.server_retrying(source).status
+            run.report.downtime_seconds = round(down, 2) if began and run.record.was_running else None
+            run.report.started = ["source"] if run.record.was_running else []
     except MigrenaError as error:
         seen = Reason(f"seen {(now := situation_now(run))}", next_commands(Act.GIVE_BACK, now))
         raise Kept.of([told, *error.reasons, seen, *problems]) from error
     raise Kept.of([replace(told, problem=f"{told.problem}: it is stopped and kept"),
-                   Reason(f"the source {source} is {status} again, {duration(down)} after its stop"), *problems])
+        Reason(f"the source {source} is {status} again, {duration(down)} after its stop"), *problems])
 
 
 def release_destination(run: Run, id: str) -> None:
@@ -9503,7 +9487,6 @@ def connections(run: Run, host: Host, count: int, locks: DiskLocks) -> Iterator[
 
 
 def once_more(run: Run, host: Host, side: str, locks: DiskLocks) -> Host:
-    """A host over further connections."""
     more = locks.enter_context(closing(connect(host.name, run.settings.of(side), run.screen)))
     host.further.append(more)
     return more
@@ -9536,12 +9519,10 @@ def for_each(run: Run, copies: Sequence[DiskCopy], act: Callable[[DiskCopy], T])
 
 
 def lock_fresh(job: DiskJob, ends: Ends) -> None:
-    """Locks the disk that Nova made in the destination."""
     ends.locks.hold(ends.destination, job.fresh)
 
 
 def swap_in(run: Run, host: Host, jobs: Sequence[DiskJob], locks: DiskLocks) -> None:
-    """Puts the proven copies in their places."""
     rebases = any(job.whole_file and job.fresh.backing for job in jobs)
     with run.screen.step(f"{'Rebase backing file, check' if rebases else 'Check'} and swap in the disk."):
         for number, job in enumerate(jobs):
@@ -9553,7 +9534,7 @@ def swap_in(run: Run, host: Host, jobs: Sequence[DiskJob], locks: DiskLocks) -> 
             locks.release(host, job.fresh)
             for name in lost:
                 run.screen.warn(f"the new disk lacks the dirty bitmap {name}, which a killed qemu had in use: "
-                                "the next backup will be a full one")
+                    "the next backup will be a full one")
 
 
 def warm_copy(run: Run, copies: Sequence[DiskCopy], slot: ExitStack) -> None:
@@ -9569,7 +9550,7 @@ def warm_copy(run: Run, copies: Sequence[DiskCopy], slot: ExitStack) -> None:
         for copy in copies:
             screen.note(f"{run.source_host.name}:{copy.job.source.path} -> {copy.both.destination.name}:{copy.job.new}")
         has_bitmap = {copy.job.key: settings.bitmap and not settings.seed and begin_bitmap(run, copy.job)
-                      for copy in copies}
+            for copy in copies}
         warm = WarmCopy(run, copies, nova_takes(
             run.source.actions(run.plan.server.id), screen.seconds.get(STOP_DESTINATION, 5.0)))
         try:
@@ -9583,7 +9564,7 @@ def warm_copy(run: Run, copies: Sequence[DiskCopy], slot: ExitStack) -> None:
             result["passes"], run.report.copy["passes"] = len(warm.passes), [asdict(one) for one in warm.passes]
     if settings.seed:
         screen.note(f"Seeded; the source runs on. ./migrena.py resume {run.plan.run} --seed sends what has changed by "
-                    f"then, resume {run.plan.run} cuts over, rollback {run.plan.run} removes it.")
+            f"then, resume {run.plan.run} cuts over, rollback {run.plan.run} removes it.")
     for copy in copies:
         copy.known = copy.known if has_bitmap[copy.job.key] else NOTHING_KNOWN
 
@@ -9594,11 +9575,6 @@ class WarmCopy:
     def __init__(self, run: Run, copies: Sequence[DiskCopy], nova: float) -> None:
         self._run, self._copies, self._nova, self.passes = run, copies, nova, list[Pass]()
         self._least, self._gap, self._pause = math.inf, 0.0, 0.0
-
-    @property
-    def expected(self) -> float:
-        """Seconds that the source would be down if it were stopped now; infinite before the second pass."""
-        return downtime(self.passes, self._nova) if len(self.passes) > 1 else math.inf
 
     def until_little_is_left(self, settings: Settings, since: float = 0.0) -> None:
         """Makes passes as long as they gain something; `since`: seconds that count towards the limit already."""
@@ -9611,15 +9587,15 @@ class WarmCopy:
             self.make_pass()
 
     def make_pass(self) -> None:
-        """Makes a pass, and tells what it found."""
         run, passes, since = self._run, self.passes, time.monotonic()
         passes.append(one := sum_of(for_each(run, self._copies, partial(one_pass, run)), time.monotonic() - since))
-        expected, was_paused, self._pause = self.expected, self._pause > 0, 0.0
+        expected = downtime(passes, self._nova) if len(passes) > 1 else math.inf  # if the source were stopped now
+        was_paused, self._pause = self._pause > 0, 0.0
         if len(passes) > 2 and not was_paused:  # a pass after a pause brings more, and tells nothing
             self._pause = self._gap = next_gap(self._gap, expected < self._least)
         self._least = min(self._least, expected)
         more = (f", found in {duration(one.looking)}; stopped now, it would be down for about "
-                f"{duration(expected)}" if len(passes) > 1 else "")
+            f"{duration(expected)}" if len(passes) > 1 else "")
         is_first = len(passes) == 1 and not run.record.seed
         run.screen.note(f"Pass {len(passes)}: {human(one.changed)} "
             f"{'sent' if is_first else 'had changed, sent'} in {duration(one.sending)}{more}")
@@ -9662,7 +9638,7 @@ class WarmCopy:
             self.until_little_is_left(replace(settings, warm_timeout=settings.late, warm_passes=0), past)
         except FinalError as error:
             raise FinalError(f"the cut-over was due at {due:%H:%M}, but --max-downtime does not hold: {error}",
-                             error.reasons[0].way_out) from error
+                error.reasons[0].way_out) from error
         self._require_in_time(due)
 
     def _require_in_time(self, due: datetime) -> float:
@@ -9768,7 +9744,7 @@ def require_it_runs(run: Run, server: Server | None) -> None:
         with suppress(HostError):
             why = ENDED["crashed"] if "crashed" in run.source_host.script(DOMAIN_STATE, server.id) else why
         raise CloudError(f"the source is {server.status} during the copy: {why}",
-                         f"find out who; {again_command(run)}, without --warm if it stays stopped", 400)
+            f"find out who; {again_command(run)}, without --warm if it stays stopped", 400)
 
 
 def nova_takes(actions: Sequence[Action], stop: float) -> float:
@@ -9778,7 +9754,7 @@ def nova_takes(actions: Sequence[Action], stop: float) -> float:
     missed the power button until it was pressed again. One that missed it all the time (a minute) may ignore it.
     """
     took = {action.name: action.seconds for action in reversed(actions)
-            if 0 < action.seconds <= PATIENCE and not action.has_failed}
+        if 0 < action.seconds <= PATIENCE and not action.has_failed}
     fresh = stop if stop >= PATIENCE else max(START_TAKES, stop % POWER_BUTTON)
     return took.get("stop", fresh) + took.get("start", START_TAKES)
 
@@ -9814,8 +9790,8 @@ def wants_another_pass(settings: Settings, passes: Sequence[Pass], nova: float, 
             return False
         if is_last or elapsed > settings.warm_timeout or nova + SETTING_UP > settings.max_downtime:
             raise FinalError(f"after {len(passes)} passes in {duration(elapsed)} the source would still be down for "
-                             f"about {duration(expected)}", f"allow more than --max-downtime {settings.max_downtime}, "
-                             "or try again when the guest writes less")
+                f"about {duration(expected)}", f"allow more than --max-downtime {settings.max_downtime}, "
+                "or try again when the guest writes less")
         return True
     return not is_last and (len(passes) == 1 or (left_after(passes) < passes[-1].changed / 2
         and left_after(passes) > rate_of(passes) / 2))
@@ -9829,7 +9805,7 @@ def claim_source(run: Run) -> None:
     id, plan = run.plan.server.id, run.plan
     run.undo.always(f"check that nothing of ours is left on {run.source_host.name}", run.source_host.confirm_all_ended)
     run.undo.on_failure(f"take the mark off source {id}", lambda: take_mark_off(run.source, situation_now(run)),
-                        lambda: run.keeps_destination)
+        lambda: run.keeps_destination)
     if run.earlier:
         delete_things_on_failure(run)
         delete_on_failure(run)
@@ -9887,8 +9863,8 @@ def create_destination(run: Run) -> Server:
     """Makes an instance and waits until it is ACTIVE. A failure deletes it, even if Nova's answer was lost."""
     plan, settings = run.plan, run.settings
     for line in (f"Name: {settings.dst_name}", f"Flavor: {plan.flavor.name}, ID: {plan.flavor.id}",
-                 f"Image: {plan.image.name}, ID: {plan.image.id}",
-                 *(f"{key}: {value if key in SHOWN else '(not shown)'}" for key, value in plan.extra.items())):
+            f"Image: {plan.image.name}, ID: {plan.image.id}",
+            *(f"{key}: {value if key in SHOWN else '(not shown)'}" for key, value in plan.extra.items())):
         run.screen.note(line)
     delete_things_on_failure(run)
     for wanted in plan.wanted:
@@ -9914,11 +9890,11 @@ def create_volumes(run: Run) -> None:
         kind = f", type {facts['volume_type']}" if "volume_type" in facts else ""
         run.screen.note(f"New volume of {facts['size']} GiB{kind}, for {run.plan.volumes[key].label}")
         ask_for(run, "volume", key, facts)
-    for key, id in run.record.volumes.items():
+    for key, id in run.record.made("volume").items():
         volume, made = run.plan.volumes[key], store.wait(id)
         if what := next((what for what in ("encrypted", "multiattach") if made.facts.get(what)), ""):
             raise CloudError(f"destination cloud: volumes of type {made.type} are {what}",
-                             f"--volume-type {volume.type}=TYPE names another one")
+                f"--volume-type {volume.type}=TYPE names another one")
         store.describe(id, volume.image_facts, is_bootable=volume.is_bootable)
 
 
@@ -9927,9 +9903,9 @@ class Kind:
     """A kind of what a run makes besides the instance."""
 
     command: str  # of OpenStack's client
-    make: Callable[[Cloud, Mapping[str, Any]], str]  # requests one; returns its id
-    made_by: Callable[[Cloud, str, Mapping[str, Any]], Iterable[str]]  # the ids of a run's; of one request, if given
-    delete: Callable[[Cloud, str, Mapping[str, Any]], None]
+    make: Callable[[Cloud, Facts], str]  # requests one; returns its id
+    made_by: Callable[[Cloud, str, Facts], Iterable[str]]  # the ids of a run's; of one request, if given
+    delete: Callable[[Cloud, str, Facts], None]
 
 
 def in_neutron(what: str, command: str) -> Kind:
@@ -9961,7 +9937,7 @@ KINDS: Final[Mapping[str, Kind]] = {  # in the order in which they are deleted
 TOLD: Final = ("name", "policy", "rules", "fingerprint", "description", "metadata")  # of a request, for the journal
 
 
-def ask_for(run: Run, kind: str, of: str, facts: Mapping[str, Any]) -> str:
+def ask_for(run: Run, kind: str, of: str, facts: Facts) -> str:
     """Requests something once; returns its id even if the answer is lost. A failure deletes it."""
     cloud, limit, acts = run.destination, time.monotonic() + LOST_ANSWER, KINDS[kind]
     known, was_asked = {*run.record.made(kind).values()}, of in run.record.unanswered(kind)  # by a killed process
@@ -9985,10 +9961,9 @@ def ask_for(run: Run, kind: str, of: str, facts: Mapping[str, Any]) -> str:
 
 
 def delete_things_on_failure(run: Run) -> None:
-    """Registers the deletion of what the run makes besides the instance if it fails."""
     def delete() -> None:
         now = situation_now(run, with_disk=stage_of(run.record) >= Stage.PROVEN)
-        if run.record.volumes:
+        if run.record.made("volume"):
             allow(Act.DELETE_VOLUMES, now, asked_in_undo(run))
         delete_things(run.destination, run.record, now, run.journal, LATE_ANSWER)
 
@@ -9997,7 +9972,6 @@ def delete_things_on_failure(run: Run) -> None:
 
 
 def has_things(record: RunRecord) -> bool:
-    """Whether a run has asked for anything besides the instance."""
     return any(act.name == f"create {kind}" for act in record.acts for kind in KINDS)
 
 
@@ -10010,7 +9984,7 @@ def delete_things(cloud: Cloud, record: RunRecord, now: Situation, journal: Jour
     problems, limit = list[Reason](), time.monotonic() + patience
     for kind, acts in KINDS.items():
         told = {act.made: act.facts.get("facts", {}) for act in record.acts
-                if act.name == f"create {kind}" and act.made}
+            if act.name == f"create {kind}" and act.made}
         with collecting(problems):
             for act in record.unanswered(kind).values():
                 facts = act.facts.get("facts", {})
@@ -10091,7 +10065,7 @@ def finish_ports(cloud: Cloud, record: RunRecord) -> None:
 def ask_for_destination(run: Run) -> str:
     """Requests the new instance once; returns its id even if the answer is lost."""
     plan, settings, limit = run.plan, run.settings, time.monotonic() + LOST_ANSWER
-    volumes, extra = run.record.volumes, dict(plan.extra)
+    volumes, extra = run.record.made("volume"), dict(plan.extra)
     for group in run.record.made("server group").values():
         extra["scheduler_hints"] = {**(extra.get("scheduler_hints") or {}), "group": group}
     if volumes:
@@ -10101,7 +10075,7 @@ def ask_for_destination(run: Run) -> str:
             run.journal.write("asked")
             try:
                 return run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, extra,
-                                              plan.marks(MADE) | {ORIGIN: plan.server.id})
+                    plan.marks(MADE) | {ORIGIN: plan.server.id})
             except CloudError as error:
                 if error.code not in (0, 502, 504):  # else a proxy may still forward the request
                     run.journal.write("refused")
@@ -10196,7 +10170,7 @@ def put_aside(run: Run, host: Host, new: Server) -> Server:
         run.source.unlock(run.plan.server.id)
     if (seen := now.destination).starts:
         run.screen.warn(f"destination {new.id} was started after the seed ({seen.starts[0].name} at "
-                        f"{seen.starts[0].at}): what it has changed is found and sent again")
+            f"{seen.starts[0].at}): what it has changed is found and sent again")
     stop_destination(run, new.id)
     with run.journal.act("swap out", server=new.id):
         host.script(SWAP_OUT, host.disk_of(new.id), run.plan.run)
@@ -10212,15 +10186,15 @@ def prepare(run: Run, both: Mapping[str, BothEnds], new: Server) -> list[DiskJob
             new = put_aside(run, ends.destination, new)
         fresh = survey_disks(
             ends.destination, new.id, path, shared=not new.is_stopped)
-        volumes = run.record.volumes
+        volumes = run.record.made("volume")
         fresh = {next((key for key, id in volumes.items() if id == disk.volume), key): disk
-                 for key, disk in fresh.items()}
+            for key, disk in fresh.items()}
         for key, id in volumes.items():
             if key in fresh and (volume := cloud.volumes.one(id)):
                 fresh[key] = identified(cloud, new.id, fresh[key], volume)
         if lacking := [key for key in both if key not in fresh or fresh[key].volume != volumes.get(key, "")]:
             raise HostError(f"{ends.destination.name}: the new instance has no disk {', '.join(lacking)}",
-                            "name a flavor with -f that has ephemeral disks as the source's")
+                "name a flavor with -f that has ephemeral disks as the source's")
         gate(run, Act.STOP_DESTINATION)
         stop_destination(run, new.id)
         give_ports(run, new.id)
@@ -10251,7 +10225,7 @@ def plan_job(run: Run, ends: Ends, key: str, fresh: Disk) -> DiskJob:
     settings, disk, host = run.settings, run.plan.disks[key], ends.destination
     lacking = NbdTransport.lacking(ends.source, host)
     equal = bool(key == ROOT and disk.base and fresh.base and disk.top.backing_format  # others are made by mkfs
-                 and same_content((ends.source, disk.base), (host, fresh.base), settings.stall_timeout))
+        and same_content((ends.source, disk.base), (host, fresh.base), settings.stall_timeout))
     in_place = bool(fresh.volume or fresh.top.storage)
     whole_file, why_view = pick_view(disk, fresh, equal, in_place=in_place)
     name, why_transport = pick_transport(settings, lacking, disk.top, whole_file)
@@ -10275,7 +10249,7 @@ def plan_job(run: Run, ends: Ends, key: str, fresh: Disk) -> DiskJob:
     if not whole_file and fresh.top.size > disk.top.size and "start destination" in {
             act.name for act in run.record.acts}:
         run.screen.warn(f"{run.label(key)}the disk is {human(fresh.top.size - disk.top.size)} longer "
-                        "than the source's: what it wrote there stays")
+            "than the source's: what it wrote there stays")
     return replace(job, landing=replace(landing, is_blank=not run.record.seed and is_blank(ends, job))) if isinstance(
         landing, InPlace) else job
 
@@ -10290,7 +10264,7 @@ def is_blank(ends: Ends, job: DiskJob) -> bool:
         found = digests(host, place, 0, fresh.size, job.settings.stall_timeout)
     if behind := [block for block in found if block * MiB >= job.source.size]:
         raise HostError(f"{host.name}: {fresh.path} holds data at byte {behind[0] * MiB:,}, behind the source's end",
-                        "name another image or flavor, with a disk no larger than the source's")
+            "name another image or flavor, with a disk no larger than the source's")
     return not found
 
 
@@ -10312,7 +10286,7 @@ def refuse_job(ends: Ends, job: DiskJob, need: int, others: int = 0) -> None:
     if free - others < need:
         taken = f", of which other disks and runs still need {human(others)}" if others else ""
         raise HostError(f"{host.name}: {human(free)} are free beside {fresh.path}{taken}, {human(need)} are needed",
-                        "free space there, or choose another host with availability_zone in -e")
+            "free space there, or choose another host with availability_zone in -e")
 
 
 def space_needed(top: DiskImage, disk: Disk, whole_file: bool, reserve: int) -> int:
@@ -10325,13 +10299,20 @@ def stop_source(run: Run, new: Server) -> float:
     cloud, plan, id = run.source, run.plan, run.plan.server.id
     place = f"{shorten(new.name, 60)} {new.id} takes its place; back with: migrena.py rollback {plan.run}"
     with run.screen.step("Stop source instance."):
-        gate(run, Act.STOP_SOURCE)
-        with run.journal.act("stop source", server=id, was_running=plan.was_running) as result:
+        now, record = gate(run, Act.STOP_SOURCE), run.record
+        was_running = record.was_running if record.stopped_at else not (
+            now.source.server and now.source.server.is_stopped)  # since the survey somebody may have changed that
+        if was_running != plan.was_running:
+            cloud.mark(id, replace(plan, was_running=was_running).marks(MARK))
+        with run.journal.act("stop source", server=id, was_running=was_running) as result:
             if not run.earlier:
                 undo_stop(run)
             locked = cloud.lock(id, f"{LOCKED_BY}{plan.run}: {place}")
             asked = time.monotonic()
             result["request"] = cloud.stop(id, run.changed) or locked
+        if record.source_request and (starts := see(cloud, id, record.source_request).starts):  # after the look
+            raise Kept(f"the source was started ({starts[0].name} at {starts[0].at}) after it had been stopped: "
+                       "the copy is outdated", f"./migrena.py rollback {plan.run} undoes the run")
         run.screen.note("Done. Current status: SHUTOFF")
     return asked
 
@@ -10347,8 +10328,8 @@ def undo_stop(run: Run) -> None:
         if run.keeps_destination:
             keep_as_seed(run, now)
 
-    run.undo.on_failure(f"start source {id} again" if run.plan.was_running else f"unlock source {id}", undo,
-                        lambda: run.keeps_destination and not run.record.stopped_at)
+    run.undo.on_failure(f"start source {id} again" if run.record.was_running else f"unlock source {id}", undo,
+        lambda: run.keeps_destination and not run.record.stopped_at)
 
 
 def keep_as_seed(run: Run, now: Situation) -> None:
@@ -10372,13 +10353,35 @@ def give_back(cloud: Cloud, now: Situation, journal: Journal, changed: Callable[
             cloud.unlock(server.id)
     if now.was_running and not server.is_running:
         with journal.act("start source", server=server.id):
-            cloud.restart(server.id, changed)
+            cloud.wait(server.id, lambda seen: not seen.task, changed)  # it may just be being stopped
+            cloud.start(server.id, changed)
+
+
+def changed_since(record: RunRecord, cloud: Cloud, server: Server) -> list[str]:
+    """What of a source's flavor and ports is no more as it was at the survey or the seed."""
+    changes, when = list[str](), "seed" if record.seed else "survey"
+    now = [server.flavor.vcpus, server.flavor.ram]
+    if (was := record.facts.get("source_flavor", now)) != now:
+        changes.append("the source had {} vCPUs and {} MiB of RAM at the {}, and has {} and {} now: "
+                       "it was resized".format(*was, when, *now))
+    if not record.facts.get("has_nics", not record.facts.get("ports")):
+        were = {row["source"] for row in record.facts["ports"]}
+        changes += come_and_gone("port ", were, {one["id"] for one in ports_of(cloud.networks, server.id)}, when)
+    return changes
+
+
+def come_and_gone(kind: str, were: Collection[str], now: Collection[str], when: str) -> list[str]:
+    """What a source got or lost after its survey or seed."""
+    return [f"{kind}{one} was {'attached to' if one in now else 'detached from'} the source after the {when}"
+        for one in sorted({*were} ^ {*now})]
 
 
 def require_safe_stop(run: Run) -> None:
-    """Raises HostError if, by libvirt, stopping the running source could lose something."""
-    plan, host = run.plan, run.source_host
-    if not run.source.server_retrying(plan.server.id).is_running:  # a resumed run may find it stopping
+    """Raises HostError if stopping the source could lose something, or it is not as it was at the survey."""
+    plan, host, server = run.plan, run.source_host, run.source.server_retrying(run.plan.server.id)
+    if not run.record.stopped_at and (changes := changed_since(run.record, run.source, server)):
+        raise FinalError("; ".join(changes), f"undo that, or {again_command(run)}")
+    if not server.is_running:  # a resumed run may find it stopping
         return
     domain = domain_of(host, plan.server.id, host.disk_of(plan.server.id))
     require_no_more_volumes(run, domain)
@@ -10397,14 +10400,14 @@ def require_no_more_volumes(run: Run, domain: Domain) -> None:
     more = [drive.volume for drive in domain.drives.values() if drive.volume and drive.volume not in known]
     if more and not run.settings.chosen:
         raise HostError(f"{run.source_host.name}: volume {', '.join(more)} was attached to the source since the survey",
-                        again_command(run))
+            again_command(run))
 
 
 def require_running(run: Run, state: str) -> None:
     """Raises FinalError if, by libvirt, the source's qemu has ended; Nova may notice ten minutes later."""
     if state.startswith(("shut off", "crashed")):
         raise FinalError(f"{run.source_host.name}: by libvirt, the source's qemu ended during the copy: {state}",
-                         f"find out why (/var/log/libvirt/qemu there); {again_command(run)}")
+            f"find out why (/var/log/libvirt/qemu there); {again_command(run)}")
 
 
 def recheck_source(run: Run, job: DiskJob) -> DiskJob:
@@ -10439,7 +10442,7 @@ def recheck_source(run: Run, job: DiskJob) -> DiskJob:
     return job
 
 
-def transfer(run: Run, copies: Sequence[DiskCopy]) -> list[Moved]:
+def transfer(run: Run, copies: Sequence[DiskCopy]) -> None:
     """Copies and verifies; raises as `with_retries`. Incomplete files are deleted with the destination's folder."""
     jobs = [copy.job for copy in copies]
     with run.screen.step("Migrate disk to destination instance."), run.journal.act(
@@ -10448,13 +10451,11 @@ def transfer(run: Run, copies: Sequence[DiskCopy]) -> list[Moved]:
         moved = for_each(run, copies, partial(transfer_disk, run))
         sent = max(0, received(copies[0].both.ends()) - before)
         result |= {"held": sum(one.held for one in moved),
-                   "digests": {job.key: one.digest for job, one in zip(jobs, moved, strict=True)}}
+            "digests": {job.key: one.digest for job, one in zip(jobs, moved, strict=True)}}
         report_moved(run, jobs, moved, sent, time.monotonic() - began)
-    return moved
 
 
 def transfer_disk(run: Run, copy: DiskCopy) -> Moved:
-    """The same for one disk."""
     job, host = copy.job, copy.both.destination
     in_place = isinstance(job.landing, InPlace)
     inode = "" if in_place else host.run("stat", "-c", "%i", "--", job.fresh.path).strip()
@@ -10544,7 +10545,7 @@ def with_retries(both: BothEnds, act: Callable[[Ends], T], meanwhile: str) -> T:
 
 
 @contextmanager
-def journaled_progress(run: Run, key: str, total: int) -> Iterator[Callable[[int], None]]:
+def journaled_progress(run: Run, key: str, total: int) -> Iterator[Show]:
     """Progress on the screen, and every five seconds in the journal, for `status`."""
     told = 0.0
     with run.screen.progress(total, run.label(key)) as show:
@@ -10604,7 +10605,7 @@ def estimate_lines(settings: Settings, plan: Plan, known: float, report: Report)
         yield f"  space      {human(space)} at the destination"
         for name, rate in rates.items():
             report.copy["estimates"].append({"view": which, "bytes": amount, "space": space, "rate": rate,
-                                             "why_rate": name, "seconds": round(amount / rate, 1)})
+                "why_rate": name, "seconds": round(amount / rate, 1)})
             yield f"  {kind}   about {duration(amount / rate)} at {name}{end}"
 
 
@@ -10679,7 +10680,7 @@ def check_times(call: Call, settings: Settings) -> None:
     """Raises UsageError for options of the cut-over that do not fit together."""
     asked = call.flags.get("cutover_at")
     unknown = [how for how in settings.answers if how.startswith("command:") and not settings.seed
-               and not shutil.which(shlex.split(how.partition(":")[2])[0])]
+        and not shutil.which(shlex.split(how.partition(":")[2])[0])]
     for is_wrong, problem, way_out in (
             (settings.seed and settings.cutover_at and asked,
              "--seed ends before the cut-over, --cutover-at waits for it", "give one of them"),
@@ -10697,7 +10698,6 @@ def check_times(call: Call, settings: Settings) -> None:
 
 
 def refuse_times(settings: Settings, server: Server | None) -> list[Reason]:
-    """Reasons to refuse a seed or a time for the cut-over."""
     due = datetime.fromisoformat(settings.cutover_at) if settings.cutover_at else None
     is_stopped = bool(server and not server.is_running and (settings.seed or due))
     return reasons_from(
@@ -10717,17 +10717,17 @@ def in_same_project(settings: Settings, cloud: Cloud, server: Server) -> Setting
 
 
 def survey_both(call: Call, settings: Settings, screen: Screen,
-                stack: ExitStack) -> tuple[Settings, SourceFacts, DestinationFacts]:
+        stack: ExitStack) -> tuple[Settings, SourceFacts, DestinationFacts]:
     """Surveys both clouds, at once if the settings say all; else name and project are the source's."""
     creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
     if settings.dst_name and settings.dst_project != "same":
         return settings, *in_parallel(lambda: survey_source(settings, creds["src"], screen, stack),
-                                      lambda: survey_destination(settings, creds["dst"]))
+            lambda: survey_destination(settings, creds["dst"]))
     source = survey_source(settings, creds["src"], screen, stack)
     if not (source.cloud and source.server):
         raise Refused.of(source.problems)
     settings = in_same_project(replace(settings, dst_name=settings.dst_name or source.server.name),
-                               source.cloud, source.server)
+        source.cloud, source.server)
     return settings, source, survey_destination(settings, credentials("dst", settings, call.environment))
 
 
@@ -10747,7 +10747,7 @@ def bring_surroundings(call: Call, settings: Settings, undo: Undo, report: Repor
         undo.screen.warn(f"left out: {line}")
     wanted = [Resource(LABELS[one["type"]], one, f"source, number {number}") for number, one in enumerate(found, 1)]
     run = import_resources(call, replace(settings, project=project, cloud="dst"), undo, report,
-                           Scopes(Catalog(there), creds), wanted, [], has_rules=True)
+        Scopes(Catalog(there), creds), wanted, [], has_rules=True)
     undo.has_begun = False  # the copy can be interrupted again
     return run
 
@@ -10768,7 +10768,7 @@ def copy_instance(call: Call, settings: Settings, undo: Undo, report: Report) ->
         if not brought:
             raise
         raise Kept.of([*error.reasons, Reason(f"what run {brought} made for it stays",
-                                              f"./migrena.py rollback {brought} removes it")]) from error
+            f"./migrena.py rollback {brought} removes it")]) from error
 
 
 def survey_and_copy(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
@@ -10784,8 +10784,10 @@ def survey_and_copy(call: Call, settings: Settings, undo: Undo, report: Report) 
         if there := already_there(settings, destination):
             return report_already_moved(settings, there, screen, report)
         with collecting(missing := list[Reason]()):
-            if source.volumes:
-                survey_storage(destination)
+            if source.volumes and destination.cloud:
+                store = destination.cloud.volumes
+                destination.volume_types, destination.volume_zones = store.types(), store.zones()
+                destination.volume_limits = store.limits()
             survey_networks(settings, source, destination)
             survey_references(source, destination)
         destination.problems = [*destination.problems, *missing]
@@ -10810,19 +10812,19 @@ def begin_journal(folder: Path, settings: Settings, plan: Plan, clouds: Sequence
     """A new journal with its first line: what resume and rollback need, without secrets. Raises UsageError."""
     journal = Journal(folder, plan.run)
     with journal.beginning():
-        journal.write("run", pid=os.getpid(), source=plan.server.id, source_name=plan.server.name,
+        journal.write("run", pid=os.getpid(), seed=settings.seed, source=plan.server.id, source_name=plan.server.name,
                       source_host=plan.server.hypervisor, name=settings.dst_name,
                       clouds=[cloud.url for cloud in clouds], where=[cloud.identity for cloud in clouds],
                       was_running=plan.was_running, flavor=plan.flavor.id, image=plan.image.id,
                       source_flavor=[plan.server.flavor.vcpus, plan.server.flavor.ram],
                       ports=[asdict(port) for port in plan.ports], has_nics="nics" in settings.extra_args,
+                      disks={key: disk.top.size for key, disk in plan.disks.items()},
                       settings={**{name: getattr(settings, name) for name in FOR_RESUME},
                                 **{f"{side}_disk_path": settings.of(side).disk_path for side in ("src", "dst")}})
     return journal
 
 
 def report_already_moved(settings: Settings, there: Server, screen: Screen, report: Report) -> int:
-    """Reports success where nothing is to do."""
     screen.say(f"already migrated: {settings.src_uid} is {there.name} {there.id}, by run {there.metadata[DONE]}")
     report.run, report.result = there.metadata[DONE], "already"
     report.destination = {"id": there.id, "name": there.name, "host": there.hypervisor}
@@ -10832,7 +10834,6 @@ def report_already_moved(settings: Settings, there: Server, screen: Screen, repo
 
 
 def warn_left_behind(screen: Screen, plan: Plan) -> None:
-    """Warns about what the new instance will lack."""
     for id in plan.with_snapshots:
         screen.note(f"The snapshots of volume {id} stay behind.")
     for key, volume in plan.volumes.items():
@@ -10846,7 +10847,7 @@ def warn_left_behind(screen: Screen, plan: Plan) -> None:
         screen.note("The source uses UEFI: its NVRAM (boot entries) is copied, for a Nova that keeps it at a start.")
 
 
-# ---- 17. Status ------------------------------------------------------------------------------------------------------
+# ---- 17. Status ------------------------------------------------------
 
 
 def show_status(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
@@ -10903,7 +10904,7 @@ def watch(settings: Settings, folder: Path) -> int:
 def as_json(record: RunRecord) -> dict[str, Any]:
     """A run as JSON, with the report's names."""
     facts, told, clouds = record.facts, asdict(record), [*record.facts.get("clouds", ()), "", ""]
-    del told["before_seed"], told["last_pass"]
+    del told["before_seed"], told["last_pass"], told["seeds"]
     told["copy"] = {key: told.pop(key) for key in ("rate", "retries")}
     told["copy"] |= {"done": record.done, "bytes": record.total, "seconds_left": record.seconds_left}
     told["seed"] = {"copied": record.copied, "disks": record.seed["disks"], **{
@@ -10951,15 +10952,17 @@ def what_to_do(record: RunRecord) -> Iterator[str]:
     if record.state == "killed":
         yield "it may have left " + {"image": "an incomplete image", "import": "what it has made by then"}.get(
             record.job, "the new instance, and the mark and the lock on the source")
-    if record.state == "seeded" or (record.seed and record.state in ("killed", "left") and not record.stopped_at):
+    has_seed = record.state == "seeded" or (
+        record.seed and record.state in ("killed", "left") and not record.stopped_at)
+    if has_seed:
         yield (f"update: ./migrena.py resume {record.run} --seed    cut over: {record.cut_over}    "
                f"remove: ./migrena.py rollback {record.run}")
     if record.state in ("killed", "left"):
         for kind in KINDS:
             if there := [*record.made(kind).values(), *(f"one for {of}" for of in record.unanswered(kind))]:
                 yield f"made, and perhaps still there: {kind} {', '.join(there)}"
-        can_go_on = not record.is_undoing and any(act.name == "create destination" for act in record.acts)
-        yield (f"{f'continue: ./migrena.py resume {record.run}    ' if can_go_on else ''}"
+        can_go_on = not (record.is_undoing or has_seed) and any(act.name == "create destination" for act in record.acts)
+        yield (f"{f'continue: {record.go_on}    ' if can_go_on else ''}"
                f"undo: ./migrena.py rollback {record.run}")
 
 
@@ -10977,8 +10980,7 @@ def detail_lines(record: RunRecord) -> Iterator[str]:
                f"{sum(len(disk.arrived) for disk in record.disks.values())} chunks, {record.retries} retries")
     yield from seed_lines(record)
     for act in record.acts:
-        took = (datetime.fromisoformat(act.ended)
-            - datetime.fromisoformat(act.began)).total_seconds() if act.ended else 0.0
+        took = seconds_between(act.began, act.ended)
         seconds_taken = f"in {duration(took)}" if took >= 0 else "(the clock was set back)"
         result = {"done": f"done {seconds_taken}", "failed": f"failed: {act.facts.get('error', '')}"}.get(
             act.result, "under way" if record.state == "running" else "interrupted")
@@ -10988,10 +10990,10 @@ def detail_lines(record: RunRecord) -> Iterator[str]:
     yield from what_to_do(record)
 
 
-# ---- 18. Resume ------------------------------------------------------------------------------------------------------
+# ---- 18. Resume ------------------------------------------------------
 
 
-def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord, screen: Screen) -> Earlier:
+def survey_made(settings: Settings, creds: Facts, record: RunRecord, screen: Screen) -> Earlier:
     """Surveys what the run had made, by its id or its mark, and the files beside its disk."""
     found = Earlier(record)
     with collecting(found.problems):
@@ -11017,7 +11019,6 @@ def survey_made(settings: Settings, creds: Mapping[str, Any], record: RunRecord,
 
 
 def situation_of(source: SourceFacts, earlier: Earlier) -> Situation:
-    """The Situation of an interrupted run."""
     record, seen = earlier.record, Seen(earlier.record.source, source.server)
     # Without a copy everything is repeated.
     stands = {key: disk.job["stand"] for key, disk in record.disks.items() if disk.job.get("stand")}
@@ -11031,14 +11032,13 @@ def situation_of(source: SourceFacts, earlier: Earlier) -> Situation:
 
 
 def refuse_state(record: RunRecord) -> None:
-    """Raises Refused for a run that cannot be resumed."""
     run, told = record.run, {"done": "was successful",
         "failed": "has failed and was rolled back", "rolled back": "was rolled back"}
     if record.is_undoing and record.state in ("killed", "left"):
         raise Refused(f"run {run} was being rolled back", f"./migrena.py rollback {run}")
     if record.state in told:
         raise Refused(f"run {run} {told[record.state]}: there is nothing to resume",
-                      "" if record.state == "done" else "give the command again")
+            "" if record.state == "done" else "give the command again")
     if record.job == "image":
         raise Refused(f"run {run} carried an image, which cannot be resumed",
             f"./migrena.py rollback {run}, then the command again")
@@ -11054,42 +11054,30 @@ def is_seed_again(record: RunRecord, now: Situation) -> bool:
 
 
 def refuse_changed(settings: Settings, source: SourceFacts, record: RunRecord) -> list[Reason]:
-    """Reasons to refuse in the source of a seed, and in what it got or lost since."""
-    server, reasons = source.server, list[Reason]()
-    known, there = record.seed.get("disks", {}), {key: disk.top.size for key, disk in source.disks.items()}
-    changes = come_and_gone("", known, there) if known and there else []
-    changes += [f"{key} had {human(known[key])} at the seed, and has {human(size)} now: the source was resized"
-                for key, size in there.items() if known.get(key, size) != size]
+    """Reasons to refuse in a source that is not stopped yet, and in what it got or lost since its survey or seed."""
+    server, reasons, when = source.server, list[Reason](), "seed" if record.seed else "survey"
+    known = record.seed.get("disks") or record.facts.get("disks", {})
+    there = {key: disk.top.size for key, disk in source.disks.items()}
+    changes = come_and_gone("", known, there, when) if known and there else []
+    changes += [f"{key} had {human(known[key])} at the {when}, and has {human(size)} now: the source was resized"
+        for key, size in there.items() if known.get(key, size) != size]
     if source.cloud and server and source.host:
-        now = [server.flavor.vcpus, server.flavor.ram]
-        if (was := record.facts.get("source_flavor", now)) != now:
-            changes.append("the source had {} vCPUs and {} MiB of RAM at the seed, and has {} and {} now: "
-                           "it was resized".format(*was, *now))
         reasons += refuse_server(replace(server, metadata={}, locked=server.locked and lock_of(server) != record.run),
-                                 settings) + refuse_volumes(settings, source, server, DestinationFacts(None))
+            settings) + refuse_volumes(settings, source, server, DestinationFacts(None))
         reasons += [reason for disk in source.disks.values() for reason in refuse_disk(disk)]
         reasons += refuse_tools(source.host.name, source.lacking, settings, "nbd-server")
-        if not record.facts.get("has_nics", not record.facts.get("ports")):
-            with collecting(reasons):
-                were = {row["source"] for row in record.facts["ports"]}
-                ports = {one["id"] for one in ports_of(source.cloud.networks, server.id)}
-                changes += come_and_gone("port ", were, ports)
-    way = f"undo that, or ./migrena.py rollback {record.run} and a new seed"
+        with collecting(reasons):
+            changes += changed_since(record, source.cloud, server)
+    way = f"undo that, or ./migrena.py rollback {record.run} and a new {when if record.seed else 'run'}"
     return [*(Reason(change, way) for change in changes), *reasons]
-
-
-def come_and_gone(kind: str, were: Collection[str], now: Collection[str]) -> list[str]:
-    """What a source got or lost after its seed."""
-    return [f"{kind}{one} was {'attached to' if one in now else 'detached from'} the source after the seed"
-            for one in sorted({*were} ^ {*now})]
 
 
 def as_seed(settings: Settings, earlier: Earlier, now: Situation) -> tuple[Settings, Earlier, Situation]:
     """The same for a destination that has only a seed: what was done to the source before is undone."""
     source = replace(now.source, starts=(), relocks=(), disk="")
     return (replace(settings, warm=settings.warm or settings.transport != NbdTransport.name),
-            replace(earlier, in_place=()),
-            replace(now, stage=Stage.COPYING, is_seed=True, is_in_place=False, source=source))
+        replace(earlier, in_place=()),
+        replace(now, stage=Stage.COPYING, is_seed=True, is_in_place=False, source=source))
 
 
 def tell_judged(screen: Screen, report: Report, now: Situation, judged: Mapping[Act, Sequence[Reason]]) -> int:
@@ -11122,18 +11110,17 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
         with screen.timed("Survey"):
             source, earlier = in_parallel(lambda: survey_source(settings, creds["src"], screen, stack),
-                                          lambda: survey_made(settings, creds["dst"], record, screen))
+                lambda: survey_made(settings, creds["dst"], record, screen))
         if source.cloud and earlier.cloud:
             require_same_clouds(record, (source.cloud, earlier.cloud))
         now, reasons = situation_of(source, earlier), [*source.problems, *earlier.problems]
         if is_again := is_seed_again(record, now):
             settings, earlier, now = as_seed(settings, earlier, now)
-            reasons += refuse_changed(settings, source, record)
         if is_again or not record.stopped_at:
-            reasons += refuse_times(settings, source.server)
+            reasons += refuse_changed(settings, source, record) + refuse_times(settings, source.server)
         elif settings.seed:
             reasons.append(Reason(f"run {run} has stopped the source for the cut-over", f"./migrena.py resume {run} "
-                                  f"completes it, ./migrena.py rollback {run} undoes it"))
+                f"completes it, ./migrena.py rollback {run} undoes it"))
         if source.server and not earlier.problems:
             reasons += judge(Act.GO_ON, now, Asked(settings.yes))
         if settings.dry_run:
@@ -11146,7 +11133,8 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         stack.enter_context(host.private_folder(run))  # shows others that it is active again
         journal = Journal(folder, run)
         with journal.beginning():
-            journal.write("asked to resume", pid=os.getpid())  # claim_source() writes `resume`; then failures undo it
+            # claim_source() writes `resume`; from then on failures undo it
+            journal.write("asked to resume", pid=os.getpid(), seed=settings.seed)
             again = Run(settings, screen, journal, undo, report, plan, cloud, earlier.cloud, host, earlier)
             if is_again and record.stopped_at:  # somebody started the source after the cut-over had begun
                 tell_seeded(again, record.copied)
@@ -11158,11 +11146,11 @@ def plan_again(source: SourceFacts, record: RunRecord, made: Server, *, is_again
     """The plan of a run that is resumed; with a seed the source's state counts as it is now."""
     _, server, _, disks = source.whole
     return Plan(record.run, server, disks, made.flavor, Image(made.image, "", "active", "", ""), (),
-                server.status == "ACTIVE" if is_again else record.was_running, volumes=source.volumes,
-                ports=[PortPlan(**row) for row in record.facts.get("ports", ())])
+                server.status == "ACTIVE" if is_again or not record.stopped_at else record.was_running,
+                volumes=source.volumes, ports=[PortPlan(**row) for row in record.facts.get("ports", ())])
 
 
-# ---- 19. Rollback ----------------------------------------------------------------------------------------------------
+# ---- 19. Rollback ----------------------------------------------------
 
 # Prints a run's private folders on a host; with $2 only those whose lease is alive.
 LEFT_FOLDERS: Final = """
@@ -11188,15 +11176,12 @@ class UndoPlan:
 
     @property
     def removal(self) -> Act:
-        """The act for the destination."""
         return Act.STOP_DESTINATION if self.settings.keep_destination else Act.DELETE
 
     def settings_of(self, server: Server) -> Settings:
-        """The settings for an instance's host."""
         return self.settings.of("src" if server is self.now.source.server else "dst")
 
     def now_seen(self) -> Situation:
-        """Both sides as they are now."""
         one, other = self.now.source, self.now.destination
         source = replace(see(self.clouds[0], one.id, one.since), disk=one.disk)
         return replace(self.now, source=source, destination=see(self.clouds[1], other.id, other.since))
@@ -11206,6 +11191,13 @@ class UndoPlan:
         now = self.now_seen()
         allow(act, now, Asked(self.settings.yes))
         return now
+
+
+def patience_of(record: RunRecord, act: str = "create ") -> float:
+    """Seconds for which what an interrupted run asked for may still be made."""
+    began = [datetime.fromisoformat(one.began) for one in record.acts if one.name.startswith(act) and not one.ended]
+    ages = [(datetime.now(timezone.utc) - one).total_seconds() for one in began]
+    return max([LATE_ANSWER - age for age in ages if 0 <= age < LATE_ANSWER], default=0.0)
 
 
 def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
@@ -11220,20 +11212,22 @@ def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
     if source.unseen:
         raise Refused(f"the source could not be looked up: {source.unseen}", "solve that first; nothing was touched")
     marks, lock = (source.server.metadata, source.server.lock_reason) if source.server else ({}, "")
+    while patience_of(record, "create destination") and not other.made_by(record.run, source.id):
+        time.sleep(CLAIM_PAUSE)  # Nova was asked a moment ago, and may still make it
     made = {server.id: server for server in other.made_by("", source.id, all_tenants=not record.run)}
     runs = {server.metadata.get(MADE) or server.metadata[DONE] for server in made.values()}
     run = record.run or marks.get(MARK) or (lock_of(source.server) if source.server else "")
     if not run and len(runs) != 1:
         raise Refused(f"{len(runs) or 'no'} runs have marks on {source.id} or on an instance made from it",
-                      f"delete unwanted ones by hand: {', '.join(made)}" if runs else "there is nothing to undo")
+            f"delete unwanted ones by hand: {', '.join(made)}" if runs else "there is nothing to undo")
     run = run or runs.pop()
     if not re.fullmatch(r"[0-9A-Za-z-]+", run):
         raise Refused(f"the mark {run!r} is not one of migrena's", "find out who wrote it")
     project = other.identity["project"]
     if away := [server for server in made.values() if server.facts.get("tenant_id", project) != project
-                and run in (server.metadata.get(MADE), server.metadata.get(DONE))]:
+            and run in (server.metadata.get(MADE), server.metadata.get(DONE))]:
         raise Refused(f"{away[0].name} {away[0].id} was made by run {run} in another project of the destination",
-                      f"--dst-project {away[0].facts['tenant_id']}")
+            f"--dst-project {away[0].facts['tenant_id']}")
     # No source: the journal was emptied.
     if not record.run and run in known_runs(folder) and (found := read_run(folder, run, is_ours=True)).source:
         return plan_undo(settings, screen, clouds, found, folder)
@@ -11349,7 +11343,7 @@ def undo_run(plan: UndoPlan, folder: Path, undo: Undo, report: Report) -> int:
     with journal.beginning():
         if not plan.record.run:  # the journal was lost
             journal.write("run", source=now.source.id, was_running=now.was_running, name=made.name if made else "",
-                          where=[cloud.identity for cloud in plan.clouds])
+                where=[cloud.identity for cloud in plan.clouds])
         journal.write("asked to roll back", pid=os.getpid())
     if source and not made and MARK not in source.metadata and (source.is_running or not now.was_running):
         undo.screen.say(f"Neither cloud has anything of run {now.run} to undo; the source is {source.status}.")
@@ -11365,8 +11359,7 @@ def undo_image(record: RunRecord, cloud: Cloud, journal: Journal, undo: Undo, re
     return run_steps([(what, lambda: delete_carried(cloud, record.run))], journal, undo, report)
 
 
-def undo_import(call: Call, settings: Settings, record: RunRecord, journal: Journal, undo: Undo,
-                report: Report) -> int:
+def undo_import(call: Call, settings: Settings, record: RunRecord, journal: Journal, undo: Undo, report: Report) -> int:
     """Removes what an import has made, as far as nobody uses it, and takes back what it changed."""
     report.run = record.run
     with refusing():
@@ -11418,8 +11411,8 @@ def undo_steps(plan: UndoPlan, journal: Journal) -> Iterator[tuple[str, Callable
             remove_destination, plan)
     if (has_things(plan.record) or not plan.record.run) and not settings.keep_destination:
         yield "delete what was made for it", lambda: delete_things(
-            clouds[1], plan.record, plan.allow(Act.DELETE_VOLUMES) if plan.record.volumes or not plan.record.run
-            else plan.now_seen(), journal, 0.0)
+            clouds[1], plan.record, plan.allow(Act.DELETE_VOLUMES) if plan.record.made("volume")
+            or not plan.record.run else plan.now_seen(), journal, patience_of(plan.record))
     for server in (made, source):
         if server and server.host:
             yield f"see that nothing is left on {host_name(server, plan.settings_of(server))}", partial(
@@ -11427,7 +11420,7 @@ def undo_steps(plan: UndoPlan, journal: Journal) -> Iterator[tuple[str, Callable
     if made and settings.keep_destination:
         if plan.now.stage < Stage.PROVEN and any(disk.job.get("in_place") for disk in plan.record.disks.values()):
             plan.screen.warn(f"the disks of {made.id} hold a part of the copy: it is of no use")
-        for id in plan.record.volumes.values():
+        for id in plan.record.made("volume").values():
             yield f"take the marks off volume {id}", partial(clouds[1].volumes.mark, id, {}, MADE, DONE)
         if plan.record.made("port"):
             yield "take the marks off the ports", partial(finish_ports, clouds[1], plan.record)
@@ -11447,8 +11440,8 @@ def remove_destination(plan: UndoPlan) -> None:
         ids = [("id", port["id"]) for port in attached if not str(port.get("description")).startswith(f"{MADE}=")]
         if left := [port["id"] for port in (cloud.networks.all("ports", *ids) if ids else ())]:
             raise Kept(f"ports {', '.join(left)} of {made.id} are left: without its journal it is not known whether "
-                       "the run made them and their floating IPs, nor its key pair and server group",
-                       "openstack floating ip list --port ID; openstack port delete ID")
+                "the run made them and their floating IPs, nor its key pair and server group",
+                "openstack floating ip list --port ID; openstack port delete ID")
     elif made.server:
         cloud.wait(made.id, lambda server: not server.task, lambda server: None)
         cloud.stop(made.id, lambda server: None)
@@ -11476,7 +11469,7 @@ def clean_host(plan: UndoPlan, server: Server) -> None:
             drop_bitmap(host, server.id, path, run)
 
 
-# ---- 20. Spread ------------------------------------------------------------------------------------------------------
+# ---- 20. Spread ------------------------------------------------------
 
 FAILED_STATES: Final = ("error", "failed", "cancelled")  # Nova's statuses of a live migration without success
 ROOM_LIMIT: Final = 60.0  # seconds for Nova to free an instance's resources on its old host
@@ -11503,7 +11496,6 @@ def read_map(path: str) -> dict[str, list[str]]:
 
 def find_moves(wanted: Mapping[str, Sequence[str]], servers: Sequence[Server],
         hosts: Sequence[ComputeHost]) -> tuple[list[Move], list[Reason]]:
-    """The instances of the map with their target hosts, and reasons why some are not found."""
     moves, reasons, taken = list[Move](), list[Reason](), {id: one for host in hosts for id, one in host.taken.items()}
     for host, name in ((host, name) for host, names in wanted.items() for name in names):
         with collecting(reasons):
@@ -11514,7 +11506,6 @@ def find_moves(wanted: Mapping[str, Sequence[str]], servers: Sequence[Server],
 
 def refuse_moves(wanted: Mapping[str, Sequence[str]], moves: Sequence[Move],
         hosts: Sequence[ComputeHost]) -> Iterator[Reason]:
-    """Reasons to refuse the moves of the map."""
     known = {host.name: host for host in hosts}
     for name in wanted:
         if not (host := known.get(name)):
@@ -11534,7 +11525,7 @@ def refuse_moves(wanted: Mapping[str, Sequence[str]], moves: Sequence[Move],
             yield Reason(f"instance {server.name} is {f'{server.status} {server.task}'.rstrip()}, "
                 "and cannot be live-migrated", "start it, or wait for its task")
         if not server.host:
-            yield Reason(f"these credentials do not show on which host {server.name} is", "use an admin's credentials")
+            yield Reason(f"{NO_HOSTS} {server.name} is", "use an admin's credentials")
         elif server.host in known and not known[server.host].is_up:
             yield Reason(f"{server.name} is on compute host {server.host}, which is down",
                 "live migration needs it; see: openstack server evacuate")
@@ -11663,7 +11654,7 @@ def handle_timeout(cloud: Cloud, move: Move, number: int, state: str, settings: 
             "--keep-waiting keeps waiting, --abort aborts it")
 
 
-# ---- 21. Main --------------------------------------------------------------------------------------------------------
+# ---- 21. Main --------------------------------------------------------
 
 RUNTIME: Final = (
     "paramiko", "novaclient", "glanceclient", "keystoneauth1", "cryptography", "requests", "tqdm", "yaml", "oslo_utils")
@@ -11711,7 +11702,6 @@ SUBCOMMANDS: Final = {
 
 
 def with_options(made: argparse.ArgumentParser, subcommand: str) -> argparse.ArgumentParser:
-    """Adds a subcommand's options to a parser, from the rows of Settings."""
     made.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS,
         help="settings (default: config.py beside migrena.py)")
     for row in fields(Settings):
@@ -11721,7 +11711,6 @@ def with_options(made: argparse.ArgumentParser, subcommand: str) -> argparse.Arg
 
 
 def parser(subcommand: str = "copy") -> argparse.ArgumentParser:
-    """A subcommand's command line."""
     words, told = SUBCOMMANDS[subcommand].words, SUBCOMMANDS[subcommand].help
     usage = f"migrena.py {'' if subcommand == 'copy' else f'{subcommand} '}{words} [options]"
     if subcommand == "copy":
@@ -11730,15 +11719,15 @@ def parser(subcommand: str = "copy") -> argparse.ArgumentParser:
         told = "\n".join([f"{told}\n", *aligned([
             (f"  {name} {it.words}", it.help.partition("\n")[0]) for name, it in others.items()])])
     made = argparse.ArgumentParser(prog="migrena.py", usage=usage, description=told, epilog=EXIT_CODES,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("--version", action="version", version=f"migrena {VERSION}")
     if "RUN" in words:
         made.add_argument("run", metavar="RUN", nargs=None if words == "RUN" else "?", default=argparse.SUPPRESS,
-                          help="the run's id, or the beginning of it")
+            help="the run's id, or the beginning of it")
     for word, name, many in (("TYPE…", "types", "*"), ("FILE|DIR…", "files", "+")):
         if word in words:
             made.add_argument(name, metavar=word.rstrip("…"), nargs=many, default=argparse.SUPPRESS,
-                              help="such as networks" if name == "types" else "what `export` or OS Migrate wrote")
+                help="such as networks" if name == "types" else "what `export` or OS Migrate wrote")
     return with_options(made, subcommand)
 
 
@@ -11776,7 +11765,7 @@ def require_packages() -> None:
     """Raises UsageError if a package is missing, before any is imported in the middle of a run."""
     if missing := [name for name in RUNTIME if importlib.util.find_spec(name) is None]:
         raise UsageError(f"{sys.executable} lacks the Python packages {', '.join(missing)}",
-                         "pip install -r requirements.txt, and run migrena with that Python")
+            "pip install -r requirements.txt, and run migrena with that Python")
 
 
 def without_bodies(record: logging.LogRecord) -> bool:
@@ -11786,7 +11775,6 @@ def without_bodies(record: logging.LogRecord) -> bool:
 
 
 def open_log(path: str) -> TextIO | None:
-    """The log file, for this user alone, or None. Raises UsageError."""
     if not path:
         return None
     try:
@@ -11797,7 +11785,6 @@ def open_log(path: str) -> TextIO | None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code of one call of migrena."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: the locale may not show every name
     screen, report, settings = Screen(), Report(), Settings()
@@ -11841,7 +11828,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def show_failure(reasons: Sequence[Reason], code: int, screen: Screen, report: Report) -> int:
-    """Shows every reason with its remedy; returns the exit code."""
     report.result = {2: "usage", 3: "refused"}.get(code, "failed")
     report.error = [asdict(reason) for reason in reasons]
     for reason in reasons:

@@ -122,8 +122,8 @@ class Process:
 
     @property
     def wants_two(self) -> bool:
-        """Whether a person asked for both to run."""
-        return self.yes or self.after in ("all", "src")
+        """Whether a person asked for both to run, or for another copy beside the first."""
+        return self.after in ("all", "src") or (self.yes and self.words.startswith("copy"))
 
 
 class World:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,14 +16,17 @@ from migrena import (
     LOOKS,
     MADE,
     MARK,
+    WAS,
     Act,
     Action,
     Asked,
     Cloud,
     Kept,
+    Plan,
     Refused,
     Run,
     RunRecord,
+    Screen,
     Seen,
     Server,
     Situation,
@@ -35,6 +40,7 @@ from migrena import (
     same_file,
     situation_now,
     stage_of,
+    stop_source,
 )
 from unit.makers import UUID, a_server
 
@@ -94,10 +100,56 @@ def test_a_destination_whose_source_is_gone_may_be_started_since_there_is_no_oth
 def test_a_source_is_not_started_beside_a_destination_that_has_its_data_and_runs_or_has_run() -> None:
     for made in (Seen("new", running("new")), replace(MADE_ONE, starts=(START,))):
         assert "has the same data" in told(Act.GIVE_BACK, replace(SWAPPED, destination=made))
-        assert told(Act.GIVE_BACK, replace(SWAPPED, destination=made), YES) == ""
+        is_stopped = made.server and made.server.is_stopped  # --yes gives up what it wrote, and not that it runs
+        assert (told(Act.GIVE_BACK, replace(SWAPPED, destination=made), YES) == "") is is_stopped
         assert told(Act.GIVE_BACK, replace(PROVEN, stage=Stage.COPYING, destination=made)) == ""  # what it has is the image's
     assert "could not be looked up" in told(Act.GIVE_BACK, replace(SWAPPED, destination=Seen("new", unseen="no answer")))
     assert told(Act.GIVE_BACK, replace(PROVEN, destination=Seen("new", unseen="no answer"))) == ""
+
+
+def test_a_source_that_ran_after_its_stop_is_not_stopped_again_as_if_nothing_had_been() -> None:
+    assert "was started after run" in told(Act.STOP_SOURCE, replace(SWAPPED, source=Seen(UUID, running(UUID), starts=(START,))), YES)
+    assert told(Act.STOP_SOURCE, replace(SWAPPED, source=Seen(UUID, stopped(UUID)))) == ""
+
+
+def test_a_snapshot_of_the_stopped_source_is_no_start_of_it() -> None:
+    pictured = replace(SWAPPED, source=Seen(UUID, stopped(UUID, task="image_uploading")))
+    for act in (Act.WRITE, Act.SWAP, Act.START_DESTINATION):
+        assert told(act, pictured) == ""
+        assert told(act, replace(SWAPPED, source=Seen(UUID, stopped(UUID, task="powering-on")))) != ""
+
+
+def test_a_disk_that_cannot_be_read_is_not_said_to_have_changed() -> None:
+    unread = replace(PROVEN, source=replace(SOURCE, disk="cannot be read: timed out"))
+    assert told(Act.SWAP, unread) == "the source's disk cannot be read: timed out"
+    assert "its disk changed" in told(Act.SWAP, replace(PROVEN, source=replace(SOURCE, disk="was changed")))
+
+
+@pytest.mark.parametrize(("planned", "now", "earlier", "was_running"), [
+    (False, running(UUID), (), True), (True, stopped(UUID), (), False), (True, stopped(UUID), (Step("stop source", "2026-11-20T21:00:00"),), True)])
+def test_a_source_ran_if_it_did_when_it_was_stopped(
+        monkeypatch: pytest.MonkeyPatch, planned: bool, now: Server, earlier: tuple[Step, ...], was_running: bool) -> None:
+    asked: list[Any] = []
+    cloud = SimpleNamespace(lock=lambda *of: "req-1", stop=lambda *of: "req-2", mark=lambda id, marks: asked.append(marks))
+    plan = Plan(RUN, a_server(), {}, a_server().flavor, cast(Any, None), (), planned)
+    journal = SimpleNamespace(act=lambda name, **facts: nullcontext(asked.append(facts["was_running"]) or {}))  # type: ignore[func-returns-value]
+    run = SimpleNamespace(source=cloud, plan=plan, journal=journal, screen=Screen(io.StringIO()), earlier=True, changed=None,
+                          record=RunRecord(RUN, "running", "", {"was_running": planned}, earlier))
+    monkeypatch.setattr("migrena.gate", lambda *of: replace(SWAPPED, source=Seen(UUID, now)))
+    stop_source(cast(Any, run), a_server())
+    assert asked[-1] is was_running and asked[:-1] == ([{MARK: RUN, WAS: "ACTIVE" if was_running else "SHUTOFF"}] if was_running != planned else [])
+
+
+def test_a_start_between_the_look_and_the_lock_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = Step("stop source", "2026-11-20T21:00:00", "", "done", {"request": "req-1", "was_running": True})
+    cloud = SimpleNamespace(lock=lambda *of: "req-3", stop=lambda *of: "", find_server=lambda id, **how: stopped(UUID),
+                            actions=lambda id: [replace(START, name="lock", request="req-3"), START, replace(START, name="stop", request="req-1")])
+    run = SimpleNamespace(source=cloud, plan=Plan(RUN, a_server(), {}, a_server().flavor, cast(Any, None), (), True), earlier=True, changed=None,
+                          journal=SimpleNamespace(act=lambda *of, **facts: nullcontext({})), screen=Screen(io.StringIO()),
+                          record=RunRecord(RUN, "running", "", {}, (stop,)))
+    monkeypatch.setattr("migrena.gate", lambda *of: SWAPPED)
+    with pytest.raises(Kept, match="was started"):
+        stop_source(cast(Any, run), a_server())
 
 
 @pytest.mark.parametrize(("server", "said"), [

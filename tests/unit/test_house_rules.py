@@ -14,7 +14,7 @@ import pytest
 from conftest import LONG, REPOSITORY, SCRIPT
 
 TEXT = SCRIPT.read_text(encoding="utf-8")
-FUNCTION_LINES, CLASS_LINES, FILE_BYTES, COLUMNS = 45, 250, 635_000, 120
+FUNCTION_LINES, CLASS_LINES, FILE_BYTES, COLUMNS = 45, 250, 630_000, 120
 AT_THE_TOP = {"migrena.py", "config.py", "README.md", "requirements.txt", "LICENSE", "tests"}
 # Put together here, so that this file is not where they are found.
 FORBIDDEN = ("p" + "kill", "kill" + "all", "Auto" + "AddPolicy", "StrictHost" + "KeyChecking=no")

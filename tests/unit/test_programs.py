@@ -224,10 +224,25 @@ def test_a_file_that_ends_too_early_is_reported_with_the_place(holed: Path) -> N
 
 def test_a_digest_is_of_each_run_after_its_place(holed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = hashlib.sha256(struct.pack(">QQ", 2 * MiB, 65536) + b"x" * 65536).hexdigest()
-    tell_digests(DiskFile(str(holed), MiB, 4 * MiB), None, "")
+    tell_digests(DiskFile(str(holed), MiB, 4 * MiB), None, Pace(""), 0)
     assert capsys.readouterr().out == f"2 {found}\n.\n"
-    tell_digests(DiskFile(str(holed), 0, 5 * MiB), {1, 2}, "")
+    tell_digests(DiskFile(str(holed), 0, 5 * MiB), {1, 2}, Pace(""), 1)
     assert capsys.readouterr().out == f"2 {found}\n.\n"
+
+
+def test_parts_are_digested_as_they_are_asked_for_until_nobody_is_there_any_more(holed: Path) -> None:
+    found = hashlib.sha256(struct.pack(">QQ", 2 * MiB, 65536) + b"x" * 65536).hexdigest()
+    words = [sys.executable, *PYTHON[1:], program(work_on_blocks), "answer", str(holed), "0", "0"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=0) as process:
+        assert process.stdin and process.stdout
+        for asked, wanted in ((f"..{MiB} {3 * MiB}", f"2 {found}"), (f"{MiB} .{MiB}", ""), (f"{2 * MiB} {MiB}.", f"2 {found}")):
+            os.write(process.stdin.fileno(), f"{asked}\n".encode())
+            lines = [*iter(process.stdout.readline, "=\n")]
+            assert "".join(line for line in lines if line != ".\n").strip() == wanted
+        os.write(process.stdin.fileno(), f"{5 * MiB} {MiB}\n".encode())  # beyond its end: no data, as of any hole
+        assert [*iter(process.stdout.readline, "=\n")] in ([], [".\n"])
+        process.stdin.close()
+        assert process.wait(10) == 0
 
 
 def test_runs_are_of_cells_that_are_not_all_zeros() -> None:

@@ -117,13 +117,13 @@ def test_a_source_that_another_run_has_marked_is_refused() -> None:
                                        {"metadata": {MARK: "r"}, "locked": True, "lock_reason": "migrena run r"}])
 def test_a_run_whose_journal_is_here_is_reported_once_with_resume_and_rollback(different: dict[str, Any]) -> None:
     reason = only(list(refuse_server(a_server(**different), some_settings(), ["r"])))
-    assert reason.way_out == "if it has ended: ./migrena.py resume r, or ./migrena.py rollback r"
+    assert reason.way_out == "if it has ended: ./migrena.py status r tells how to continue it, or ./migrena.py rollback r"
 
 
 def test_a_half_made_destination_is_refused_with_resume_and_rollback() -> None:
     half = a_server(id="x", metadata={MADE: "r", ORIGIN: UUID})
     reason = only(refuse_destination(some_settings(), a_source(), a_destination(same_name=(half,)), ["r"]))
-    assert "taken by x, made by run r" in reason.problem and "resume r" in reason.way_out
+    assert "taken by x, made by run r" in reason.problem and "status r" in reason.way_out
     assert "--run-of" in only(refuse_destination(some_settings(), a_source(), a_destination(same_name=(half,)))).way_out
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -34,10 +34,12 @@ from migrena import (
     Kept,
     Pace,
     Pass,
+    RunRecord,
     Seen,
     Settings,
     SourceFacts,
     Stage,
+    Step,
     Volume,
     WarmCopy,
     again_command,
@@ -49,13 +51,16 @@ from migrena import (
     parse_answers,
     parse_moment,
     parse_rate,
+    patience_of,
     read_run,
     refuse_changed,
     require_it_runs,
+    require_safe_stop,
     situation,
     stage_of,
     table_lines,
     take_back,
+    what_to_do,
 )
 from unit.makers import UUID, a_disk, a_flavor, a_server
 from unit.test_gate import MADE_ONE, RUN, START, stopped
@@ -237,6 +242,42 @@ def test_a_source_of_another_size_with_other_ports_or_volumes_is_refused_by_name
                          cast(Any, SimpleNamespace(name="src-cmp1")), {ROOT: a_disk()}, volumes={"volume-1": one})
     found = [reason.problem for reason in refuse_changed(Settings(), source, record)]
     assert (len(found) == 1 and said in found[0]) if said else found == [], found
+
+
+def test_a_source_that_changed_since_the_survey_is_refused_by_name_before_it_is_stopped(tmp_path: Path) -> None:
+    told(tmp_path, *CREATED)
+    record = read_run(tmp_path, RUN)
+    record = replace(record, facts={**record.facts, "disks": {ROOT: GiB}})
+    source = SourceFacts(server=a_server(), disks={ROOT: replace(a_disk(), chain=(replace(a_disk().top, size=2 * GiB),))})
+    (reason,) = refuse_changed(Settings(), source, record)
+    assert reason.problem == "root had 1.0 GiB at the survey, and has 2.0 GiB now: the source was resized" and "a new run" in reason.way_out
+    networks = SimpleNamespace(all=lambda *of: [{"id": "new", "device_owner": "compute:nova"}])
+    cloud = cast(Any, SimpleNamespace(networks=networks, server_retrying=lambda id: a_server()))
+    run = SimpleNamespace(source=cloud, source_host=None, plan=SimpleNamespace(server=a_server(), run=RUN), settings=Settings(),
+                          record=replace(record, facts={"ports": [], "has_nics": False}))
+    with pytest.raises(FinalError, match="port new was attached to the source after the survey"):
+        require_safe_stop(cast(Any, run))
+
+
+def test_what_continues_a_seed_that_was_killed_is_never_a_cut_over(tmp_path: Path) -> None:
+    told(tmp_path, *CREATED, {"event": "asked to resume", "seed": True})
+    record = read_run(tmp_path, RUN)
+    assert f"continue: ./migrena.py resume {RUN} --seed " in "\n".join(what_to_do(record))
+    now = situation(record, RUNS, replace(MADE_ONE, starts=(START,)))
+    assert f"resume {RUN} --seed --yes" in next_commands(Act.GO_ON, now)
+    told(tmp_path, *CREATED, *SEEDED, {"event": "asked to resume", "seed": True})
+    lines = "\n".join(what_to_do(read_run(tmp_path, RUN)))
+    assert f"update: ./migrena.py resume {RUN} --seed" in lines and "continue" not in lines
+    told(tmp_path, *CREATED, *SEEDED, {"event": "asked to resume", "seed": False}, *CUT_OVER)
+    assert f"continue: ./migrena.py resume {RUN}    " in "\n".join(what_to_do(read_run(tmp_path, RUN)))
+
+
+def test_what_was_asked_for_a_moment_ago_may_still_be_made() -> None:
+    began = datetime.now(timezone.utc)
+    record = RunRecord(RUN, "killed", "", {}, (Step("create destination", began.isoformat()),))
+    assert 50 < patience_of(record, "create destination") <= 60 and patience_of(record, "create port") == 0
+    later = (began - timedelta(minutes=2)).isoformat()
+    assert patience_of(replace(record, acts=(Step("create port", later), Step("create volume", began.isoformat(), began.isoformat())))) == 0
 
 
 def test_a_seed_whose_source_is_gone_is_the_operator_s_to_delete(tmp_path: Path) -> None:
