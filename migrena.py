@@ -82,7 +82,7 @@ import uuid
 import zlib
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import Field, asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
@@ -972,6 +972,11 @@ class Server:
     def is_stopped(self) -> bool:
         """Stopped, with no task: the status alone is still SHUTOFF while a start opens the disk."""
         return self.status == "SHUTOFF" and not self.task and self.power == 4
+
+    @property
+    def is_pictured(self) -> bool:
+        """Stopped, while a snapshot is made of it."""
+        return self.task.startswith("image_") and replace(self, task="").is_stopped
 
 
 @dataclass(frozen=True)
@@ -2322,12 +2327,16 @@ class DiskFile:
     """
 
     def __init__(self, path: str, begin: int, end: int) -> None:
-        self.path, self.begin, self.end = path, begin, end
-        self.own, self.flags = threading.local(), os.O_RDONLY | os.O_DIRECT
+        self.path, self.own, self.flags = path, threading.local(), os.O_RDONLY | os.O_DIRECT
         try:
             os.readv(self.descriptor(), [mmap.mmap(-1, CELL)])
         except OSError:  # no O_DIRECT on this file system
             self.own, self.flags = threading.local(), os.O_RDONLY
+        self.limit(begin, end)
+
+    def limit(self, begin: int, end: int) -> None:
+        self.begin, self.end = begin, end
+        if not self.flags & os.O_DIRECT and end > begin:
             os.posix_fadvise(self.descriptor(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
     def descriptor(self) -> int:
@@ -2373,8 +2382,11 @@ class ExportClient:
     """
 
     def __init__(self, node: Mapping[str, str], begin: int, end: int, folder: str) -> None:
-        self.node, self.begin, self.end, self.folder = node, begin, end, folder
-        self.own = threading.local()
+        self.node, self.folder, self.own = node, folder, threading.local()
+        self.limit(begin, end)
+
+    def limit(self, begin: int, end: int) -> None:
+        self.begin, self.end = begin, end
 
     def extents(self) -> Iterator[tuple[int, int]]:
         if NO_HOLES in self.node:
@@ -2549,13 +2561,11 @@ def lines_told() -> Iterator[str]:
         yield told.get()
 
 
-def tell_digests(disk: AnyDisk, touched: set[int] | None, pace: Pace, threads: int) -> None:
+def tell_digests(disk: AnyDisk, touched: set[int] | None, pace: Pace, pool: Executor) -> None:
     """Prints the number and a sha256 of each block, or of each `touched` one, that is not all zeros.
 
     The sha256 is of runs of cells that are not all zeros, each after its place and length: holes need not be read.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     filled: dict[int, list[tuple[int, int]]] = {}  # each with its ranges of cells that hold data
     for start, stop in joined((start // CELL * CELL, -(-stop // CELL) * CELL) for start, stop in disk.extents()):
         for block in range(start // MiB, -(-stop // MiB)):
@@ -2579,12 +2589,11 @@ def tell_digests(disk: AnyDisk, touched: set[int] | None, pace: Pace, threads: i
 
     order, slow = sorted(filled), pace.least
     turn = max(1, min(256, slow // MiB)) if slow else 256  # a sign of life a second, at any rate
-    with ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1)) as pool:
-        for at in range(0, len(order), turn):
-            for block, found in pool.map(digest, order[at:at + turn]):
-                if found:
-                    print(block, found)
-            print(".", flush=True)  # shows progress, even for zeros
+    for at in range(0, len(order), turn):
+        for block, found in pool.map(digest, order[at:at + turn]):
+            if found:
+                print(block, found)
+        print(".", flush=True)  # shows progress, even for zeros
 
 
 def bring(disk: AnyDisk, new: NewFile | ExportClient, wanted: Sequence[Sequence[int]], rates: str) -> None:
@@ -2637,6 +2646,8 @@ def work_on_blocks(verb: str, where: str, *words: str) -> None:
     `unchanged` prints the blocks of the qcow2 file FILE, with clusters of FOLDER bytes, that are full of data which is
     as it was when the dirty bitmap WHERE began.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     offset, length, rates, listed, target, folder = (*words, "", "", "", "")[:6]
     begin, end, wanted = int(offset), int(offset) + int(length), None
     name = "the export" if where.startswith("{") else where
@@ -2654,15 +2665,15 @@ def work_on_blocks(verb: str, where: str, *words: str) -> None:
         elif verb == "unchanged":
             for start, stop in joined(sorted(unchanged_spans(disk, target, int(folder)))):
                 print(*range(-(-start // MiB), stop // MiB))
-        elif verb == "answer":
-            pace = Pace(rates)
-            for line in lines_told():
-                disk.begin, count = map(int, line.split())
-                disk.end, pace.since, pace.passed = disk.begin + count, time.monotonic(), 0
-                tell_digests(disk, None, pace, int(target or 0))
+        else:  # one pool: each thread opens the disk
+            pool, pace = ThreadPoolExecutor(int(target or 0) or min(4, os.cpu_count() or 1)), Pace(rates)
+            for line in lines_told() if verb == "answer" else ():
+                at, count = map(int, line.split())
+                disk.limit(at, at + count)
+                pace.since, pace.passed = time.monotonic(), 0
+                tell_digests(disk, None, pace, pool)
                 print("=", flush=True)
-        else:
-            tell_digests(disk, None if wanted is None else blocks_of(wanted), Pace(rates), int(target or 0))
+            tell_digests(disk, None if wanted is None else blocks_of(wanted), pace, pool)
         sys.stdout.flush()
     except Exception as error:
         sys.exit(f"{name}: {error}")
@@ -3519,6 +3530,8 @@ class Lease:
     def feed(self, content: bytes, *, is_all: bool = True) -> None:
         """Sends its standard input."""
         with self._host._translating(self._words), self._send_lock:
+            if self._channel.eof_sent:  # paramiko's sendall would not end
+                raise EOFError("it was ended")
             self._channel.sendall(content)
             if is_all:
                 self._channel.shutdown_write()
@@ -4303,7 +4316,11 @@ class Cloud(Compute):
 
     def stop(self, id: str, changed: Callable[[Server], None]) -> str:
         """Stops an instance; returns the request id, or nothing if it was stopped already."""
-        answer = self.retrying(f"stop server {id}", lambda: self.server(id).is_stopped or self._nova.servers.stop(id))
+        def ask() -> object:
+            server = self.server(id)
+            return server.is_stopped or server.is_pictured or self._nova.servers.stop(id)
+
+        answer = self.retrying(f"stop server {id}", ask)
         self.wait(id, lambda server: server.is_stopped, changed)
         return "" if answer is True else self._request(id, answer)
 
@@ -5752,14 +5769,21 @@ class Digester:
     before: Sequence[str]
     stack: ExitStack
     lease: Lease | None = None
+    failure: HostError | None = None
 
     def of(self, chunk: Chunk) -> dict[int, str]:
         """The digests of a chunk's blocks that are not all zeros. Raises HostError."""
+        if self.failure:
+            raise self.failure
         if not self.lease:
             words = *self.before, *blocks("answer", self.where, 0, 0, self.rates, "", self.threads)
             self.lease = self.stack.enter_context(self.host.lease(LEASED_SERVICE, *words))
-        self.lease.feed(f"{chunk.offset} {chunk.length}\n".encode(), is_all=False)
-        return self.lease.line(self.stall, b"=\n").read(_digests_in)
+        try:
+            self.lease.feed(f"{chunk.offset} {chunk.length}\n".encode(), is_all=False)
+            return self.lease.line(self.stall, b"=\n").read(_digests_in)
+        except HostError as error:
+            self.failure = error
+            raise
 
 
 @contextmanager
@@ -6031,9 +6055,7 @@ class Seen:
     @property
     def is_idle(self) -> bool:
         """Whether it has been stopped ever since the run stopped it; a snapshot may be made of it."""
-        server = self.server
-        is_pictured = server and server.task.startswith("image_") and replace(server, task="").is_stopped
-        return bool(server and (server.is_stopped or is_pictured) and not self.starts)
+        return bool(self.server and (self.server.is_stopped or self.server.is_pictured) and not self.starts)
 
     @property
     def other_disk(self) -> str:
@@ -6193,7 +6215,7 @@ def rule_nobody_inside(act: Act, now: Situation, asked: Asked) -> Iterator[str]:
                + " during the copy: somebody started it")
     if act in (*WRITING, Act.STOP_SOURCE, Act.GO_ON) and source.is_gone:
         yield "the source is gone"
-    if act is Act.STOP_SOURCE and source.starts:
+    if act is Act.STOP_SOURCE and source.starts and now.has_copy:
         yield f"the source was started after run {now.run} had stopped it: the copy is outdated"
     if act in (Act.SWAP, Act.GO_ON) and source.server and not now.is_in_place and (source.disk or source.starts):
         yield (f"the source's disk {source.disk}" if source.disk.startswith(DISK_UNSEEN) and not source.starts else
@@ -7246,7 +7268,7 @@ def read_files(names: Sequence[str], problems: list[Reason], skipped: list[str])
         for number, one in enumerate(plain(listed), 1):
             place, label = f"{path}, number {number}", LABELS.get(one.get("type", "") if isinstance(one, dict) else "")
             if isinstance(one, dict) and one.get("type") == WORKLOAD:
-                skipped.append(shown_key({"params": {}, **one}))
+                skipped.append(str((isinstance(one.get("params"), dict) and one["params"].get("name")) or place))
             elif not (label and isinstance(one.get("params"), dict)):
                 problems.append(Reason(f"{place}: its type is unknown, or it has no params",
                                        f"take it out; known: {', '.join(LABELS)}"))
@@ -8261,7 +8283,7 @@ def users_of(cloud: Cloud, act: Step, id: str, ours: Collection[str]) -> str:
         "image": [("compute", f"/servers?all_tenants=1&image={id}", "servers")],
         "network": [("network", f"/subnets?network_id={id}", "subnets")],
         "security group": [("network", f"/security-group-rules?remote_group_id={id}", "security_group_rules")],
-        "project": [("image", f"/v2/images?owner={id}", "images"),
+        "project": [("image", "", "images"),
                     *(("network", f"/{kind}?project_id={id}", kind) for kind in ("routers", "floatingips")),
                     ("network", f"/security-groups?project_id={id}", "security_groups"),
                     ("compute", "/os-server-groups?all_projects=True", "server_groups"),
@@ -8272,12 +8294,10 @@ def users_of(cloud: Cloud, act: Step, id: str, ours: Collection[str]) -> str:
                        for kind in ("volumes", "snapshots")) if cloud.has_volumes else ())]}
     for service, path, key in wholes.get(label, ()):
         with ignoring(404):
-            found = cloud.listed(service, path, key)
-            if label == "project":  # what of this import is left by now is in use
-                found = [one for one in found if one.get("project_id", id) == id
-                         and (key, one.get("name")) != ("security_groups", DEFAULT_GROUP)]
-            else:
-                found = [one for one in found if one["id"] not in ours]
+            found = [one.facts for one in cloud.store.all() if one.facts.get("owner") == id] if (
+                service == "image") else cloud.listed(service, path, key)
+            found = [one for one in found if (one["id"] not in ours if label != "project" else  # what is left is in use
+                one.get("project_id", id) == id and (key, one.get("name")) != ("security_groups", DEFAULT_GROUP))]
             if key == "security_group_rules":  # its own go with it
                 found = [one for one in found if one["security_group_id"] not in ours]
             if found:
@@ -10310,7 +10330,7 @@ def stop_source(run: Run, new: Server) -> float:
             locked = cloud.lock(id, f"{LOCKED_BY}{plan.run}: {place}")
             asked = time.monotonic()
             result["request"] = cloud.stop(id, run.changed) or locked
-        if record.source_request and (starts := see(cloud, id, record.source_request).starts):  # after the look
+        if now.has_copy and (starts := see(cloud, id, record.source_request).starts):  # after the look
             raise Kept(f"the source was started ({starts[0].name} at {starts[0].at}) after it had been stopped: "
                        "the copy is outdated", f"./migrena.py rollback {plan.run} undoes the run")
         run.screen.note("Done. Current status: SHUTOFF")

@@ -205,6 +205,9 @@ def moved(*words: str) -> Callable[[Stage, Disk], Outcome]:
     return lambda stage, disk: Outcome(*ours.move(stage, disk, *words))
 
 
+CLEAR: Final = ("--transport", "qemu", "--compress", "off", "--no-tls")
+
+
 def forms_of_migrena() -> Iterator[tuple[str, Way]]:
     """As it is without any option; by each transport, with TLS and in clear, with the proof and without, never deflated; and held back."""
     yield "migrena", Way("migrena, all by itself", moved(), "guest")

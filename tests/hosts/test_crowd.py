@@ -79,6 +79,27 @@ def slots_seen(folder: Path, process: subprocess.Popen[bytes]) -> int:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
+def test_readme_s_playbook_makes_seeds_and_cuts_over_to_them(lab: Lab, tmp_path: Path) -> None:
+    install(("ansible-core",))
+    operators = [an_operator(lab, tmp_path, str(uuid.uuid4()), [(MiB, MiB)], TLS=False) for _ in range(3)]
+    lines = (REPOSITORY / "README.md").read_text().partition("    # Ansible")[2].partition("\n\n")[0].splitlines()[1:]
+    (tmp_path / "site.yml").write_text("\n".join(line[4:] for line in lines) + "\n")
+    (tmp_path / "wave.json").write_text(json.dumps({"wave": [{"source": one.id, "name": f"new-{one.id}"} for one in operators]}))
+    (tmp_path / "migrena.py").write_text(
+        f"#!/bin/sh\nexport PYTHONPATH={REPOSITORY}:{REPOSITORY / 'tests'} MIGRENA_CONFIG={tmp_path}/config.py\n"
+        f"""exec {sys.executable} -P -m hosts.standin {lab.spec.tag} {tmp_path} '[]' "$@"\n""")
+    (tmp_path / "migrena.py").chmod(0o755)
+    for words, result in ((["-e", "seed=--seed"], "seeded"), (["--tags", "cutover"], "done")):
+        command = ["ansible-playbook", "-i", "localhost,", "-c", "local", "-e", f"@{tmp_path}/wave.json", *words, "site.yml"]
+        env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "ANSIBLE_ASYNC_DIR": str(tmp_path / "jobs"), "LC_ALL": "C.UTF-8"}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert {run["result"] for run in json.loads(operators[0].run("status", "--json").stdout)} == {result}
+    have_arrived(lab, operators)
+
+
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_forty_seeds_by_readme_s_commands_are_all_cut_over_to(lab: Lab, tmp_path: Path) -> None:
     install(("parallel", "jq"))

@@ -110,6 +110,8 @@ def test_a_source_is_not_started_beside_a_destination_that_has_its_data_and_runs
 def test_a_source_that_ran_after_its_stop_is_not_stopped_again_as_if_nothing_had_been() -> None:
     assert "was started after run" in told(Act.STOP_SOURCE, replace(SWAPPED, source=Seen(UUID, running(UUID), starts=(START,))), YES)
     assert told(Act.STOP_SOURCE, replace(SWAPPED, source=Seen(UUID, stopped(UUID)))) == ""
+    again = Seen(UUID, running(UUID), starts=(START,))  # nothing is in place: all is copied, and proven, after this stop
+    assert told(Act.STOP_SOURCE, replace(PROVEN, stage=Stage.COPYING, source=again)) == ""
 
 
 def test_a_snapshot_of_the_stopped_source_is_no_start_of_it() -> None:
@@ -135,7 +137,7 @@ def test_a_source_ran_if_it_did_when_it_was_stopped(
     journal = SimpleNamespace(act=lambda name, **facts: nullcontext(asked.append(facts["was_running"]) or {}))  # type: ignore[func-returns-value]
     run = SimpleNamespace(source=cloud, plan=plan, journal=journal, screen=Screen(io.StringIO()), earlier=True, changed=None,
                           record=RunRecord(RUN, "running", "", {"was_running": planned}, earlier))
-    monkeypatch.setattr("migrena.gate", lambda *of: replace(SWAPPED, source=Seen(UUID, now)))
+    monkeypatch.setattr("migrena.gate", lambda *of: replace(PROVEN, source=Seen(UUID, now)))
     stop_source(cast(Any, run), a_server())
     assert asked[-1] is was_running and asked[:-1] == ([{MARK: RUN, WAS: "ACTIVE" if was_running else "SHUTOFF"}] if was_running != planned else [])
 

@@ -224,9 +224,10 @@ def test_a_file_that_ends_too_early_is_reported_with_the_place(holed: Path) -> N
 
 def test_a_digest_is_of_each_run_after_its_place(holed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = hashlib.sha256(struct.pack(">QQ", 2 * MiB, 65536) + b"x" * 65536).hexdigest()
-    tell_digests(DiskFile(str(holed), MiB, 4 * MiB), None, Pace(""), 0)
+    pool = ThreadPoolExecutor(2)
+    tell_digests(DiskFile(str(holed), MiB, 4 * MiB), None, Pace(""), pool)
     assert capsys.readouterr().out == f"2 {found}\n.\n"
-    tell_digests(DiskFile(str(holed), 0, 5 * MiB), {1, 2}, Pace(""), 1)
+    tell_digests(DiskFile(str(holed), 0, 5 * MiB), {1, 2}, Pace(""), pool)
     assert capsys.readouterr().out == f"2 {found}\n.\n"
 
 
@@ -239,6 +240,11 @@ def test_parts_are_digested_as_they_are_asked_for_until_nobody_is_there_any_more
             os.write(process.stdin.fileno(), f"{asked}\n".encode())
             lines = [*iter(process.stdout.readline, "=\n")]
             assert "".join(line for line in lines if line != ".\n").strip() == wanted
+        files = len(os.listdir(f"/proc/{process.pid}/fd"))
+        for _ in range(20):
+            os.write(process.stdin.fileno(), f"{2 * MiB} {MiB}\n".encode())
+            assert len([*iter(process.stdout.readline, "=\n")]) == 2
+        assert len(os.listdir(f"/proc/{process.pid}/fd")) <= files + 4  # each thread opens the disk, and only once
         os.write(process.stdin.fileno(), f"{5 * MiB} {MiB}\n".encode())  # beyond its end: no data, as of any hole
         assert [*iter(process.stdout.readline, "=\n")] in ([], [".\n"])
         process.stdin.close()

@@ -281,8 +281,11 @@ def test_a_project_is_kept_for_whatever_is_left_in_it() -> None:
     step = Step("create project 1", "", "", "done", {"kind": "project", "ids": ["p"]})
     for key, facts in (("images", {}), ("snapshots", {}), ("security_groups", {"name": "web"}), ("server_groups", {"project_id": "p"}),
                        ("security_groups", {"name": "default"}), ("server_groups", {"project_id": "q"})):
-        cloud = SimpleNamespace(has_volumes=True, user="me", listed=lambda service, path, many, key=key, facts=facts: (
-            [{"id": "x", **facts}] if many == key else []))
+        found = [{"id": "x", "owner": "p", **facts}]
+        images = [SimpleNamespace(facts=one) for one in found if key == "images"]
+        store = SimpleNamespace(all=lambda images=images: images)
+        cloud = SimpleNamespace(has_volumes=True, user="me", store=store, listed=lambda service, path, many, key=key, found=found: (
+            {"identity": 1, "network": 1, "compute": 1, "block-storage": 1}[service] and found if many == key else []))
         is_use = facts not in ({"name": "default"}, {"project_id": "q"})
         assert bool(users_of(cast(Cloud, cloud), step, "p", {"p", "x"})) is is_use, (key, facts)
 
@@ -319,10 +322,11 @@ def test_what_is_no_file_of_resources_is_said_to_be_none(tmp_path: Path, text: s
 def test_types_that_are_not_known_are_refused_each_with_its_place(tmp_path: Path) -> None:
     (tmp_path / "x.yml").write_text(yaml.safe_dump({"resources": [
         {"type": "openstack.compute.Volume", "params": {}}, "text", {"type": "openstack.network.Network"},
-        {"type": IN_FILES["network"].type, "params": {}}, {"type": "openstack.compute.Server", "params": {"name": "web"}}]}))
+        {"type": IN_FILES["network"].type, "params": {}}, {"type": "openstack.compute.Server", "params": {"name": "web"}},
+        {"type": "openstack.compute.Server", "params": None}]}))
     problems: list[Reason] = []
     skipped: list[str] = []
-    assert len(read_files([str(tmp_path)], problems, skipped)) == 1 and skipped == ["web"]
+    assert len(read_files([str(tmp_path)], problems, skipped)) == 1 and skipped == ["web", f"{tmp_path}/x.yml, number 6"]
     assert [problem.problem.partition(": its type")[0].rpartition(" ")[2] for problem in problems] == ["1", "2", "3"]
 
 
@@ -347,7 +351,8 @@ def test_what_an_import_changed_is_changed_back_but_not_what_somebody_changed_si
 @pytest.mark.parametrize(("label", "path"), [("flavor", "servers"), ("network", "subnets"), ("project", "networks")])
 def test_what_somebody_else_uses_is_kept(label: str, path: str) -> None:
     deleted: list[str] = []
-    cloud = SimpleNamespace(has_volumes=False, ask=lambda act, *of: deleted.append(act), listed=lambda service, asked, key: [
+    store = SimpleNamespace(all=list)
+    cloud = SimpleNamespace(has_volumes=False, ask=lambda act, *of: deleted.append(act), store=store, listed=lambda service, asked, key: [
         {"id": "somebody's", "name": "theirs"}] if path in asked else [])
     act = Step(f"create {label} 1", "", facts={"kind": label})
     journal = SimpleNamespace(act=lambda *of, **facts: nullcontext({}))
