@@ -19,6 +19,8 @@ from typing import Any, Final
 from bench import rounds, wire
 from bench.show import median, told
 from clouds.conftest import DESTINATION, SOURCE, Operator, as_before, boots, disk, ended, last_record, stop_soon, wait_for_console, write_random
+from clouds.test_volumes import disks as drives
+from clouds.test_volumes import opened
 from lab.api import Api
 from lab.clouds import Clouds, Options, purge
 from lab.hosts import Host
@@ -51,10 +53,24 @@ def latency(before: Mapping[str, int], after: Mapping[str, int]) -> float:
     return sum(after[key] - before[key] for key in ("wr_total_times", "flush_total_times")) / writes / 1e6 if writes else 0.0
 
 
+def add_volumes(clouds: Clouds, id: str, count: int, folder: Path) -> list[str]:
+    """Attaches volumes of 1 GiB to the stopped source, of which half has data; gives their ids."""
+    api, made = clouds.api("src"), [clouds.api("src").create_volume(f"data {number}") for number in range(count)]
+    for volume in made:
+        api.attach(id, volume)
+    for name, drive in list(drives(clouds, SOURCE, id).items())[1:]:
+        say(f"volume {name}: 512 MiB of random data")
+        command("sh", "-c", 'head -c 512M /dev/urandom > "$1"', "sh", folder / "noise")
+        command("qemu-io", "-c", f"write -q -s {folder / 'noise'} {256 * MiB} {512 * MiB}", "--image-opts", opened(clouds, SOURCE, drive))
+    return made
+
+
 def measured(operator: Operator, hosts: Sequence[Host], apis: Sequence[Api], id: str, way: str) -> dict[str, Any]:
     """One copy of a running source, and the destination's guest after it."""
     src, dst = apis
     as_before(src, dst, id)
+    for left in dst.volumes() if operator.clouds.options.volumes else ():
+        dst.delete_volume(left["id"])
     src.act(id, "os-start", until="ACTIVE")
     wait_for_console(src, id, "GUEST wrote=")
     first = counted(hosts[0], id)
@@ -85,10 +101,11 @@ def measured(operator: Operator, hosts: Sequence[Host], apis: Sequence[Api], id:
             "equal": f"boots={boots(hosts[0], id) + 1} last={last_record(hosts[0], id)} broken=0" in shown}
 
 
-def measure(sizes: Sequence[float], ways: Sequence[str], number: int, rewritten: int, out: Path) -> None:
+def measure(sizes: Sequence[float], ways: Sequence[str], number: int, rewritten: int, volumes: int, out: Path) -> None:
     """Measures all ways for all sizes (GiB), so many rounds of them, and writes a line for each."""
     purge()
-    clouds = Clouds(Options((SOURCE, DESTINATION)))
+    options = Options((SOURCE, DESTINATION))
+    clouds = Clouds(options.with_storage("src", "nfs").with_storage("dst", "nfs") if volumes else options)
     clouds.up()
     write = rounds.writer(out)
     try:
@@ -105,15 +122,19 @@ def measure(sizes: Sequence[float], ways: Sequence[str], number: int, rewritten:
             apis[0].act(id, "os-stop", until="SHUTOFF")
             write_random(hosts[0], id, *[(FIRST + part * 256 * MiB, 256 * MiB) for part in range(int(size * 4))])
             order(hosts[0], id, rewritten)
+            with tempfile.TemporaryDirectory() as folder:
+                own = add_volumes(clouds, id, volumes, Path(folder)) if volumes else []
             for round in range(1, number + 1):
                 for way in ways:
                     with tempfile.TemporaryDirectory() as folder:
                         operator = Operator(clouds, Path(folder), patience=900)
                         found = measured(operator, hosts, apis, id, way)
-                    write({"kind": "run", "round": round, "size": size, "way": way, **found})
+                    write({"kind": "run", "round": round, "size": size, "volumes": volumes, "way": way, **found})
                     say(f"{size:g} GiB, {way}: down for {found['downtime']} s, {found['nova']:.1f} of them Nova's")
             as_before(*apis, id)
             apis[0].delete(id)
+            for volume in own:
+                apis[0].delete_volume(volume)
     finally:
         clouds.down()
 
@@ -127,19 +148,20 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     runs = [record for record in records if record["kind"] == "run" and record["size"] in SHOWN]
     lines = ["| GiB | way | down for, s | of it Nova's | sent then, MiB | a write before, ms | a write meanwhile, ms | right |",
              "|---:|---|" + "---:|" * 6]
-    for size in sorted({record["size"] for record in runs}):
+    for size, volumes in sorted({(record["size"], record.get("volumes", 0)) for record in runs}):
         for way in (known for known in WAYS if known not in NOT_SHOWN):
-            some = [record for record in runs if (record["size"], record["way"]) == (size, way)]
+            some = [record for record in runs if (record["size"], record.get("volumes", 0), record["way"]) == (size, volumes, way)]
             if some:
                 meanwhile = f"{median(some, 'write_ms_during'):.1f}" if "write_ms_during" in some[0] else ""
-                lines.append(f"| {size:g} | {way} | {median(some, 'downtime'):.1f} | {median(some, 'nova'):.1f} | {median(some, 'bytes') / MiB:.0f} "
-                             f"| {median(some, 'write_ms_before'):.1f} | {meanwhile} | {sum(record['equal'] for record in some)} of {len(some)} |")
+                lines.append(f"| {size:g}{f', {volumes} volumes' if volumes else ''} | {way} | {median(some, 'downtime'):.1f} "
+                             f"| {median(some, 'nova'):.1f} | {median(some, 'bytes') / MiB:.0f} | {median(some, 'write_ms_before'):.1f} "
+                             f"| {meanwhile} | {sum(record['equal'] for record in some)} of {len(some)} |")
     return "\n".join(lines)
 
 
 def picture(records: Sequence[Mapping[str, Any]]) -> str:
     """Downtime against disk size: a group of bars for each size, one for each way, Nova's own part of it lighter."""
-    runs = [record for record in records if record["kind"] == "run"]
+    runs = [record for record in records if record["kind"] == "run" and not record.get("volumes")]
     longest = max((record["downtime"] for record in runs), default=1.0)
     parts, y, width = [], 24, 420
     for size in sorted({record["size"] for record in runs}):
@@ -169,6 +191,7 @@ def main() -> int:
     parser.add_argument("--ways", type=lambda text: text.split(";"), default=list(WAYS), help="; ".join(WAYS))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--rewritten", type=int, default=50, help="MiB that the guest rewrites all the time (default: 50)")
+    parser.add_argument("--volumes", type=int, default=0, help="of 1 GiB, half of it data, that the instance has besides (default: 0)")
     parser.add_argument("--out", type=Path, help="the file of JSON lines; a new one in the lab's folder unless said")
     parser.add_argument("show", nargs="?", choices=["show"], help="print the table and draw the picture of FILE, measure nothing")
     parser.add_argument("file", nargs="?", type=Path, default=RECORDS, help="JSON lines of a run; the committed ones unless said")
@@ -176,7 +199,7 @@ def main() -> int:
 
     def measured_now() -> Path:
         path: Path = given.out or home() / "bench" / f"downtime-{time.strftime('%Y%m%dT%H%M%S')}.jsonl"
-        measure(given.sizes, given.ways, given.rounds, given.rewritten, path)
+        measure(given.sizes, given.ways, given.rounds, given.rewritten, given.volumes, path)
         return path
 
     return told(lambda: given.file if given.show else measured_now(), table, picture)
