@@ -190,6 +190,11 @@ class CloudError(MigrenaError):
         """Whether the same request may succeed a little later."""
         return self.code in (0, 429) or self.code >= 500
 
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the request was surely not carried out."""
+        return self.code == 429 or not self.is_temporary
+
 
 @contextmanager
 def collecting(problems: list[Reason]) -> Iterator[None]:
@@ -355,7 +360,6 @@ def parse_answers(value: object) -> tuple[str, ...]:
 
 
 def parse_ports(value: object) -> range:
-    """TCP ports from `2666` or `2666-2697`."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(value).strip())
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 0 < first <= last < 65536:
@@ -555,7 +559,7 @@ class Settings:
     root_only: bool = per_call(False, "--root-only", "go on without further volumes, ephemeral disks and config drive")
     disks: tuple[str, ...] = per_call((), "--disks NAME,…",
         "move only these besides the root disk, by the plan's names or as the guest's devices, such as eph0,vdc",
-        read=lambda value: parse_names(value) if value else ())
+        read=lambda value: parse_names(value) if value or value == "" else ())
     lanes: int = option(2, "--lanes N",
         "disks copied in parallel (default: 2, with --limit-rate 1); 1 also spares the source's host",
         read=parse_positive, of=COPY_RESUME)
@@ -692,7 +696,7 @@ PER_SIDE: Final = (  # also SRC_HOSTS etc.
 FOR_RESUME: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "verify", "compress", "limit_rate",
     "chunk", "root_only", "disks", "lanes", "warm", "warm_passes", "max_downtime", "warm_timeout",
     "bitmap", "cutover_at", "every", "late", "answers", "await_timeout", "src_cloud", "dst_cloud",
-    "dst_project", "floating_ip")
+    "dst_project", "floating_ip", "retries", "stall_timeout", "max_per_host")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -1661,8 +1665,11 @@ def new_run() -> str:
 
 def parse_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
     """A journal's lines, without an incomplete last one, and their length in bytes. Raises UsageError."""
-    content, entries, whole = path.read_bytes(), [], 0
-    lines = content.splitlines(keepends=True)
+    entries, whole = [], 0
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", ELSEWHERE) from error
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
@@ -1954,7 +1961,6 @@ class RunRecord:
 
     @property
     def step(self) -> str:
-        """The current or last act."""
         return re.sub(r" [0-9a-f-]{36}", "", self.acts[-1].name) if self.acts else "survey"
 
     @property
@@ -1974,7 +1980,6 @@ class RunRecord:
 
     @property
     def swapped(self) -> set[str]:
-        """The keys of the disks whose copy was swapped in."""
         return {key_of(act.facts) for act in self.recent if act.name == "swap in" and act.result == "done"}
 
     def has_done(self, act: str) -> bool:
@@ -1998,7 +2003,11 @@ class RunRecord:
 
 def read_run(folder: Path, run: str, *, is_ours: bool = False) -> RunRecord:
     """A run by its journal and lock; `is_ours`: the caller holds the lock. Raises UsageError."""
-    record = record_of(run, parse_journal(folder / f"{run}.jsonl")[0])
+    path = folder / f"{run}.jsonl"
+    try:
+        record = record_of(run, parse_journal(path)[0])
+    except (LookupError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: this is not a journal of migrena", "move the file away") from error
     is_running = not is_ours and lock_holder(folder, record.source)[1] == run
     return replace(record, state="running") if is_running else record
 
@@ -2072,6 +2081,8 @@ def known_runs(folder: Path) -> list[str]:
 
 def find_run(folder: Path, beginning: str) -> str:
     """The run whose id begins like this; raises Refused unless it is exactly one."""
+    if not beginning:
+        raise UsageError("RUN is empty", "see: ./migrena.py status")
     found = [run for run in known_runs(folder) if run.startswith(beginning)]
     if beginning not in found and len(found) != 1:
         raise Refused(f"{len(found) or 'no'} runs in {folder} begin with {beginning!r}",
@@ -2147,7 +2158,6 @@ class Undo:
                 self.attempt(what, action)
 
     def keep(self, kept: Kept) -> None:
-        """Lists what is kept on purpose, each reason and command once."""
         for reason in kept.reasons:
             self.left += [reason.problem] if reason.problem not in self.left else []
             self.ways += [reason.way_out] if reason.way_out and reason.way_out not in self.ways else []
@@ -3219,7 +3229,6 @@ class Host:
         self._tools, self._probe = tools, probe
 
     def keep(self, script: str, *given: str) -> Answer:
-        """What a lease says that lasts as long as the connections."""
         lease = self._stack.enter_context(self.lease(script, "mktemp", "-d", given=given))
         self._lasting.add(lease)
         return lease.line(15.0)
@@ -3528,7 +3537,6 @@ class Lease:
 
     @defer_signals()
     def feed(self, content: bytes, *, is_all: bool = True) -> None:
-        """Sends its standard input."""
         with self._host._translating(self._words), self._send_lock:
             if self._channel.eof_sent:  # paramiko's sendall would not end
                 raise EOFError("it was ended")
@@ -3798,7 +3806,6 @@ class VolumeStore:
         raise AssertionError("polls never end")
 
     def describe(self, id: str, image_facts: Mapping[str, str], *, is_bootable: bool) -> None:
-        """Sets what can only be set once a volume exists."""
         acts: dict[str, dict[str, object]] = {
             **({"os-set_image_metadata": {"metadata": dict(image_facts)}} if image_facts else {}),
             "os-set_bootable": {"bootable": is_bootable}}
@@ -3935,6 +3942,8 @@ class Service:
                     "check user, password, project and domains", 401) from error
             if isinstance(error, auth.EndpointNotFound):
                 raise self.error(said, "check region_name and interface in the credentials") from error
+            if isinstance(error, requests.exceptions.InvalidJSONError):  # a proxy's page, perhaps
+                code = 502
             if not isinstance(code, int):
                 code = 0 if isinstance(error, (auth.ConnectionError, glance.CommunicationError)) else 400
             way_out = "check auth_url, and that this machine can reach it" if act == "sign in" else ""
@@ -3967,7 +3976,7 @@ class Service:
     def pages(self, adapter: Any, path: str, key: str) -> list[dict[str, Any]]:
         found = list[dict[str, Any]]()
         while path:
-            told = dict(self.retrying(f"list {key}", partial(adapter.get, path)).json())
+            told = self.retrying(f"list {key}", lambda: dict(adapter.get(path).json()))  # noqa: B023
             found += told[key]
             following = (link["href"] for link in told.get(f"{key}_links", ()) if link["rel"] == "next")
             path = next(following, "") or (told.get("links") or {}).get("next") or ""
@@ -4000,14 +4009,16 @@ class Compute(Service):
         return self.retrying(f"show server {id}", lambda: self.server(id))
 
     def servers(self, **search: object) -> list[Server]:
-        found = self.retrying("list servers", lambda: self._nova.servers.list(search_opts=search, limit=-1))  # -1: all
-        return [self.read(raw.to_dict()) for raw in found]
+        return self.retrying("list servers", lambda: [
+            self.read(raw.to_dict()) for raw in self._nova.servers.list(search_opts=search, limit=-1)])  # -1: all
 
     @cached_property
     def _flavors(self) -> dict[str, Flavor]:
         return {flavor.id: flavor for flavor in self.flavors()}
 
     def read(self, raw: Facts) -> Server:
+        if "name" not in raw:  # since microversion 2.69 a cell that is away is no error
+            raise self.error(f"Nova cannot reach the cell of server {raw.get('id')}", code=503)
         told = {key.rpartition(":")[2]: value for key, value in raw.items() if value}  # without OS-EXT-STS: etc.
         return Server(
             id=raw["id"], name=raw["name"], status=raw["status"], task=told.get("task_state", ""),
@@ -5224,7 +5235,6 @@ class BesideFile:
 
     @property
     def image(self) -> DiskImage:
-        """The new file."""
         return replace(self.fresh, path=self.new, format=self.format)
 
     @property
@@ -5697,7 +5707,8 @@ def copy_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Show) -
     rate = ("-r", str(limit)) if limit else ()
     # A request of 2 MiB counts as done when it begins: at most a second's worth.
     requests = max(1, min(16, limit // (2 * MiB))) if limit else 16
-    cache = ("-T", "none", "-t", "none") if job.landing.direct_io else ()
+    is_direct = job.landing.direct_io and not job.length % 4096  # what ends within a large sector cannot be
+    cache = ("-T", "none", "-t", "none") if is_direct else ()
     write_new(ends, job, chunk, show, "qemu-img", "convert", "-p", "-n", "-m", str(requests), "-W", *cache, *rate,
               *options, "--image-opts", "--target-image-opts", node.part(chunk.offset, length),
               job.landing.written.part(chunk.offset, length))
@@ -6588,7 +6599,6 @@ def carry(settings: Settings, journal: Journal, undo: Undo, clouds: tuple[Cloud,
 
 
 def delete_carried(cloud: Cloud, run: str) -> None:
-    """Deletes the incomplete images of a run."""
     for one in cloud.store.all():
         if one.facts.get(CARRIED_BY) == run:
             cloud.store.delete(one.id)
@@ -6691,7 +6701,6 @@ class ResourceType:
 
     @property
     def file(self) -> str:
-        """The name of its file."""
         return f"{self.label.replace(' ', '_').replace('key_pair', 'keypair')}s.yml".replace(
             "role_assignment", "user_project_role_assignment")
 
@@ -6849,7 +6858,7 @@ class Catalog:
         readers: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
             "image": lambda: [dict(one.facts) for one in cloud.store.all()],
             "project": self._projects, "role assignment": self._assignments, "quota": self._quotas,
-            "key pair": self._key_pairs, "server group": self._groups}
+            "key pair": self._key_pairs}
         if kind.service == "block-storage" and not cloud.has_volumes:
             return []
         try:
@@ -6861,6 +6870,8 @@ class Catalog:
             return []
         for raw in found if label in ("flavor", "volume type") else ():
             self._complete(label, raw)
+        for raw in found if label == "server group" else ():  # before microversion 2.64
+            raw.setdefault("policy", next(iter(raw.get("policies") or ()), None))
         return found
 
     def _projects(self) -> list[dict[str, Any]]:
@@ -6874,11 +6885,6 @@ class Catalog:
         return [{"id": "", "project_id": one["scope"]["project"]["id"], "role_id": one["role"]["id"],
                  "user_id": one["user"]["id"]} for one in told if "user" in one and (
                      "project" in one.get("scope", {}) and "OS-INHERIT:inherited_to" not in one["scope"])]
-
-    def _groups(self) -> list[dict[str, Any]]:
-        kind = RESOURCE_TYPES["server group"]
-        return [{"policy": next(iter(one.get("policies") or ()), None), **one}  # before microversion 2.64
-                for one in self.cloud.listed(kind.service, kind.path + kind.query, kind.many)]
 
     def _quotas(self) -> list[dict[str, Any]]:
         found = list[dict[str, Any]]()
@@ -7390,7 +7396,6 @@ class Resolver:
         return self.project(ours, one) if ours and one.kind.is_owned else self.target
 
     def project(self, ref: Mapping[str, Any], one: Resource) -> str | Resource:
-        """The project of a reference."""
         if ref.get("project_name") == AUTH:
             return self.target
         return self.find("project", {"name": ref.get("project_name"), "domain_name": ref.get("domain_name")}, one)
@@ -7594,7 +7599,6 @@ def ids_of(value: Any) -> Any:
 
 
 def body_of(one: Resource, settings: Settings, own_project: str) -> dict[str, Any]:
-    """The request that makes a resource."""
     body, params, kind = dict[str, Any](), one.params, one.kind
     for name, api in kind.columns.items():
         value = params.get(name)
@@ -7656,7 +7660,6 @@ class Import:
 
 
 def due_of(wanted: Sequence[Resource], label: str) -> list[Resource]:
-    """Those of a type that are to be made."""
     return [one for one in wanted if one.label == label and one.result == "to be created"]
 
 
@@ -7734,7 +7737,7 @@ def make_part(run: Import, label: str, number: int, ones: Sequence[Resource]) ->
             try:
                 made = MAKERS.get(label, make_by_post)(run, ones, bodies)
             except CloudError as error:
-                result["refused"] = not error.is_temporary
+                result["refused"] = error.is_refusal
                 raise
             result["ids"] = [str(raw["id"]) for raw in made]
     except MigrenaError as error:
@@ -7864,7 +7867,6 @@ def make_key(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]
 
 
 def make_assignment(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
-    """A role of a user in a project; its path is its id."""
     path = ASSIGNMENT.format(**bodies[0])
     run.cloud.ask(f"assign {ones[0]}", "identity", "PUT", f"/projects/{path}")
     return [{"id": path}]
@@ -7897,7 +7899,6 @@ def make_group(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any
 
 
 def make_image(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
-    """An image with the content of the source's."""
     cloud = run.scopes.in_project(id_of(ones[0].owner))
     assert run.source
     try:
@@ -7908,7 +7909,6 @@ def make_image(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any
 
 
 def make_security_groups(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
-    """Security groups; the default one comes with its project."""
     first = [one for one in ones if one.name == DEFAULT_GROUP]
     there = {one: next(raw for raw in run.scopes.in_project(id_of(one.owner)).networks.all("security-groups")
                        if raw["name"] == DEFAULT_GROUP and raw["project_id"] == id_of(one.owner)) for one in first}
@@ -7946,7 +7946,6 @@ def change_all(run: Import) -> None:
 
 
 def change_resource(cloud: Cloud, label: str, id: str, new: Mapping[str, Any], was: Mapping[str, Any]) -> None:
-    """Gives a resource other values, by the files' names."""
     kind, what = RESOURCE_TYPES[label], f"change {label} {id}"
     path, body = f"{kind.path}/{id}", dict[str, Any]()
     for name, value in new.items():
@@ -9459,10 +9458,8 @@ def copy_and_swap(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
                 copy.known = read_bitmap(run, copy.job, copy.known)
                 copy.job = recheck_source(run, copy.job)
             transfer(run, copies)
-        for copy in copies:
-            require_unwatched(run.source_host, copy.job.source)
-            if len(copies) > 1:  # the retry of one disk may have ended the locks of others
-                with_retries(copy.both, partial(lock_both, copy.job), "stays stopped")
+        for copy in copies:  # the connections of one may have broken while others were copied
+            with_retries(copy.both, partial(look_again, copy.job, is_alone=len(copies) == 1), "stays stopped")
         if run.plan.root.has_nvram:
             copy_nvram(run, host, new.id)
         swap_in(run, host, [copy.job for copy in copies], locks)
@@ -9475,10 +9472,12 @@ def take_slot(run: Run, host: Host, slot: ExitStack) -> None:
     slot.enter_context(slots(run.journal.path.parent, names, run.settings.max_per_host, run.screen))
 
 
-def lock_both(job: DiskJob, ends: Ends) -> None:
-    """Locks both disks of a copy, those that are not locked still."""
-    ends.locks.hold(ends.source, job.source)
-    lock_fresh(job, ends)
+def look_again(job: DiskJob, ends: Ends, *, is_alone: bool) -> None:
+    """Sees that nobody has the source's disk open; locks both disks where another's retry may have ended the locks."""
+    require_unwatched(ends.source, job.source)
+    if not is_alone:
+        ends.locks.hold(ends.source, job.source)
+        lock_fresh(job, ends)
 
 
 def copy_nvram(run: Run, host: Host, made: str) -> None:
@@ -9957,6 +9956,16 @@ KINDS: Final[Mapping[str, Kind]] = {  # in the order in which they are deleted
 TOLD: Final = ("name", "policy", "rules", "fingerprint", "description", "metadata")  # of a request, for the journal
 
 
+def until_taken(ask: Callable[[], T]) -> T:
+    """The answer to a request that makes something, asked again while the API has too much to do (429)."""
+    limit = time.monotonic() + OUTAGE_LIMIT
+    while time.monotonic() < limit:
+        with ignoring(429):
+            return ask()
+        time.sleep(CLAIM_PAUSE)
+    return ask()
+
+
 def ask_for(run: Run, kind: str, of: str, facts: Facts) -> str:
     """Requests something once; returns its id even if the answer is lost. A failure deletes it."""
     cloud, limit, acts = run.destination, time.monotonic() + LOST_ANSWER, KINDS[kind]
@@ -9967,10 +9976,10 @@ def ask_for(run: Run, kind: str, of: str, facts: Facts) -> str:
         try:
             if not found:
                 with defer_signals():
-                    found = {acts.make(cloud, facts)}
+                    found = {until_taken(lambda: acts.make(cloud, facts))}
         except CloudError as error:
-            result["refused"] = not error.is_temporary
-            if not error.is_temporary:
+            result["refused"] = error.is_refusal
+            if error.is_refusal:
                 raise
             while not (found := {*acts.made_by(cloud, run.plan.run, facts)} - known):
                 if time.monotonic() > limit:
@@ -10094,14 +10103,14 @@ def ask_for_destination(run: Run) -> str:
         with defer_signals():  # an instance without a known id is hard to undo
             run.journal.write("asked")
             try:
-                return run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id, extra,
-                    plan.marks(MADE) | {ORIGIN: plan.server.id})
+                return until_taken(lambda: run.destination.create(settings.dst_name, plan.image.id, plan.flavor.id,
+                    extra, plan.marks(MADE) | {ORIGIN: plan.server.id}))
             except CloudError as error:
                 if error.code not in (0, 502, 504):  # else a proxy may still forward the request
                     run.journal.write("refused")
                 raise
     except CloudError as error:
-        if not (error.is_temporary and (made := await_made(run, limit))):
+        if error.is_refusal or not (made := await_made(run, limit)):
             raise
         return made[0]
 
@@ -10166,7 +10175,6 @@ class BothEnds(ExitStack):
         return self._ends
 
     def renew(self) -> None:
-        """Has all set up again, over connections that answer."""
         self.close()
         self._ends = None
         for host in self.hosts:

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import requests
 from novaclient import api_versions, exceptions
 from novaclient.v2.servers import ServerManager
 
-from migrena import Cloud, CloudError, Flavor, Image, Reason, Refused, pick_flavor, pick_image
+from migrena import Cloud, CloudError, Flavor, Image, Reason, Refused, pick_flavor, pick_image, until_taken
 from unit.makers import UUID, a_flavor, a_server, an_image
 
 SMALL = a_flavor(id="1", name="small")
@@ -98,6 +99,32 @@ class Nova:
         if name != "mine":
             answer = SimpleNamespace(status_code=404 if name == "theirs" else 503, headers={})
             raise exceptions.from_response(answer, {}, "")
+
+
+def test_a_cell_that_is_away_is_an_outage_and_a_page_of_a_proxy_too() -> None:
+    cloud = Cloud.__new__(Cloud)
+    cloud.label = "source"
+    with pytest.raises(CloudError, match="cannot reach the cell of server one") as caught:
+        cloud.read({"id": "one", "status": "UNKNOWN", "tenant_id": "p", "created": "2026-11-20"})
+    assert caught.value.code == 503 and caught.value.is_temporary
+    with pytest.raises(CloudError) as told, cloud.translating("list ports"):
+        raise requests.exceptions.JSONDecodeError("Expecting value", "<html>", 0)
+    assert told.value.code == 502 and told.value.is_temporary and not told.value.is_refusal
+
+
+def test_what_was_not_taken_for_haste_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("migrena.CLAIM_PAUSE", 0)
+    answers = iter([429, 429, 0, 503])
+
+    def ask() -> str:
+        if code := next(answers):
+            raise CloudError("told", code=code)
+        return "made"
+
+    assert until_taken(ask) == "made"
+    with pytest.raises(CloudError) as caught:
+        until_taken(ask)
+    assert not caught.value.is_refusal and CloudError("", code=429).is_refusal and CloudError("", code=404).is_refusal
 
 
 def a_cloud(nova: Nova) -> Cloud:

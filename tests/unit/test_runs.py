@@ -133,6 +133,18 @@ def test_a_run_is_named_by_the_beginning_of_its_id_where_that_is_enough(tmp_path
             find_run(tmp_path, beginning)
 
 
+def test_an_empty_name_means_no_run_and_what_is_no_journal_is_said_to_be_none(tmp_path: Path) -> None:
+    told(tmp_path, *CREATED)
+    with pytest.raises(UsageError, match="RUN is empty"):
+        find_run(tmp_path, "")
+    (tmp_path / "link.jsonl").symlink_to("nowhere")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_run(tmp_path, "link")
+    (tmp_path / "other.jsonl").write_text('{"event": "intent"}\n{"event": "chunk"}\n')
+    with pytest.raises(UsageError, match="not a journal of migrena"):
+        read_run(tmp_path, "other")
+
+
 def test_a_state_folder_that_is_full_fails_the_run_once_and_does_not_stop_the_undoing() -> None:
     journal = Journal.__new__(Journal)
     journal.path, journal.entries, journal.is_broken, journal._writing = Path("/dev/full"), [], False, threading.Lock()
