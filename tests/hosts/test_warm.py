@@ -218,7 +218,7 @@ def test_a_cable_that_is_pulled_in_a_warm_pass_costs_an_attempt(operator: Operat
     process = in_a_pass(operator, *IMPATIENT)
     cable = operator.lab.spec.link(name)
     command("ip", "link", "set", cable, "down")
-    time.sleep(8)
+    time.sleep(15)  # longer than the pause that a rate makes between two chunks
     assert runs(operator)
     command("ip", "link", "set", cable, "up")
     goes_on(operator, process)
