@@ -350,7 +350,7 @@ def parse_answers(value: object) -> tuple[str, ...]:
         if kind not in ("console", "tcp", "command") or not what:
             raise ValueError(f"{one!r} is not console:REGEX, tcp:PORT or command:WORDS")
         reads: Mapping[str, Callable[[str], object]] = {
-            "console": re.compile, "tcp": lambda port: range(1, 65536).index(int(port)),
+            "console": re.compile, "tcp": lambda port: parse_ports(parse_positive(port)),
             "command": lambda words: shlex.split(words)[0]}
         try:
             reads[kind](what)
@@ -381,7 +381,7 @@ def parse_literal(value: object) -> dict[str, Any]:
             with suppress(ValueError):
                 value = json.loads(str(value))
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError("is not a dictionary; write it as \"{'nics': [{'net-id': 'ID'}]}\"")
+        raise ValueError("is not a dictionary such as {'key_name': 'mine'}")
     return value
 
 
@@ -390,9 +390,11 @@ def parse_pairs(value: object) -> dict[str, str]:
     words: list[object] = value if isinstance(value, list) else [value]
     if all(re.fullmatch(r"[^=,{]+=[^=,]+(,[^=,]+=[^=,]+)*", str(word)) for word in words):
         return dict(pair.split("=") for word in words for pair in str(word).split(","))
-    found = parse_literal(words[0] if len(words) == 1 else value)
+    found: dict[str, Any] = {"": None}
+    with suppress(ValueError):
+        found = parse_literal(words[0] if len(words) == 1 else value)
     if not all(isinstance(name, str) for name in found.values()):
-        raise ValueError("has something else than a name in it")
+        raise ValueError("is not SRC=DST")
     return found
 
 
@@ -441,7 +443,13 @@ def parse_hosts(value: object) -> dict[str, HostEntry]:
     for name, row in rows.items():
         for key in row.keys() - readers.keys():
             raise ValueError(f"has an unknown entry {key!r} for {name}{did_you_mean(str(key), readers)}")
-        entries[name] = HostEntry(**{key: readers[key](entry) for key, entry in {**rows.get("*", {}), **row}.items()})
+        read = dict[str, Any]()
+        for key, entry in {**rows.get("*", {}), **row}.items():
+            try:
+                read[key] = readers[key](entry)
+            except ValueError as error:
+                raise ValueError(f"has for {name} as {key} {entry!r}, which {error}") from error
+        entries[name] = HostEntry(**read)
     return entries
 
 
@@ -472,7 +480,7 @@ MAP_FORM: Final = '{"compute001": ["web-0"], "compute003": ["db-0", "db-1"]}'
 
 
 def option(default: T, usage: str = "", meaning: str = "", *, read: Callable[[Any], T] | None = None,
-           config: bool = True, of: str = "copy", **more: Any) -> T:
+        config: bool = True, of: str = "copy", **more: Any) -> T:
     """One row of Settings; `usage`: flags and metavar; `read`: parser (default: text, yes/no); `more`: for argparse."""
     is_switch, words = isinstance(default, bool), usage.split()
     flags = [word for word in words if word.startswith("-")]
@@ -556,7 +564,7 @@ class Settings:
         "what to start afterwards; -a alone: all; without -a: nothing", read=parse_start, nargs="?", const="all")
     ignore_properties: bool = per_call(False, "--ignore-properties",
         "go on even if the guest may not boot with the image's properties")
-    root_only: bool = per_call(False, "--root-only", "go on without further volumes, ephemeral disks and config drive")
+    root_only: bool = per_call(False, "--root-only", "go on without further volumes and ephemeral disks")
     disks: tuple[str, ...] = per_call((), "--disks NAME,…",
         "move only these besides the root disk, by the plan's names or as the guest's devices, such as eph0,vdc",
         read=lambda value: parse_names(value) if value or value == "" else ())
@@ -699,9 +707,9 @@ FOR_RESUME: Final = ("src_uid", "dst_name", "start_after", "transport", "tls", "
     "dst_project", "floating_ip", "retries", "stall_timeout", "max_per_host")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], alike: float = 0.6) -> str:
     """`; did you mean X?` if a known word is similar, else nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=alike)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -709,9 +717,13 @@ def config_names() -> list[str]:
     return [row.name.upper() for row in fields(Settings) if row.metadata["config"]]
 
 
+def sided_names() -> list[str]:
+    return [f"{side}_{name}" for side in ("src", "dst") for name in PER_SIDE]
+
+
 def read_config(path: Path) -> dict[str, object]:
     """The values that a config.py sets. Raises UsageError."""
-    known = [*config_names(), *(f"{side}_{name.upper()}" for side in ("SRC", "DST") for name in PER_SIDE)]
+    known = [*config_names(), *map(str.upper, sided_names())]
     try:
         found = runpy.run_path(str(path))
     except SyntaxError as error:
@@ -727,10 +739,16 @@ def read_config(path: Path) -> dict[str, object]:
 def merge_settings(flags: Mapping[str, object], environment: Mapping[str, str],
         config: Mapping[str, object]) -> Settings:
     """Settings: built-in default < config.py < MIGRENA_NAME < flag. Raises UsageError."""
+    known = [f"MIGRENA_{name.upper()}" for name in (*(row.name for row in fields(Settings)), *sided_names(), "config")]
+    for name in environment.keys() - {*known}:
+        if name.startswith("MIGRENA_") and (near := did_you_mean(name, known, 0.9)):
+            raise UsageError(f"unknown variable {name}{near}")
+
     def given(row: Field[Any], name: str) -> dict[str, Any]:
         variable = f"MIGRENA_{name.upper()}"
         for place, key, origin in ((flags, name, (name.upper(), *row.metadata["flags"])[-1]),
-                (environment, variable, variable), (config, name, f"{name.upper()} in config.py")):
+                (environment, variable, variable),
+                (config, name, f"{name.upper()} in {config.get('path', 'config.py')}")):
             if key in place:
                 try:
                     return {name: row.metadata["read"](place[key])}
@@ -788,7 +806,9 @@ def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) 
         creds = as_v3(found)
         return in_project(creds, settings.dst_project) if cloud == "dst" and settings.dst_project else creds
     if is_side:
-        raise UsageError(f"no credentials for the {'source' if cloud == 'src' else 'destination'} cloud",
+        label = "source" if cloud == "src" else "destination"
+        raise UsageError(f"the credentials of the {label} cloud have no auth_url" if found else
+            f"no credentials for the {label} cloud",
             f"fill in {cloud.upper()}_CREDS in config.py, or give --{cloud}-cloud, or set {prefix}AUTH_URL etc.")
     raise UsageError(f"cloud {name!r} has no auth_url" if name else "no cloud is named",
         "give --cloud src, dst or a name in clouds.yaml, or set OS_AUTH_URL etc.")
@@ -1344,10 +1364,9 @@ def files_beside(path: str, run: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Moved:
-    """A copied disk: bytes of data, those received in the last attempt, digest of both ends (empty: not verified)."""
+    """A copied disk: bytes of data, and the digest of both ends (empty: not verified)."""
 
     held: int
-    sent: int
     digest: str
     seconds: float
     looking: float = 0.0  # seconds to find what to send
@@ -1572,7 +1591,7 @@ class Screen:
         from tqdm import tqdm
 
         with tqdm(total=total, desc=f"  {what}", file=self.stream, dynamic_ncols=True, leave=False,
-                  disable=not self.is_terminal or self.quiet) as bar:
+                disable=not self.is_terminal or self.quiet) as bar:
             def show(done: int) -> None:
                 bar.update(done - bar.n)
 
@@ -2090,6 +2109,13 @@ def find_run(folder: Path, beginning: str) -> str:
     return beginning if beginning in found else found[0]
 
 
+def way_on(folder: Path, run: str) -> str:
+    """The command that continues a run; "" without a journal of it here."""
+    with suppress(UsageError, OSError):
+        return read_run(folder, run).go_on if run in known_runs(folder) else ""
+    return ""
+
+
 def still_to_write(folder: Path, run: str, host: str) -> int:
     """Bytes that earlier runs on this machine have still to write to a host (given with its cloud's URL)."""
     running = {lock_holder(folder, path.stem.removeprefix("source-"))[1] for path in folder.glob("source-*.lock")}
@@ -2356,9 +2382,12 @@ class DiskFile:
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """Where data is: first byte and the one after the last."""
-        if not stat.S_ISREG(os.fstat(self.descriptor()).st_mode):  # SEEK_DATA is no use on a device
-            raise OSError("it is not a file")
-        at = self.begin
+        mode, at = os.fstat(self.descriptor()).st_mode, self.begin
+        if stat.S_ISBLK(mode):  # SEEK_DATA is no use on a device
+            yield at, self.end
+            return
+        if not stat.S_ISREG(mode):
+            raise OSError("it is neither a file nor a block device")
         while at < self.end:
             try:
                 start = os.lseek(self.descriptor(), at, os.SEEK_DATA)
@@ -2392,7 +2421,7 @@ class ExportClient:
     """
 
     def __init__(self, node: Mapping[str, str], begin: int, end: int, folder: str) -> None:
-        self.node, self.folder, self.own = node, folder, threading.local()
+        self.node, self.folder, self.own, self.asked = node, folder, threading.local(), 0
         self.limit(begin, end)
 
     def limit(self, begin: int, end: int) -> None:
@@ -2479,12 +2508,24 @@ class ExportClient:
                 yield at, count
 
     def write(self, at: int, content: memoryview) -> None:
-        self.act(at, len(content), 1, content)
+        self.put(at, len(content), 1, content)
 
     def hollow(self, at: int, count: int) -> None:
-        self.act(at, count, 6)
+        self.put(at, count, 6)
+
+    def put(self, at: int, count: int, command: int, content: bytes | memoryview = b"") -> None:
+        """Asks for a change while earlier ones are on their way: qemu-nbd takes 16."""
+        self.ask(at, count, command, content)
+        self.asked += 1
+        self.wait_for(self.asked - 15)
+
+    def wait_for(self, count: int) -> None:
+        for _ in range(count):
+            self.told()
+            self.asked -= 1
 
     def sync(self) -> None:
+        self.wait_for(self.asked)
         self.act(0, 0, 3)
 
 
@@ -2934,7 +2975,8 @@ has() { command -v "$1" >/dev/null; }
 for tool; do has "$tool" || echo "$tool"; done
 ! has python3 || python3 -c 'import sys; sys.exit(sys.version_info < (3, 6))' || echo "python3 3.6"
 option=driver=blkdebug,image.driver=null-co,image.size=512,unshare-child-perms.0=write  # see locked_opts()
-! has qemu-img || qemu-img info --image-opts "$option" >/dev/null 2>&1 || echo "qemu 5.0"
+! has qemu-img || qemu-img convert -n -r 1M --image-opts --target-image-opts "$option" driver=null-co,size=512 \
+    >/dev/null 2>&1 || echo "qemu 5.2"
 """
 
 # What the login shell runs; $1 is the command, `escaped`. Output before BEGIN_MARK, on both streams, is a banner.
@@ -3645,9 +3687,9 @@ def _is_list(value: object, of: Callable[[object], bool] = _is_text) -> bool:
 # What Nova accepts as arguments of create, and a description: see its nova/api/openstack/compute/schemas/servers.py.
 EXTRA_FORMS: Final[Mapping[tuple[str, ...], tuple[Callable[[Any], bool], str]]] = {
     ("nics",): (lambda value: value in ("auto", "none") or _is_list(value, _is_nic),
-                "'auto', 'none' or a list as [{'net-id': 'ID'}]; also port-id, v4-fixed-ip, v6-fixed-ip and tag"),
+        "'auto', 'none' or a list as [{'net-id': 'ID'}]; also port-id, v4-fixed-ip, v6-fixed-ip and tag"),
     ("meta",): (lambda value: isinstance(value, dict) and _is_list([*value, *filter(None, value.values())]),
-                "a dictionary of strings of up to 255 characters"),
+        "a dictionary of strings of up to 255 characters"),
     ("userdata",): (
         lambda value: isinstance(value, str) and len(value.encode()) < 49150, "a string of up to 49149 bytes"),
     ("security_groups", "tags"): (_is_list, "a list of names"),
@@ -4032,7 +4074,7 @@ class Compute(Service):
             config_drive="config_drive" in told, fault=told.get("fault", {}).get("message", ""),
             key=told.get("key_name", ""), facts={key.rpartition(":")[2]: value for key, value in raw.items()},
             fixed_addresses=frozenset(entry["addr"] for entries in told.get("addresses", {}).values()
-                                      for entry in entries if entry.get("OS-EXT-IPS:type", "fixed") == "fixed"),
+                for entry in entries if entry.get("OS-EXT-IPS:type", "fixed") == "fixed"),
         )
 
     def _flavor_of(self, raw: Facts) -> Flavor:
@@ -4217,11 +4259,11 @@ class Cloud(Compute):
         self.volumes = VolumeStore(self, adapter.Adapter(opened, service_type="block-storage", **where))
         self.networks = NetworkStore(self, adapter.Adapter(
             opened, service_type="network", version="2.0", **where))
-        self._services = {"identity": adapter.Adapter(opened, service_type="identity", version="3", **where),
-                          "network": self.networks.adapter, "block-storage": self.volumes.adapter,
-                          "compute": adapter.Adapter(
-                              opened, service_type="compute", default_microversion="{}.{}".format(
-                                  *min(self._version, NOVA_KNOWN)), **where)}
+        self._services = {
+            "identity": adapter.Adapter(opened, service_type="identity", version="3", **where),
+            "network": self.networks.adapter, "block-storage": self.volumes.adapter,
+            "compute": adapter.Adapter(opened, service_type="compute",
+                default_microversion="{}.{}".format(*min(self._version, NOVA_KNOWN)), **where)}
         self.user = str(opened.get_user_id() or "")
         self.roles = list(auth.get_access(opened).role_ids or ())
         self.identity = {"nova": str(opened.get_endpoint(service_type="compute", **where)), "region": region or "",
@@ -4766,7 +4808,7 @@ def storage_of(disk: ElementTree.Element) -> dict[str, str]:
     user = {} if auth is None else {"user": auth.get("username", "")}
     return {"driver": "rbd", "pool": pool, "image": image, **user,
             **{f"server.{number}.{key}": value for number, pair in enumerate(hosts)
-               for key, value in zip(("host", "port"), pair, strict=True)}}
+            for key, value in zip(("host", "port"), pair, strict=True)}}
 
 
 def stored(disk: ElementTree.Element, lines: Mapping[str, str]) -> Drive:
@@ -4817,8 +4859,8 @@ def refuse_domain(host: Host, domain: Domain, keys: Collection[str] = ()) -> lis
 def refuse_metadata(host: Host, domain: Domain) -> list[Reason]:
     """Checkpoints and snapshots: Nova redefines the domain at each start, which fails while it has any."""
     return [Reason(f"{host.name}: libvirt has a {kind} of the instance, {', '.join(names)}: "
-                   "once stopped, Nova cannot start it",
-                   "; ".join(f"virsh {kind}-delete {domain.id} {shlex.quote(name)} --metadata" for name in names))
+            "once stopped, Nova cannot start it",
+            "; ".join(f"virsh {kind}-delete {domain.id} {shlex.quote(name)} --metadata" for name in names))
             for kind, names in domain.metadata.items() if names]
 
 
@@ -5064,7 +5106,7 @@ def require_identity(host: Host, image: DiskImage) -> None:
     seen = [name for name in found if name.startswith(kind)]
     if not seen or not all(name.endswith(image.identity) for name in seen):
         raise FinalError(f"{host.name}: {image.path} is not proven to be the instance's disk: it is "
-                         f"{', '.join(found)}, and should be {' or '.join(image.identity) or 'known'}", CONNECT_IT)
+                f"{', '.join(found)}, and should be {' or '.join(image.identity) or 'known'}", CONNECT_IT)
 
 
 def logical_volume(path: str) -> tuple[str, ...]:
@@ -5428,7 +5470,7 @@ class NbdTransport(Transport):
         lines = ["[generic]", f"listenaddr = {place.address}", f"port = {place.port}", "allowlist = false"]
         if job.settings.tls:
             lines += ["force_tls = true", f"certfile = {folder}/server-cert.pem", f"keyfile = {folder}/server-key.pem",
-                      f"cacertfile = {folder}/ca-cert.pem"]
+                    f"cacertfile = {folder}/ca-cert.pem"]
         lines += [f"[{place.name}]", f"exportname = {image.place}", "readonly = true", f"authfile = {folder}/clients"]
         put_files(ends.source, folder, {"clients": f"{ends.client_address}\n".encode(),
             f"{place.port}.conf": "\n".join((*lines, "")).encode()})
@@ -5629,7 +5671,7 @@ def move_disk(ends: Ends, job: DiskJob, callbacks: Callbacks, known: Known = NOT
     """
     began, destination = time.monotonic(), ends.destination
     is_same = bool(known.stand) and stand_of(destination, job.landing.image.node) == known.stand
-    before, is_there = in_parallel(partial(received, ends), partial(is_begun, destination, job))
+    is_there = is_begun(destination, job)
     is_rest = is_there and job.settings.warm
     known = known if is_there and is_same else NOTHING_KNOWN
     with reading(ends, job) as disk:
@@ -5644,7 +5686,7 @@ def move_disk(ends: Ends, job: DiskJob, callbacks: Callbacks, known: Known = NOT
         if is_there and digest and not job.is_live:
             require_equal(Chunk(0, job.length, 0), here, there)
             digest = hashlib.sha256(lines_of(here)).hexdigest()
-    moved = Moved(amount, received(ends) - before, digest, time.monotonic() - began, looked - began,
+    moved = Moved(amount, digest, time.monotonic() - began, looked - began,
         time.monotonic() - looked, is_rest, len(known.unchanged) * MiB)
     stand = stand_of(destination, job.landing.image.node) if job.is_live else ""
     return moved, Known(here, there, stand) if job.is_live else NOTHING_KNOWN
@@ -5687,6 +5729,9 @@ def seen_by_guest(ends: Ends, host: Host, image: DiskImage, job: DiskJob, *, is_
     if image.is_file and (job.whole_file or image.format == "raw"):
         yield image.path
         return
+    if image.storage.get("driver") == "host_device" and not is_written:
+        yield image.storage["filename"]
+        return
     opened = job.landing.written if is_written else image.node
     words = disk_options(opened, is_live=is_written or (job.is_live and host is ends.source))
     words = (*(("--discard=unmap",) if is_written else ("-r", "-e", "8")), *words)
@@ -5710,8 +5755,8 @@ def copy_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Show) -
     is_direct = job.landing.direct_io and not job.length % 4096  # what ends within a large sector cannot be
     cache = ("-T", "none", "-t", "none") if is_direct else ()
     write_new(ends, job, chunk, show, "qemu-img", "convert", "-p", "-n", "-m", str(requests), "-W", *cache, *rate,
-              *options, "--image-opts", "--target-image-opts", node.part(chunk.offset, length),
-              job.landing.written.part(chunk.offset, length))
+            *options, "--image-opts", "--target-image-opts", node.part(chunk.offset, length),
+            job.landing.written.part(chunk.offset, length))
 
 
 def write_new(ends: Ends, job: DiskJob, chunk: Chunk, show: Show, *words: str) -> None:
@@ -5721,7 +5766,7 @@ def write_new(ends: Ends, job: DiskJob, chunk: Chunk, show: Show, *words: str) -
             show(int(chunk.held * float(shares[-1]) / 100))
 
     ends.destination.work(*words, stall=job.settings.stall_timeout, on_output=on_output,
-                          given=("flock", "-s", job.landing.lock))
+            given=("flock", "-s", job.landing.lock))
 
 
 def find_extents(source: Host, readable: str, job: DiskJob) -> list[Extent]:
@@ -5845,7 +5890,7 @@ class ChunkSender:
                 threads_for(job.max_parallel, destination) as senders, self._opened() as self._place, \
                 self._callbacks.progress(sum(chunk.held for chunk in split)) as show:
             for chunk in split:
-                if len(on_way) == job.max_parallel:
+                if len(on_way) == job.max_parallel + (not job.source.is_file):  # one more is read meanwhile
                     self._arrive(*on_way.popleft(), prover, show)
                 with defer_signals():
                     here = reader.submit(self._digests, source, self._disk.readable, chunk) if is_read else None
@@ -6344,7 +6389,7 @@ def situation(record: RunRecord, source: Seen, destination: Seen, is_in_place: b
     was_running, stage = bool(record.was_running and record.stopped_at), stage_of(record)
     is_seed = record.is_seed and stage < Stage.PROVEN
     return Situation(record.run, stage, source, destination, is_in_place, was_running, is_seed=is_seed,
-                     go_on=record.go_on)
+            go_on=record.go_on)
 
 
 def stage_of(record: RunRecord) -> Stage:
@@ -6458,7 +6503,7 @@ def plan_image(settings: Settings, wanted: Image, there: Sequence[Image],
         settings.disk_format or str(wanted.facts.get("disk_format")))
     same = [other for other in there if other.status == "active" and not other.facts.get(CARRIED_BY) and
             ((wanted.os_hash or wanted.checksum, other.os_hash or other.checksum) in known and
-             other.form == (plan.disk_format, wanted.form[1]) if plan.is_converted else other.equals(wanted))]
+            other.form == (plan.disk_format, wanted.form[1]) if plan.is_converted else other.equals(wanted))]
     best = min(same, key=lambda other: (other.is_hidden, other.name != plan.name), default=None)
     return replace(plan, there=best.id) if best else plan
 
@@ -6743,74 +6788,74 @@ RESOURCE_TYPES: Final = {one.label: one for one in (  # in the order in which th
     ResourceType("subnet pool", "network", "/subnetpools", "subnetpool"),
     ResourceType("network flavor", "network", "/flavors", "flavor", is_owned=False),
     ResourceType("project", "identity", "/projects", "project", "openstack.identity.Project",
-                 "description is_domain is_enabled=enabled name", "domain_id id parent_id",
-                 "domain_ref=domain_id:domain parent_ref=parent_id:project", "name domain_ref",
-                 "description is_enabled", is_owned=False),
+        "description is_domain is_enabled=enabled name", "domain_id id parent_id",
+        "domain_ref=domain_id:domain parent_ref=parent_id:project", "name domain_ref",
+        "description is_enabled", is_owned=False),
     ResourceType("user", "identity", "/users", "user", "openstack.user.User",
-                 "description email is_enabled=enabled name", "default_project_id domain_id id",
-                 "default_project_ref=default_project_id:project domain_ref=domain_id:domain", "name domain_ref",
-                 "description email is_enabled default_project_ref", is_owned=False),
+        "description email is_enabled=enabled name", "default_project_id domain_id id",
+        "default_project_ref=default_project_id:project domain_ref=domain_id:domain", "name domain_ref",
+        "description email is_enabled default_project_ref", is_owned=False),
     ResourceType("role assignment", "identity", "/role_assignments", "role_assignment",
-                 "openstack.identity.UserProjectRoleAssignment", "", "project_id role_id user_id",
-                 "project_ref=project_id:project role_ref=role_id:role user_ref=user_id:user",
-                 "project_ref role_ref user_ref", is_owned=False),
+        "openstack.identity.UserProjectRoleAssignment", "", "project_id role_id user_id",
+        "project_ref=project_id:project role_ref=role_id:role user_ref=user_id:user",
+        "project_ref role_ref user_ref", is_owned=False),
     ResourceType("quota", "compute", "/os-quota-sets", "quota_set", "migrena.Quota", "service limits", "project_id",
-                 "project_ref=project_id:project", "service project_ref", "limits", is_owned=False),
+        "project_ref=project_id:project", "service project_ref", "limits", is_owned=False),
     ResourceType("volume type", "block-storage", "/types", "volume_type", "migrena.VolumeType",
-                 "description extra_specs is_public=os-volume-type-access:is_public name", "id",
-                 "access_refs=access:project", "name",
-                 "description extra_specs access_refs", "?is_public=None", is_owned=False),
+        "description extra_specs is_public=os-volume-type-access:is_public name", "id",
+        "access_refs=access:project", "name",
+        "description extra_specs access_refs", "?is_public=None", is_owned=False),
     ResourceType("flavor", "compute", "/flavors", "flavor", "openstack.compute.Flavor",
-                 "description disk ephemeral=OS-FLV-EXT-DATA:ephemeral extra_specs "
-                 "is_public=os-flavor-access:is_public name ram rxtx_factor swap vcpus",
-                 "id is_disabled=OS-FLV-DISABLED:disabled", "access_refs=access:project", "name",
-                 "description extra_specs access_refs", "/detail?is_public=None", is_owned=False),
+        "description disk ephemeral=OS-FLV-EXT-DATA:ephemeral extra_specs "
+        "is_public=os-flavor-access:is_public name ram rxtx_factor swap vcpus",
+        "id is_disabled=OS-FLV-DISABLED:disabled", "access_refs=access:project", "name",
+        "description extra_specs access_refs", "/detail?is_public=None", is_owned=False),
     ResourceType("key pair", "compute", "/os-keypairs", "keypair", "openstack.compute.Keypair",
-                 "name public_key type", "created_at fingerprint id is_deleted user_id",
-                 "user_ref=user_id:user", "name user_ref", is_owned=False),
+        "name public_key type", "created_at fingerprint id is_deleted user_id",
+        "user_ref=user_id:user", "name user_ref", is_owned=False),
     ResourceType("image", "image", "/v2/images", "image", "openstack.image.Image", IMAGE_COLUMNS,
-                 "checksum created_at direct_url file id owner_id=owner schema size status updated_at virtual_size",
-                 key="name hash_value", changeable="visibility is_protected min_disk min_ram"),
+        "checksum created_at direct_url file id owner_id=owner schema size status updated_at virtual_size",
+        key="name hash_value", changeable="visibility is_protected min_disk min_ram"),
     ResourceType("server group", "compute", "/os-server-groups", "server_group", "migrena.ServerGroup",
-                 "name policy rules", "id project_id", query="?all_projects=True"),
+        "name policy rules", "id project_id", query="?all_projects=True"),
     ResourceType("security group", "network", "/security-groups", "security_group",
-                 "openstack.network.SecurityGroup", "description is_stateful=stateful name", TIMES,
-                 changeable="description is_stateful"),
+        "openstack.network.SecurityGroup", "description is_stateful=stateful name", TIMES,
+        changeable="description is_stateful"),
     ResourceType("security group rule", "network", "/security-group-rules", "security_group_rule",
-                 "openstack.network.SecurityGroupRule",
-                 "description direction ether_type=ethertype port_range_max port_range_min protocol remote_ip_prefix",
-                 f"remote_group_id security_group_id {TIMES}",
-                 "security_group_ref=security_group_id:security-group remote_group_ref=remote_group_id:security-group",
-                 "direction ether_type port_range_max port_range_min protocol remote_ip_prefix "
-                 "security_group_ref remote_group_ref", parent="security_group_ref"),
+        "openstack.network.SecurityGroupRule",
+        "description direction ether_type=ethertype port_range_max port_range_min protocol remote_ip_prefix",
+        f"remote_group_id security_group_id {TIMES}",
+        "security_group_ref=security_group_id:security-group remote_group_ref=remote_group_id:security-group",
+        "direction ether_type port_range_max port_range_min protocol remote_ip_prefix "
+        "security_group_ref remote_group_ref", parent="security_group_ref"),
     ResourceType("network", "network", "/networks", "network", "openstack.network.Network",
-                 "availability_zone_hints description dns_domain is_admin_state_up=admin_state_up is_default "
-                 "is_port_security_enabled=port_security_enabled is_router_external=router:external is_shared=shared "
-                 "is_vlan_transparent=vlan_transparent mtu name provider_network_type=provider:network_type "
-                 "provider_physical_network=provider:physical_network "
-                 "provider_segmentation_id=provider:segmentation_id segments tags",
-                 f"availability_zones qos_policy_id status subnet_ids=subnets {TIMES}",
-                 "qos_policy_ref=qos_policy_id:qos-policy", "name",
-                 "description dns_domain is_admin_state_up is_port_security_enabled is_shared mtu tags qos_policy_ref"),
+        "availability_zone_hints description dns_domain is_admin_state_up=admin_state_up is_default "
+        "is_port_security_enabled=port_security_enabled is_router_external=router:external is_shared=shared "
+        "is_vlan_transparent=vlan_transparent mtu name provider_network_type=provider:network_type "
+        "provider_physical_network=provider:physical_network "
+        "provider_segmentation_id=provider:segmentation_id segments tags",
+        f"availability_zones qos_policy_id status subnet_ids=subnets {TIMES}",
+        "qos_policy_ref=qos_policy_id:qos-policy", "name",
+        "description dns_domain is_admin_state_up is_port_security_enabled is_shared mtu tags qos_policy_ref"),
     ResourceType("subnet", "network", "/subnets", "subnet", "openstack.subnet.Subnet",
-                 "allocation_pools cidr description dns_nameservers gateway_ip host_routes ip_version "
-                 "ipv6_address_mode ipv6_ra_mode is_dhcp_enabled=enable_dhcp name service_types tags "
-                 "use_default_subnet_pool=use_default_subnetpool",
-                 f"network_id prefix_length segment_id subnet_pool_id=subnetpool_id {TIMES}",
-                 "network_ref=network_id:network segment_ref=segment_id:segment "
-                 "subnet_pool_ref=subnetpool_id:subnet-pool", "cidr network_ref",
-                 "allocation_pools description dns_nameservers gateway_ip host_routes is_dhcp_enabled name "
-                 "service_types tags", parent="network_ref"),
+        "allocation_pools cidr description dns_nameservers gateway_ip host_routes ip_version "
+        "ipv6_address_mode ipv6_ra_mode is_dhcp_enabled=enable_dhcp name service_types tags "
+        "use_default_subnet_pool=use_default_subnetpool",
+        f"network_id prefix_length segment_id subnet_pool_id=subnetpool_id {TIMES}",
+        "network_ref=network_id:network segment_ref=segment_id:segment "
+        "subnet_pool_ref=subnetpool_id:subnet-pool", "cidr network_ref",
+        "allocation_pools description dns_nameservers gateway_ip host_routes is_dhcp_enabled name "
+        "service_types tags", parent="network_ref"),
     ResourceType("router", "network", "/routers", "router", "openstack.network.Router",
-                 "availability_zone_hints description is_admin_state_up=admin_state_up is_distributed=distributed "
-                 "is_ha=ha name tags routes",
-                 f"availability_zones external_gateway_info flavor_id status {TIMES}",
-                 "external_gateway_refinfo=external_gateway_info:network flavor_ref=flavor_id:network-flavor", "name",
-                 "description is_admin_state_up tags routes external_gateway_refinfo"),
+        "availability_zone_hints description is_admin_state_up=admin_state_up is_distributed=distributed "
+        "is_ha=ha name tags routes",
+        f"availability_zones external_gateway_info flavor_id status {TIMES}",
+        "external_gateway_refinfo=external_gateway_info:network flavor_ref=flavor_id:network-flavor", "name",
+        "description is_admin_state_up tags routes external_gateway_refinfo"),
     ResourceType("router interface", "network", "/ports", "port", "openstack.network.RouterInterface", "device_owner",
-                 "id project_id", "device_ref=device_id:router fixed_ips_refs=fixed_ips:subnet "
-                 "network_ref=network_id:network", "device_ref network_ref fixed_ips_refs",
-                 query="?" + "&".join(f"device_owner={one}" for one in INTERFACE_OWNERS), parent="device_ref"))}
+        "id project_id", "device_ref=device_id:router fixed_ips_refs=fixed_ips:subnet "
+        "network_ref=network_id:network", "device_ref network_ref fixed_ips_refs",
+        query="?" + "&".join(f"device_owner={one}" for one in INTERFACE_OWNERS), parent="device_ref"))}
 IN_FILES: Final = {label: kind for label, kind in RESOURCE_TYPES.items() if kind.type}
 WORKLOAD: Final = "openstack.compute.Server"  # an instance, which the copy itself moves
 LABELS: Final = {kind.type: label for label, kind in IN_FILES.items()}
@@ -6883,15 +6928,15 @@ class Catalog:
         """Roles of users in projects; those of groups and in domains have no place in the files."""
         told = self.cloud.listed("identity", "/role_assignments", "role_assignments")
         return [{"id": "", "project_id": one["scope"]["project"]["id"], "role_id": one["role"]["id"],
-                 "user_id": one["user"]["id"]} for one in told if "user" in one and (
-                     "project" in one.get("scope", {}) and "OS-INHERIT:inherited_to" not in one["scope"])]
+                "user_id": one["user"]["id"]} for one in told if "user" in one and (
+                "project" in one.get("scope", {}) and "OS-INHERIT:inherited_to" not in one["scope"])]
 
     def _quotas(self) -> list[dict[str, Any]]:
         found = list[dict[str, Any]]()
         services = [("compute", "/os-quota-sets/", "quota_set"), ("network", "/quotas/", "quota")]
         services += [("block-storage", "/os-quota-sets/", "quota_set")] if self.cloud.has_volumes else []
         projects = [one for one in self.all("project")
-                    if self.is_whole or one["name"] in self.names or one["id"] == self.project]
+                if self.is_whole or one["name"] in self.names or one["id"] == self.project]
         for project, (service, path, one) in itertools.product(projects, services):
             try:
                 limits = self.cloud.ask(f"show quotas of {project['name']}", service, "GET", path + project["id"])[one]
@@ -6907,11 +6952,11 @@ class Catalog:
     def _key_pairs(self) -> list[dict[str, Any]]:
         mine, found = self.users_in(self.project), list[dict[str, Any]]()
         users = [user["id"] for user in self.all("user")
-                 if self.is_whole or user["name"] in self.names or user["id"] in mine]
+                if self.is_whole or user["name"] in self.names or user["id"] in mine]
         for user in dict.fromkeys((self.cloud.user, *users)):
             query = "" if user == self.cloud.user else f"?user_id={user}"
             found += [{"type": "ssh", **one["keypair"], "id": one["keypair"]["name"], "user_id": user}
-                      for one in self.cloud.listed("compute", f"/os-keypairs{query}", "keypairs")]
+                    for one in self.cloud.listed("compute", f"/os-keypairs{query}", "keypairs")]
         return found
 
     def users_in(self, project: str) -> set[str]:
@@ -6930,7 +6975,7 @@ class Catalog:
         else:
             with ignoring(403, 404):
                 raw["encryption"] = self.cloud.ask(f"show encryption of {label} {raw['name']}", kind.service, "GET",
-                                                   f"{path}/encryption").get("provider")
+                        f"{path}/encryption").get("provider")
         if not raw.get("os-flavor-access:is_public" if is_flavor else "is_public", True):
             access = f"{path}/os-{word.replace('_', '-')}-access"
             raw["access"] = [self.cloud.identity["project"]]  # or it would not be shown
@@ -6981,7 +7026,7 @@ class Catalog:
             value = raw.get(api)
             if name == "fixed_ips_refs":
                 refs[name] = [{"ip_address": one["ip_address"], "subnet_ref": self.ref(of, one["subnet_id"])}
-                              for one in value or ()]
+                        for one in value or ()]
             elif name == "external_gateway_refinfo":
                 refs[name] = {"network_ref": self.ref(of, value["network_id"]), **{
                     key: value[key] for key in ("enable_snat",) if key in value}} if value else None
@@ -7012,7 +7057,7 @@ def in_stable_order(value: Any) -> Any:
     """The same value, lists in a stable order."""
     if isinstance(value, list):
         return sorted(value, key=lambda one: [str(one.get(key)) for key in ("start", "destination", "end")]
-                      if isinstance(one, dict) else [str(one)])
+                if isinstance(one, dict) else [str(one)])
     return value
 
 
@@ -7020,9 +7065,9 @@ def shown_key(data: Mapping[str, Any]) -> str:
     """What a resource is called in messages, and sorted by in files: its name, or what else tells it from others."""
     params = data["params"]
     names = [str(ref["name"]) for name, ref in sorted(params.items(), reverse=True)
-             if name.endswith("_ref") and isinstance(ref, dict)]
+            if name.endswith("_ref") and isinstance(ref, dict)]
     words = [str(params[name]) for name in ("service", "direction", "ether_type", "protocol", "port_range_min",
-             "port_range_max", "remote_ip_prefix", "cidr") if params.get(name) not in (None, "")]
+            "port_range_max", "remote_ip_prefix", "cidr") if params.get(name) not in (None, "")]
     return str(params.get("name") or "") or " ".join([*names, *words]) or data["type"]
 
 
@@ -7056,9 +7101,12 @@ def needed_by(catalog: Catalog, server: Server, lost: list[str]) -> Iterator[tup
         groups |= more
     interfaces = [one for one in catalog.all("router interface") if one["network_id"] in networks]
     routers = [reachable(catalog, one, networks, lost) for one in catalog.all("router")
-               if one.get("external_gateway_info") and one["id"] in {port["device_id"] for port in interfaces}]
+            if one.get("external_gateway_info") and one["id"] in {port["device_id"] for port in interfaces}]
     yield from (("project", one) for one in catalog.all("project") if one["id"] == facts.get("tenant_id"))
-    wanted = raw_flavor(server.flavor, str(facts["tenant_id"]))
+    own = server.flavor  # which may be deleted since
+    wanted = {"id": "", "name": own.name, "vcpus": own.vcpus, "ram": own.ram, "disk": own.disk, "swap": own.swap,
+        "OS-FLV-EXT-DATA:ephemeral": own.ephemeral, "os-flavor-access:is_public": False, "rxtx_factor": 1.0,
+        "extra_specs": dict(own.extra_specs or {}), "access": [str(facts["tenant_id"])]}
     same = [one for one in catalog.all("flavor") if all(one.get(key) == wanted[key] for key in SIZES)]
     flavor = (same or [wanted])[0]
     yield "flavor", {**flavor, "access": wanted["access"] if flavor["access"] else []}  # others need no access
@@ -7067,8 +7115,7 @@ def needed_by(catalog: Catalog, server: Server, lost: list[str]) -> Iterator[tup
     yield from (("image", one) for one in catalog.all("image") if one["id"] == server.image)
     yield from (("server group", one) for one in catalog.all("server group") if server.id in one["members"])
     for label, field_name, ids in (("network", "id", networks), ("subnet", "network_id", networks),
-                                   ("security group", "id", groups),
-                                   ("security group rule", "security_group_id", groups)):
+            ("security group", "id", groups), ("security group rule", "security_group_id", groups)):
         yield from ((label, one) for one in catalog.all(label) if one[field_name] in ids)
     yield from (("router", one) for one in routers)
     ids = {one["id"] for one in routers}
@@ -7080,21 +7127,14 @@ def reachable(catalog: Catalog, router: dict[str, Any], networks: Collection[str
     sides = {*networks, router["external_gateway_info"]["network_id"]}
     cidrs = [ipaddress.ip_network(one["cidr"]) for one in catalog.all("subnet") if one["network_id"] in sides]
     routes = [one for one in router.get("routes") or () if any(ipaddress.ip_address(one["nexthop"]) in cidr
-                                                              for cidr in cidrs)]
+            for cidr in cidrs)]
     lost += [f"router {router['name']}: its route to {one['destination']} by {one['nexthop']}, on another network"
-             for one in router.get("routes") or () if one not in routes]
+            for one in router.get("routes") or () if one not in routes]
     return {**router, "routes": routes}
 
 
-def raw_flavor(flavor: Flavor, project: str) -> dict[str, Any]:
-    """An instance's flavor, which may be deleted since, as the API would have it for this project alone."""
-    return {"id": "", "name": flavor.name, "vcpus": flavor.vcpus, "ram": flavor.ram, "disk": flavor.disk,
-            "swap": flavor.swap, "OS-FLV-EXT-DATA:ephemeral": flavor.ephemeral, "os-flavor-access:is_public": False,
-            "extra_specs": dict(flavor.extra_specs or {}), "rxtx_factor": 1.0, "access": [project]}
-
-
 def described_all(catalog: Catalog, chosen_ones: Iterable[tuple[str, dict[str, Any]]],
-                  lost: list[str]) -> list[dict[str, Any]]:
+        lost: list[str]) -> list[dict[str, Any]]:
     """These resources as the files have them, in order; what cannot be described joins `lost`, with the reason."""
     found = list[dict[str, Any]]()
     for label, raw in chosen_ones:
@@ -7107,7 +7147,7 @@ def described_all(catalog: Catalog, chosen_ones: Iterable[tuple[str, dict[str, A
 
 
 def write_files(folder: Path, resources: Sequence[Mapping[str, Any]], *, may_replace: bool,
-                has_rules: bool = False) -> dict[str, int]:
+        has_rules: bool = False) -> dict[str, int]:
     """Writes a file for each type; returns how many resources each has. Raises Refused rather than replace one."""
     import yaml
 
@@ -7122,7 +7162,7 @@ def write_files(folder: Path, resources: Sequence[Mapping[str, Any]], *, may_rep
         for name, ones in files.items():
             draft = folder / f".{name}.{os.getpid()}"
             draft.write_text(yaml.safe_dump({"os_migrate_version": FORMAT_VERSION, "resources": ones},
-                                            allow_unicode=True), encoding="utf-8")
+                    allow_unicode=True), encoding="utf-8")
             draft.replace(folder / name)
     except OSError as error:
         raise UsageError(f"{folder} cannot be written: {error}", "name another --folder") from error
@@ -7132,12 +7172,12 @@ def write_files(folder: Path, resources: Sequence[Mapping[str, Any]], *, may_rep
 def parse_types(value: object) -> tuple[str, ...]:
     """Types of resources, by the names of their files or in plain words."""
     known = {re.sub(r"\W", "_", word): label for label, kind in IN_FILES.items()
-             for word in (label, f"{label}s", kind.file.removesuffix(".yml"), kind.type)}
+            for word in (label, f"{label}s", kind.file.removesuffix(".yml"), kind.type)}
     words = [re.sub(r"\W", "_", word) for word in parse_names(value or ())] if value else []
     for word in words:
         if word not in known:
             raise ValueError(f"{word!r} is not a type{did_you_mean(word, known)}; there are: "
-                             f"{', '.join(kind.file.removesuffix('.yml') for kind in IN_FILES.values())}")
+                    f"{', '.join(kind.file.removesuffix('.yml') for kind in IN_FILES.values())}")
     return tuple(known[word] for word in words)
 
 
@@ -7146,7 +7186,7 @@ def export_resources(call: Call, settings: Settings, undo: Undo, report: Report)
     if sum(map(bool, (settings.project, settings.all_projects, settings.needed_for))) > 1 or (
             settings.needed_for and settings.types):
         raise UsageError("--project, --all-projects and --for exclude each other, and --for chooses the types",
-                         "give one of them")
+                "give one of them")
     screen, lost = undo.screen, list[str]()
     try:
         types = parse_types(settings.types)
@@ -7167,7 +7207,7 @@ def export_resources(call: Call, settings: Settings, undo: Undo, report: Report)
             labels = [label for label in IN_FILES if label in (types or IN_FILES)]
             catalog.read(labels)
             found = [(label, raw) for label in labels for raw in catalog.all(label)
-                     if settings.all_projects or in_project_of(catalog, label, raw)]
+                    if settings.all_projects or in_project_of(catalog, label, raw)]
         resources = [one for one in described_all(catalog, found, lost) if not settings.only_names or any(
             fnmatch.fnmatchcase(name, settings.only_names) for name in names_of(one))]
     for line in lost:
@@ -7203,14 +7243,14 @@ def project_called(catalog: Catalog, name: str) -> str:
     found = [one for one in catalog.all("project") if name in (one["name"], one["id"])]
     if len(found) != 1:
         raise Refused(f"{catalog.cloud.label} cloud: {len(found) or 'no'} projects are called {name!r}",
-                      "give its id; see: openstack project list")
+                "give its id; see: openstack project list")
     return str(found[0]["id"])
 
 
 # ---- 15. Import ------------------------------------------------------
 
 NOT_COMPARED: Final = ("is_default", "is_domain", "use_default_subnet_pool", "segments", "hash_algo", "device_owner",
-                       "availability_zone_hints", "disk_format", "container_format", "properties")
+        "availability_zone_hints", "disk_format", "container_format", "properties")
 NOT_SENT: Final = (*NOT_COMPARED[:6], "tags", "routes", "extra_specs", "hash_value")
 OFF_BY_DEFAULT: Final = ("is_shared", "is_router_external", "is_ha", "is_distributed", "is_vlan_transparent")
 UNKNOWN: Final = re.compile(
@@ -7277,7 +7317,7 @@ def read_files(names: Sequence[str], problems: list[Reason], skipped: list[str])
                 skipped.append(str((isinstance(one.get("params"), dict) and one["params"].get("name")) or place))
             elif not (label and isinstance(one.get("params"), dict)):
                 problems.append(Reason(f"{place}: its type is unknown, or it has no params",
-                                       f"take it out; known: {', '.join(LABELS)}"))
+                        f"take it out; known: {', '.join(LABELS)}"))
             elif wrong := misformed(IN_FILES[label], one["params"]):
                 problems.append(Reason(f"{place}: {wrong}", "see what ./migrena.py export writes"))
             else:
@@ -7305,7 +7345,7 @@ def misformed(kind: ResourceType, params: dict[str, Any]) -> str:
     if params.get("name") is not None:
         params["name"] = str(params["name"])
     needed = {"subnet": ("cidr",), "quota": ("service", "limits"), "server group": ("policy",),
-              "key pair": ("public_key",), "flavor": ("ram", "vcpus", "disk")}.get(kind.label, ())
+            "key pair": ("public_key",), "flavor": ("ram", "vcpus", "disk")}.get(kind.label, ())
     if lacking := [name for name in needed if params.get(name) in (None, "", {})]:
         return f"{', '.join(lacking)} is missing"
     for name in kind.references:
@@ -7401,7 +7441,7 @@ class Resolver:
         return self.find("project", {"name": ref.get("project_name"), "domain_name": ref.get("domain_name")}, one)
 
     def find(self, label: str, ref: Mapping[str, Any] | None, one: Resource, *,
-             is_parent: bool = False) -> str | Resource:
+            is_parent: bool = False) -> str | Resource:
         """The id, or the resource to be made, that a reference means. Raises Refused if it means none, or several."""
         if not ref:
             return ""
@@ -7427,11 +7467,11 @@ class Resolver:
             way = "--network SRC=DST names another one" if label == "network" else "export it too, or create it"
             near = did_you_mean(name, {str(raw.get("name")) for raw in self.catalog.all(label)} - {name})
             raise Refused(f"{one} ({one.place}): {len(found) or 'no'} {label}s are called {name!r}{near}",
-                          "give it a name of its own" if found else way)
+                    "give it a name of its own" if found else way)
         return next(iter(found.values()))
 
     def _of_project(self, ref: Mapping[str, Any], one: Resource, there: list[dict[str, Any]],
-                    pending: list[Resource]) -> tuple[list[dict[str, Any]], list[Resource]]:
+            pending: list[Resource]) -> tuple[list[dict[str, Any]], list[Resource]]:
         """Those of the project that a reference names; if it has none, those that are shared with all."""
         try:
             project = self.project(ref, one)
@@ -7448,10 +7488,10 @@ class Resolver:
         found = self._index(one.label).get((owner, *values), [])
         if not found and one.params.get("is_shared"):
             found = [raw for (_, *known), rows in self._index(one.label).items() if known == values
-                     for raw in rows if raw.get("shared")]
+                    for raw in rows if raw.get("shared")]
         if len(found) > 1:
             raise Refused(f"{one} ({one.place}): the destination has {len(found)} of them: "
-                          f"{', '.join(str(raw['id']) for raw in found)}", "rename or delete all but one")
+                    f"{', '.join(str(raw['id']) for raw in found)}", "rename or delete all but one")
         return found[0] if found else None
 
     def _index(self, label: str) -> dict[Any, list[dict[str, Any]]]:
@@ -7471,7 +7511,7 @@ def resolved_refs(resolver: Resolver, one: Resource) -> dict[str, Any]:
         if name == "fixed_ips_refs":
             network = resolver.find("network", one.params.get("network_ref"), one)
             refs[name] = [{"ip_address": ip["ip_address"], "subnet_id": subnet_of(resolver, network, ip, one)}
-                          for ip in value or ()]
+                    for ip in value or ()]
         elif name == "external_gateway_refinfo":
             refs[name] = {"network_id": resolver.find(of, value.get("network_ref"), one), **{
                 key: value[key] for key in ("enable_snat",) if value.get(key) is not None}} if value else None
@@ -7486,9 +7526,9 @@ def subnet_of(resolver: Resolver, network: str | Resource, ip: Mapping[str, Any]
     """The subnet of a network that an address is of: subnets often have no name. Raises Refused."""
     address = ipaddress.ip_address(ip["ip_address"])
     there = [str(raw["id"]) for raw in resolver.catalog.all("subnet")
-             if raw["network_id"] == network and address in ipaddress.ip_network(raw["cidr"])]
+            if raw["network_id"] == network and address in ipaddress.ip_network(raw["cidr"])]
     pending = [other for others in resolver.pending.values() for other in others if other.label == "subnet"
-               and other.refs.get("network_ref") == network and address in ipaddress.ip_network(other.params["cidr"])]
+            and other.refs.get("network_ref") == network and address in ipaddress.ip_network(other.params["cidr"])]
     found: list[str | Resource] = [*there, *pending]
     if not found:
         raise Refused(f"{one} ({one.place}): no subnet of its network has the address {address}", "export it too")
@@ -7496,7 +7536,7 @@ def subnet_of(resolver: Resolver, network: str | Resource, ip: Mapping[str, Any]
 
 
 def plan_import(resolver: Resolver, settings: Settings, wanted: Sequence[Resource], *,
-                has_rules: bool = False) -> list[Reason]:
+        has_rules: bool = False) -> list[Reason]:
     """Finds what of the files the destination has already; returns all reasons why the rest cannot be made."""
     reasons, seen, cloud = list[Reason](), dict[Any, Resource](), resolver.catalog.cloud
     for label in IN_FILES:
@@ -7510,7 +7550,7 @@ def plan_import(resolver: Resolver, settings: Settings, wanted: Sequence[Resourc
                 hidden = resolver.catalog.hidden
                 if why := hidden.get(label) or hidden.get(f"{one.params.get('service')} {label}"):
                     raise Refused(f"{one} ({one.place}): what is there is not shown: {why}",
-                                  "use an admin's credentials")
+                            "use an admin's credentials")
                 one.refs = resolved_refs(resolver, one)
                 one.owner = resolver.owner(one)
                 if first := seen.get((label, key_of_wanted(one))):
@@ -7540,7 +7580,7 @@ def tell_surplus(catalog: Catalog, wanted: Sequence[Resource]) -> None:
 def refuse_shares(cloud: Cloud, wanted: Sequence[Resource]) -> Iterator[Reason]:
     """Reasons to refuse by the quotas of projects: a failure in the middle of an import would undo it."""
     needs = Counter((one.owner, one.label) for one in wanted
-                    if one.kind.service == "network" and one.owner and isinstance(one.owner, str) and not one.id)
+            if one.kind.service == "network" and one.owner and isinstance(one.owner, str) and not one.id)
     for project in sorted({str(owner) for owner, _ in needs}):
         with ignoring(400, 403, 404):
             told = cloud.ask("show quotas", "network", "GET", f"/quotas/{project}/details.json")["quota"]
@@ -7699,7 +7739,9 @@ def make_all(run: Import) -> None:
                 partial(make_part, run, label, number, part) for number, part in enumerate(parts, 1)], show)
         problems += [reason for error in results if isinstance(error, MigrenaError) for reason in error.reasons]
         tell_problems(run, problems)
-    set_routes(run)
+    for one in run.wanted:  # routers have their interfaces now
+        if one.label == "router" and one.result == "created" and one.params.get("routes"):
+            change_resource(run.cloud, one.label, one.id, {"routes": one.params["routes"]}, {"routes": None})
 
 
 def tell_problems(run: Import, problems: Sequence[Reason]) -> None:
@@ -7796,19 +7838,15 @@ def complete(run: Import, one: Resource, raw: Mapping[str, Any]) -> None:
     later |= {"access_refs": [*map(id_of, ids)]} if (ids := one.refs.get("access_refs")) else {}
     change_resource(cloud, one.label, one.id, later, dict.fromkeys(later))
     if one.label == "project":
-        for role in own_roles(run.scopes.catalog):
+        catalog = run.scopes.catalog
+        own = [one["role_id"] for one in catalog.all("role assignment") if one["user_id"] == catalog.cloud.user
+               and one["project_id"] == catalog.cloud.identity["project"]]
+        for role in own or catalog.cloud.roles:  # by a group perhaps
             path = f"/projects/{one.id}/users/{cloud.user}/roles/{role}"
             cloud.ask(f"get a role in {one}", "identity", "PUT", path)
         run.screen.note(f"The user of the credentials has its roles in {one} too.")
     if one.label == "security group":
         settle_first_rules(run, one, raw.get("security_group_rules") or ())
-
-
-def own_roles(catalog: Catalog) -> list[str]:
-    """The ids of the roles that the credentials' user has in its own project, by a group perhaps."""
-    cloud = catalog.cloud
-    return [one["role_id"] for one in catalog.all("role assignment") if one["user_id"] == cloud.user
-            and one["project_id"] == cloud.identity["project"]] or cloud.roles
 
 
 def settle_first_rules(run: Import, group: Resource, rules: Iterable[Mapping[str, Any]]) -> None:
@@ -7826,13 +7864,6 @@ def settle_first_rules(run: Import, group: Resource, rules: Iterable[Mapping[str
         run.screen.note(f"{group}: {removed} rules that new groups have are removed; the files do not have them.")
 
 
-def set_routes(run: Import) -> None:
-    """Sets the static routes of new routers, once they have their interfaces."""
-    for one in run.wanted:
-        if one.label == "router" and one.result == "created" and one.params.get("routes"):
-            change_resource(run.cloud, one.label, one.id, {"routes": one.params["routes"]}, {"routes": None})
-
-
 Made = list[dict[str, Any]]
 Maker = Callable[["Import", Sequence[Resource], list[dict[str, Any]]], Made]
 
@@ -7842,7 +7873,7 @@ def make_interface(run: Import, ones: Sequence[Resource], bodies: list[dict[str,
     one, router = ones[0], id_of(ones[0].refs["device_ref"])
     ips = [(ip["ip_address"], ip["subnet_id"]) for ip in one.refs["fixed_ips_refs"]]
     subnets = [subnet.params if isinstance(subnet, Resource) else run.scopes.catalog.one("subnet", subnet) or {}
-               for _, subnet in ips]
+            for _, subnet in ips]
     is_gate = len(ips) == 1 and ips[0][0] == subnets[0].get("gateway_ip")
     port = "" if is_gate else str(make_by_post(run, ones, bodies)[0]["id"])
     try:
@@ -7887,7 +7918,7 @@ def set_limits(cloud: Cloud, project: str, one: Resource, journal: Journal) -> N
     one.omitted = [key for key in one.params["limits"] if key not in there]
     if wanted := {key: value for key, value in one.params["limits"].items() if there.get(key, value) != value}:
         with journal.act(f"set limits of {service} {project}", service=service, path=path, one=told, new=wanted,
-                         was={key: there[key] for key in wanted}):
+                was={key: there[key] for key in wanted}):
             cloud.ask(f"set {one}", service, "PUT", path, {told: wanted})
 
 
@@ -7911,7 +7942,7 @@ def make_image(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any
 def make_security_groups(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
     first = [one for one in ones if one.name == DEFAULT_GROUP]
     there = {one: next(raw for raw in run.scopes.in_project(id_of(one.owner)).networks.all("security-groups")
-                       if raw["name"] == DEFAULT_GROUP and raw["project_id"] == id_of(one.owner)) for one in first}
+            if raw["name"] == DEFAULT_GROUP and raw["project_id"] == id_of(one.owner)) for one in first}
     rest = [(one, body) for one, body in zip(ones, bodies, strict=True) if one not in there]
     made = make_by_post(run, [one for one, _ in rest], [body for _, body in rest]) if rest else []
     found = there | dict(zip((one for one, _ in rest), made, strict=True))
@@ -7972,7 +8003,7 @@ def change_resource(cloud: Cloud, label: str, id: str, new: Mapping[str, Any], w
                 with ignoring(409):
                     cloud.ask(what, "network", "POST", "/security-group-rules", {"security_group_rule": {
                         "security_group_id": id, **{key: one for key, one in rule.items()
-                                                    if key != "id" and one not in (None, "")}}})
+                            if key != "id" and one not in (None, "")}}})
         elif name == "external_gateway_refinfo":
             body["external_gateway_info"] = ids_of(value)
         else:
@@ -7991,11 +8022,11 @@ def refuse_projects(scopes: Scopes, wanted: Sequence[Resource]) -> Iterator[Reas
             with collecting(problems := list[Reason]()):
                 scopes.in_project(one.owner)
             yield from (Reason(f"{one} ({one.place}): {why.problem}", "give the user of the credentials a role there")
-                        for why in problems)
+                    for why in problems)
 
 
 def plan_images(call: Call, settings: Settings, cloud: Cloud, wanted: Sequence[Resource],
-                reasons: list[Reason]) -> tuple[Cloud | None, dict[Resource, ImagePlan]]:
+        reasons: list[Reason]) -> tuple[Cloud | None, dict[Resource, ImagePlan]]:
     """The source and what is to be carried from it; adds reasons why images cannot be."""
     due, plans = due_of(wanted, "image"), dict[Resource, ImagePlan]()
     if not due:
@@ -8040,7 +8071,7 @@ def read_passwords(settings: Settings, wanted: Sequence[Resource]) -> None:
             known = {str(name): str(word) for name, word in told.items()}
         except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:  # it holds passwords
             raise UsageError(f"{settings.passwords} cannot be read: {type(error).__name__}",
-                             "write lines such as NAME: PASSWORD") from None
+                    "write lines such as NAME: PASSWORD") from None
         for one in users:
             one.password = known.get(one.name, "")
     if settings.new_passwords and users:
@@ -8056,8 +8087,8 @@ def read_passwords(settings: Settings, wanted: Sequence[Resource]) -> None:
 def rows_of(wanted: Sequence[Resource]) -> list[dict[str, Any]]:
     """What became of each resource, for the report."""
     return [{"type": one.kind.type, "name": shown_key(one.data), "id": one.id, "result": one.result,
-             "omitted": one.omitted, "differences": [
-                 {"name": name, "there": there, "file": value} for name, there, value in one.differences]}
+            "omitted": one.omitted, "differences": [
+            {"name": name, "there": there, "file": value} for name, there, value in one.differences]}
             for one in wanted]
 
 
@@ -8078,13 +8109,13 @@ def tell_import(screen: Screen, wanted: Sequence[Resource], *, always: bool = Fa
             if name == "rules":
                 continue
             screen.say(f"  {one}: {name} is {shorten(json.dumps(there), 80)}, the file has "
-                       f"{shorten(json.dumps(value), 80)}" + ("" if able else " (cannot be changed)"), always=always)
+                    f"{shorten(json.dumps(value), 80)}" + ("" if able else " (cannot be changed)"), always=always)
         if one.omitted:
             screen.warn(f"{one}: omitted, since this cloud does not know it: {', '.join(one.omitted)}")
 
 
 def import_resources(call: Call, settings: Settings, undo: Undo, report: Report, scopes: Scopes,
-                     wanted: Sequence[Resource], problems: list[Reason], *, has_rules: bool) -> str:
+        wanted: Sequence[Resource], problems: list[Reason], *, has_rules: bool) -> str:
     """Makes what the destination lacks of these, as a run of its own; returns that, or nothing if nothing was made.
 
     Raises Refused with all reasons before anything is made. A failure removes what was made.
@@ -8111,11 +8142,11 @@ def import_resources(call: Call, settings: Settings, undo: Undo, report: Report,
             return ""
         read_passwords(settings, wanted)
         run = Import(settings, screen, begin_import(folder, id, settings, catalog.cloud, wanted), undo, scopes, wanted,
-                     images, source, has_rules)
+                images, source, has_rules)
         report.run = id
         with run.journal.ending(undo), undo:
             undo.on_failure("keep what was imported" if settings.keep_going else "delete what was imported",
-                            lambda: undo_failed(run, id))
+                    lambda: undo_failed(run, id))
             try:
                 make_all(run)
                 change_all(run)
@@ -8130,7 +8161,7 @@ def read_lists(settings: Settings, catalog: Catalog, wanted: Sequence[Resource])
     """Reads the lists that these resources are looked for in, at the same time."""
     labels = {of for one in wanted for of in (one.label, *(of for _, of in one.kind.references.values()))}
     catalog.names = {settings.project, *(str((one.params.get(name) or {}).get("name")) for one in wanted
-                                         for name in ("project_ref", "user_ref"))}
+            for name in ("project_ref", "user_ref"))}
     catalog.read([label for label in RESOURCE_TYPES if label in labels | {"project", "domain"}])
 
 
@@ -8161,8 +8192,8 @@ def begin_import(folder: Path, id: str, settings: Settings, cloud: Cloud, wanted
     files = sorted({one.place.rpartition(", number ")[0] for one in wanted})
     with journal.beginning():
         journal.write("run", job="import", pid=os.getpid(), source=f"import-{cloud.identity['project']}",
-                      source_name=f"{len(wanted)} resources", name=shorten(", ".join(files), 60), clouds=[cloud.url],
-                      where=[cloud.identity], settings={"cloud": settings.cloud, "dst_cloud": settings.dst_cloud})
+                source_name=f"{len(wanted)} resources", name=shorten(", ".join(files), 60), clouds=[cloud.url],
+                where=[cloud.identity], settings={"cloud": settings.cloud, "dst_cloud": settings.dst_cloud})
     return journal
 
 
@@ -8177,8 +8208,8 @@ def import_files(call: Call, settings: Settings, undo: Undo, report: Report) -> 
     cloud.tell = undo.screen.note
     try:
         id = import_resources(call, settings, undo, report, Scopes(Catalog(cloud), creds), wanted, problems,
-                              has_rules=has_rules_in(settings.files) or any(
-                                  one.label == "security group rule" for one in wanted))
+                has_rules=has_rules_in(settings.files) or any(
+                one.label == "security group rule" for one in wanted))
     finally:
         report.api_calls = {cloud.label: cloud.calls}
     if id:
@@ -8201,7 +8232,7 @@ def delete_imported(cloud: Cloud, record: RunRecord, journal: Journal, screen: S
     made = [(act, id) for act, id in made if not record.has_done(f"delete {act.facts['kind']} {id}")]
     ours = {id for _, id in made}
     whole = {id for act, _ in made for id, request in zip(act.facts.get("ids", ()), act.facts["requests"], strict=False)
-             if request.get("security_group_id") in ours}  # rules go with their groups
+            if request.get("security_group_id") in ours}  # rules go with their groups
     made = [(act, id) for act, id in made if id not in whole]
     for label, group in itertools.groupby(made, key=lambda one: str(one[0].facts["kind"])):
         rows = [*group]
@@ -8227,8 +8258,8 @@ def lost_ids(catalog: Catalog, act: Step, patience: float, others: Collection[st
         now = Catalog(catalog.cloud)
         now.is_whole = True
         found = [str(raw["id"]) for raw in now.all(label) if json.dumps(key_of_raw(now, label, raw)) in keys
-                 and str(raw["id"]) not in others and (not raw.get("created_at") or datetime.fromisoformat(
-                     str(raw["created_at"]).replace("Z", "+00:00")) > began)]
+                and str(raw["id"]) not in others and (not raw.get("created_at") or datetime.fromisoformat(
+                str(raw["created_at"]).replace("Z", "+00:00")) > began)]
         if found or time.monotonic() > limit:
             return found
         time.sleep(CLAIM_PAUSE)
@@ -8251,7 +8282,7 @@ def delete_resource(cloud: Cloud, act: Step, id: str, ours: Collection[str], jou
             if label == "router interface":
                 router = cloud.ask(what, "network", "GET", path)["port"]["device_id"]
                 remove = partial(cloud.ask, what, "network", "PUT", f"/routers/{router}/remove_router_interface",
-                                 {"port_id": id})
+                        {"port_id": id})
                 try:
                     remove()
                 except CloudError as error:
@@ -8283,14 +8314,14 @@ def users_of(cloud: Cloud, act: Step, id: str, ours: Collection[str]) -> str:
         "network": [("network", f"/subnets?network_id={id}", "subnets")],
         "security group": [("network", f"/security-group-rules?remote_group_id={id}", "security_group_rules")],
         "project": [("image", "", "images"),
-                    *(("network", f"/{kind}?project_id={id}", kind) for kind in ("routers", "floatingips")),
-                    ("network", f"/security-groups?project_id={id}", "security_groups"),
-                    ("compute", "/os-server-groups?all_projects=True", "server_groups"),
-                    ("compute", f"/servers?all_tenants=1&project_id={id}", "servers"),
-                    ("network", f"/ports?project_id={id}", "ports"),
-                    ("network", f"/networks?project_id={id}", "networks"),
-                    *((("block-storage", f"/{kind}?all_tenants=1&project_id={id}", kind)
-                       for kind in ("volumes", "snapshots")) if cloud.has_volumes else ())]}
+            *(("network", f"/{kind}?project_id={id}", kind) for kind in ("routers", "floatingips")),
+            ("network", f"/security-groups?project_id={id}", "security_groups"),
+            ("compute", "/os-server-groups?all_projects=True", "server_groups"),
+            ("compute", f"/servers?all_tenants=1&project_id={id}", "servers"),
+            ("network", f"/ports?project_id={id}", "ports"),
+            ("network", f"/networks?project_id={id}", "networks"),
+            *((("block-storage", f"/{kind}?all_tenants=1&project_id={id}", kind)
+            for kind in ("volumes", "snapshots")) if cloud.has_volumes else ())]}
     for service, path, key in wholes.get(label, ()):
         with ignoring(404):
             found = [one.facts for one in cloud.store.all() if one.facts.get("owner") == id] if (
@@ -8442,18 +8473,13 @@ def survey_source(settings: Settings, creds: Facts, screen: Screen, stack: ExitS
             found.disks = survey_source_disks(host, server, found.lacking, only=settings.chosen)
             survey_volumes(found, cloud, server)
             if not settings.run:
-                survey_attributes(settings, found, cloud, server)
+                if "nics" not in settings.extra_args and found.disks:
+                    found.ports = survey_ports(cloud, server, next(disk.macs for disk in found.disks.values()))
+                if server.key and "key_name" not in settings.extra_args:
+                    found.key = cloud.key_pair(server.key, str(server.facts.get("user_id") or ""))
+                if groups := server.facts.get("server_groups"):
+                    found.server_group = cloud.server_group(groups[0])
     return found
-
-
-def survey_attributes(settings: Settings, found: SourceFacts, cloud: Cloud, server: Server) -> None:
-    """Adds what the source refers to: its ports, its key pair and its server group."""
-    if "nics" not in settings.extra_args and found.disks:
-        found.ports = survey_ports(cloud, server, next(disk.macs for disk in found.disks.values()))
-    if server.key and "key_name" not in settings.extra_args:
-        found.key = cloud.key_pair(server.key, str(server.facts.get("user_id") or ""))
-    if groups := server.facts.get("server_groups"):
-        found.server_group = cloud.server_group(groups[0])
 
 
 def survey_ports(cloud: Cloud, server: Server, macs: Sequence[str]) -> list[Port]:
@@ -8482,7 +8508,7 @@ def survey_ports(cloud: Cloud, server: Server, macs: Sequence[str]) -> list[Port
         tuple((ip["ip_address"], subnets[ip["subnet_id"]]["cidr"]) for ip in one["fixed_ips"]),
         tuple(groups[id]["name"] for id in one.get("security_groups", ())),
         tuple(FloatingIp(ip["floating_ip_address"], networks[ip["floating_network_id"]], ip["fixed_ip_address"],
-                         ip.get("description") or "") for ip in floating if ip["port_id"] == one["id"]), one)
+            ip.get("description") or "") for ip in floating if ip["port_id"] == one["id"]), one)
         for one in told]
     return sorted(ports, key=lambda port: macs.index(port.mac) if port.mac in macs else len(macs))
 
@@ -8492,7 +8518,7 @@ def identified(cloud: Cloud, server: str, disk: Disk, volume: Volume) -> Disk:
     top = disk.top
     if top.size != volume.size * GiB:
         raise Refused(f"{cloud.label} cloud: {volume.label} has {volume.size} GiB, but {top.path} {human(top.size)}",
-                      CONNECT_IT)
+                CONNECT_IT)
     if top.node.storage["driver"] != "host_device":
         return disk
     return replace(disk, chain=(replace(top, identity=cloud.volumes.connection(volume, server)),))
@@ -8577,15 +8603,6 @@ def survey_networks(settings: Settings, source: SourceFacts, destination: Destin
         store.room(project), floating)
 
 
-def survey_references(source: SourceFacts, destination: DestinationFacts) -> None:
-    """Adds what the destination has for the source's zone, key pair and server group."""
-    if not (cloud := destination.cloud) or not (server := source.server):
-        return
-    destination.zones = cloud.zones() if server.facts.get("availability_zone") else ()
-    destination.key = cloud.key_pair(source.key.name) if source.key else None
-    destination.server_groups = cloud.server_groups() if source.server_group else {}
-
-
 def survey_destination(settings: Settings, creds: Facts) -> DestinationFacts:
     try:
         cloud = Cloud("destination", creds, settings.dst_glance_endpoint)
@@ -8640,11 +8657,11 @@ def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Im
 
 
 def refuse(settings: Settings, source: SourceFacts, destination: DestinationFacts,
-        known: Collection[str] = ()) -> list[Reason]:
-    """All reasons to refuse; `known`: the runs with a journal here."""
+        go_on: Callable[[str], str] = "".format) -> list[Reason]:
+    """All reasons to refuse; `go_on`: the command that continues a run, "" without a journal here."""
     reasons = [*source.problems, *destination.problems]
     if source.server:
-        reasons += refuse_server(source.server, settings, known)
+        reasons += refuse_server(source.server, settings, go_on)
     if source.host:
         reasons += refuse_tools(source.host.name, source.lacking, settings, "nbd-server")
     for disk in source.disks.values():
@@ -8652,7 +8669,7 @@ def refuse(settings: Settings, source: SourceFacts, destination: DestinationFact
     if source.server and source.disks:
         reasons += refuse_volumes(settings, source, source.server, destination)
     if destination.cloud:
-        reasons += refuse_destination(settings, source, destination, known)
+        reasons += refuse_destination(settings, source, destination, go_on)
         if destination.networks is not NO_NETWORKS:
             reasons += refuse_networks(settings, source, destination.networks)
         if source.key and destination.key and source.key.fingerprint != destination.key.fingerprint:
@@ -8665,16 +8682,15 @@ def reasons_from(*rules: tuple[object, str, str]) -> list[Reason]:
     return [Reason(problem, way_out) for holds, problem, way_out in rules if holds]
 
 
-def next_commands_for(run: str, source: str, known: Collection[str]) -> str:
-    if run in known:
-        return f"if it has ended: ./migrena.py status {run} tells how to continue it, or ./migrena.py rollback {run}"
-    return f"its journal is not on this machine; if it has ended: ./migrena.py rollback --run-of {source}"
+def next_commands_for(run: str, source: str, way: str) -> str:
+    return (f"if it has ended: {way}, or ./migrena.py rollback {run}" if way else
+            f"its journal is not on this machine; if it has ended: ./migrena.py rollback --run-of {source}")
 
 
-def refuse_server(server: Server, settings: Settings, known: Collection[str] = ()) -> list[Reason]:
+def refuse_server(server: Server, settings: Settings, go_on: Callable[[str], str] = "".format) -> list[Reason]:
     id, status, reason = server.id, server.status, server.lock_reason
     run = server.metadata.get(MARK) or lock_of(server)
-    ways = next_commands_for(run, id, known)
+    ways = next_commands_for(run, id, go_on(run))
     was_moved = run and MARK not in server.metadata and " takes its place" in reason
     return reasons_from(
         (status not in ("ACTIVE", "SHUTOFF"), f"the source is {status}; it must be ACTIVE or SHUTOFF",
@@ -8720,7 +8736,10 @@ def type_of(settings: Settings, volume: Volume) -> str:
 def refuse_networks(settings: Settings, source: SourceFacts, there: Networks) -> list[Reason]:
     reasons, of_project = list[Reason](), f" --project {settings.dst_project}" if settings.dst_project else ""
     for port in source.ports:
-        reasons += refuse_port(port)
+        kind, way = port.facts.get("binding:vnic_type") or "normal", "-e \"{'nics': 'none'}\" goes on without ports"
+        reasons += reasons_from(
+            (kind != "normal", f"{port.label} is of the kind {kind}, which belongs to its host's hardware", way),
+            (port.facts.get("trunk_details"), f"{port.label} is the parent of a trunk, which is not carried", way))
         found = networks_for(settings, port, there.networks)
         if len(found) == 1:
             reasons += [*refuse_addresses(settings, port, found[0], there), *refuse_floating(settings, port, there)]
@@ -8728,9 +8747,9 @@ def refuse_networks(settings: Settings, source: SourceFacts, there: Networks) ->
             name, wanted = port.network["name"], network_wanted(settings, port)
             known = ", ".join(sorted({str(one["name"]) for one in there.networks if not one.get("router:external")}))
             reasons += [Reason(f"destination cloud: {len(found)} networks are named {wanted!r}: "
-                               f"{', '.join(one['id'] for one in found)}", f"--network {name}=ID") if found else
-                        Reason(f"destination cloud: there is no network {wanted!r}, for {port.label}",
-                               f"create it, or --network {name}=NAME; there are: {known or 'none'}")]
+                    f"{', '.join(one['id'] for one in found)}", f"--network {name}=ID") if found else
+                    Reason(f"destination cloud: there is no network {wanted!r}, for {port.label}",
+                    f"create it, or --network {name}=NAME; there are: {known or 'none'}")]
     for name in dict.fromkeys(groups_wanted(settings, source.ports)):
         if len(ids := groups_named(name, there)) != 1:
             reasons.append(Reason(
@@ -8740,20 +8759,13 @@ def refuse_networks(settings: Settings, source: SourceFacts, there: Networks) ->
     if 0 <= there.room < len(source.ports):
         reasons += refuse_quota([f"{there.room} more ports are allowed, {len(source.ports)} are needed"])
     used = Counter((one["id"], what, way) for port in source.ports
-                   for one in networks_for(settings, port, there.networks) for what, way, is_new in (
-                       (f"MAC {port.mac}", "--new-macs", settings.new_macs),
-                       *((f"address {ip}", "--new-addresses", settings.new_addresses) for ip, _ in port.addresses))
-                   if not is_new)
+            for one in networks_for(settings, port, there.networks) for what, way, is_new in (
+            (f"MAC {port.mac}", "--new-macs", settings.new_macs),
+            *((f"address {ip}", "--new-addresses", settings.new_addresses) for ip, _ in port.addresses))
+            if not is_new)
     reasons += [Reason(f"destination cloud: two ports with {what} would be on one network", way)
         for (_, what, way), count in used.items() if count > 1]
     return list(dict.fromkeys(reasons))
-
-
-def refuse_port(port: Port) -> list[Reason]:
-    kind, way = port.facts.get("binding:vnic_type") or "normal", "-e \"{'nics': 'none'}\" goes on without ports"
-    return reasons_from(
-        (kind != "normal", f"{port.label} is of the kind {kind}, which belongs to its host's hardware", way),
-        (port.facts.get("trunk_details"), f"{port.label} is the parent of a trunk, which is not carried", way))
 
 
 def refuse_addresses(settings: Settings, port: Port, network: Facts, there: Networks) -> Iterator[Reason]:
@@ -8828,13 +8840,15 @@ def plan_port(settings: Settings, port: Port, there: Networks, run: str) -> Port
     facts, (network,) = port.facts, networks_for(settings, port, there.networks)
     subnets, mark = {one["cidr"]: one for one in there.subnets[network["id"]]}, f"{MADE}={run} {port.id}"
     request = {"network_id": network["id"], "name": facts.get("name") or "", "description": mark,
-               "admin_state_up": facts.get("admin_state_up", True), "security_groups": [
-                   id for name in groups_wanted(settings, [port]) for id in groups_named(name, there)]}
+            "admin_state_up": facts.get("admin_state_up", True), "security_groups": [
+            id for name in groups_wanted(settings, [port]) for id in groups_named(name, there)]}
     if not settings.new_macs:
         request["mac_address"] = facts["mac_address"]
     if not (settings.new_addresses and port.addresses):
         request["fixed_ips"] = [{"subnet_id": subnets[cidr]["id"]} | (
-            {} if is_automatic(subnets[cidr]) else {"ip_address": ip}) for ip, cidr in port.addresses]
+            {} if {"slaac", "dhcpv6-stateless"} & {  # addresses follow from the MAC address
+                subnets[cidr].get("ipv6_address_mode"), subnets[cidr].get("ipv6_ra_mode")} else {"ip_address": ip})
+            for ip, cidr in port.addresses]
     if "port_security_enabled" in network:
         request["port_security_enabled"] = facts.get("port_security_enabled", True)
     if pairs := facts.get("allowed_address_pairs"):
@@ -8854,25 +8868,11 @@ def plan_port(settings: Settings, port: Port, there: Networks, run: str) -> Port
     return PortPlan(port.id, network["name"], request, later, tuple(facts.get("tags") or ()), floating)
 
 
-def is_automatic(subnet: Facts) -> bool:
-    """Whether a subnet's addresses follow from the MAC address (see is_auto_address_subnet in Neutron)."""
-    return bool({"slaac", "dhcpv6-stateless"} & {subnet.get("ipv6_address_mode"), subnet.get("ipv6_ra_mode")})
-
-
 def automatic_address(cidr: str, mac: str) -> str:
     """The address in a subnet that follows from a MAC address (EUI-64)."""
     first, *rest = (int(part, 16) for part in mac.split(":"))
     host = bytes([first ^ 2, *rest[:2], 0xFF, 0xFE, *rest[2:]])
     return str(ipaddress.ip_network(cidr)[int.from_bytes(host, "big")])
-
-
-def gets_new_addresses(port: Port, made: PortPlan) -> bool:
-    asked = made.request.get("fixed_ips")
-    if asked is None:
-        return True
-    is_new = "mac_address" not in made.request
-    return any("ip_address" not in one and (is_new or automatic_address(cidr, port.mac) != ip)
-        for one, (ip, cidr) in zip(asked, port.addresses, strict=True))
 
 
 @dataclass
@@ -8971,17 +8971,17 @@ def refuse_disk(disk: Disk) -> list[Reason]:
 
 
 def refuse_destination(settings: Settings, source: SourceFacts, destination: DestinationFacts,
-        known: Collection[str] = ()) -> list[Reason]:
+        go_on: Callable[[str], str] = "".format) -> list[Reason]:
     reasons = list[Reason]()
     for one in destination.same_name:
         run, taken = one.metadata.get(MADE), f"destination cloud: the name {settings.dst_name!r} is taken by {one.id}"
         reasons.append(Reason(f"{taken}, made by run {run}",
-                              next_commands_for(run, one.metadata.get(ORIGIN, settings.src_uid), known))
-                       if run else Reason(taken, "choose another one with -d"))
+                next_commands_for(run, one.metadata.get(ORIGIN, settings.src_uid), go_on(run)))
+                if run else Reason(taken, "choose another one with -d"))
     reasons += [Reason(f"destination cloud: {one.name} {one.id} ({one.status}) was made from this source by run "
-                       f"{one.metadata.get(DONE) or one.metadata.get(MADE)}",
-                       "undo that run or delete the instance; --yes makes another one anyway")
-                for one in destination.made if not settings.yes and one not in destination.same_name]
+            f"{one.metadata.get(DONE) or one.metadata.get(MADE)}",
+            "undo that run or delete the instance; --yes makes another one anyway")
+            for one in destination.made if not settings.yes and one not in destination.same_name]
     reasons += reasons_from(
         (destination.refused, f"destination cloud: -e: {destination.refused}", "leave it out"),
         ("nics" not in settings.extra_args and destination.cloud and not destination.cloud.takes("nics"),
@@ -9070,8 +9070,7 @@ def make_plan(settings: Settings, source: SourceFacts, destination: DestinationF
     moved = {disk.volume for disk in disks.values()} | {disk.file_name for disk in disks.values()}
     left = () if not settings.chosen else (
         *(f"volume {id}" for id in server.volumes if id not in moved),
-        *(f"ephemeral disk {name}" for name in ephemeral_among(disks[ROOT].beside) if name not in moved),
-        *(["the config drive"] if server.config_drive else ()))
+        *(f"ephemeral disk {name}" for name in ephemeral_among(disks[ROOT].beside) if name not in moved))
     carried_image, flavor = image_to_carry(settings, source, destination), pick_flavor(
         settings.flavor, destination.flavors, server)
     image = NO_IMAGE if ROOT in source.volumes else replace(
@@ -9109,9 +9108,9 @@ def made_with(server: Server, disks: Mapping[str, Disk], volumes: Mapping[str, s
     blank = [{"source_type": "blank", "destination_type": "local", "boot_index": -1, "delete_on_termination": True,
         "volume_size": size} for size in sizes]
     attached = [{"source_type": "volume", "destination_type": "volume", "uuid": id,
-                 "boot_index": 0 if key == ROOT else -1, "disk_bus": disks[key].bus,
-                 "delete_on_termination": disks[key].volume in server.deleted_with}
-                for key, id in (volumes or {}).items()]
+            "boot_index": 0 if key == ROOT else -1, "disk_bus": disks[key].bus,
+            "delete_on_termination": disks[key].volume in server.deleted_with}
+            for key, id in (volumes or {}).items()]
     mapping = [*(blank if len(blank) > 1 else ()), *attached]
     return ({"config_drive": True} if server.config_drive else {}) | (
         {"block_device_mapping_v2": sorted(mapping, key=lambda one: one["boot_index"] != 0)} if mapping else {})
@@ -9740,7 +9739,7 @@ def one_pass(run: Run, copy: DiskCopy) -> Pass:
 
 
 def sum_of(passes: Sequence[Pass], seconds: float) -> Pass:
-    """A pass over several disks that took so long in all; what each took counts less if they were in parallel."""
+    """A pass over several disks that took so long in all, some of it in parallel."""
     changed, looking, sending, took = (sum(values) for values in zip(*map(astuple, passes), strict=True))
     share = min(1.0, seconds / max(took, 0.001))
     return Pass(int(changed), looking * share, sending * share, seconds)
@@ -9779,7 +9778,7 @@ def nova_takes(actions: Sequence[Action], stop: float) -> float:
 
 
 def next_gap(gap: float, has_gained: bool) -> float:
-    """Seconds to wait for a guest that writes less, longer each time that a pass has gained nothing."""
+    """Seconds to wait, longer each time that a pass has gained nothing."""
     return 0.0 if has_gained else min(max(1.0, 2 * gap), LONGEST_PAUSE)
 
 
@@ -9940,17 +9939,17 @@ KINDS: Final[Mapping[str, Kind]] = {  # in the order in which they are deleted
     "volume": Kind(
         "volume", lambda cloud, facts: cloud.volumes.make(**facts),
         lambda cloud, run, facts: [volume.id for volume in cloud.volumes.made_by(run) if not facts
-                                   or volume.metadata.get(ORIGIN) == facts["metadata"][ORIGIN]],
+        or volume.metadata.get(ORIGIN) == facts["metadata"][ORIGIN]],
         lambda cloud, id, facts: cloud.volumes.delete(id)),
     "server group": Kind(  # these two have no place for a mark; they are made only if there is none of the name
         "server group", lambda cloud, facts: cloud.make_server_group(facts),
         lambda cloud, run, facts: [id for id, one in (cloud.server_groups() if facts else {}).items()
-                                   if all(one[key] == facts[key] for key in ("name", "policy", "rules"))],
+        if all(one[key] == facts[key] for key in ("name", "policy", "rules"))],
         lambda cloud, id, facts: cloud.delete_server_group(id)),
     "key pair": Kind(
         "keypair", lambda cloud, facts: cloud.make_key_pair(facts),
         lambda cloud, run, facts: [pair.name] if facts and (pair := cloud.key_pair(facts["name"])) and (
-            pair.fingerprint == facts["fingerprint"]) else [],
+        pair.fingerprint == facts["fingerprint"]) else [],
         lambda cloud, id, facts: cloud.delete_key_pair(id, facts)),
 }
 TOLD: Final = ("name", "policy", "rules", "fingerprint", "description", "metadata")  # of a request, for the journal
@@ -10167,6 +10166,7 @@ class BothEnds(ExitStack):
         super().__init__()
         self.run, self.hosts, self.locks = run, hosts, locks
         self.destination, self.is_ending = hosts[1], False  # whether a failure is final, because another disk's was
+        self.arrived = 0  # chunks
         self._ends: Ends | None = None
 
     def ends(self) -> Ends:
@@ -10340,7 +10340,7 @@ def stop_source(run: Run, new: Server) -> float:
             result["request"] = cloud.stop(id, run.changed) or locked
         if now.has_copy and (starts := see(cloud, id, record.source_request).starts):  # after the look
             raise Kept(f"the source was started ({starts[0].name} at {starts[0].at}) after it had been stopped: "
-                       "the copy is outdated", f"./migrena.py rollback {plan.run} undoes the run")
+                    "the copy is outdated", f"./migrena.py rollback {plan.run} undoes the run")
         run.screen.note("Done. Current status: SHUTOFF")
     return asked
 
@@ -10391,7 +10391,7 @@ def changed_since(record: RunRecord, cloud: Cloud, server: Server) -> list[str]:
     now = [server.flavor.vcpus, server.flavor.ram]
     if (was := record.facts.get("source_flavor", now)) != now:
         changes.append("the source had {} vCPUs and {} MiB of RAM at the {}, and has {} and {} now: "
-                       "it was resized".format(*was, when, *now))
+                "it was resized".format(*was, when, *now))
     if not record.facts.get("has_nics", not record.facts.get("ports")):
         were = {row["source"] for row in record.facts["ports"]}
         changes += come_and_gone("port ", were, {one["id"] for one in ports_of(cloud.networks, server.id)}, when)
@@ -10402,6 +10402,18 @@ def come_and_gone(kind: str, were: Collection[str], now: Collection[str], when: 
     """What a source got or lost after its survey or seed."""
     return [f"{kind}{one} was {'attached to' if one in now else 'detached from'} the source after the {when}"
         for one in sorted({*were} ^ {*now})]
+
+
+def chain_now(run: Run, drive: Drive, planned: Sequence[DiskImage], *, shared: bool) -> tuple[DiskImage, ...]:
+    """A disk and its bases as they are now; raises FinalError if they are others, or of other sizes, than planned."""
+    host = run.source_host
+    chain = (stored_image(host, drive),) if drive.storage else disk_chain(
+        host, drive.path, drive.format, shared=shared)
+    were, are = ([(image.path, image.format, image.size) for image in images] for images in (planned, chain))
+    if were != are:
+        raise FinalError(f"{host.name}: {drive.path} was replaced or resized since the survey: it was {were[0][1]}, "
+            f"{human(were[0][2])}, and is {are[0][1]}, {human(are[0][2])}", again_command(run))
+    return chain
 
 
 def require_safe_stop(run: Run) -> None:
@@ -10420,6 +10432,7 @@ def require_safe_stop(run: Run) -> None:
         if key not in domain.drives:
             raise HostError(f"{host.name}: by libvirt {disk.top.path} is no disk of the source any more")
         require_chain(host, domain.drives[key], disk.chain)
+        chain_now(run, domain.drives[key], disk.chain, shared=True)
 
 
 def require_no_more_volumes(run: Run, domain: Domain) -> None:
@@ -10446,12 +10459,8 @@ def recheck_source(run: Run, job: DiskJob) -> DiskJob:
         raise HostError(f"{host.name}: by libvirt {path} is no disk of the source any more")
     if other := misplaced(host, domain, drive):
         raise HostError.of([other])
-    chain = (stored_image(host, drive),) if drive.storage else disk_chain(host, path, drive.format, shared=False)
     planned = run.plan.disks[job.key].chain
-    if [(image.path, image.format, image.size) for image in chain] != [
-            (image.path, image.format, image.size) for image in planned]:
-        raise HostError(f"{host.name}: {path} was replaced since the survey")
-    top = replace(checked(host, chain[0]), identity=planned[0].identity)
+    top = replace(checked(host, chain_now(run, drive, planned, shared=False)[0]), identity=planned[0].identity)
     for flaw in top.flaws:
         raise HostError(f"{path} has {flaw}", FLAW_WAYS[flaw])
     if top.leaks:
@@ -10498,8 +10507,11 @@ def transfer_disk(run: Run, copy: DiskCopy) -> Moved:
             raise FinalError(f"{host.name}: only {human(free)} are left beside {job.fresh.path}: a full disk "
                 "pauses its guests", "free space there, and run it again; the limit is SPACE_RESERVE")
 
-    callbacks = Callbacks(partial(journaled_progress, run, job.key), lambda chunk, done: run.journal.write(
-        "chunk", disk=job.key, offset=chunk.offset, length=chunk.length, done=done), at_intervals(10.0, check))
+    def count(chunk: Chunk, done: int) -> None:
+        copy.both.arrived += 1
+        run.journal.write("chunk", disk=job.key, offset=chunk.offset, length=chunk.length, done=done)
+
+    callbacks = Callbacks(partial(journaled_progress, run, job.key), count, at_intervals(10.0, check))
 
     def attempt(ends: Ends) -> Moved:
         gate(run, Act.WRITE)
@@ -10547,29 +10559,29 @@ def at_intervals(seconds: float, act: Callable[[], object]) -> Callable[[], None
 
 
 def with_retries(both: BothEnds, act: Callable[[Ends], T], meanwhile: str) -> T:
-    """The result of a function on both ends, with retries if a command, an export, a device or a connection fails.
+    """The result of a function on both ends, with retries where anything on the hosts fails.
 
-    Raises a HostError that a retry cannot help with, or that of the last attempt.
+    Raises a HostError that a retry cannot help with, or that of the last attempt; they count anew once a chunk arrives.
     """
-    run = both.run
-    for attempt in range(run.settings.retries + 1):
+    run, failed, arrived = both.run, 0, both.arrived
+    while True:
         try:
-            if attempt:
+            if failed:
                 both.renew()
             return act(both.ends())
         except HostError as error:
-            if both.is_ending or attempt == run.settings.retries or isinstance(error, FinalError) or any(
+            failed, arrived = failed + 1 if both.arrived == arrived else 1, both.arrived
+            if both.is_ending or failed > run.settings.retries or isinstance(error, FinalError) or any(
                     words in str(error) for words in DISK_FULL):
                 raise
-            pause = min(2 ** (attempt + 1), 60)
-            run.journal.write("retry", attempt=attempt + 1, error=str(error), pause=pause)
-            run.screen.warn(f"{error}; attempt {attempt + 2} of {run.settings.retries + 1} follows in {pause} s, "
+            pause = min(2 ** failed, 60)
+            run.journal.write("retry", attempt=failed, error=str(error), pause=pause)
+            run.screen.warn(f"{error}; attempt {failed + 1} of {run.settings.retries + 1} follows in {pause} s, "
                 f"the source {meanwhile}")
             for _ in range(pause):
                 time.sleep(1.0)
                 if both.is_ending:
                     raise
-    raise AssertionError("the last attempt returns or raises")
 
 
 @contextmanager
@@ -10642,16 +10654,19 @@ def port_lines(settings: Settings, plan: Plan, source: SourceFacts, report: Repo
     report.ports = [{
         "name": port.facts.get("name") or "", "network": port.network["name"], "new_network": made.network,
         "network_id": made.request["network_id"], "mac": port.mac, "new_mac": "mac_address" not in made.request,
-        "addresses": [ip for ip, _ in port.addresses], "new_addresses": gets_new_addresses(port, made),
+        "addresses": [ip for ip, _ in port.addresses],
+        "new_addresses": "fixed_ips" not in made.request or any("ip_address" not in one and (
+            "mac_address" not in made.request or automatic_address(cidr, port.mac) != ip)
+            for one, (ip, cidr) in zip(made.request["fixed_ips"], port.addresses, strict=True)),
         "groups": groups_wanted(settings, [port]), "floating_ips": [ip.address for ip in port.floating],
         "new_floating_ips": len(made.floating)}
         for port, made in zip(source.ports, plan.ports, strict=True)]
     report.attributes = [asdict(one) for one in plan.attributes]
     rows = [(row["network"] + (f" -> {made.network}" if made.network != row["network"] else ""),
-             "new" if row["new_mac"] else f"{row['mac']} kept",
-             "new" if row["new_addresses"] else f"{', '.join(row['addresses'])} kept" if row["addresses"] else "none",
-             ", ".join(row["groups"]) or "none", ", ".join(row["floating_ips"]) + (
-                 "" if not row["floating_ips"] else f" {settings.floating_ip}" if made.floating else " left behind"))
+            "new" if row["new_mac"] else f"{row['mac']} kept",
+            "new" if row["new_addresses"] else f"{', '.join(row['addresses'])} kept" if row["addresses"] else "none",
+            ", ".join(row["groups"]) or "none", ", ".join(row["floating_ips"]) + (
+            "" if not row["floating_ips"] else f" {settings.floating_ip}" if made.floating else " left behind"))
             for made, row in zip(plan.ports, report.ports, strict=True)]
     if "nics" in settings.extra_args:
         yield f"ports        none of the source's: -e has nics, {settings.extra_args['nics']}"
@@ -10689,8 +10704,9 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known: float
         yield f"to move      {human(plan.carried.size)}: the image, before anything is stopped"
     report.copy = {"transport": transport, "why_transport": why, "estimates": [], "disks": {
         key: {"source": disk.top.path, "bytes": disk.guest_bytes, "length": disk.top.size, "volume": disk.volume,
-              "volume_type": plan.requests.get(key, {}).get("volume_type", "")} for key, disk in plan.disks.items()},
-                   **{key: getattr(settings, key) for key in ("tls", "warm", "bitmap", "start_after")}}
+            "volume_type": plan.requests.get(key, {}).get("volume_type", "")} for key, disk in plan.disks.items()},
+            **{key: getattr(settings, key) for key in (
+            "tls", "warm", "seed", "cutover_at", "bitmap", "start_after")}}
     yield from estimate_lines(settings, plan, known, report)
     if settings.warm and plan.was_running:
         yield "downtime     to find and send what changes meanwhile, and to stop and start"
@@ -10711,15 +10727,15 @@ def check_times(call: Call, settings: Settings) -> None:
         and not shutil.which(shlex.split(how.partition(":")[2])[0])]
     for is_wrong, problem, way_out in (
             (settings.seed and settings.cutover_at and asked,
-             "--seed ends before the cut-over, --cutover-at waits for it", "give one of them"),
+            "--seed ends before the cut-over, --cutover-at waits for it", "give one of them"),
             (asked is not None and not str(asked).strip(), "--cutover-at: no time is given", "give one, or now"),
             (asked and not (settings.cutover_at or settings.run), "--cutover-at now is for `resume`", "leave it out"),
             ({"every", "late"} & set(call.flags) and not settings.cutover_at, "--every and --late need --cutover-at",
-             "give --cutover-at too"),
+            "give --cutover-at too"),
             (settings.answers and settings.start_after not in ("all", "dst"),
-             "--await needs a destination that is started", "give -a dst or -a all too"),
+            "--await needs a destination that is started", "give -a dst or -a all too"),
             ("await_timeout" in call.flags and not settings.answers, "--await-timeout needs --await",
-             "give --await too"),
+            "give --await too"),
             (unknown, f"--await {', '.join(unknown)}: there is no such command", "name one with its path")):
         if is_wrong:
             raise UsageError(problem, way_out)
@@ -10817,9 +10833,13 @@ def survey_and_copy(call: Call, settings: Settings, undo: Undo, report: Report) 
                 destination.volume_types, destination.volume_zones = store.types(), store.zones()
                 destination.volume_limits = store.limits()
             survey_networks(settings, source, destination)
-            survey_references(source, destination)
+            if (other := destination.cloud) and (server := source.server):
+                destination.zones = other.zones() if server.facts.get("availability_zone") else ()
+                destination.key = other.key_pair(source.key.name) if source.key else None
+                destination.server_groups = other.server_groups() if source.server_group else {}
         destination.problems = [*destination.problems, *missing]
-        reasons = [*refuse(settings, source, destination, known_runs(folder)), *refuse_times(settings, source.server)]
+        reasons = [*refuse(settings, source, destination, partial(way_on, folder)),
+                *refuse_times(settings, source.server)]
         if reasons or not destination.cloud:
             raise Refused.of(reasons)
         plan, (cloud, _, host, _) = make_plan(settings, source, destination, run), source.whole
@@ -10841,14 +10861,14 @@ def begin_journal(folder: Path, settings: Settings, plan: Plan, clouds: Sequence
     journal = Journal(folder, plan.run)
     with journal.beginning():
         journal.write("run", pid=os.getpid(), seed=settings.seed, source=plan.server.id, source_name=plan.server.name,
-                      source_host=plan.server.hypervisor, name=settings.dst_name,
-                      clouds=[cloud.url for cloud in clouds], where=[cloud.identity for cloud in clouds],
-                      was_running=plan.was_running, flavor=plan.flavor.id, image=plan.image.id,
-                      source_flavor=[plan.server.flavor.vcpus, plan.server.flavor.ram],
-                      ports=[asdict(port) for port in plan.ports], has_nics="nics" in settings.extra_args,
-                      disks={key: disk.top.size for key, disk in plan.disks.items()},
-                      settings={**{name: getattr(settings, name) for name in FOR_RESUME},
-                                **{f"{side}_disk_path": settings.of(side).disk_path for side in ("src", "dst")}})
+                source_host=plan.server.hypervisor, name=settings.dst_name,
+                clouds=[cloud.url for cloud in clouds], where=[cloud.identity for cloud in clouds],
+                was_running=plan.was_running, flavor=plan.flavor.id, image=plan.image.id,
+                source_flavor=[plan.server.flavor.vcpus, plan.server.flavor.ram],
+                ports=[asdict(port) for port in plan.ports], has_nics="nics" in settings.extra_args,
+                disks={key: disk.top.size for key, disk in plan.disks.items()},
+                settings={**{name: getattr(settings, name) for name in FOR_RESUME},
+                **{f"{side}_disk_path": settings.of(side).disk_path for side in ("src", "dst")}})
     return journal
 
 
@@ -11174,8 +11194,8 @@ def plan_again(source: SourceFacts, record: RunRecord, made: Server, *, is_again
     """The plan of a run that is resumed; with a seed the source's state counts as it is now."""
     _, server, _, disks = source.whole
     return Plan(record.run, server, disks, made.flavor, Image(made.image, "", "active", "", ""), (),
-                server.status == "ACTIVE" if is_again or not record.stopped_at else record.was_running,
-                volumes=source.volumes, ports=[PortPlan(**row) for row in record.facts.get("ports", ())])
+            server.status == "ACTIVE" if is_again or not record.stopped_at else record.was_running,
+            volumes=source.volumes, ports=[PortPlan(**row) for row in record.facts.get("ports", ())])
 
 
 # ---- 19. Rollback ----------------------------------------------------
@@ -11338,7 +11358,12 @@ def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
             cloud.tell = screen.note
         if record.job == "image":
             require_same_clouds(record, clouds)
-            return undo_image(record, clouds[1], Journal(folder, record.run), undo, report)
+            if record.state == "done":
+                raise Refused(f"run {record.run} was successful: its image may be in use",
+                    "openstack image delete, if that is wanted")
+            report.run, what = record.run, f"delete image {record.facts.get('name')}"
+            return run_steps([(what, lambda: delete_carried(clouds[1], record.run))], Journal(folder, record.run), undo,
+                report)
         with refusing():
             plan = plan_undo(settings, screen, clouds, record, folder)
         now, asked = plan.now, Asked(settings.yes)
@@ -11376,15 +11401,6 @@ def undo_run(plan: UndoPlan, folder: Path, undo: Undo, report: Report) -> int:
     if source and not made and MARK not in source.metadata and (source.is_running or not now.was_running):
         undo.screen.say(f"Neither cloud has anything of run {now.run} to undo; the source is {source.status}.")
     return run_steps(undo_steps(plan, journal), journal, undo, report, keep_destination=plan.settings.keep_destination)
-
-
-def undo_image(record: RunRecord, cloud: Cloud, journal: Journal, undo: Undo, report: Report) -> int:
-    """Deletes the incomplete image of a run of `image`."""
-    if record.state == "done":
-        raise Refused(
-            f"run {record.run} was successful: its image may be in use", "openstack image delete, if that is wanted")
-    report.run, what = record.run, f"delete image {record.facts.get('name')}"
-    return run_steps([(what, lambda: delete_carried(cloud, record.run))], journal, undo, report)
 
 
 def undo_import(call: Call, settings: Settings, record: RunRecord, journal: Journal, undo: Undo, report: Report) -> int:
@@ -11738,6 +11754,15 @@ def with_options(made: argparse.ArgumentParser, subcommand: str) -> argparse.Arg
     return made
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that raises UsageError, with what may be meant."""
+
+    def error(self, message: str) -> NoReturn:
+        about, _, words = message.partition("unrecognized arguments: ")
+        near = "" if about else did_you_mean(re.split("[ =]", words)[0], [*self._option_string_actions, *SUBCOMMANDS])
+        raise UsageError(f"{message}{near}", f"see: {self.prog} --help")
+
+
 def parser(subcommand: str = "copy") -> argparse.ArgumentParser:
     words, told = SUBCOMMANDS[subcommand].words, SUBCOMMANDS[subcommand].help
     usage = f"migrena.py {'' if subcommand == 'copy' else f'{subcommand} '}{words} [options]"
@@ -11746,8 +11771,8 @@ def parser(subcommand: str = "copy") -> argparse.ArgumentParser:
         usage += f"\n       migrena.py {'|'.join(others)} --help"
         told = "\n".join([f"{told}\n", *aligned([
             (f"  {name} {it.words}", it.help.partition("\n")[0]) for name, it in others.items()])])
-    made = argparse.ArgumentParser(prog="migrena.py", usage=usage, description=told, epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    made = Parser(prog=f"./migrena.py {subcommand}".removesuffix(" copy"), usage=usage, description=told,
+        epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("--version", action="version", version=f"migrena {VERSION}")
     if "RUN" in words:
         made.add_argument("run", metavar="RUN", nargs=None if words == "RUN" else "?", default=argparse.SUPPRESS,
@@ -11778,7 +11803,7 @@ def read_call(arguments: Sequence[str], environment: Mapping[str, str], screen: 
     path = Path(named).expanduser() if named else Path(__file__).resolve().with_name("config.py")
     if named and not path.is_file():
         raise UsageError(f"there is no file {path}", "give another one with -c FILE")
-    call = Call(subcommand, flags, environment, read_config(path) if path.is_file() else {})
+    call = Call(subcommand, flags, environment, {**read_config(path), "path": path} if path.is_file() else {})
     settings = call.settings()
     has_secret = re.search("password|secret|api_key", " ".join((*settings.src_creds, *settings.dst_creds)))
     if has_secret and {"src_creds", "dst_creds"} & call.config.keys() and path.stat().st_mode & (
@@ -11849,7 +11874,7 @@ def main(arguments: Sequence[str]) -> int:
             f"./migrena.py status {report.run} shows what was done"] if report.run else []
         for line in (*(f"left behind: {line}" for line in undo.left), *(f"  try: {way}" for way in undo.ways or told)):
             screen.say(line, always=True)
-    if settings.json:
+    if settings.json or "--json" in arguments:
         report.warnings, report.seconds, report.ssh_commands = screen.warnings, screen.seconds, screen.commands
         print(json.dumps(asdict(report), indent=2))
     return code

@@ -101,9 +101,10 @@ def by_migrena(stage: Stage, kind: str, source: Stored, fresh: Stored) -> dict[s
         src, dst = (stack.enter_context(contextlib.closing(connect(name, settings, Screen(io.StringIO())))) for name in ("src", "dst"))
         stack.enter_context(unittest.mock.patch("migrena.require_identity", lambda host, image: None))  # loop devices are nobody's volumes
         began = time.monotonic()
-        moved = Copy(src, dst, settings, stage.folder)(source, fresh)
+        copy = Copy(src, dst, settings, stage.folder)
+        moved = copy(source, fresh)
         command("sync")
-        return {"seconds": time.monotonic() - began, "held": moved.held, "sent": moved.sent}
+        return {"seconds": time.monotonic() - began, "held": moved.held, "sent": copy.sent}
 
 
 def by_hand(stage: Stage, kind: str, source: Stored, fresh: Stored) -> dict[str, float]:

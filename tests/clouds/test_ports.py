@@ -16,7 +16,7 @@ import pytest
 from clouds.conftest import Operator, as_before, has_been_put_back, has_moved, left_on, wait_for_console
 from lab.api import Api
 from lab.clouds import Clouds, credentials
-from lab.networks import GROUPS, create_floating_ip, create_port, ensure_group, ensure_key
+from lab.networks import GROUPS, create_floating_ip, create_port, ensure_group, ensure_key, reached
 from lab.packages import install
 from lab.processes import CLEAN_ENV, command
 
@@ -137,7 +137,9 @@ def test_an_instance_of_a_user_arrives_with_all_that_it_has(operator: Operator, 
     plan = operator.run("-s", whole, "--dst-project", "same", "--floating-ip", "new", "-n")
     told = r"dual +fa:16:3e:aa:bb:21 kept +10\.90\.12\.\d+, fd00:90:12::\S+ kept +\S+, \S+"
     assert plan.returncode == 0 and re.search(told, plan.stderr), plan.stderr
-    report = operator.report("-s", whole, "--dst-project", "same", "--floating-ip", "new", "-a", "dst")
+    with reached(networks.spec, "dst"):
+        report = operator.report("-s", whole, "--dst-project", "same", "--floating-ip", "new", "-a", "dst", "--await", "tcp:80")
+    assert report["answer_seconds"] > 0
     id = report["destination"]["id"]
     one, other = src.server(whole), dst.server(id)
     metadata = {key: value for key, value in other["metadata"].items() if not key.startswith("migrena:")}

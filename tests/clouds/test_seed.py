@@ -27,6 +27,7 @@ from clouds.test_refusals import resize
 from clouds.test_warm import went_on
 from lab.api import Api
 from lab.clouds import Clouds
+from lab.guest import guest_image
 from lab.processes import wait_until
 
 pytestmark = pytest.mark.timeout(900)
@@ -166,6 +167,25 @@ def test_a_source_comes_back_by_itself_when_the_destination_does_not_answer(
     report = operator.report("resume", report["run"], "--await", ANSWERS)  # what its guest wrote meanwhile is not lost
     went_on(clouds, dst, running, made["id"])
     assert has_moved(src, running, made["id"])
+
+
+@pytest.mark.long
+def test_a_guest_that_cannot_boot_there_gives_the_source_back(
+        operator: Operator, clouds: Clouds, src: Api, dst: Api, running: str) -> None:
+    """Its disk has code for a BIOS, and the firmware there is UEFI."""
+    wait_for_console(src, running, "GUEST wrote=")
+    begun, image = boots(clouds.host(SOURCE), running), dst.upload("other-firmware", guest_image(), hw_firmware_type="uefi")
+    try:
+        done = operator.run("-s", running, *operator.to(DESTINATION, image="other-firmware"), "--ignore-properties", "-a", "dst",
+                            "--await", ANSWERS, "--await-timeout", "30s", "--json")
+        report = json.loads(done.stdout)
+        assert done.returncode == 4 and "is ACTIVE again" in report["not_undone"][1], done.stderr
+        wait_for_console(src, running, f"GUEST boots={begun + 1} ")
+        assert "GUEST" not in dst.console(dst.need("nova", "servers", "arrived"))
+        assert operator.run("rollback", report["run"]).returncode == 0
+        assert has_been_put_back(src, running, "ACTIVE") and not dst.find("nova", "servers", "arrived")
+    finally:
+        dst.call("DELETE", "glance", f"/images/{image}")
 
 
 @pytest.mark.long

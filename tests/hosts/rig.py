@@ -48,6 +48,7 @@ from migrena import (
     move_disk,
     plan_job,
     read_run,
+    received,
     refuse_job,
     settle_disk,
     signals,
@@ -278,6 +279,7 @@ class Copy:
     report: Report = field(default_factory=Report)
     progress: Callable[[int], None] = lambda done: None
     name: str = ""  # of the run; one that has a journal in the state folder is gone on with
+    sent: int = 0  # bytes that came to the destination while the disk arrived
 
     def run_of(self, disk: Disk) -> Run:
         """The facts that a copy's steps share, without any cloud."""
@@ -310,7 +312,10 @@ class Copy:
 
     def move(self, ends: Ends, job: DiskJob, check: Callable[[], None] = lambda: None) -> Moved:
         """The bytes arrive and are proven, at the first attempt or not at all; nothing is swapped in."""
-        return move_disk(ends, job, Callbacks(self.shown, check=check))[0]
+        before = received(ends)
+        moved = move_disk(ends, job, Callbacks(self.shown, check=check))[0]
+        self.sent = received(ends) - before
+        return moved
 
     def arrive(self, source: Instance, fresh: Instance, check: Callable[[], None] = lambda: None) -> Moved:
         """The bytes arrive and are proven, as often tried again as the settings say; nothing is swapped in."""
@@ -321,7 +326,10 @@ class Copy:
             if run.earlier and (stand := run.earlier.record.disks[ROOT].job.get("stand")):
                 job = replace(job, stand=stand)
             with unittest.mock.patch("migrena.gate", lambda *_, **__: None), unittest.mock.patch("migrena.at_intervals", lambda *_: check):
-                return transfer_disk(run, DiskCopy(both, job))  # there are no clouds to be asked
+                before = received(both.ends())
+                moved = transfer_disk(run, DiskCopy(both, job))  # there are no clouds to be asked
+                self.sent = received(both.ends()) - before
+                return moved
 
     def __call__(self, source: Instance, fresh: Instance) -> Moved:
         """The whole of it."""

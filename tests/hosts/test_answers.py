@@ -145,7 +145,7 @@ def test_an_answer_of_another_form_is_shown_with_host_and_command(lab: Lab, src:
     assert "a wrapper" in caught.value.reasons[0].way_out
 
 
-@pytest.mark.parametrize(("tool", "word", "needed"), [("qemu-img", "unshare-child-perms", "qemu 5.0"), ("python3", "version_info", "python3 3.6")])
+@pytest.mark.parametrize(("tool", "word", "needed"), [("qemu-img", "unshare-child-perms", "qemu 5.2"), ("python3", "version_info", "python3 3.6")])
 @pytest.mark.parametrize("side", ["src", "dst"])
 def test_a_tool_that_is_too_old_is_found_out_while_the_source_still_runs(
         lab: Lab, operator: Operator, side: str, tool: str, word: str, needed: str) -> None:

@@ -205,10 +205,16 @@ def test_a_source_that_is_stopped_by_somebody_meanwhile_ends_it(operator: Operat
 def test_a_program_that_dies_in_a_warm_pass_costs_an_attempt(operator: Operator, guest: Guest, side: str, word: str) -> None:
     guest()
     process = in_a_pass(operator)
-    host = operator.lab[side]
-    for pid, words in processes(host).items():
-        if words[0] == word and ("convert" in words if side == "dst" else "--pid-file" in " ".join(words)):
-            host.run("kill", "-9", str(pid))
+    host, found = operator.lab[side], list[int]()
+
+    def is_there() -> bool:  # between two chunks it is not
+        found[:] = [pid for pid, words in processes(host).items() if words[0] == word and (
+            "convert" in words if side == "dst" else "--pid-file" in " ".join(words))]
+        return bool(found)
+
+    wait_for(word, is_there)
+    for pid in found:
+        host.run("kill", "-9", str(pid))
     goes_on(operator, process)
 
 
@@ -247,6 +253,18 @@ def test_a_destination_that_fills_up_in_a_warm_pass_leaves_the_source_running(op
         host.run("sh", "-c", f"head -c 1G /dev/zero > {INSTANCES}/filler", check=False)
         assert "No space left on device" in ended(process, 1)
         is_untouched(operator)
+
+
+def test_a_disk_that_is_resized_in_a_warm_pass_ends_the_run_before_the_stop(operator: Operator, guest: Guest) -> None:
+    resize = 'import os, sys; os.pwrite(os.open(sys.argv[1], os.O_WRONLY), int(sys.argv[2]).to_bytes(8, "big"), 24)'  # in the header of a qcow2
+    size = operator.source.node()["virtual-size"]
+    guest()
+    process = in_a_pass(operator)
+    operator.source.host.run("python3", "-c", resize, operator.source.path, str(size + MiB))
+    said = ended(process, 1)
+    operator.source.host.run("python3", "-c", resize, operator.source.path, str(size))
+    assert "was replaced or resized since the survey" in said and "Stop source instance" not in said
+    is_untouched(operator)
 
 
 @pytest.mark.parametrize("name", ["src", "dst"])

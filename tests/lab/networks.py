@@ -7,7 +7,8 @@ go from one to the other; what they give out by themselves, also to their DHCP s
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -119,6 +120,17 @@ def lay_wires(host: Host, shared: bool) -> None:
         if not _is_there(bridge):
             command("ip", "-batch", "-", stdin=f"link add {bridge} type bridge\nlink set {bridge} up\n")
         command("ip", "link", "set", end, "master", bridge, "up")
+
+
+@contextmanager
+def reached(spec: Spec, cloud: str) -> Iterator[None]:
+    """A scope in which this machine has an address of its own on a cloud's network `app`, and so reaches the guests there."""
+    words = "address", "10.90.11.250/24", "dev", _bridge(spec, "app", cloud)
+    command("ip", words[0], "add", *words[1:])
+    try:
+        yield
+    finally:
+        command("ip", words[0], "del", *words[1:])
 
 
 def remove_wires(spec: Spec) -> None:

@@ -685,7 +685,7 @@ class Disks:
         if world.process.wire_breaks or not file:
             self.lose_holds()
         world.files[ends.destination.name, job.new] = File(file.lineage, file.version, whole=False, inode=world.next())
-        return migrena.Moved(1, 1, "", 2.0, 1.0, 1.0)
+        return migrena.Moved(1, "", 2.0, 1.0, 1.0)
 
     def move_disk(self, ends: migrena.Ends, job: migrena.DiskJob, callbacks: migrena.Callbacks,
                   known: migrena.Known) -> tuple[migrena.Moved, migrena.Known]:
@@ -709,7 +709,7 @@ class Disks:
         new.whole = new.version == file.version and world.files.get((source.name, job.source.path)) is file
         if target not in world.files:
             raise migrena.HostError(f"{ends.destination.name}: {job.new} is gone")
-        return migrena.Moved(2, 2, "digest", 2.0), known
+        return migrena.Moved(2, "digest", 2.0), known
 
     def settle_disk(self, host: HostStandIn, job: migrena.DiskJob) -> tuple[str, ...]:
         world = self.world

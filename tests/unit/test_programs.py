@@ -208,7 +208,7 @@ def test_control_that_there_is_no_more_data_is_no_error(holed: Path, monkeypatch
 @pytest.mark.parametrize("verb", ["extents", "digest"])
 def test_a_device_is_not_read_as_a_file_in_which_it_would_look_empty(verb: str) -> None:
     done = run(verb, "/dev/null", MiB)
-    assert done.returncode == 1 and done.stderr == "/dev/null: it is not a file\n" and not done.stdout
+    assert done.returncode == 1 and done.stderr == "/dev/null: it is neither a file nor a block device\n" and not done.stdout
 
 
 def test_what_is_not_there_is_reported_in_one_line() -> None:

@@ -116,14 +116,14 @@ def test_a_source_that_another_run_has_marked_is_refused() -> None:
 @pytest.mark.parametrize("different", [{"metadata": {MARK: "r"}}, {"locked": True, "lock_reason": "migrena run r"},
                                        {"metadata": {MARK: "r"}, "locked": True, "lock_reason": "migrena run r"}])
 def test_a_run_whose_journal_is_here_is_reported_once_with_resume_and_rollback(different: dict[str, Any]) -> None:
-    reason = only(list(refuse_server(a_server(**different), some_settings(), ["r"])))
-    assert reason.way_out == "if it has ended: ./migrena.py status r tells how to continue it, or ./migrena.py rollback r"
+    reason = only(list(refuse_server(a_server(**different), some_settings(), "./migrena.py resume {}".format)))
+    assert reason.way_out == "if it has ended: ./migrena.py resume r, or ./migrena.py rollback r"
 
 
 def test_a_half_made_destination_is_refused_with_resume_and_rollback() -> None:
     half = a_server(id="x", metadata={MADE: "r", ORIGIN: UUID})
-    reason = only(refuse_destination(some_settings(), a_source(), a_destination(same_name=(half,)), ["r"]))
-    assert "taken by x, made by run r" in reason.problem and "status r" in reason.way_out
+    reason = only(refuse_destination(some_settings(), a_source(), a_destination(same_name=(half,)), "./migrena.py resume {} --seed".format))
+    assert "taken by x, made by run r" in reason.problem and "resume r --seed, or ./migrena.py rollback r" in reason.way_out
     assert "--run-of" in only(refuse_destination(some_settings(), a_source(), a_destination(same_name=(half,)))).way_out
 
 
@@ -236,7 +236,7 @@ def test_with_root_only_the_plan_lists_what_stays_behind() -> None:
     server = a_server(volumes=("v1", "v2"), config_drive=True, flavor=a_flavor(ephemeral=1))
     source = a_source(server=server, disks={ROOT: a_disk(beside=("disk.config", "disk.eph0", "disk.local", "disk.swap"))})
     plan = make_plan(some_settings(root_only=True), source, a_destination(flavors=(server.flavor,)), "run-1")
-    assert plan.left_behind == ("volume v1", "volume v2", "ephemeral disk disk.local", "ephemeral disk disk.eph0", "the config drive")
+    assert plan.left_behind == ("volume v1", "volume v2", "ephemeral disk disk.local", "ephemeral disk disk.eph0")
 
 
 def an_image_with(**properties: Any) -> Image:
@@ -369,7 +369,7 @@ def test_a_flavor_whose_disk_is_as_large_as_the_image_is_not_refused_beforehand(
 ])
 def test_a_flavor_without_a_disk_size_is_refused_where_the_image_is_smaller_than_the_source_s_disk(told: dict[str, object], size: str) -> None:
     reasons = refuse_destination(some_settings(flavor="none", image="debian"), a_source(), a_destination(
-        flavors=(a_flavor(name="none", disk=0),), images=(an_image(facts=told),), ), ())
+        flavors=(a_flavor(name="none", disk=0),), images=(an_image(facts=told),)))
     assert f"flavor none has no disk size, and image 'debian' has {size}" in only(about("has no disk size", reasons)).problem
 
 
