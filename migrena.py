@@ -2899,22 +2899,22 @@ n=0
 while [ ! -s "$pidfile" ]; do
   kill -0 "$child" 2>/dev/null || wait "$child" || exit
   n=$((n + 1))
-  [ "$n" -lt 1200 ] || {
+  [ "$n" -lt 5000 ] || {
     kill -9 "$child" 2>/dev/null
     echo "did not serve within 60 s: the storage may be full or down" >&2
     exit 1
   }
-  sleep 0.05
+  sleep 0.01
 done
 read -r pid < "$pidfile"
 trap '' PIPE  # even if nobody reads our output, we must clean up
 echo ready
 hold kill -0 "$pid" 2>/dev/null || { kill -s KILL -- "-$pid" 2>/dev/null; echo "ended by itself" >&2; exit 1; }
 kill "$pid" 2>/dev/null
-for n in $(seq 80); do
+for n in $(seq 350); do
   kill -0 "$pid" 2>/dev/null || break
-  [ "$n" != 40 ] || kill -9 "$pid" 2>/dev/null
-  sleep 0.05
+  [ "$n" != 180 ] || kill -9 "$pid" 2>/dev/null
+  sleep 0.01
 done
 kill -s KILL -- "-$pid" 2>/dev/null  # nbd-server's group: before 3.27 a child loops forever \
 when a TLS client disconnects

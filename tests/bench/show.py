@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
+from bench.wire import WIRES
 from lab.processes import LabError, home, say
 
 Record = Mapping[str, Any]
@@ -101,7 +102,7 @@ def row(way: str, records: Sequence[Record]) -> Row:
 def grouped(records: Sequence[Record]) -> Iterator[tuple[str, str, list[Row]]]:
     """Each wire and disk in the order of the run's own names, with its ways from the fastest to the slowest; failures last."""
     runs = [record for record in records if record["kind"] == "run"]
-    for wire in dict.fromkeys(sorted((record["wire"] for record in runs), key=("unshaped", "1gbit", "100mbit").index)):
+    for wire in dict.fromkeys(sorted((record["wire"] for record in runs), key=list(WIRES).index)):
         for disk in sorted({record["disk"] for record in runs if record["wire"] == wire}):
             found: dict[str, list[Record]] = {}
             for record in runs:
