@@ -688,7 +688,7 @@ class Settings:
 
     @property
     def rates_ahead(self) -> str:
-        """The limits of the next week as Pace reads them: each rate, after the first one with the seconds to it."""
+        """The limits of the next week, as Pace reads them."""
         now = datetime.now().astimezone()
         clocks = {(int(hour) % 24, int(past)) for hour, past in re.findall(r"(\d+):(\d+)", self.limit_rate)}
         days = [(now + timedelta(days=day)).replace(second=0, microsecond=0, tzinfo=None) for day in range(8)]
@@ -1166,7 +1166,7 @@ Named = TypeVar("Named", Flavor, Image, Server)
 
 
 def pick(name: str, among: Sequence[Named], kind: str, place: str, way: str) -> Named:
-    """The one with this id, else this name, hidden ones last; raises Refused with the candidates unless it is one."""
+    """The one with this id, else this name, hidden ones last; raises Refused unless it is one."""
     found = [one for one in among if one.id == name] or [one for one in among if one.name == name]
     found = [one for one in found if not getattr(one, "is_hidden", False)] or found
     if len(found) > 1:
@@ -1455,7 +1455,7 @@ def too_little(move: Move, free: Mapping[str, int]) -> list[str]:
 
 
 def in_order(moves: Sequence[Move], hosts: Iterable[ComputeHost]) -> list[Move]:
-    """The moves, reordered only so that room is freed before it is needed; raises Refused for a cycle of full hosts."""
+    """The moves, so ordered that room is freed before it is needed; raises Refused for a cycle of full hosts."""
     free, waiting, ordered = {host.name: dict(host.free) for host in hosts}, list(moves), list[Move]()
     while waiting:
         if not (move := next((move for move in waiting if not too_little(move, free[move.to])), None)):
@@ -2591,7 +2591,7 @@ def runs_of(room: memoryview, start: int, stop: int) -> list[list[int]]:
 
 
 def lines_told() -> Iterator[str]:
-    """Gives each line of standard input, without dots: see LEASED_SERVICE. Its end, or a minute of silence, ends us."""
+    """Gives each line of input, without dots: see LEASED_SERVICE. Its end, or a minute of silence, ends us."""
     import queue
 
     told: queue.Queue[str] = queue.Queue()
@@ -9511,10 +9511,7 @@ def once_more(run: Run, host: Host, side: str, locks: DiskLocks) -> Host:
 
 
 def for_each(run: Run, copies: Sequence[DiskCopy], act: Callable[[DiskCopy], T]) -> list[T]:
-    """The results of an act on each disk, as many at a time as --lanes allows; raises what the first failure was.
-
-    The others are ended then, and not tried again.
-    """
+    """The results of an act on each disk, as many at a time as --lanes allows; the first failure ends the others."""
     by_nbd = [copy for copy in copies if copy.job.transport.name == NbdTransport.name]  # one device, and ports untold
     lanes = 1 if run.settings.limit_rate or len(by_nbd) > 1 else min(run.settings.lanes, len(copies))
     if lanes == 1:
@@ -10238,6 +10235,9 @@ def prepare(run: Run, both: Mapping[str, BothEnds], new: Server) -> list[DiskJob
             refuse_job(ends, job, need, others)
             others += need
         rate = rehearse(ends, jobs[0])
+        if len(jobs) > 1:  # side by side, each at its own port
+            for_each(run, [DiskCopy(both[job.key], job) for job in jobs],
+                lambda copy: rehearse(copy.both.ends(), copy.job))
         screen.note(
             f"Done. {human(SAMPLE)} went from {ends.source.nbd_address} to {ends.client_address} and were verified.")
         if rate < SLOW_WIRE and jobs[0].may_be_compressed:

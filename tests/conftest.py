@@ -17,8 +17,13 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "migrena.py"
 LONG = frozenset(line for line in Path(__file__).with_name("long.txt").read_text().splitlines() if not line.startswith("#"))
+SECOND = ("test_adversary.py", "test_faults.py", "test_gate.py")  # with several pairs of clouds, these are on another one
 Migrena = Callable[..., "subprocess.CompletedProcess[str]"]
 T = TypeVar("T")
+
+PAIRS = os.environ.get("MIGRENA_PAIRS") == "yes" and os.environ.get("PYTEST_XDIST_WORKER")
+if PAIRS:  # the long command: each worker brings up clouds of its own, if it comes to a test on clouds
+    os.environ["MIGRENA_CLOUDS"] = PAIRS.removeprefix("gw")
 
 # Who starts the tests in the background has these ignored, and all that the tests start would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -59,7 +64,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         name = item.nodeid.partition("@")[0]
         if {name, name.partition("[")[0]} & LONG:
             item.add_marker(pytest.mark.long)
-        group = {"clouds": "clouds", "test_nbd_device.py": "machines", "test_export.py": "export"}
+        second = "other clouds" if item.path.name in SECOND and PAIRS else "clouds"
+        group = {"clouds": second, "test_nbd_device.py": "machines", "test_export.py": "export"}
         for part in set(item.path.parts) & group.keys():
             item.add_marker(pytest.mark.xdist_group(group[part]))
     items.sort(key=lambda item: (item.get_closest_marker("xdist_group") is None, "unit" in item.path.parts))

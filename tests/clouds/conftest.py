@@ -26,6 +26,7 @@ from lab.guest import guest_image
 from lab.halting import HALT, Throw
 from lab.hosts import Host
 from lab.processes import wait_until
+from lab.settings import NUMBER
 
 DISKS = "/var/lib/nova/instances"
 SOURCE, DESTINATION = "src-cmp1", "dst-cmp1"  # the hypervisors of most tests
@@ -160,6 +161,8 @@ def clouds() -> Iterator[Clouds]:
     yield found
     if not was_up:
         found.down()
+        if NUMBER:
+            purge()
 
 
 @pytest.fixture(scope="session")

@@ -138,6 +138,19 @@ def test_an_ephemeral_disk_with_an_external_snapshot_is_refused(operator: Operat
         host.run("rm", "-f", path)
 
 
+@pytest.mark.long
+def test_a_second_port_that_is_filtered_fails_the_rehearsal_before_the_stop(operator: Operator, clouds: Clouds, src: Api, laden: str) -> None:
+    src.act(laden, "os-start", until="ACTIVE")
+    host, rule = clouds.host(SOURCE), ("INPUT", "-p", "tcp", "--dport", "2667", "-j", "REJECT")
+    host.run("iptables", "-I", *rule)
+    try:
+        done = operator.run(*words(operator, laden), extra="NBD_SERVER_PORT = '2666-2667'")
+    finally:
+        host.run("iptables", "-D", *rule)
+    assert done.returncode == 1 and "cannot read from src-cmp1" in done.stderr, done.stderr
+    assert "Stop source instance" not in done.stderr and has_been_put_back(src, laden, "ACTIVE")
+
+
 def test_hazard_only_the_root_disk_is_copied_and_nobody_says_so(operator: Operator, laden: str) -> None:
     done = operator.run(*words(operator, laden), "--root-only", "-n")
     assert done.returncode == 0 and "config drive" not in done.stderr  # Nova makes a new one

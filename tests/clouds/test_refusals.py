@@ -11,6 +11,7 @@ import pytest
 
 from clouds.conftest import Operator, has_been_put_back
 from lab.api import Api
+from lab.settings import ADDRESSES
 
 WORDS = ("-d", "arrived", "-f", "tiny", "-i", "guest")
 PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAA" + "I" * 44 + " of-somebody"
@@ -38,7 +39,7 @@ def test_a_source_that_nobody_knows(operator: Operator) -> None:
 
 
 @pytest.mark.parametrize(("extra", "told"), [
-    ("SRC_CREDS['password'] = 'wrong'", "source cloud: http://10.80.0.1:5000/v3 refuses the credentials"),
+    ("SRC_CREDS['password'] = 'wrong'", f"source cloud: http://{ADDRESSES['src']}:5000/v3 refuses the credentials"),
     ("DST_CREDS['region_name'] = 'nowhere'", "region"),
     ("SRC_CREDS['auth_url'] = 'http://127.0.0.1:9/v3'", "check auth_url"),
     ("DST_CREDS['username'] = DST_CREDS['project_name'] = 'demo'", "destination cloud: these credentials do not show on which host"),

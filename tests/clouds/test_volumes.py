@@ -168,7 +168,7 @@ def test_a_run_that_was_killed_amid_its_volumes_is_rolled_back_and_leaves_none(
     assert done.returncode == 0, done.stderr
     assert empty.volumes() == [] and empty.call("GET", "nova", "/servers?all_tenants=1")["servers"] == []
     assert has_been_put_back(storage.api("src"), laden, "SHUTOFF")
-    assert left_on(storage.host("src-cmp1")) == left_on(storage.host("dst-cmp1")) == []
+    wait_until("the end of what was killed", lambda: left_on(storage.host("src-cmp1")) == left_on(storage.host("dst-cmp1")) == [], 60)
 
 
 @pytest.mark.long
@@ -179,7 +179,7 @@ def test_a_run_that_was_killed_amid_its_volumes_is_resumed(operator: Operator, s
     done = operator.run("resume", operator.last_run)
     assert done.returncode == 0, done.stderr
     assert all(same(storage, "src-cmp1", laden, "dst-cmp1", done.stdout.strip()).values())
-    assert left_on(storage.host("src-cmp1")) == left_on(storage.host("dst-cmp1")) == []
+    wait_until("the end of what was killed", lambda: left_on(storage.host("src-cmp1")) == left_on(storage.host("dst-cmp1")) == [], 60)
 
 
 @pytest.mark.long

@@ -38,6 +38,7 @@ from lab.processes import (
 from lab.roster import Roster
 from lab.settings import (
     CLOUDS,
+    CLOUDS_NAME,
     COMPUTES,
     GO,
     NETWORK,
@@ -109,7 +110,7 @@ class Options:
     @classmethod
     def kept(cls) -> Options | None:
         """Those of the clouds that were made here; None if there are none."""
-        path = home() / "clouds" / "options.json"
+        path = home() / CLOUDS_NAME / "options.json"
         if not path.exists():
             return None
         content = json.loads(path.read_text())
@@ -118,7 +119,7 @@ class Options:
 
     def keep(self) -> None:
         """Write them down."""
-        path = home() / "clouds" / "options.json"
+        path = home() / CLOUDS_NAME / "options.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self)))
 
@@ -128,7 +129,7 @@ class Clouds:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.folder = home() / "clouds"
+        self.folder = home() / CLOUDS_NAME
         self.roster = Roster(self.folder)
         self.spec = Spec(self.folder / "hosts", COMPUTES, NETWORK, disk="40G", memory=2048,
                          image="compute", keep=True)
@@ -167,7 +168,7 @@ class Clouds:
     def up(self) -> None:
         """Bring up whatever does not run. Raises LabError with the cause and the log."""
         install(self.options.needed)
-        with alone("clouds"):
+        with alone(CLOUDS_NAME):
             self.roster = Roster(self.folder)  # what others have started since counts too
             self.options.keep()
             for cloud in CLOUDS:
@@ -326,7 +327,7 @@ class Clouds:
         Each cloud's hypervisors that are namespaces are connected; with `shared` those of both clouds are on the same wires. A hypervisor
         that is started anew is off the wires, without its DHCP agent, until this is called again.
         """
-        with alone("clouds"):
+        with alone(CLOUDS_NAME):
             for host in self.lab:
                 lay_wires(host, shared)
             in_parallel(lambda cloud: bring_up_networks(self.api(cloud.name), self.lab), CLOUDS)
@@ -347,7 +348,7 @@ class Clouds:
 
     def down(self) -> None:
         """End all that was started, and nothing else; the clouds' data stays."""
-        with alone("clouds"):
+        with alone(CLOUDS_NAME):
             self.roster = Roster(self.folder)
             lab = Lab.recorded(self.spec.tag)
             if not lab and not self.roster.processes:
@@ -390,6 +391,6 @@ def _other_content(image: Path) -> Path:
 def purge(everything: bool = False) -> None:
     """End the clouds and delete their data; with `everything` also what is kept to make the next start quick."""
     Clouds(Options.kept() or Options()).down()
-    for name in ("clouds", *(["cache", "log"] if everything else [])):
+    for name in (CLOUDS_NAME, *(["cache", "log"] if everything else [])):
         if (home() / name).exists():
             shutil.rmtree(home() / name)

@@ -39,21 +39,18 @@ def bring_up_networks(api: Api, hosts: Iterable[Host]) -> None:
     servers = [host for host in hosts if host.name == dhcp_host(api.cloud)]
     for host in servers:
         _start_dhcp(api, host)
-    _make_networks(api)
-    for host in servers:
-        _await_dhcp(api, host)
-
-
-def _make_networks(api: Api) -> None:
-    """The networks with their subnets, and a router between them, as far as they are missing.
-
-    No L3 agent runs: router and floating IPs are objects of the API, and carry no packet.
-    """
     for name, subnets in SUBNETS.items():
         visible = {"shared": True} if name in INSIDE else {"router:external": True}
         network = api.ensure("neutron", "networks", name, **visible, **{"provider:network_type": "flat", "provider:physical_network": name})
         for subnet, fields in subnets.items():
             api.ensure("neutron", "subnets", subnet, network_id=network, **fields, **_pool(api.cloud, fields))
+        for host in servers if name in INSIDE else ():  # two at once, and the agent's privsep may hang ("cannot switch to a different thread")
+            _await_dhcp(api, host, network)
+    _make_router(api)
+
+
+def _make_router(api: Api) -> None:
+    """A router between the networks, if it is missing; no L3 agent runs: it and floating IPs are the API's, and carry no packet."""
     if not api.find("neutron", "routers", "router"):
         gateway = {"network_id": api.need("neutron", "networks", "public")}
         router = api.ensure("neutron", "routers", "router", external_gateway_info=gateway)
@@ -164,13 +161,12 @@ def _start_dhcp(api: Api, host: Host) -> None:
         agent["alive"] for agent in api.call("GET", "neutron", f"/agents?host={host.name}&binary=neutron-dhcp-agent")["agents"]), PATIENCE)
 
 
-def _await_dhcp(api: Api, host: Host) -> None:
-    """Return when the hypervisor's DHCP agent serves every network that has guests."""
-    path = "/ports?device_owner=network:dhcp&status=ACTIVE&network_id="
-    ids = [api.need("neutron", "networks", name) for name in INSIDE]
+def _await_dhcp(api: Api, host: Host, network: str) -> None:
+    """Return when the hypervisor's DHCP agent serves a network."""
+    path = f"/ports?device_owner=network:dhcp&status=ACTIVE&network_id={network}"
 
     def served() -> bool:
         running = [" ".join(argv) for _, argv in host.processes() if argv[0].endswith("dnsmasq")]
-        return all(any(id in words for words in running) and api.call("GET", "neutron", path + id)["ports"] for id in ids)
+        return any(network in words for words in running) and bool(api.call("GET", "neutron", path)["ports"])
 
-    patiently(f"the DHCP agent on {host.name} to serve {' and '.join(INSIDE)}; its log is {DHCP_LOG} there", served, PATIENCE)
+    patiently(f"the DHCP agent on {host.name} to serve network {network}; its log is {DHCP_LOG} there", served, PATIENCE)

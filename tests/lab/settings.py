@@ -21,8 +21,10 @@ from lab.processes import home
 
 PASSWORD: Final = "lab-only"  # every account's; the clouds are reachable from this machine alone
 FIXED_KEY: Final = "5a" * 32  # of all encrypted volumes
-NETWORK: Final = "10.80.0.0/24"
-ADDRESSES: Final = {"src": "10.80.0.1", "dst": "10.80.0.2"}  # of the clouds' APIs
+NUMBER: Final = int(os.environ.get("MIGRENA_CLOUDS", "0"))  # of the two clouds, where a machine has several pairs of them
+CLOUDS_NAME: Final = f"clouds{NUMBER or ''}"  # of their folder and lock
+NETWORK: Final = f"10.80.{NUMBER}.0/24"
+ADDRESSES: Final = {"src": f"10.80.{NUMBER}.1", "dst": f"10.80.{NUMBER}.2"}  # of the clouds' APIs
 KINDS: Final = {"cmp": "ns", "vm": "vm"}  # a hypervisor's name tells what it is made of
 COMPUTES: Final = {f"{cloud}-{made}{number}": kind for made, kind in KINDS.items() for number in (1, 2) for cloud in ADDRESSES}  # from .11 on
 WIRES: Final = {"physnet1": "tenant0", "app": "tenant1", "dual": "tenant2"}  # of Neutron's flat networks: a hypervisor's interface
@@ -31,8 +33,8 @@ PORTS: Final = {"keystone": 5000, "glance": 9292, "placement": 8778, "nova": 877
 DATABASES: Final = ("keystone", "glance", "placement", "nova_api", "nova", "nova_cell0", "neutron")
 BUS: Final = (ADDRESSES["src"], 5672)
 DATABASE: Final = (ADDRESSES["src"], 13306)  # for virtual machines that have volumes; all others use its socket
-EPMD_PORT: Final = 4388
-DIST_PORT: Final = 25688
+EPMD_PORT: Final = 4388 + NUMBER
+DIST_PORT: Final = 25688 + NUMBER
 
 Ini = Mapping[str, Mapping[str, object]]
 
@@ -46,7 +48,7 @@ class Cloud:
     @property
     def folder(self) -> Path:
         """All that belongs to this cloud's controller."""
-        return home() / "clouds" / self.name
+        return home() / CLOUDS_NAME / self.name
 
     @property
     def etc(self) -> Path:
@@ -112,7 +114,7 @@ def ceph_secret(cloud: Cloud, user: str) -> str:
 
 def socket() -> Path:
     """MariaDB's socket."""
-    return home() / "clouds" / "mariadb" / "socket"
+    return home() / CLOUDS_NAME / "mariadb" / "socket"
 
 
 def ini(sections: Ini) -> str:
