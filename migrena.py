@@ -301,7 +301,7 @@ def parse_seconds(value: object) -> int:
 
 
 def parse_limit(value: object) -> int:
-    """A number of seconds, or 0 for no limit."""
+    """Seconds, or 0 for no limit."""
     return 0 if str(value) == "0" else parse_seconds(value)
 
 
@@ -739,11 +739,6 @@ def read_config(path: Path) -> dict[str, object]:
 def merge_settings(flags: Mapping[str, object], environment: Mapping[str, str],
         config: Mapping[str, object]) -> Settings:
     """Settings: built-in default < config.py < MIGRENA_NAME < flag. Raises UsageError."""
-    known = [f"MIGRENA_{name.upper()}" for name in (*(row.name for row in fields(Settings)), *sided_names(), "config")]
-    for name in environment.keys() - {*known}:
-        if name.startswith("MIGRENA_") and (near := did_you_mean(name, known, 0.9)):
-            raise UsageError(f"unknown variable {name}{near}")
-
     def given(row: Field[Any], name: str) -> dict[str, Any]:
         variable = f"MIGRENA_{name.upper()}"
         for place, key, origin in ((flags, name, (name.upper(), *row.metadata["flags"])[-1]),
@@ -2899,12 +2894,12 @@ n=0
 while [ ! -s "$pidfile" ]; do
   kill -0 "$child" 2>/dev/null || wait "$child" || exit
   n=$((n + 1))
-  [ "$n" -lt 5000 ] || {
+  [ "$n" -lt 1300 ] || {
     kill -9 "$child" 2>/dev/null
     echo "did not serve within 60 s: the storage may be full or down" >&2
     exit 1
   }
-  sleep 0.01
+  sleep "0.0$((n < 100 ? 1 : 5))"
 done
 read -r pid < "$pidfile"
 trap '' PIPE  # even if nobody reads our output, we must clean up
@@ -3822,7 +3817,7 @@ class VolumeStore:
         return {one["volume_id"] for one in self._ask("list volume snapshots", "/snapshots")["snapshots"]}
 
     def types(self) -> list[str]:
-        return [one["name"] for one in self._ask("list volume types", "/types")["volume_types"]]
+        return [one["name"] for one in self._ask("list volume types", "/types?is_public=None")["volume_types"]]
 
     def zones(self) -> list[str]:
         told = self._ask("list availability zones of volumes", "/os-availability-zone")["availabilityZoneInfo"]
@@ -5725,7 +5720,7 @@ def is_begun(destination: Host, job: DiskJob) -> bool:
 
 @contextmanager
 def seen_by_guest(ends: Ends, host: Host, image: DiskImage, job: DiskJob, *, is_written: bool = False) -> Iterator[str]:
-    """What `blocks` reads, or writes to: the file itself, or an export that shows what the guest sees."""
+    """What `blocks` reads or writes: the file or device itself, or an export that shows what the guest sees."""
     if image.is_file and (job.whole_file or image.format == "raw"):
         yield image.path
         return
@@ -5887,7 +5882,7 @@ class ChunkSender:
         on_way = deque[tuple[Chunk, Digests | None, Future[None]]]()
         is_read = self._is_new and not (job.is_live and job.source.is_file)
         with self._leases, threads_for(1, source) as reader, threads_for(1, destination) as prover, \
-                threads_for(job.max_parallel, destination) as senders, self._opened() as self._place, \
+                threads_for(job.max_parallel, source, destination) as senders, self._opened() as self._place, \
                 self._callbacks.progress(sum(chunk.held for chunk in split)) as show:
             for chunk in split:
                 if len(on_way) == job.max_parallel + (not job.source.is_file):  # one more is read meanwhile
@@ -5968,7 +5963,8 @@ class ChunkSender:
         if self._is_new:
             known = Digester(
                 host, place, self._job.settings.stall_timeout, *care_for(self._job, self._ends, host), self._leases)
-            return self._digesters.setdefault(f"{host.name} {place}", known).of(chunk)
+            key = f"{host is self._ends.source} {place}"  # hosts may have one name
+            return self._digesters.setdefault(key, known).of(chunk)
         return digests_again(self._ends, host, self._job, {}, chunk.extents, place)
 
 
@@ -10163,7 +10159,7 @@ class BothEnds(ExitStack):
         super().__init__()
         self.run, self.hosts, self.locks = run, hosts, locks
         self.destination, self.is_ending = hosts[1], False  # whether a failure is final, because another disk's was
-        self.arrived = 0  # chunks
+        self.arrived = set[int]()  # where chunks began
         self._ends: Ends | None = None
 
     def ends(self) -> Ends:
@@ -10411,8 +10407,10 @@ def chain_now(run: Run, drive: Drive, planned: Sequence[DiskImage], *, shared: b
         host, drive.path, drive.format, shared=shared)
     were, are = ([(image.path, image.format, image.size) for image in images] for images in (planned, chain))
     if were != are:
-        raise FinalError(f"{host.name}: {drive.path} was replaced or resized since the survey: it was {were[0][1]}, "
-            f"{human(were[0][2])}, and is {are[0][1]}, {human(are[0][2])}", again_command(run))
+        one, other = ("; ".join(f"{path}, {format}, {human(size)}" for path, format, size in images)
+            for images in (were, are))
+        raise FinalError(f"{host.name}: {drive.path} was replaced or resized since the survey: {one} became {other}",
+            again_command(run))
     return chain
 
 
@@ -10480,7 +10478,7 @@ def recheck_source(run: Run, job: DiskJob) -> DiskJob:
 
 
 def transfer(run: Run, copies: Sequence[DiskCopy]) -> None:
-    """Copies and verifies; raises as `with_retries`. Incomplete files are deleted with the destination's folder."""
+    """Copies and verifies; raises as `with_retries`."""
     jobs = [copy.job for copy in copies]
     with run.screen.step("Migrate disk to destination instance."), run.journal.act(
             "copy", new=[job.new for job in jobs], length=sum(job.length for job in jobs)) as result:
@@ -10508,7 +10506,7 @@ def transfer_disk(run: Run, copy: DiskCopy) -> Moved:
                 "pauses its guests", "free space there, and run it again; the limit is SPACE_RESERVE")
 
     def count(chunk: Chunk, done: int) -> None:
-        copy.both.arrived += 1
+        copy.both.arrived.add(chunk.offset)
         run.journal.write("chunk", disk=job.key, offset=chunk.offset, length=chunk.length, done=done)
 
     callbacks = Callbacks(partial(journaled_progress, run, job.key), count, at_intervals(10.0, check))
@@ -10530,7 +10528,7 @@ def transfer_disk(run: Run, copy: DiskCopy) -> Moved:
 
 
 def report_moved(run: Run, jobs: Sequence[DiskJob], moved: Sequence[Moved], sent: int, seconds: float) -> None:
-    """Reports what was copied, and how it was verified: sums, and the digest of the root disk."""
+    """Reports what was copied, and how it was verified."""
     count = sum(one.held for one in moved)
     rate = count / max(seconds, 0.001)
     for job, one in zip(jobs, moved, strict=True):
@@ -10546,7 +10544,7 @@ def report_moved(run: Run, jobs: Sequence[DiskJob], moved: Sequence[Moved], sent
 
 
 def at_intervals(seconds: float, act: Callable[[], object]) -> Callable[[], None]:
-    """A function that calls `act`, but only if so many seconds have passed since the last time or since now."""
+    """A function that calls `act`, at most once in so many seconds."""
     last = time.monotonic()
 
     def do() -> None:
@@ -10559,18 +10557,18 @@ def at_intervals(seconds: float, act: Callable[[], object]) -> Callable[[], None
 
 
 def with_retries(both: BothEnds, act: Callable[[Ends], T], meanwhile: str) -> T:
-    """The result of a function on both ends, with retries where anything on the hosts fails.
+    """The result of a function on both ends, with retries.
 
-    Raises a HostError that a retry cannot help with, or that of the last attempt; they count anew once a chunk arrives.
+    Raises a HostError that a retry cannot help with, or that of the last attempt; a further chunk renews them.
     """
-    run, failed, arrived = both.run, 0, both.arrived
+    run, failed, arrived = both.run, 0, len(both.arrived)
     while True:
         try:
             if failed:
                 both.renew()
             return act(both.ends())
         except HostError as error:
-            failed, arrived = failed + 1 if both.arrived == arrived else 1, both.arrived
+            failed, arrived = failed + 1 if len(both.arrived) == arrived else 1, len(both.arrived)
             if both.is_ending or failed > run.settings.retries or isinstance(error, FinalError) or any(
                     words in str(error) for words in DISK_FULL):
                 raise
@@ -10615,7 +10613,7 @@ def start_named(run: Run, side: str, id: str) -> Server | None:
 
 
 def disk_lines(plan: Plan) -> Iterator[str]:
-    """A line for each disk: what and where it is, and how it is copied; and one for each of its bases."""
+    """A line for each disk and base: what and where it is, and how it is copied."""
     for key, disk in plan.disks.items():
         top, how = disk.top, "the file is copied, or what the guest sees" if key == ROOT else "what the guest sees"
         there = "in the file" if top.is_file else "allocated"
@@ -11759,7 +11757,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         about, _, words = message.partition("unrecognized arguments: ")
-        near = "" if about else did_you_mean(re.split("[ =]", words)[0], [*self._option_string_actions, *SUBCOMMANDS])
+        word = re.split("[ =]", words)[0]
+        near = "" if about or word in SUBCOMMANDS else did_you_mean(word, [*self._option_string_actions, *SUBCOMMANDS])
         raise UsageError(f"{message}{near}", f"see: {self.prog} --help")
 
 
@@ -11803,6 +11802,10 @@ def read_call(arguments: Sequence[str], environment: Mapping[str, str], screen: 
     path = Path(named).expanduser() if named else Path(__file__).resolve().with_name("config.py")
     if named and not path.is_file():
         raise UsageError(f"there is no file {path}", "give another one with -c FILE")
+    known = [f"MIGRENA_{name.upper()}" for name in (*(row.name for row in fields(Settings)), *sided_names(), "config")]
+    for name in environment.keys() - {*known}:
+        if name.startswith("MIGRENA_") and (near := did_you_mean(name, known, 0.9)):
+            screen.warn(f"unknown variable {name}{near}")
     call = Call(subcommand, flags, environment, {**read_config(path), "path": path} if path.is_file() else {})
     settings = call.settings()
     has_secret = re.search("password|secret|api_key", " ".join((*settings.src_creds, *settings.dst_creds)))
@@ -11815,7 +11818,7 @@ def read_call(arguments: Sequence[str], environment: Mapping[str, str], screen: 
 
 
 def require_packages() -> None:
-    """Raises UsageError if a package is missing, before any is imported in the middle of a run."""
+    """Raises UsageError if a package is missing, before a run begins."""
     if missing := [name for name in RUNTIME if importlib.util.find_spec(name) is None]:
         raise UsageError(f"{sys.executable} lacks the Python packages {', '.join(missing)}",
             "pip install -r requirements.txt, and run migrena with that Python")
@@ -11891,7 +11894,7 @@ def show_failure(reasons: Sequence[Reason], code: int, screen: Screen, report: R
 
 
 def show_bug(error: Exception, undo: Undo, report: Report) -> int:
-    """Shows an unexpected exception, and what is known to be left; returns the exit code."""
+    """Shows an unexpected exception, and what is left; returns the exit code."""
     lines = "".join(traceback.format_exception(error)).splitlines()
     for line in lines:
         undo.screen.say(line, always=True)
@@ -11903,7 +11906,7 @@ def show_bug(error: Exception, undo: Undo, report: Report) -> int:
 
 @contextmanager
 def signals(undo: Undo) -> Iterator[None]:
-    """A scope in which the first of SIGNALS raises Interrupted; further ones only print that undoing goes on."""
+    """A scope in which the first of SIGNALS raises Interrupted; further ones only print."""
     has_come = False
 
     def on_signal(number: int, frame: FrameType | None) -> None:

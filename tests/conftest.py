@@ -21,9 +21,9 @@ SECOND = ("test_adversary.py", "test_faults.py", "test_gate.py")  # with several
 Migrena = Callable[..., "subprocess.CompletedProcess[str]"]
 T = TypeVar("T")
 
-PAIRS = os.environ.get("MIGRENA_PAIRS") == "yes" and os.environ.get("PYTEST_XDIST_WORKER")
+PAIRS = os.environ.get("LAB_PAIRS") == "yes" and os.environ.get("PYTEST_XDIST_WORKER")
 if PAIRS:  # the long command: each worker brings up clouds of its own, if it comes to a test on clouds
-    os.environ["MIGRENA_CLOUDS"] = PAIRS.removeprefix("gw")
+    os.environ["LAB_PAIR"] = PAIRS.removeprefix("gw")
 
 # Who starts the tests in the background has these ignored, and all that the tests start would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

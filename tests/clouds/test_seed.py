@@ -181,7 +181,6 @@ def test_a_guest_that_cannot_boot_there_gives_the_source_back(
         report = json.loads(done.stdout)
         assert done.returncode == 4 and "is ACTIVE again" in report["not_undone"][1], done.stderr
         wait_for_console(src, running, f"GUEST boots={begun + 1} ")
-        assert "GUEST" not in dst.console(dst.need("nova", "servers", "arrived"))
         assert operator.run("rollback", report["run"]).returncode == 0
         assert has_been_put_back(src, running, "ACTIVE") and not dst.find("nova", "servers", "arrived")
     finally:

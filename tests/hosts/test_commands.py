@@ -276,8 +276,8 @@ def test_a_daemon_that_does_not_start_says_why(src: Host) -> None:
 
 def test_a_daemon_that_hangs_before_it_serves_is_gone(lab: Lab, src: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was stopped hears of no gentler signal."""
-    assert LEASED_DAEMON.count("-lt 5000 ") == 1
-    monkeypatch.setattr(migrena, "LEASED_DAEMON", LEASED_DAEMON.replace("-lt 5000 ", "-lt 100 "))
+    assert LEASED_DAEMON.count("-lt 1300 ") == 1
+    monkeypatch.setattr(migrena, "LEASED_DAEMON", LEASED_DAEMON.replace("-lt 1300 ", "-lt 20 "))
     with pytest.raises(CommandError, match="did not serve"), src.daemon("/root/pid", "sh", "-c", "kill -STOP $$"):
         pass
     wait_for("its end", lambda: not processes(lab["src"]))

@@ -21,7 +21,7 @@ from lab.processes import home
 
 PASSWORD: Final = "lab-only"  # every account's; the clouds are reachable from this machine alone
 FIXED_KEY: Final = "5a" * 32  # of all encrypted volumes
-NUMBER: Final = int(os.environ.get("MIGRENA_CLOUDS", "0"))  # of the two clouds, where a machine has several pairs of them
+NUMBER: Final = int(os.environ.get("LAB_PAIR", "0"))  # of the two clouds, where a machine has several pairs of them
 CLOUDS_NAME: Final = f"clouds{NUMBER or ''}"  # of their folder and lock
 NETWORK: Final = f"10.80.{NUMBER}.0/24"
 ADDRESSES: Final = {"src": f"10.80.{NUMBER}.1", "dst": f"10.80.{NUMBER}.2"}  # of the clouds' APIs

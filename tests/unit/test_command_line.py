@@ -88,6 +88,7 @@ def test_a_wrong_word_on_the_command_line_ends_with_2_and_one_clear_line(
     (("--unheard-of",), "unrecognized arguments: --unheard-of"), (("stray",), "unrecognized arguments: stray"),
     (("--src", UUID), "unrecognized arguments: --src"), (("-n", "--limit-rate"), "--limit-rate: expected one argument"),
     (("--lmit-rate", "5M"), "--lmit-rate 5M; did you mean --limit-rate?"), (("rolback",), "rolback; did you mean rollback?"),
+    (("copy",), "unrecognized arguments: copy"),
 ])
 def test_a_word_that_argparse_does_not_know_ends_with_2(migrena: Migrena, config: str, words: tuple[str, ...], complaint: str) -> None:
     done = migrena(*GIVEN, *words, "--json", config=config)
@@ -242,3 +243,9 @@ def test_missing_packages_are_named_before_anything_is_done(tmp_path: Path) -> N
     done = subprocess.run(words, check=False, capture_output=True, text=True, env={"PATH": os.environ["PATH"]}, cwd=tmp_path)
     assert done.returncode == 2 and "lacks the Python packages paramiko, novaclient" in done.stderr, done.stderr
     assert "pip install -r requirements.txt" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_variable_that_may_be_misspelt_is_warned_of(migrena: Migrena, config: str) -> None:
+    done = migrena("status", config=config, env={"MIGRENA_LIMIT_RATES": "50M", "MIGRENA_OTHER": "1"})
+    assert done.returncode == 0 and "MIGRENA_OTHER" not in done.stderr
+    assert "unknown variable MIGRENA_LIMIT_RATES; did you mean MIGRENA_LIMIT_RATE?" in done.stderr

@@ -89,7 +89,6 @@ def test_settling_nothing_gives_the_defaults() -> None:
     ({}, {}, {"volume_type": {"ssd": 1}}, "VOLUME_TYPE in config.py: {'ssd': 1} is not SRC=DST"),
     ({}, {}, {"hosts": {"cmp1": {"port": "ssh"}}, "path": "/etc/mine.py"},
      "HOSTS in /etc/mine.py: .* has for cmp1 as port 'ssh', which is not a TCP port"),
-    ({}, {"MIGRENA_LIMIT_RATES": "50M"}, {}, r"unknown variable MIGRENA_LIMIT_RATES; did you mean MIGRENA_LIMIT_RATE\?"),
     ({"answers": ["tcp:ssh"]}, {}, {}, r"--await: \['tcp:ssh'\] 'tcp:ssh': 'ssh' is not a whole number above 0"),
     ({"max_downtime": "soon"}, {}, {}, "--max-downtime: 'soon' is not a time; write it as 30, 30s, 5m or 2h"),
     ({}, {}, {"chunk": "1K"}, "CHUNK: 1024 is not a multiple of 1 MiB"),
