@@ -10159,7 +10159,7 @@ class BothEnds(ExitStack):
         super().__init__()
         self.run, self.hosts, self.locks = run, hosts, locks
         self.destination, self.is_ending = hosts[1], False  # whether a failure is final, because another disk's was
-        self.arrived = set[int]()  # where chunks began
+        self.arrived = set[object]()
         self._ends: Ends | None = None
 
     def ends(self) -> Ends:
@@ -10506,7 +10506,7 @@ def transfer_disk(run: Run, copy: DiskCopy) -> Moved:
                 "pauses its guests", "free space there, and run it again; the limit is SPACE_RESERVE")
 
     def count(chunk: Chunk, done: int) -> None:
-        copy.both.arrived.add(chunk.offset)
+        copy.both.arrived.add(chunk.extents[:1] or chunk.offset)
         run.journal.write("chunk", disk=job.key, offset=chunk.offset, length=chunk.length, done=done)
 
     callbacks = Callbacks(partial(journaled_progress, run, job.key), count, at_intervals(10.0, check))
@@ -10544,7 +10544,7 @@ def report_moved(run: Run, jobs: Sequence[DiskJob], moved: Sequence[Moved], sent
 
 
 def at_intervals(seconds: float, act: Callable[[], object]) -> Callable[[], None]:
-    """A function that calls `act`, at most once in so many seconds."""
+    """Calls `act` at most once in so many seconds."""
     last = time.monotonic()
 
     def do() -> None:
