@@ -390,12 +390,11 @@ def parse_pairs(value: object) -> dict[str, str]:
     words: list[object] = value if isinstance(value, list) else [value]
     if all(re.fullmatch(r"[^=,{]+=[^=,]+(,[^=,]+=[^=,]+)*", str(word)) for word in words):
         return dict(pair.split("=") for word in words for pair in str(word).split(","))
-    found: dict[str, Any] = {"": None}
     with suppress(ValueError):
         found = parse_literal(words[0] if len(words) == 1 else value)
-    if not all(isinstance(name, str) for name in found.values()):
-        raise ValueError("is not SRC=DST")
-    return found
+        if all(isinstance(name, str) for name in found.values()):
+            return found
+    raise ValueError("is not SRC=DST")
 
 
 def empty(kind: Callable[[], T], **more: Any) -> T:
@@ -2969,7 +2968,7 @@ LACKING: Final = """
 has() { command -v "$1" >/dev/null; }
 for tool; do has "$tool" || echo "$tool"; done
 ! has python3 || python3 -c 'import sys; sys.exit(sys.version_info < (3, 6))' || echo "python3 3.6"
-option=driver=blkdebug,image.driver=null-co,image.size=512,unshare-child-perms.0=write  # see locked_opts()
+option=driver=blkdebug,image.driver=null-co,image.size=512,unshare-child-perms.0=write  # see Node.locked
 ! has qemu-img || qemu-img convert -n -r 1M --image-opts --target-image-opts "$option" driver=null-co,size=512 \
     >/dev/null 2>&1 || echo "qemu 5.2"
 """
@@ -5961,10 +5960,11 @@ class ChunkSender:
         if not self._is_proven and (host is self._ends.destination or self._job.source.is_file):
             return {}
         if self._is_new:
-            known = Digester(
-                host, place, self._job.settings.stall_timeout, *care_for(self._job, self._ends, host), self._leases)
             key = f"{host is self._ends.source} {place}"  # hosts may have one name
-            return self._digesters.setdefault(key, known).of(chunk)
+            if key not in self._digesters:
+                self._digesters[key] = Digester(host, place, self._job.settings.stall_timeout,
+                    *care_for(self._job, self._ends, host), self._leases)
+            return self._digesters[key].of(chunk)
         return digests_again(self._ends, host, self._job, {}, chunk.extents, place)
 
 
@@ -10159,7 +10159,7 @@ class BothEnds(ExitStack):
         super().__init__()
         self.run, self.hosts, self.locks = run, hosts, locks
         self.destination, self.is_ending = hosts[1], False  # whether a failure is final, because another disk's was
-        self.arrived = set[object]()
+        self.arrived = set[int]()  # where chunks' data begins
         self._ends: Ends | None = None
 
     def ends(self) -> Ends:
@@ -10401,7 +10401,7 @@ def come_and_gone(kind: str, were: Collection[str], now: Collection[str], when: 
 
 
 def chain_now(run: Run, drive: Drive, planned: Sequence[DiskImage], *, shared: bool) -> tuple[DiskImage, ...]:
-    """A disk and its bases as they are now; raises FinalError if they are others, or of other sizes, than planned."""
+    """A disk and its bases as they are now; raises FinalError if their files or sizes are not as planned."""
     host = run.source_host
     chain = (stored_image(host, drive),) if drive.storage else disk_chain(
         host, drive.path, drive.format, shared=shared)
@@ -10506,7 +10506,7 @@ def transfer_disk(run: Run, copy: DiskCopy) -> Moved:
                 "pauses its guests", "free space there, and run it again; the limit is SPACE_RESERVE")
 
     def count(chunk: Chunk, done: int) -> None:
-        copy.both.arrived.add(chunk.extents[:1] or chunk.offset)
+        copy.both.arrived.add(chunk.extents[0][0])
         run.journal.write("chunk", disk=job.key, offset=chunk.offset, length=chunk.length, done=done)
 
     callbacks = Callbacks(partial(journaled_progress, run, job.key), count, at_intervals(10.0, check))

@@ -160,9 +160,7 @@ def clouds() -> Iterator[Clouds]:
     stop_soon(found.api("dst"))
     yield found
     if not was_up:
-        found.down()
-        if NUMBER:
-            purge()
+        (purge if NUMBER else found.down)()
 
 
 @pytest.fixture(scope="session")

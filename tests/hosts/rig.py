@@ -310,12 +310,16 @@ class Copy:
         """Progress, for those who look on."""
         yield self.progress
 
+    def counted(self, ends: Callable[[], Ends], move: Callable[[], Moved]) -> Moved:
+        """What a move gives; `sent` is then what came meanwhile."""
+        before = received(ends())
+        moved = move()
+        self.sent = received(ends()) - before
+        return moved
+
     def move(self, ends: Ends, job: DiskJob, check: Callable[[], None] = lambda: None) -> Moved:
         """The bytes arrive and are proven, at the first attempt or not at all; nothing is swapped in."""
-        before = received(ends)
-        moved = move_disk(ends, job, Callbacks(self.shown, check=check))[0]
-        self.sent = received(ends) - before
-        return moved
+        return self.counted(lambda: ends, lambda: move_disk(ends, job, Callbacks(self.shown, check=check))[0])
 
     def arrive(self, source: Instance, fresh: Instance, check: Callable[[], None] = lambda: None) -> Moved:
         """The bytes arrive and are proven, as often tried again as the settings say; nothing is swapped in."""
@@ -326,10 +330,7 @@ class Copy:
             if run.earlier and (stand := run.earlier.record.disks[ROOT].job.get("stand")):
                 job = replace(job, stand=stand)
             with unittest.mock.patch("migrena.gate", lambda *_, **__: None), unittest.mock.patch("migrena.at_intervals", lambda *_: check):
-                before = received(both.ends())
-                moved = transfer_disk(run, DiskCopy(both, job))  # there are no clouds to be asked
-                self.sent = received(both.ends()) - before
-                return moved
+                return self.counted(both.ends, lambda: transfer_disk(run, DiskCopy(both, job)))  # there are no clouds to be asked
 
     def __call__(self, source: Instance, fresh: Instance) -> Moved:
         """The whole of it."""

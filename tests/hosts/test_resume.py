@@ -16,7 +16,7 @@ from hosts.rig import Copy, Instance, MiB, base, processes, same_guest, wait_unt
 from hosts.test_failures import flip, ours, signal_ours
 from lab.hosts import Host as LabHost
 from lab.hosts import Lab
-from migrena import FinalError, read_run
+from migrena import FinalError, HostError, read_run
 
 Driver = Callable[..., "subprocess.Popen[str]"]
 CHUNK = 4 * MiB
@@ -183,6 +183,19 @@ def test_a_copy_lives_through_the_loss_of_an_ssh_connection(lab: Lab, make_copy:
     assert copy.source.unconfirmed == copy.destination.unconfirmed == []
     for host in lab:
         assert not [words for words in processes(host).values() if "nbd" in words[0]]
+
+
+def test_when_the_attempts_are_used_up_the_copy_fails_with_the_last_error(make_copy: MakeCopy, overlays: Pair) -> None:
+    copy, host = make_copy(retries=1, limit_rate=2 * MiB, chunk=64 * MiB), overlays[0].host  # one chunk
+
+    def kill(_done: int) -> None:  # before anything has arrived
+        for pid in ours(host, "qemu-nbd", "-x"):
+            host.run("kill", "-9", str(pid))
+
+    copy.progress = kill
+    with pytest.raises(HostError):
+        copy.arrive(*overlays)
+    assert [entry["attempt"] for entry in journal(copy.state, copy.name) if entry["event"] == "retry"] == [1]
 
 
 def test_attempts_count_anew_when_something_has_arrived_since(make_copy: MakeCopy, overlays: Pair) -> None:

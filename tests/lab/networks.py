@@ -122,12 +122,12 @@ def lay_wires(host: Host, shared: bool) -> None:
 @contextmanager
 def reached(spec: Spec, cloud: str) -> Iterator[None]:
     """A scope in which this machine has an address of its own on a cloud's network `app`, and so reaches the guests there."""
-    words = "address", "10.90.11.250/24", "dev", _bridge(spec, "app", cloud)
-    command("ip", words[0], "add", *words[1:])
+    place = "10.90.11.250/24", "dev", _bridge(spec, "app", cloud)
+    command("ip", "address", "add", *place)
     try:
         yield
     finally:
-        command("ip", words[0], "del", *words[1:])
+        command("ip", "address", "del", *place)
 
 
 def remove_wires(spec: Spec) -> None:

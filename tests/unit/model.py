@@ -702,7 +702,7 @@ class Disks:
                 if world.process.wire_breaks:
                     self.lose_holds()
                 show(turn + 1)
-                callbacks.arrived(migrena.Chunk(turn, 1, 1), turn + 1)
+                callbacks.arrived(migrena.Chunk(turn, 1, 1, ((turn, 1),)), turn + 1)
                 callbacks.check()
                 migrena.require_unchanged(source, job)
         ends.locks.check()
