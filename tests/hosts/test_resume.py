@@ -186,7 +186,8 @@ def test_a_copy_lives_through_the_loss_of_an_ssh_connection(lab: Lab, make_copy:
 
 
 def test_when_the_attempts_are_used_up_the_copy_fails_with_the_last_error(make_copy: MakeCopy, overlays: Pair) -> None:
-    copy, host = make_copy(retries=1, limit_rate=2 * MiB, chunk=64 * MiB), overlays[0].host  # one chunk
+    copy, host = make_copy(retries=1, limit_rate=8 * MiB, chunk=64 * MiB), overlays[0].host  # one chunk
+    overlays[0].write("guest", (24 * MiB, 32 * MiB))  # more than qemu-img reads ahead: the exporter dies in mid-copy, however late
 
     def kill(_done: int) -> None:  # before anything has arrived
         for pid in ours(host, "qemu-nbd", "-x"):
