@@ -106,10 +106,12 @@ if sys.version_info < (3, 10):  # noqa: UP036  # above anything that Python 3.8 
 VERSION: Final = "1.0.0"
 MiB: Final = 1024**2
 GiB: Final = 1024**3
+SIDES: Final = {"src": "source", "dst": "destination"}  # as messages call their clouds
 ROOT: Final = "root"  # the root disk's key; the names of an instance's disks in journal, report and status
 S = TypeVar("S")
 T = TypeVar("T")
 Facts = Mapping[str, Any]  # what an API or a journal tells
+Rows = list[dict[str, Any]]  # what an API lists
 
 
 # ---- 1. Errors -------------------------------------------------------
@@ -717,7 +719,7 @@ def config_names() -> list[str]:
 
 
 def sided_names() -> list[str]:
-    return [f"{side}_{name}" for side in ("src", "dst") for name in PER_SIDE]
+    return [f"{side}_{name}" for side in SIDES for name in PER_SIDE]
 
 
 def read_config(path: Path) -> dict[str, object]:
@@ -789,7 +791,7 @@ SESSION_KEYS: Final = (
 def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) -> dict[str, Any]:
     """For src or dst: clouds.yaml by --SIDE-cloud, else SIDE_OS_* variables, else config.py. Otherwise: a cloud of
     clouds.yaml, or OS_* variables if none is named. Raises UsageError."""
-    is_side = cloud in ("src", "dst")
+    is_side = cloud in SIDES
     prefix = f"{cloud.upper()}_OS_" if is_side else "OS_"
     name = getattr(settings, f"{cloud}_cloud") if is_side else cloud or environment.get("OS_CLOUD", "")
     found = cloud_from_yaml(name, environment) if name else {
@@ -800,9 +802,8 @@ def credentials(cloud: str, settings: Settings, environment: Mapping[str, str]) 
         creds = as_v3(found)
         return in_project(creds, settings.dst_project) if cloud == "dst" and settings.dst_project else creds
     if is_side:
-        label = "source" if cloud == "src" else "destination"
-        raise UsageError(f"the credentials of the {label} cloud have no auth_url" if found else
-            f"no credentials for the {label} cloud",
+        raise UsageError(f"the credentials of the {SIDES[cloud]} cloud have no auth_url" if found else
+            f"no credentials for the {SIDES[cloud]} cloud",
             f"fill in {cloud.upper()}_CREDS in config.py, or give --{cloud}-cloud, or set {prefix}AUTH_URL etc.")
     raise UsageError(f"cloud {name!r} has no auth_url" if name else "no cloud is named",
         "give --cloud src, dst or a name in clouds.yaml, or set OS_AUTH_URL etc.")
@@ -919,7 +920,7 @@ class Image:
     status: str
     os_hash: str
     checksum: str
-    facts: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # all properties
+    facts: Facts = empty(dict, repr=False, compare=False)  # all properties
 
     @classmethod
     def of(cls, told: Facts) -> Image:
@@ -980,7 +981,7 @@ class Server:
     fault: str
     key: str = ""  # the name of its key pair, which belongs to a user and may be gone
     deleted_with: frozenset[str] = frozenset()  # the volumes that are deleted with it
-    facts: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # all that Nova tells
+    facts: Facts = empty(dict, repr=False, compare=False)  # all that Nova tells
 
     @property
     def is_running(self) -> bool:
@@ -1006,7 +1007,7 @@ class Volume:
     status: str
     size: int
     type: str
-    facts: Mapping[str, Any] = field(repr=False, compare=False)  # all that Cinder tells
+    facts: Facts = field(repr=False, compare=False)  # all that Cinder tells
 
     @classmethod
     def of(cls, told: Facts) -> Volume:
@@ -1055,7 +1056,7 @@ class Port:
     addresses: tuple[tuple[str, str], ...]  # each with its subnet's CIDR
     groups: tuple[str, ...]
     floating: tuple[FloatingIp, ...]
-    facts: Mapping[str, Any] = field(repr=False)  # all that Neutron tells
+    facts: Facts = field(repr=False)  # all that Neutron tells
 
     @property
     def id(self) -> str:
@@ -1075,7 +1076,7 @@ class PortPlan:
     """A port to be made: what Neutron is asked for, and what is set later. Journals have it."""
 
     source: str  # the id of the port that it is made for
-    network: str  # its network's name
+    network: str  # its name
     request: Facts
     later: Facts  # facts that are set when the run ends; until then the description is the run's mark
     tags: Sequence[str] = ()
@@ -1310,9 +1311,8 @@ def chunks(length: int, extents: Iterable[Extent], limit: int, least: int = LEAS
     """`length` bytes as chunks of at most `limit` bytes of data that end at whole MiB; `extents`: the disk's, in order.
 
     Each has at most a quarter of the data that remains, or `least`, so that little is left to verify after the last.
-    The first has half as much, so that two copied in parallel end one after the other and one can always be verified.
-    A hole belongs to the next chunk, the last hole to the last chunk; holes of `hole` bytes or more, if given, are
-    chunks of their own.
+    The first has half as much: of two copied in parallel one can then always be verified. A hole belongs to the next
+    chunk, the last hole to the last chunk; holes of `hole` bytes or more, if given, are chunks of their own.
     """
     made, inside, extents = list[Chunk](), list[Extent](), list(extents)
     begin = at = gathered = 0
@@ -1479,7 +1479,6 @@ def duration(seconds: float) -> str:
 
 
 def stamp() -> str:
-    """Date and time, before a line of a log."""
     return time.strftime("%Y-%m-%d %H:%M:%S ")
 
 
@@ -1676,7 +1675,7 @@ def new_run() -> str:
     return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
-def parse_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
+def parse_journal(path: Path) -> tuple[Rows, int]:
     """A journal's lines, without an incomplete last one, and their length in bytes. Raises UsageError."""
     entries, whole = [], 0
     try:
@@ -1863,7 +1862,7 @@ class Step:
     began: str
     ended: str = ""
     result: str = ""
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Facts = empty(dict)
 
     @property
     def of(self) -> str:
@@ -1880,7 +1879,7 @@ class Step:
 class DiskRecord:
     """One disk of a run by the run's journal, sizes in bytes."""
 
-    job: Mapping[str, Any] = field(default_factory=dict)  # files, and stat_of() the source's
+    job: Facts = empty(dict)  # files, and stat_of() the source's
     arrived: tuple[tuple[int, int], ...] = ()  # chunks sent: offset, length
     done: int = 0
     total: int = 0
@@ -1902,9 +1901,14 @@ class RunRecord:
     left: tuple[str, ...] = ()
     is_undoing: bool = False  # a rollback was begun and must be completed
     before_seed: int = 0  # the number of acts before the last seed
-    seed: Mapping[str, Any] = field(default_factory=dict)  # the last one: when, the disks' sizes there, downtime
-    last_pass: Mapping[str, Any] = field(default_factory=dict)  # of a warm copy, and when it ended
+    seed: Facts = empty(dict)  # the last one: when, the disks' sizes there, downtime
+    last_pass: Facts = empty(dict)  # of a warm copy, and when it ended
     seeds: bool = False  # whether its last process was to make or update a seed
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether there is no journal, or only that of a rollback without one."""
+        return not self.run or "attached" in self.facts
 
     @property
     def source(self) -> str:
@@ -1965,6 +1969,11 @@ class RunRecord:
     def go_on(self) -> str:
         """The command that continues it; never a cut-over where none was begun."""
         return f"./migrena.py resume {self.run}{' --seed' if self.seeds and not self.stopped_at else ''}"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the destination was asked for: else there is nothing to continue."""
+        return any(act.name == "create destination" for act in self.acts)
 
     @property
     def was_running(self) -> bool:
@@ -2028,7 +2037,7 @@ def read_run(folder: Path, run: str, *, is_ours: bool = False) -> RunRecord:
 def record_of(run: str, entries: Sequence[dict[str, Any]]) -> RunRecord:
     """A run by these lines of its journal; a run without an end is `killed`."""
     facts = next((entry for entry in entries if entry["event"] == "run"), {})
-    last: dict[str, dict[str, Any]] = {entry["event"]: entry for entry in entries}
+    last = {entry["event"]: entry for entry in entries}
     recent = _lines_since(entries, "seeded") if "seeded" in last else entries
     keys = dict.fromkeys(key_of(entry) for entry in recent if entry["event"] in ("job", "chunk", "progress"))
     end = next((entry for entry in _lines_since(entries, "run", "resume", "rollback") if entry["event"] == "ended"), {})
@@ -2047,7 +2056,7 @@ def key_of(entry: Facts) -> str:
 
 
 def _disk_record(entries: Sequence[dict[str, Any]]) -> DiskRecord:
-    last: dict[str, dict[str, Any]] = {entry["event"]: entry for entry in entries}
+    last = {entry["event"]: entry for entry in entries}
     return DiskRecord(
         last.get("job", {}),
         tuple((entry["offset"], entry["length"]) for entry in entries if entry["event"] == "chunk"),
@@ -2104,9 +2113,14 @@ def find_run(folder: Path, beginning: str) -> str:
 
 
 def way_on(folder: Path, run: str) -> str:
-    """The command that continues a run; "" without a journal of it here."""
+    """The commands that continue a run or undo it; "" without a journal of it here."""
     with suppress(UsageError, OSError):
-        return read_run(folder, run).go_on if run in known_runs(folder) else ""
+        if run in known_runs(folder) and (record := read_run(folder, run)).source:
+            undo = f"./migrena.py rollback {run}"
+            if record.state in ("failed", "rolled back"):  # by its journal, but its marks are still there
+                undo = f"./migrena.py rollback --run-of {record.source}"
+            is_over = record.is_undoing or record.state in ("done", "failed", "rolled back")
+            return undo if is_over or not record.has_begun else f"{record.go_on}, or {undo}"
     return ""
 
 
@@ -2122,7 +2136,7 @@ def still_to_write(folder: Path, run: str, host: str) -> int:
                 done = Counter[str]()
                 for one in entries:
                     done[key_of(one)] = max(done[key_of(one)], one.get("done", 0))
-                asked[other] = need["at"], int(need["need"]) - done.total()
+                asked[other] = need["at"], int(need["need"]) - sum(done[key] for key in need.get("disks", done))
     return sum(max(0, rest) for other, (at, rest) in asked.items()
         if other != run and (at, other) < (asked[run][0], run))
 
@@ -2300,12 +2314,9 @@ def document_in(printed: str) -> Any:
     return max(found)[3]
 
 
-def numbers_in(printed: str, count: int) -> list[tuple[int, ...]]:
-    """The numbers of each line; raises ValueError unless each line has `count` of them."""
-    found = [tuple(map(int, line.split())) for line in printed.splitlines()]
-    if any(len(numbers) != count for numbers in found):
-        raise ValueError("a line has more or fewer")
-    return found
+def pairs_of(printed: str) -> list[tuple[int, int]]:
+    """The two numbers of each line; raises ValueError where it has more or fewer."""
+    return [(int(one), int(other)) for one, other in map(str.split, printed.splitlines())]
 
 
 def joined(spans: Iterable[Sequence[int]], gap: int = 0, most: int = sys.maxsize) -> list[list[int]]:
@@ -2475,8 +2486,8 @@ class ExportClient:
             raise OSError(f"it fails at byte {at}: error {error}")
         return int(at)
 
-    def act(self, at: int, count: int, command: int = 0, content: bytes | memoryview = b"") -> None:
-        self.ask(at, count, command, content)
+    def act(self, at: int, count: int, command: int = 0) -> None:
+        self.ask(at, count, command)
         self.told()
 
     def read(self, at: int, into: memoryview, count: int) -> None:
@@ -2700,7 +2711,7 @@ def work_on_blocks(verb: str, where: str, *words: str) -> None:
         disk = DiskFile(where, begin, end) if name == where else ExportClient(json.loads(where), begin, end, folder)
         if listed:
             with open(listed) as file:
-                wanted = numbers_in(file.read(), 2)
+                wanted = pairs_of(file.read())
         if verb == "extents":
             for start, stop in joined(disk.extents(), most=1 << 19):
                 print(start, stop - start)
@@ -2855,11 +2866,7 @@ def contained(where: str, tool: str, *words: str) -> None:
 
 # ---- 8. Host ---------------------------------------------------------
 
-# Which call for which command on a hypervisor (a thread of a scope that may fail holds a lease, or is short):
-#   run, script  short: a limit for the whole of it, may have input; end_work() does not end it
-#   work         long: a limit for its silence only, no zero bytes in what it prints; end_work() ends it
-#   daemon       runs while the scope lasts, and has begun to serve when the scope begins
-#   lease        what these and private_folder are made of
+# A thread of a scope that may fail runs what is short (run, script), or holds a lease, which end_work() ends.
 # A lease ties a process to our SSH channel, its standard input: we send a dot every few seconds, and when the dots end
 # (end of the scope, kill -9 of migrena, a lost network) the process is killed by its pid; also when a command of `hold`
 # fails. A lease that ends by itself prints a zero byte and waits until the dots end: a dot sent to a closed channel
@@ -2943,9 +2950,8 @@ hold
 rm -rf -- "$folder"
 """
 TOOLS: Final = 'cd -- "$1" && cat > virsh && ln -s virsh qemu-img && ln -s virsh qemu-nbd'
-# The mount namespace of a container, and nothing if it is the host's; $@ is the operator's prefix. What runs there is
-# to be our child, ended with us, and to keep the sockets that it is given. By an exec of docker or podman it is not: so
-# we enter the namespace instead.
+# The mount namespace of a container, and nothing if it is the host's; $@ is the operator's prefix. What an exec of
+# docker or podman runs is not our child, ended with us, and has not our sockets: so we enter the namespace instead.
 CONTAINER: Final = """
 files=$("$@" readlink /proc/self/ns/mnt) || exit
 "$@" sh -c 'for tool in virsh qemu-img qemu-nbd; do
@@ -3016,9 +3022,7 @@ def dial_once(target: Target) -> tuple[paramiko.SSHClient, ExitStack]:
     name = target.name
     try:
         with ExitStack() as stack:
-            client = target.open(stack)
-            scope = stack.pop_all()
-        return client, scope
+            return target.open(stack), stack.pop_all()
     except socket.gaierror as error:
         raise HostError(
             f"{name}: {target.host} does not resolve", f"add HOSTS = {{'{name}': 'ADDRESS'}} to config.py") from error
@@ -3800,20 +3804,25 @@ class VolumeStore:
         told = self._ask(f"show attachment of volume {volume.id}", f"/attachments/{ids[0]}", microversion="3.27")
         info = told["attachment"].get("connection_info") or {}
         kind = info.get("driver_volume_type")
-        luns = info.get("target_luns") or [info.get("target_lun")]
+        luns = [int(-1 if lun is None else lun) for lun in info.get("target_luns") or [info.get("target_lun")]]
+        flat = {"SAM2": 256, "SAM3-flat": 0}.get(str(info.get("addressing_mode")), 1 << 32)  # from which number on
+        luns = [lun + 0x4000 if lun >= flat else lun for lun in luns]
         if kind == "iscsi":
             targets = info.get("target_iqns") or [info.get("target_iqn")]
         elif kind == "fibre_channel":
             wwns = info.get("target_wwn") or []
-            targets = [f"fc-0x{wwn}" for wwn in ([wwns] if isinstance(wwns, str) else wwns)]
+            targets = [f"fc-0x{wwn.lower()}" for wwn in ([wwns] if isinstance(wwns, str) else wwns)]
         else:
             raise self._cloud.error(f"{volume.label} is connected by {kind or 'unknown means'}: its device cannot be "
                 "proven to be that volume", "--root-only or --disks goes on without it")
         pairs = zip(targets, luns * len(targets) if len(luns) == 1 else luns, strict=False)
-        return tuple(f"{target}-lun-{lun}" for target, lun in pairs)
+        return tuple(f"{target}-lun-" + (  # udev's way
+            f"0x{lun & 0xffff:04x}{lun >> 16 & 0xffff:04x}{0:08}" if lun > 255 else str(lun)) for target, lun in pairs)
 
-    def with_snapshots(self) -> set[str]:
-        return {one["volume_id"] for one in self._ask("list volume snapshots", "/snapshots")["snapshots"]}
+    def with_snapshots(self, ids: Collection[str]) -> set[str]:
+        """Those of these volumes that have snapshots, whoever's they are."""
+        return {one["volume_id"] for id in ids for one in self._ask(
+            f"list snapshots of volume {id}", f"/snapshots?all_tenants=1&volume_id={id}")["snapshots"]} & {*ids}
 
     def types(self) -> list[str]:
         return [one["name"] for one in self._ask("list volume types", "/types?is_public=None")["volume_types"]]
@@ -3881,7 +3890,7 @@ class NetworkStore:
     def __init__(self, cloud: Cloud, adapter: Any) -> None:
         self._cloud, self.adapter = cloud, adapter
 
-    def all(self, what: str, *search: tuple[str, str]) -> list[dict[str, Any]]:
+    def all(self, what: str, *search: tuple[str, str]) -> Rows:
         """All of this kind, such as security-groups, that match; several values of a key are alternatives."""
         return self._cloud.pages(self.adapter, f"/{what}?{urllib.parse.urlencode(search)}", what.replace("-", "_"))
 
@@ -3896,7 +3905,7 @@ class NetworkStore:
 
     def made_by(self, what: str, run: str, description: str = "") -> list[str]:
         """The ids of the project's ports or floating IPs whose description is this, or any mark of a run."""
-        found, project = list[dict[str, Any]](), self._cloud.identity["project"]
+        found, project = Rows(), self._cloud.identity["project"]
         with ignoring(404):  # no routers, no floating IPs
             found = [one for one in self.all(what, ("project_id", project)) if one.get("project_id") == project]
         return [one["id"] for one in found if (one.get("description") or "").startswith(f"{MADE}={run} ")
@@ -3932,7 +3941,7 @@ class NetworkStore:
         return -1
 
 
-def ports_of(store: NetworkStore, id: str) -> list[dict[str, Any]]:
+def ports_of(store: NetworkStore, id: str) -> Rows:
     """The ports that Nova uses for an instance: anybody may name any device."""
     return [one for one in store.all("ports", ("device_id", id)) if str(one.get("device_owner")).startswith("compute:")]
 
@@ -4009,8 +4018,8 @@ class Service:
                     self.tell(f"{error}; retrying for {duration(OUTAGE_LIMIT - now + since)}")
         raise AssertionError("polls never end")
 
-    def pages(self, adapter: Any, path: str, key: str) -> list[dict[str, Any]]:
-        found = list[dict[str, Any]]()
+    def pages(self, adapter: Any, path: str, key: str) -> Rows:
+        found = Rows()
         while path:
             told = self.retrying(f"list {key}", lambda: dict(adapter.get(path).json()))  # noqa: B023
             found += told[key]
@@ -4250,14 +4259,14 @@ class Cloud(Compute):
         self.has_volumes = False
         with suppress(exceptions.EndpointNotFound):  # a cloud without Cinder
             self.has_volumes = bool(opened.get_endpoint(service_type="block-storage", **where))
-        self.volumes = VolumeStore(self, adapter.Adapter(opened, service_type="block-storage", **where))
-        self.networks = NetworkStore(self, adapter.Adapter(
-            opened, service_type="network", version="2.0", **where))
+        api: Any = partial(adapter.Adapter, opened, **where)
+        self.volumes = VolumeStore(self, api(service_type="block-storage"))
+        self.networks = NetworkStore(self, api(service_type="network", version="2.0"))
         self._services = {
-            "identity": adapter.Adapter(opened, service_type="identity", version="3", **where),
+            "identity": api(service_type="identity", version="3"),
             "network": self.networks.adapter, "block-storage": self.volumes.adapter,
-            "compute": adapter.Adapter(opened, service_type="compute",
-                default_microversion="{}.{}".format(*min(self._version, NOVA_KNOWN)), **where)}
+            "compute": api(service_type="compute",
+                default_microversion="{}.{}".format(*min(self._version, NOVA_KNOWN)))}
         self.user = str(opened.get_user_id() or "")
         self.roles = list(auth.get_access(opened).role_ids or ())
         self.identity = {"nova": str(opened.get_endpoint(service_type="compute", **where)), "region": region or "",
@@ -4277,7 +4286,7 @@ class Cloud(Compute):
             answer = self.retrying(act, asking, waits=False)
         return dict(answer.json()) if answer.content else {}
 
-    def listed(self, service: str, path: str, key: str) -> list[dict[str, Any]]:
+    def listed(self, service: str, path: str, key: str) -> Rows:
         return self.pages(self._services[service], path, key)
 
     def find_server(self, id: str, *, is_patient: bool = True) -> Server | None:
@@ -4439,7 +4448,7 @@ def refusing() -> Iterator[None]:
 
 def both_clouds(settings: Settings, environment: Mapping[str, str]) -> tuple[Cloud, Cloud]:
     """Source and destination; raises Refused with all reasons if one cannot be reached."""
-    creds = [credentials(side, settings, environment) for side in ("src", "dst")]
+    creds = [credentials(side, settings, environment) for side in SIDES]
     with ThreadPoolExecutor(2) as pool:
         opening = [pool.submit(Cloud, "source", creds[0]),
             pool.submit(Cloud, "destination", creds[1], settings.dst_glance_endpoint)]
@@ -4538,11 +4547,11 @@ node=/sys/dev/block/$(printf "%d:%d" $(stat -c "0x%t 0x%T" -- "$device"))
 set -- "$node"/slaves/*
 [ -e "$1" ] || set -- "$(readlink -f -- "$node")"
 for leaf; do
-  found=
+  names=
   for link in /dev/disk/by-path/*; do
-    [ "$(readlink -f -- "$link")" != "/dev/${leaf##*/}" ] || { echo "path:${link##*/}"; found=yes; }
+    [ "$(readlink -f -- "$link")" != "/dev/${leaf##*/}" ] || names="$names ${link##*/}"
   done
-  [ "$found" ] || echo "path:unknown ${leaf##*/}"
+  echo "path:${names:-unknown ${leaf##*/}}"
 done
 """
 WATCH_LIMIT: Final = 120.0  # seconds: a lost connection's export lives on for 75, one that was killed is seen for 30
@@ -4724,10 +4733,7 @@ def chain_in(disk: ElementTree.Element) -> tuple[Layer, ...]:
 
 
 def domain_of(host: Host, id: str, path: str) -> Domain:
-    """What libvirt on a host says about an instance whose root disk should be at this path.
-
-    The host then has the keys for disks that are on Ceph.
-    """
+    """What libvirt says about an instance whose root disk should be at this path; the host then has keys for Ceph."""
     try:
         domain = host.script(DOMAIN, id, path).read(partial(domain_in, id, path))
         for secret in {(auth.get("username", ""), one.get("uuid", "")) for drive in domain.drives.values()
@@ -4747,7 +4753,8 @@ def domain_in(id: str, path: str, printed: str) -> Domain:
     except ElementTree.ParseError as error:
         raise ValueError("no XML") from error
     lines = {line.split(maxsplit=1)[0]: line for line in disks.splitlines()}
-    found = [disk for disk in tree.findall("devices/disk") if disk.get("device", "disk") == "disk"]
+    found = [disk for disk in tree.findall("devices/disk") if device_of(disk) == "disk" or (
+        volume_of(disk) and disk.find("source") is not None)]
     same = [disk for disk in found if " same " in lines.get(target_of(disk), "")]
     on_it = [disk for disk in found if any(file == path for file, _ in chain_in(disk))]
     root = next(iter((*same, *on_it, *found)), tree)
@@ -4777,6 +4784,10 @@ def drive_in(disk: ElementTree.Element, path: str, lines: Mapping[str, str], inf
         known = next((told for file, told in json.loads(info).items() if file.endswith(end)), None)
     chain = ((path, chain[0][1]), *chain[1:]) if is_it else chain
     return Drive(path, disk, chain, job_of(disk, lines), str(known or ""), is_there)
+
+
+def device_of(disk: ElementTree.Element) -> str:
+    return disk.get("device", "disk")
 
 
 def job_of(disk: ElementTree.Element, lines: Mapping[str, str]) -> str:
@@ -4835,9 +4846,12 @@ def ephemeral_among(names: Iterable[str]) -> list[str]:
 def refuse_domain(host: Host, domain: Domain, keys: Collection[str] = ()) -> list[Reason]:
     """Why libvirt's information forbids copying the files as the instance's disks: those with these keys, or all."""
     reasons = list[Reason]()
-    for drive in (drive for key, drive in domain.drives.items() if not keys or key in keys):
+    for key, drive in ((key, drive) for key, drive in domain.drives.items() if not keys or key in keys):
         path, format = drive.path, drive.format
-        if other := misplaced(host, domain, drive):
+        if (device := device_of(drive.xml)) != "disk":
+            reasons.append(Reason(f"{host.name}: volume {drive.volume} is attached as a {device}, which is not carried",
+                "attach it as a disk" if key == ROOT else "--root-only or --disks goes on without it"))
+        elif other := misplaced(host, domain, drive):
             reasons.append(other)
         elif drive.info not in ("", format):
             reasons.append(Reason(f"{host.name}: the format of {path} is {format} by libvirt, {drive.info} by "
@@ -4968,11 +4982,15 @@ def survey_drive(host: Host, drive: Drive, *, shared: bool) -> Disk:
         top = replace(top, flaws=("encryption",))
     chain, guest_bytes = (top, *chain[1:]), 0
     if not any(image.flaws for image in chain):  # else it may not even open
-        words = ("qemu-img", "measure", "--output=json", "-U", "-O", "qcow2", "-f", top.format, path)
-        measured = host.run(*words, seconds=600)
-        guest_bytes = measured.read(lambda said: int(document_in(said)["required"]))
+        guest_bytes = size_of_copy(host, "-U", "-f", top.format, path)
     return Disk(chain, guest_bytes, direct_io=host.succeeds(
         "dd", f"if={path}", "of=/dev/null", "iflag=direct", "bs=4096", "count=1"))
+
+
+def size_of_copy(host: Host, *image: str) -> int:
+    """Bytes of a qcow2 copy of what the guest sees."""
+    measured = host.run("qemu-img", "measure", "--output=json", "-O", "qcow2", *image, seconds=600)
+    return measured.read(lambda said: int(document_in(said)["required"]))
 
 
 def survey_stored(host: Host, drive: Drive, *, shared: bool) -> Disk:
@@ -4980,9 +4998,7 @@ def survey_stored(host: Host, drive: Drive, *, shared: bool) -> Disk:
     image = stored_image(host, drive)
     if not shared and image.node.has_locks:
         host.run("qemu-img", "info", "--image-opts", image.node.locked)
-    measured = host.run(
-        "qemu-img", "measure", "--output=json", "-O", "qcow2", "--image-opts", image.node.unlocked, seconds=600)
-    taken = measured.read(lambda said: int(document_in(said)["required"]))
+    taken = size_of_copy(host, "--image-opts", image.node.unlocked)
     return Disk((replace(image, allocated=taken),), taken, direct_io=image.node.has_locks)
 
 
@@ -5022,7 +5038,7 @@ def checked(host: Host, image: DiskImage) -> DiskImage:
 
 
 def free_space(host: Host, path: str) -> int:
-    free, block = host.run("stat", "-f", "-c", "%a %S", "--", path).read(lambda said: numbers_in(said, 2)[0])
+    free, block = host.run("stat", "-f", "-c", "%a %S", "--", path).read(lambda said: pairs_of(said)[0])
     return free * block
 
 
@@ -5049,7 +5065,6 @@ def digests(host: Host, where: str, offset: int, length: int, stall: float, *mor
 
 
 def _digests_in(printed: str) -> dict[int, str]:
-    """The digests, without the lines that show progress."""
     lines = printed.replace(".\n", "")
     if not re.fullmatch(r"(?:\d+ [0-9a-f]{64}\n)*", lines):
         raise ValueError("a line is not a block and its digest")
@@ -5097,8 +5112,9 @@ def require_identity(host: Host, image: DiskImage) -> None:
     except CommandError as error:
         raise FinalError(f"{host.name}: {image.path} cannot be used: {error.said}", CONNECT_IT) from error
     kind = "dm:" if any(name.startswith("dm:") for name in image.identity) else "path:"
-    seen = [name for name in found if name.startswith(kind)]
-    if not seen or not all(name.endswith(image.identity) for name in seen):
+    # Of one device; other names than these, as distributions add them, prove nothing.
+    seen = [re.findall(r"\S+-(?:iscsi|fc)-\S+", names) or [names] for names in found if names.startswith(kind)]
+    if not seen or not all(name.endswith(image.identity) for names in seen for name in names):
         raise FinalError(f"{host.name}: {image.path} is not proven to be the instance's disk: it is "
                 f"{', '.join(found)}, and should be {' or '.join(image.identity) or 'known'}", CONNECT_IT)
 
@@ -5287,10 +5303,7 @@ class InPlace:
     fresh: DiskImage
     lock: str  # a file in the instance's folder, for its writers
     is_blank: bool  # whether it holds only zeros, and nothing was written to it yet
-
-    @property
-    def direct_io(self) -> bool:
-        return True
+    direct_io = True
 
     @property
     def format(self) -> str:
@@ -5444,9 +5457,8 @@ class NbdTransport(Transport):
     @staticmethod
     def lacking(source: Host, destination: Host) -> list[str]:
         """What it needs and the hosts lack."""
-        missing = {host: tools_lacking(host) for host in (source, destination)}
         needed = (source, "nbd-server"), (destination, "nbd-client"), (destination, "modprobe")
-        lacking = [f"{tool} on {host.name}" for host, tool in needed if tool in missing[host]]
+        lacking = [f"{tool} on {host.name}" for host, tool in needed if tool in tools_lacking(host)]
         if not lacking and not destination.succeeds("sh", "-c", "[ -e /sys/block/nbd0 ] || modprobe -n -q nbd"):
             return [f"the module nbd on {destination.name}"]
         return lacking
@@ -5767,8 +5779,7 @@ def find_extents(source: Host, readable: str, job: DiskJob) -> list[Extent]:
     """Where data is, in a file; of anything else only reading it shows that."""
     if not job.source.is_file:
         return [(0, job.length)]
-    printed = source.work(*low_priority(job), *blocks("extents", readable, 0, job.length), stall=600)
-    return [(start, count) for start, count in printed.read(lambda said: numbers_in(said, 2))]
+    return source.work(*low_priority(job), *blocks("extents", readable, 0, job.length), stall=600).read(pairs_of)
 
 
 def patch_chunk(ends: Ends, job: DiskJob, node: Node, chunk: Chunk, show: Show) -> None:
@@ -5913,7 +5924,7 @@ class ChunkSender:
         self._done[chunk] = 0
         part, job = chunk, self._job
         if here and not job.source.is_file:
-            known: dict[int, str] = result_of(here)
+            known = result_of(here)
             found = as_extents(known, chunk.offset + chunk.length)
             part = replace(chunk, extents=tuple(found), held=sum(count for _, count in found))
         is_scattered = (part.is_scattered and job.landing.format == "raw") or part.held < chunk.held * 3 // 4
@@ -5947,7 +5958,6 @@ class ChunkSender:
         self._disk.check()
 
     def _compare(self, chunk: Chunk, here: Digests | None, there: Digests) -> None:
-        """Compares a chunk of a new file, and adds its digests to the digest of the whole."""
         found = result_of(there)
         if here:
             known = result_of(here)
@@ -6029,7 +6039,6 @@ def settle_disk(host: Host, job: DiskJob) -> tuple[str, ...]:
     """Rebases the new file onto the destination's base, checks it, grows it to the fresh disk's size and swaps it in.
 
     Returns the names of removed dirty bitmaps: a file cannot be resized with those that a killed qemu had in use.
-    A disk that was written to in place is there already.
     """
     if isinstance(job.landing, InPlace):
         return ()
@@ -6452,7 +6461,7 @@ class Stream:
     """A readable stream that counts and digests its bytes, shows progress and keeps to `rates`, which Pace reads."""
 
     def __init__(self, parts: Iterator[bytes], wanted: Image, rates: str = "",
-            show: Callable[[int], None] = lambda done: None) -> None:
+            show: Show = lambda done: None) -> None:
         self._parts, self._pace, self._show, self.done = parts, Pace(rates), show, 0
         known = {"md5", "sha512", str(wanted.facts.get("os_hash_algo"))} & hashlib.algorithms_available
         self._digests = {name: hashlib.new(name, usedforsecurity=False) for name in known}
@@ -6869,7 +6878,7 @@ class Catalog:
         self.hidden: dict[str, str] = {}  # types that are not shown, and why
         self.is_whole = False  # whether quotas and key pairs of all projects and users are read; each is a request
         self.names: Collection[str] = ()  # or of those with these names
-        self._lists: dict[str, list[dict[str, Any]]] = {}
+        self._lists: dict[str, Rows] = {}
         self._by_id: dict[str, dict[str, dict[str, Any]]] = {}
 
     def read(self, labels: Iterable[str]) -> None:
@@ -6883,20 +6892,19 @@ class Catalog:
                 for label, found in zip(part, pool.map(self._list, part), strict=True):
                     self._lists[label] = found
 
-    def all(self, label: str) -> list[dict[str, Any]]:
+    def all(self, label: str) -> Rows:
         """All of a type, as the API has them."""
         self.read([label])
         return self._lists[label]
 
     def one(self, label: str, id: object) -> dict[str, Any] | None:
-        """One by its id."""
         if len(self._by_id.get(label, ())) < len(self.all(label)):
             self._by_id[label] = {str(raw.get("id")): raw for raw in self.all(label)}
         return self._by_id.get(label, {}).get(str(id))
 
-    def _list(self, label: str) -> list[dict[str, Any]]:
+    def _list(self, label: str) -> Rows:
         kind, cloud = RESOURCE_TYPES[label], self.cloud
-        readers: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
+        readers: Mapping[str, Callable[[], Rows]] = {
             "image": lambda: [dict(one.facts) for one in cloud.store.all()],
             "project": self._projects, "role assignment": self._assignments, "quota": self._quotas,
             "key pair": self._key_pairs}
@@ -6915,20 +6923,20 @@ class Catalog:
             raw.setdefault("policy", next(iter(raw.get("policies") or ()), None))
         return found
 
-    def _projects(self) -> list[dict[str, Any]]:
+    def _projects(self) -> Rows:
         with ignoring(403):
             return self.cloud.listed("identity", "/projects", "projects")
         return self.cloud.listed("identity", "/auth/projects", "projects")
 
-    def _assignments(self) -> list[dict[str, Any]]:
+    def _assignments(self) -> Rows:
         """Roles of users in projects; those of groups and in domains have no place in the files."""
         told = self.cloud.listed("identity", "/role_assignments", "role_assignments")
         return [{"id": "", "project_id": one["scope"]["project"]["id"], "role_id": one["role"]["id"],
                 "user_id": one["user"]["id"]} for one in told if "user" in one and (
                 "project" in one.get("scope", {}) and "OS-INHERIT:inherited_to" not in one["scope"])]
 
-    def _quotas(self) -> list[dict[str, Any]]:
-        found = list[dict[str, Any]]()
+    def _quotas(self) -> Rows:
+        found = Rows()
         services = [("compute", "/os-quota-sets/", "quota_set"), ("network", "/quotas/", "quota")]
         services += [("block-storage", "/os-quota-sets/", "quota_set")] if self.cloud.has_volumes else []
         projects = [one for one in self.all("project")
@@ -6945,8 +6953,8 @@ class Catalog:
                 name: value for name, value in limits.items() if isinstance(value, int)}})
         return found
 
-    def _key_pairs(self) -> list[dict[str, Any]]:
-        mine, found = self.users_in(self.project), list[dict[str, Any]]()
+    def _key_pairs(self) -> Rows:
+        mine, found = self.users_in(self.project), Rows()
         users = [user["id"] for user in self.all("user")
                 if self.is_whole or user["name"] in self.names or user["id"] in mine]
         for user in dict.fromkeys((self.cloud.user, *users)):
@@ -6980,7 +6988,7 @@ class Catalog:
                 raw["access"] = sorted(
                     one.get("tenant_id") or one.get("project_id") for one in told[f"{word}_access"])
 
-    def owner(self, raw: Mapping[str, Any], label: str = "") -> str:
+    def owner(self, raw: Facts, label: str = "") -> str:
         """The id of a resource's project; that of a part is the whole's, whoever added it."""
         if label and (parent := RESOURCE_TYPES[label].parent):
             api, of = RESOURCE_TYPES[label].references[parent]
@@ -7015,7 +7023,7 @@ class Catalog:
         return {"domain_name": (self.one("domain", raw.get("domain_id")) or {}).get("name"),
                 "project_name": raw.get("name")}
 
-    def described(self, label: str, raw: Mapping[str, Any]) -> dict[str, Any]:
+    def described(self, label: str, raw: Facts) -> dict[str, Any]:
         """A resource as the files have it. Raises Unseen if it refers to something that is not shown."""
         kind, refs = RESOURCE_TYPES[label], dict[str, Any]()
         for name, (api, of) in kind.references.items():
@@ -7057,7 +7065,7 @@ def in_stable_order(value: Any) -> Any:
     return value
 
 
-def shown_key(data: Mapping[str, Any]) -> str:
+def shown_key(data: Facts) -> str:
     """What a resource is called in messages, and sorted by in files: its name, or what else tells it from others."""
     params = data["params"]
     names = [str(ref["name"]) for name, ref in sorted(params.items(), reverse=True)
@@ -7070,7 +7078,7 @@ def shown_key(data: Mapping[str, Any]) -> str:
 # ---- 14. Export ------------------------------------------------------
 
 
-def in_project_of(catalog: Catalog, label: str, raw: Mapping[str, Any]) -> bool:
+def in_project_of(catalog: Catalog, label: str, raw: Facts) -> bool:
     """Whether a resource is the project's, or made for it."""
     users = catalog.users_in(catalog.project) if label in ("user", "key pair") else set[str]()
     own = catalog.cloud.user
@@ -7130,9 +7138,9 @@ def reachable(catalog: Catalog, router: dict[str, Any], networks: Collection[str
 
 
 def described_all(catalog: Catalog, chosen_ones: Iterable[tuple[str, dict[str, Any]]],
-        lost: list[str]) -> list[dict[str, Any]]:
+        lost: list[str]) -> Rows:
     """These resources as the files have them, in order; what cannot be described joins `lost`, with the reason."""
-    found = list[dict[str, Any]]()
+    found = Rows()
     for label, raw in chosen_ones:
         try:
             found.append(catalog.described(label, raw))
@@ -7142,7 +7150,7 @@ def described_all(catalog: Catalog, chosen_ones: Iterable[tuple[str, dict[str, A
     return sorted(found, key=lambda one: (one["type"], shown_key(one), json.dumps(one["params"], sort_keys=True)))
 
 
-def write_files(folder: Path, resources: Sequence[Mapping[str, Any]], *, may_replace: bool,
+def write_files(folder: Path, resources: Sequence[Facts], *, may_replace: bool,
         has_rules: bool = False) -> dict[str, int]:
     """Writes a file for each type; returns how many resources each has. Raises Refused rather than replace one."""
     import yaml
@@ -7224,10 +7232,10 @@ def cloud_of_files(call: Call, settings: Settings, default: str) -> tuple[Cloud,
     """The cloud that is exported from or imported into, in the project of its credentials, and these."""
     side = settings.cloud or default
     creds = credentials(side, replace(settings, dst_project=""), call.environment)
-    return Cloud({"src": "source", "dst": "destination"}.get(side, side), creds), creds
+    return Cloud(SIDES.get(side, side), creds), creds
 
 
-def names_of(data: Mapping[str, Any]) -> list[str]:
+def names_of(data: Facts) -> list[str]:
     """The names that --name is matched with: the resource's own, or those of what it is a part of."""
     params = data["params"]
     refs = (params.get(name) or {} for name in ("security_group_ref", "device_ref", "user_ref", "project_ref"))
@@ -7260,14 +7268,14 @@ class Resource:
     """A resource of the files, and what becomes of it in the destination."""
 
     label: str
-    data: Mapping[str, Any]
+    data: Facts
     place: str  # the file, and the number in it
     owner: str | Resource = ""  # a project's id, or a project that is to be made
-    refs: dict[str, Any] = field(default_factory=dict)  # ids, or what is to be made
+    refs: dict[str, Any] = empty(dict)  # ids, or what is to be made
     id: str = ""
     result: str = "to be created"
-    differences: list[tuple[str, Any, Any]] = field(default_factory=list)  # name, there, in the file
-    omitted: list[str] = field(default_factory=list)
+    differences: list[tuple[str, Any, Any]] = empty(list)  # name, there, in the file
+    omitted: list[str] = empty(list)
     password: str = field(default="", repr=False)
 
     @property
@@ -7275,8 +7283,8 @@ class Resource:
         return RESOURCE_TYPES[self.label]
 
     @property
-    def params(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.data["params"]
+    def params(self) -> Facts:
+        found: Facts = self.data["params"]
         return found
 
     @property
@@ -7288,10 +7296,7 @@ class Resource:
 
 
 def read_files(names: Sequence[str], problems: list[Reason], skipped: list[str]) -> list[Resource]:
-    """The resources in these files, and in all files of these folders; of instances only the names, in `skipped`.
-
-    Raises UsageError for what is not readable.
-    """
+    """The resources in these files and folders; of instances only the names, in `skipped`. Raises UsageError."""
     import yaml
 
     found = list[Resource]()
@@ -7384,7 +7389,7 @@ def scalar(api: str, value: Any) -> Any:
     return PROTOCOLS.get(str(value), value) if api == "protocol" else value
 
 
-def key_of_raw(catalog: Catalog, label: str, raw: Mapping[str, Any]) -> tuple[Any, ...]:
+def key_of_raw(catalog: Catalog, label: str, raw: Facts) -> tuple[Any, ...]:
     """What tells a resource in a cloud from others of its type."""
     kind = RESOURCE_TYPES[label]
     apis = [kind.api(name) for name in kind.key.split()]
@@ -7410,7 +7415,7 @@ class Resolver:
         self.catalog, self._networks, self.pending = catalog, settings.network, dict[tuple[str, str], list[Resource]]()
         for one in wanted:
             self.pending.setdefault((one.label, one.name), []).append(one)
-        self._indexes: dict[str, dict[Any, list[dict[str, Any]]]] = {}
+        self._indexes: dict[str, dict[Any, Rows]] = {}
         self._target: str | Resource = catalog.project
         if settings.project:
             named = self.pending.get(("project", settings.project), [])
@@ -7431,12 +7436,12 @@ class Resolver:
         ours = (one.data.get("_migration_params") or {}).get("project_ref")
         return self.project(ours, one) if ours and one.kind.is_owned else self.target
 
-    def project(self, ref: Mapping[str, Any], one: Resource) -> str | Resource:
+    def project(self, ref: Facts, one: Resource) -> str | Resource:
         if ref.get("project_name") == AUTH:
             return self.target
         return self.find("project", {"name": ref.get("project_name"), "domain_name": ref.get("domain_name")}, one)
 
-    def find(self, label: str, ref: Mapping[str, Any] | None, one: Resource, *,
+    def find(self, label: str, ref: Facts | None, one: Resource, *,
             is_parent: bool = False) -> str | Resource:
         """The id, or the resource to be made, that a reference means. Raises Refused if it means none, or several."""
         if not ref:
@@ -7466,8 +7471,8 @@ class Resolver:
                     "give it a name of its own" if found else way)
         return next(iter(found.values()))
 
-    def _of_project(self, ref: Mapping[str, Any], one: Resource, there: list[dict[str, Any]],
-            pending: list[Resource]) -> tuple[list[dict[str, Any]], list[Resource]]:
+    def _of_project(self, ref: Facts, one: Resource, there: Rows,
+            pending: list[Resource]) -> tuple[Rows, list[Resource]]:
         """Those of the project that a reference names; if it has none, those that are shared with all."""
         try:
             project = self.project(ref, one)
@@ -7490,10 +7495,9 @@ class Resolver:
                     f"{', '.join(str(raw['id']) for raw in found)}", "rename or delete all but one")
         return found[0] if found else None
 
-    def _index(self, label: str) -> dict[Any, list[dict[str, Any]]]:
-        """All of a type by what tells one from another."""
+    def _index(self, label: str) -> dict[Any, Rows]:
         if label not in self._indexes:
-            index = self._indexes[label] = dict[Any, list[dict[str, Any]]]()
+            index = self._indexes[label] = dict[Any, Rows]()
             for raw in self.catalog.all(label):
                 index.setdefault(key_of_raw(self.catalog, label, raw), []).append(raw)
         return self._indexes[label]
@@ -7518,7 +7522,7 @@ def resolved_refs(resolver: Resolver, one: Resource) -> dict[str, Any]:
     return refs
 
 
-def subnet_of(resolver: Resolver, network: str | Resource, ip: Mapping[str, Any], one: Resource) -> str | Resource:
+def subnet_of(resolver: Resolver, network: str | Resource, ip: Facts, one: Resource) -> str | Resource:
     """The subnet of a network that an address is of: subnets often have no name. Raises Refused."""
     address = ipaddress.ip_address(ip["ip_address"])
     there = [str(raw["id"]) for raw in resolver.catalog.all("subnet")
@@ -7549,9 +7553,8 @@ def plan_import(resolver: Resolver, settings: Settings, wanted: Sequence[Resourc
                             "use an admin's credentials")
                 one.refs = resolved_refs(resolver, one)
                 one.owner = resolver.owner(one)
-                if first := seen.get((label, key_of_wanted(one))):
+                if (first := seen.setdefault((label, key_of_wanted(one)), one)) is not one:
                     raise Refused(f"{one} is there twice: {first.place}, and {one.place}", "take one of them out")
-                seen[(label, key_of_wanted(one))] = one
                 if raw := resolver.existing(one):
                     one.id, one.differences = str(raw["id"]), [*differences_of(one, raw, settings)]
                     one.result = "differs" if one.differences else "equal"
@@ -7587,7 +7590,7 @@ def refuse_shares(cloud: Cloud, wanted: Sequence[Resource]) -> Iterator[Reason]:
                         f"{row['used']} of {row['limit']} {label}s are used, {need} more are needed"])
 
 
-def differences_of(one: Resource, raw: Mapping[str, Any], settings: Settings) -> Iterator[tuple[str, Any, Any]]:
+def differences_of(one: Resource, raw: Facts, settings: Settings) -> Iterator[tuple[str, Any, Any]]:
     """What of a resource differs from the file: name, value there, value in the file; null there says nothing."""
     known = {*one.kind.key.split(), *NOT_COMPARED, *(() if settings.provider else PROVIDER)}
     for name in one.kind.columns:
@@ -7609,7 +7612,7 @@ def differences_of(one: Resource, raw: Mapping[str, Any], settings: Settings) ->
             yield name, there, one.params[name]
 
 
-def value_in(kind: ResourceType, raw: Mapping[str, Any], name: str) -> Any:
+def value_in(kind: ResourceType, raw: Facts, name: str) -> Any:
     """What the API has for a name in params: of a reference the id, of a gateway what the files have of it."""
     api = kind.api(name)
     found = raw.get(api)
@@ -7664,7 +7667,7 @@ def id_of(value: str | Resource) -> str:
 class Scopes:
     """The destination with its user's rights in several projects."""
 
-    def __init__(self, catalog: Catalog, creds: Mapping[str, Any]) -> None:
+    def __init__(self, catalog: Catalog, creds: Facts) -> None:
         self.catalog, self._creds, self._clouds = catalog, creds, {catalog.cloud.identity["project"]: catalog.cloud}
         self._opening = threading.Lock()
 
@@ -7699,22 +7702,20 @@ def due_of(wanted: Sequence[Resource], label: str) -> list[Resource]:
     return [one for one in wanted if one.label == label and one.result == "to be created"]
 
 
-def at_once(parallel: int, acts: Sequence[Callable[[], T]], done: Callable[[int], None]) -> list[T | MigrenaError]:
-    """The results of these, so many at a time, or their errors; a signal ends them, once each has its answer."""
-    pool, results = ThreadPoolExecutor(parallel), list[T | MigrenaError]()
+def at_once(parallel: int, acts: Sequence[Callable[[], object]], done: Show) -> list[Reason]:
+    """Does these, so many at a time; returns why some failed. A signal ends them, once each has its answer."""
+    pool, problems = ThreadPoolExecutor(parallel), list[Reason]()
     try:
         with defer_signals():
             asked = [pool.submit(act) for act in acts]
         for number, future in enumerate(asked, 1):
-            try:
-                results.append(result_of(future))
-            except MigrenaError as error:
-                results.append(error)
+            with collecting(problems):
+                result_of(future)
             done(number)
-        return results
+        return problems
     finally:
         with defer_signals():
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def make_all(run: Import) -> None:
@@ -7731,9 +7732,8 @@ def make_all(run: Import) -> None:
         parts = [*batches(label, due_of(run.wanted, label))]
         with run.screen.step(f"Create {len(due)} {label}{'s' if len(due) > 1 else ''}."), run.screen.counting(
                 len(parts), label) as show:
-            results = at_once(1 if label in ("image", "project") else run.settings.parallel, [
+            problems += at_once(1 if label in ("image", "project") else run.settings.parallel, [
                 partial(make_part, run, label, number, part) for number, part in enumerate(parts, 1)], show)
-        problems += [reason for error in results if isinstance(error, MigrenaError) for reason in error.reasons]
         tell_problems(run, problems)
     for one in run.wanted:  # routers have their interfaces now
         if one.label == "router" and one.result == "created" and one.params.get("routes"):
@@ -7792,7 +7792,7 @@ def make_part(run: Import, label: str, number: int, ones: Sequence[Resource]) ->
         raise MigrenaError.of(problems)
 
 
-def make_by_post(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def make_by_post(run: Import, ones: Sequence[Resource], bodies: Rows) -> Rows:
     """Makes resources as most APIs do; attributes that this release does not know are omitted, and told."""
     kind = ones[0].kind
     for _ in range(20):
@@ -7809,7 +7809,7 @@ def make_by_post(run: Import, ones: Sequence[Resource], bodies: list[dict[str, A
     raise AssertionError("each answer names another attribute")
 
 
-def unknown_in(kind: ResourceType, bodies: Sequence[Mapping[str, Any]], said: str) -> list[tuple[int, str]]:
+def unknown_in(kind: ResourceType, bodies: Sequence[Facts], said: str) -> list[tuple[int, str]]:
     """Which attributes of which of these the API will not have, by its error message."""
     if not (match := UNKNOWN.search(said)):
         return []
@@ -7827,17 +7827,16 @@ def unknown_in(kind: ResourceType, bodies: Sequence[Mapping[str, Any]], said: st
             if key in able and is_meant(key, body[key])]
 
 
-def complete(run: Import, one: Resource, raw: Mapping[str, Any]) -> None:
+def complete(run: Import, one: Resource, raw: Facts) -> None:
     """Sets what a new resource does not take when it is made."""
     cloud = run.cloud
     later = {name: one.params[name] for name in ("tags", "extra_specs") if one.params.get(name)}
     later |= {"access_refs": [*map(id_of, ids)]} if (ids := one.refs.get("access_refs")) else {}
     change_resource(cloud, one.label, one.id, later, dict.fromkeys(later))
     if one.label == "project":
-        catalog = run.scopes.catalog
-        own = [one["role_id"] for one in catalog.all("role assignment") if one["user_id"] == catalog.cloud.user
-               and one["project_id"] == catalog.cloud.identity["project"]]
-        for role in own or catalog.cloud.roles:  # by a group perhaps
+        own = [one["role_id"] for one in run.scopes.catalog.all("role assignment") if one["user_id"] == cloud.user
+               and one["project_id"] == cloud.identity["project"]]
+        for role in own or cloud.roles:  # by a group perhaps
             path = f"/projects/{one.id}/users/{cloud.user}/roles/{role}"
             cloud.ask(f"get a role in {one}", "identity", "PUT", path)
         run.screen.note(f"The user of the credentials has its roles in {one} too.")
@@ -7845,7 +7844,7 @@ def complete(run: Import, one: Resource, raw: Mapping[str, Any]) -> None:
         settle_first_rules(run, one, raw.get("security_group_rules") or ())
 
 
-def settle_first_rules(run: Import, group: Resource, rules: Iterable[Mapping[str, Any]]) -> None:
+def settle_first_rules(run: Import, group: Resource, rules: Iterable[Facts]) -> None:
     """Of the rules that every new group has, keeps those of the files; the others are removed if files have rules."""
     mine = {key_of_wanted(one): one for one in run.wanted
             if one.label == "security group rule" and one.refs.get("security_group_ref") is group}
@@ -7860,11 +7859,10 @@ def settle_first_rules(run: Import, group: Resource, rules: Iterable[Mapping[str
         run.screen.note(f"{group}: {removed} rules that new groups have are removed; the files do not have them.")
 
 
-Made = list[dict[str, Any]]
-Maker = Callable[["Import", Sequence[Resource], list[dict[str, Any]]], Made]
+Maker = Callable[["Import", Sequence[Resource], Rows], Rows]
 
 
-def make_interface(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
+def make_interface(run: Import, ones: Sequence[Resource], bodies: Rows) -> Rows:
     """A port with the router's addresses, which the router then gets; a subnet's gateway is asked for by the subnet."""
     one, router = ones[0], id_of(ones[0].refs["device_ref"])
     ips = [(ip["ip_address"], ip["subnet_id"]) for ip in one.refs["fixed_ips_refs"]]
@@ -7886,46 +7884,46 @@ def make_interface(run: Import, ones: Sequence[Resource], bodies: list[dict[str,
         raise
 
 
-def make_key(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
+def make_key(run: Import, ones: Sequence[Resource], bodies: Rows) -> Rows:
     """A key pair, for another user if these are an admin's credentials; its name is its id."""
     if bodies[0].get("user_id") == run.cloud.user:
         del bodies[0]["user_id"]
     return [{**raw, "id": raw["name"]} for raw in make_by_post(run, ones, bodies)]
 
 
-def make_assignment(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
+def make_assignment(run: Import, ones: Sequence[Resource], bodies: Rows) -> Rows:
     path = ASSIGNMENT.format(**bodies[0])
     run.cloud.ask(f"assign {ones[0]}", "identity", "PUT", f"/projects/{path}")
     return [{"id": path}]
 
 
-def make_quota(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
+def make_quota(run: Import, ones: Sequence[Resource], bodies: Rows) -> Rows:
     """The limits of a new project that differ from the cloud's own."""
     one, project = ones[0], str(bodies[0]["project_id"])
-    set_limits(run.cloud, project, one, run.journal)
+    set_limits(run, project, one)
     return [{"id": project}]
 
 
-def set_limits(cloud: Cloud, project: str, one: Resource, journal: Journal) -> None:
+def set_limits(run: Import, project: str, one: Resource) -> None:
     """Sets a project's quotas in one service; what that does not know is omitted, and told."""
     service, told = str(one.params["service"]), "quota" if one.params["service"] == "network" else "quota_set"
     path = f"{'/quotas' if service == 'network' else '/os-quota-sets'}/{project}"
-    there = cloud.ask(f"show {one}", service, "GET", path)[told]
+    there = run.cloud.ask(f"show {one}", service, "GET", path)[told]
     one.omitted = [key for key in one.params["limits"] if key not in there]
     if wanted := {key: value for key, value in one.params["limits"].items() if there.get(key, value) != value}:
-        with journal.act(f"set limits of {service} {project}", service=service, path=path, one=told, new=wanted,
+        with run.journal.act(f"set limits of {service} {project}", service=service, path=path, one=told, new=wanted,
                 was={key: there[key] for key in wanted}):
-            cloud.ask(f"set {one}", service, "PUT", path, {told: wanted})
+            run.cloud.ask(f"set {one}", service, "PUT", path, {told: wanted})
 
 
-def make_group(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
+def make_group(run: Import, ones: Sequence[Resource], bodies: Rows) -> Rows:
     """A server group, which only the project's own credentials can make."""
     params = ones[0].params
     facts = {"name": params["name"], "policy": params["policy"], "rules": params.get("rules") or {}}
     return [{"id": run.scopes.in_project(id_of(ones[0].owner)).make_server_group(facts)}]
 
 
-def make_image(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
+def make_image(run: Import, ones: Sequence[Resource], bodies: Rows) -> Rows:
     cloud = run.scopes.in_project(id_of(ones[0].owner))
     assert run.source
     try:
@@ -7935,7 +7933,7 @@ def make_image(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any
         raise
 
 
-def make_security_groups(run: Import, ones: Sequence[Resource], bodies: list[dict[str, Any]]) -> Made:
+def make_security_groups(run: Import, ones: Sequence[Resource], bodies: Rows) -> Rows:
     first = [one for one in ones if one.name == DEFAULT_GROUP]
     there = {one: next(raw for raw in run.scopes.in_project(id_of(one.owner)).networks.all("security-groups")
             if raw["name"] == DEFAULT_GROUP and raw["project_id"] == id_of(one.owner)) for one in first}
@@ -7960,7 +7958,7 @@ def change_all(run: Import) -> None:
         was = {name: there for name, there, _ in one.differences if name in able}
         with collecting(problems):
             if one.label == "quota":
-                set_limits(run.cloud, id_of(one.refs["project_ref"]), one, run.journal)
+                set_limits(run, id_of(one.refs["project_ref"]), one)
             else:
                 refs = {name: ids_of(value) for name, value in one.refs.items() if name in able}
                 new = {**able, **refs}
@@ -7972,7 +7970,7 @@ def change_all(run: Import) -> None:
     tell_problems(run, problems)
 
 
-def change_resource(cloud: Cloud, label: str, id: str, new: Mapping[str, Any], was: Mapping[str, Any]) -> None:
+def change_resource(cloud: Cloud, label: str, id: str, new: Facts, was: Facts) -> None:
     kind, what = RESOURCE_TYPES[label], f"change {label} {id}"
     path, body = f"{kind.path}/{id}", dict[str, Any]()
     for name, value in new.items():
@@ -8060,7 +8058,7 @@ def read_passwords(settings: Settings, wanted: Sequence[Resource]) -> None:
     """Gives users the passwords that --passwords has, or --new-passwords, which is written first."""
     import yaml
 
-    users = [one for one in wanted if one.label == "user" and one.result == "to be created"]
+    users = due_of(wanted, "user")
     if settings.passwords:
         try:
             told = yaml.safe_load(Path(settings.passwords).read_text(encoding="utf-8"))
@@ -8080,8 +8078,7 @@ def read_passwords(settings: Settings, wanted: Sequence[Resource]) -> None:
             raise UsageError(f"{settings.new_passwords} cannot be written: {error}", "name a new file") from error
 
 
-def rows_of(wanted: Sequence[Resource]) -> list[dict[str, Any]]:
-    """What became of each resource, for the report."""
+def rows_of(wanted: Sequence[Resource]) -> Rows:
     return [{"type": one.kind.type, "name": shown_key(one.data), "id": one.id, "result": one.result,
             "omitted": one.omitted, "differences": [
             {"name": name, "there": there, "file": value} for name, there, value in one.differences]}
@@ -8090,22 +8087,23 @@ def rows_of(wanted: Sequence[Resource]) -> list[dict[str, Any]]:
 
 def tell_import(screen: Screen, wanted: Sequence[Resource], *, always: bool = False) -> None:
     """Shows what is, or was, to be done: counts of equal ones, what differs field by field, what was omitted."""
+    say = partial(screen.say, always=always)
     for label in (known for known in IN_FILES if any(one.label == known for one in wanted)):
         counts = Counter(one.result for one in wanted if one.label == label)
-        screen.say(f"  {label}s: {', '.join(f'{count} {result}' for result, count in counts.items())}", always=always)
+        say(f"  {label}s: {', '.join(f'{count} {result}' for result, count in counts.items())}")
         new = [shown_key(one.data) for one in due_of(wanted, label)]
         for line in (*new[:MOST_SHOWN], *([f"and {len(new) - MOST_SHOWN} more"] if new[MOST_SHOWN:] else ())):
-            screen.say(f"    + {line}", always=always)
+            say(f"    + {line}")
     for one in wanted:
         for name, there, value in one.differences:
-            able = name in one.kind.changeable.split()
-            for rule in there if name == "rules" else ():
-                words = " ".join(str(word) for key, word in rule.items() if key != "id" and word not in (None, ""))
-                screen.say(f"  {one}: has a rule that the files do not have: {words}", always=always)
             if name == "rules":
+                for rule in there:
+                    words = " ".join(str(word) for key, word in rule.items() if key != "id" and word not in (None, ""))
+                    say(f"  {one}: has a rule that the files do not have: {words}")
                 continue
-            screen.say(f"  {one}: {name} is {shorten(json.dumps(there), 80)}, the file has "
-                    f"{shorten(json.dumps(value), 80)}" + ("" if able else " (cannot be changed)"), always=always)
+            able = name in one.kind.changeable.split()
+            say(f"  {one}: {name} is {shorten(json.dumps(there), 80)}, the file has "
+                f"{shorten(json.dumps(value), 80)}" + ("" if able else " (cannot be changed)"))
         if one.omitted:
             screen.warn(f"{one}: omitted, since this cloud does not know it: {', '.join(one.omitted)}")
 
@@ -8128,13 +8126,10 @@ def import_resources(call: Call, settings: Settings, undo: Undo, report: Report,
         if problems:
             raise Refused.of(problems)
         report.resources = rows_of(wanted)
-        if settings.dry_run:
-            report.result = "planned"
-            tell_import(screen, wanted, always=True)
-            return ""
-        if not any(one.result == "to be created" or (settings.update and one.result == "differs") for one in wanted):
-            report.result = "done"
-            tell_import(screen, wanted)
+        if settings.dry_run or not any(
+                one.result == "to be created" or (settings.update and one.result == "differs") for one in wanted):
+            report.result = "planned" if settings.dry_run else "done"
+            tell_import(screen, wanted, always=settings.dry_run)
             return ""
         read_passwords(settings, wanted)
         run = Import(settings, screen, begin_import(folder, id, settings, catalog.cloud, wanted), undo, scopes, wanted,
@@ -8233,9 +8228,8 @@ def delete_imported(cloud: Cloud, record: RunRecord, journal: Journal, screen: S
     for label, group in itertools.groupby(made, key=lambda one: str(one[0].facts["kind"])):
         rows = [*group]
         with screen.counting(len(rows), f"delete {label}") as show:
-            results = at_once(1 if label == "project" else 8, [
+            problems += at_once(1 if label == "project" else 8, [
                 partial(delete_resource, cloud, act, id, ours, journal) for act, id in rows], show)
-        problems += [reason for result in results if isinstance(result, MigrenaError) for reason in result.reasons]
     delete_carried(cloud, record.run)
     if problems:
         raise Kept.of(list(dict.fromkeys(problems)))
@@ -8288,12 +8282,11 @@ def delete_resource(cloud: Cloud, act: Step, id: str, ours: Collection[str], jou
                     remove()
             elif label == "image":
                 cloud.store.delete(id)
-            elif label == "project":  # its default group would be left without an owner
-                for group in cloud.listed("network", f"/security-groups?project_id={id}", "security_groups"):
+            elif label != "quota":  # it goes with its project
+                groups = f"/security-groups?project_id={id}"  # its default group would be left without an owner
+                for group in cloud.listed("network", groups, "security_groups") if label == "project" else ():
                     if group["name"] == DEFAULT_GROUP and group.get("project_id") == id:
                         cloud.ask(what, "network", "DELETE", f"/security-groups/{group['id']}")
-                cloud.ask(what, kind.service, "DELETE", path)
-            elif label != "quota":  # it goes with its project
                 cloud.ask(what, kind.service, "DELETE", path)
     except CloudError as error:
         if error.code not in (400, 403, 409):
@@ -8468,7 +8461,9 @@ def survey_source(settings: Settings, creds: Facts, screen: Screen, stack: ExitS
             found.lacking = tools_lacking(host)
             found.disks = survey_source_disks(host, server, found.lacking, only=settings.chosen)
             survey_volumes(found, cloud, server)
-            if not settings.run:
+            if not settings.run:  # else before the stop, or when it is read
+                for disk in found.disks.values():
+                    require_identity(host, disk.top)
                 if "nics" not in settings.extra_args and found.disks:
                     found.ports = survey_ports(cloud, server, next(disk.macs for disk in found.disks.values()))
                 if server.key and "key_name" not in settings.extra_args:
@@ -8492,7 +8487,7 @@ def survey_ports(cloud: Cloud, server: Server, macs: Sequence[str]) -> list[Port
             f"openstack server reboot --hard {server.id}, or -e \"{{'nics': 'none'}}\" goes on without ports")
     if not told:
         return []
-    floating = list[dict[str, Any]]()
+    floating = Rows()
     with ignoring(404):  # a cloud without routers
         floating = store.all("floatingips", *(("port_id", one["id"]) for one in told))
     networks = store.by_id("networks", [one["network_id"] for one in told] + [
@@ -8510,10 +8505,10 @@ def survey_ports(cloud: Cloud, server: Server, macs: Sequence[str]) -> list[Port
 
 
 def identified(cloud: Cloud, server: str, disk: Disk, volume: Volume) -> Disk:
-    """A disk with what proves that it is this volume; raises Refused if it is not."""
+    """A disk with what proves that it is this volume; raises HostError if it is smaller."""
     top = disk.top
-    if top.size != volume.size * GiB:
-        raise Refused(f"{cloud.label} cloud: {volume.label} has {volume.size} GiB, but {top.path} {human(top.size)}",
+    if top.size < volume.size * GiB:
+        raise HostError(f"{cloud.label} cloud: {volume.label} has {volume.size} GiB, but {top.path} {human(top.size)}",
                 CONNECT_IT)
     if top.node.storage["driver"] != "host_device":
         return disk
@@ -8529,10 +8524,12 @@ def survey_volumes(found: SourceFacts, cloud: Cloud, server: Server) -> None:
     volumes = {key: cloud.volumes.one(id) for key, id in ids.items()}
     if lost := [ids[key] for key, volume in volumes.items() if not volume]:
         raise Refused(f"source cloud: Cinder does not show volume {', '.join(lost)}", "use an admin's credentials")
-    found.volumes = {key: volume for key, volume in volumes.items() if volume}
-    found.disks = {key: identified(cloud, server.id, disk, found.volumes[key]) if disk.volume else disk
+    known = {key: volume for key, volume in volumes.items() if volume}
+    found.disks = {key: identified(cloud, server.id, disk, known[key]) if disk.volume else disk
         for key, disk in found.disks.items()}
-    found.with_snapshots = cloud.volumes.with_snapshots() & set(ids.values()) if ids else ()
+    found.volumes = {key: replace(volume, size=-(-found.disks[key].top.size // GiB))  # some backends round up
+        for key, volume in known.items()}
+    found.with_snapshots = cloud.volumes.with_snapshots(ids.values()) if ids else ()
 
 
 def host_name(server: Server, settings: Settings) -> str:
@@ -8654,7 +8651,7 @@ def pick_image(wanted: str, images: Sequence[Image], source: Image | None) -> Im
 
 def refuse(settings: Settings, source: SourceFacts, destination: DestinationFacts,
         go_on: Callable[[str], str] = "".format) -> list[Reason]:
-    """All reasons to refuse; `go_on`: the command that continues a run, "" without a journal here."""
+    """All reasons to refuse; `go_on`: the commands that continue a run or undo it, "" without a journal here."""
     reasons = [*source.problems, *destination.problems]
     if source.server:
         reasons += refuse_server(source.server, settings, go_on)
@@ -8678,15 +8675,15 @@ def reasons_from(*rules: tuple[object, str, str]) -> list[Reason]:
     return [Reason(problem, way_out) for holds, problem, way_out in rules if holds]
 
 
-def next_commands_for(run: str, source: str, way: str) -> str:
-    return (f"if it has ended: {way}, or ./migrena.py rollback {run}" if way else
-            f"its journal is not on this machine; if it has ended: ./migrena.py rollback --run-of {source}")
+def next_commands_for(source: str, way: str) -> str:
+    return f"if it has ended: {way}" if way else (
+        f"its journal is not on this machine; if it has ended: ./migrena.py rollback --run-of {source}")
 
 
 def refuse_server(server: Server, settings: Settings, go_on: Callable[[str], str] = "".format) -> list[Reason]:
     id, status, reason = server.id, server.status, server.lock_reason
     run = server.metadata.get(MARK) or lock_of(server)
-    ways = next_commands_for(run, id, go_on(run))
+    ways = next_commands_for(id, go_on(run))
     was_moved = run and MARK not in server.metadata and " takes its place" in reason
     return reasons_from(
         (status not in ("ACTIVE", "SHUTOFF"), f"the source is {status}; it must be ACTIVE or SHUTOFF",
@@ -8972,7 +8969,7 @@ def refuse_destination(settings: Settings, source: SourceFacts, destination: Des
     for one in destination.same_name:
         run, taken = one.metadata.get(MADE), f"destination cloud: the name {settings.dst_name!r} is taken by {one.id}"
         reasons.append(Reason(f"{taken}, made by run {run}",
-                next_commands_for(run, one.metadata.get(ORIGIN, settings.src_uid), go_on(run)))
+                next_commands_for(one.metadata.get(ORIGIN, settings.src_uid), go_on(run)))
                 if run else Reason(taken, "choose another one with -d"))
     reasons += [Reason(f"destination cloud: {one.name} {one.id} ({one.status}) was made from this source by run "
             f"{one.metadata.get(DONE) or one.metadata.get(MADE)}",
@@ -9044,7 +9041,7 @@ class Plan:
     left_behind: tuple[str, ...]
     was_running: bool = False
     carried: ImagePlan | None = None  # the image, if it must be carried first
-    extra: Mapping[str, Any] = field(default_factory=dict)  # arguments for Nova's create
+    extra: Facts = empty(dict)  # arguments for Nova's create
     wanted: Sequence[Wanted] = ()  # what is made for them first
     ports: Sequence[PortPlan] = ()
     attributes: Sequence[Attribute] = ()
@@ -9087,7 +9084,7 @@ def make_plan(settings: Settings, source: SourceFacts, destination: DestinationF
         carried.wanted, ports, carried.rows, source.volumes, requests, source.with_snapshots)
 
 
-def request_for(settings: Settings, volume: Volume, run: str, destination: DestinationFacts) -> dict[str, Any]:
+def request_for(settings: Settings, volume: Volume, run: str, destination: DestinationFacts) -> Facts:
     """What Cinder is asked for, to have a volume like this one in the destination."""
     zone = volume.facts.get("availability_zone")
     marks = {MADE: run, ORIGIN: volume.id}
@@ -9095,7 +9092,8 @@ def request_for(settings: Settings, volume: Volume, run: str, destination: Desti
         "volume_type": type_of(settings, volume),
         "availability_zone": zone if zone in destination.volume_zones else ""}
     return {"size": volume.size, **{key: value for key, value in facts.items() if value}, "metadata": marks | {
-        key: value for key, value in volume.metadata.items() if not key.startswith("migrena:")}}
+        key: value for key, value in volume.metadata.items()  # `readonly` and the like are Cinder's own
+        if not key.startswith("migrena:") and key not in ("readonly", "attached_mode")}}
 
 
 def made_with(server: Server, disks: Mapping[str, Disk], volumes: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -9128,9 +9126,9 @@ class Report:
     api_calls: dict[str, int] = empty(dict)  # by cloud
     ssh_commands: dict[str, int] = empty(dict)  # by host
     images: list[dict[str, object]] = empty(list)  # of `image`: the result for each
-    resources: list[dict[str, Any]] = empty(list)  # of `export` and `import`: the same
+    resources: Rows = empty(list)  # of `export` and `import`: the same
     moves: list[dict[str, object]] = empty(list)  # of `live-migrate`: the same
-    ports: list[dict[str, Any]] = empty(list)  # of a plan, in the order of the instance's interfaces
+    ports: Rows = empty(list)  # of a plan, in the order of the instance's interfaces
     attributes: list[dict[str, str]] = empty(list)  # of a plan
     warnings: list[str] = empty(list)
     left_behind: list[str] = empty(list)  # parts of the instance that are not copied: volumes etc.
@@ -9148,7 +9146,7 @@ class Earlier:
     """An interrupted run: its journal, and what was found of its destination."""
 
     record: RunRecord
-    seen: Seen = field(default_factory=Seen)
+    seen: Seen = Seen()
     in_place: Collection[str] = ()  # the keys of the disks whose copy is swapped in
     cloud: Cloud | None = None
     problems: list[Reason] = empty(list)
@@ -9176,7 +9174,6 @@ class Run:
 
     @property
     def record(self) -> RunRecord:
-        """Its journal so far."""
         return record_of(self.plan.run, self.journal.entries)
 
     @property
@@ -9330,10 +9327,7 @@ def has_answered(cloud: Cloud, server: Server, how: str) -> bool:
 
 
 def await_answer(run: Run, server: Server) -> None:
-    """Waits until the started destination answers in every way that is asked for; else gives the source back.
-
-    Raises Kept without an answer: the destination is stopped then, and stays as it is.
-    """
+    """Waits until the destination answers in every way asked for; else stops it, gives the source back, raises Kept."""
     settings, began, open_ways = run.settings, time.monotonic(), list(run.settings.answers)
     with run.screen.step("Wait for the answer of the destination instance."):
         with run.journal.act("await answer", server=server.id, ways=open_ways) as result:
@@ -9476,7 +9470,7 @@ def look_again(job: DiskJob, ends: Ends, *, is_alone: bool) -> None:
 
 
 def copy_nvram(run: Run, host: Host, made: str) -> None:
-    """Copies the file in which UEFI keeps its variables, such as boot entries; warns where that is not possible."""
+    """Copies UEFI's variables, such as boot entries; warns where that is not possible."""
     sides, path = ((run.source_host, run.plan.server.id), (host, made)), ""
     gate(run, Act.SWAP)
     try:
@@ -9489,10 +9483,7 @@ def copy_nvram(run: Run, host: Host, made: str) -> None:
 
 
 def connections(run: Run, host: Host, count: int, locks: DiskLocks) -> Iterator[tuple[Host, Host]]:
-    """Both hosts for each of so many disks: what is copied in parallel has connections, and what they hold, of its own.
-
-    They last as long as the locks.
-    """
+    """Both hosts for each disk; those copied in parallel have connections of their own, as long as the locks last."""
     for number in range(count):
         ends = run.source_host, host
         if number and run.settings.lanes > 1 and not run.settings.limit_rate:
@@ -9551,9 +9542,8 @@ def swap_in(run: Run, host: Host, jobs: Sequence[DiskJob], locks: DiskLocks) -> 
 def warm_copy(run: Run, copies: Sequence[DiskCopy], slot: ExitStack) -> None:
     """Copies the disks in passes while the source runs, until little is left to send after its stop.
 
-    With --cutover-at the passes go on until then. Each copy then knows the digests of both ends, if a dirty bitmap
-    shows what changes after them. Raises FinalError if --max-downtime or the time cannot be met, and HostError as
-    `with_retries` does; the source runs on.
+    With --cutover-at the passes go on until then. Raises FinalError if --max-downtime or the time cannot be met, and
+    HostError as `with_retries` does; the source runs on.
     """
     settings, screen, files = run.settings, run.screen, [copy.job.new for copy in copies]
     is_seed = bool(settings.seed or settings.cutover_at)
@@ -9725,7 +9715,7 @@ def one_pass(run: Run, copy: DiskCopy) -> Pass:
             f'[ $# = 1 ] && echo 0 || stat -c %s -- "$2"; {DOMAIN_STATE}', run.plan.server.id, *words).split("\n", 1)
         require_running(run, state.strip())
         now = copy.begun(is_live=True, source=replace(job.source, length=int(length) or job.source.length))
-        return move_disk(ends, now, Callbacks(partial(journaled_progress, run, job.key)), copy.known)
+        return move_disk(ends, now, Callbacks(partial(journaled_progress, run, job.key), copy.both.count), copy.known)
 
     moved, copy.known = with_retries(copy.both, attempt, "runs on")
     return Pass(moved.held, moved.looking, moved.sending, moved.seconds)
@@ -9894,15 +9884,13 @@ def create_destination(run: Run) -> Server:
 
 def create_volumes(run: Run) -> None:
     """Makes volumes for the source's, and waits until they can be used. A failure deletes them."""
-    if not run.plan.requests:
-        return
-    store = run.destination.volumes
     for key, facts in run.plan.requests.items():
         kind = f", type {facts['volume_type']}" if "volume_type" in facts else ""
         run.screen.note(f"New volume of {facts['size']} GiB{kind}, for {run.plan.volumes[key].label}")
         ask_for(run, "volume", key, facts)
     for key, id in run.record.made("volume").items():
-        volume, made = run.plan.volumes[key], store.wait(id)
+        store, volume = run.destination.volumes, run.plan.volumes[key]
+        made = store.wait(id)
         if what := next((what for what in ("encrypted", "multiattach") if made.facts.get(what)), ""):
             raise CloudError(f"destination cloud: volumes of type {made.type} are {what}",
                 f"--volume-type {volume.type}=TYPE names another one")
@@ -9996,11 +9984,13 @@ def has_things(record: RunRecord) -> bool:
     return any(act.name == f"create {kind}" for act in record.acts for kind in KINDS)
 
 
-def delete_things(cloud: Cloud, record: RunRecord, now: Situation, journal: Journal, patience: float) -> None:
+def delete_things(cloud: Cloud, record: RunRecord, now: Situation, journal: Journal, patience: float,
+        attached: Collection[str] = ()) -> None:
     """Deletes what a run made besides the instance; raises Kept for what is in use, or may still be made.
 
-    They are known by the journal; where it is lost, or an answer was (which is waited for), by the run's marks. While
-    the instance that the run made is there, all are kept: volumes may be its only copy.
+    They are known by the journal; where it is lost, or an answer was (which is waited for), by the run's marks: but
+    volumes only if they were `attached`, since one restored from a backup has the mark too. While the instance that
+    the run made is there, all are kept: volumes may be its only copy.
     """
     problems, limit = list[Reason](), time.monotonic() + patience
     for kind, acts in KINDS.items():
@@ -10016,11 +10006,15 @@ def delete_things(cloud: Cloud, record: RunRecord, now: Situation, journal: Jour
                     problems.append(Reason(
                         f"the request for a {kind} was not answered, and it may still be made",
                         f"openstack {acts.command} list; ./migrena.py rollback {now.run} deletes it"))
-            if not record.run and (kind != "volume" or cloud.has_volumes):
-                told |= {id: {} for id in acts.made_by(cloud, now.run, {}) if id not in told}
+            if record.is_lost and (kind != "volume" or cloud.has_volumes):
+                marked = {*acts.made_by(cloud, now.run, {})} - told.keys()
+                if loose := sorted(marked - {*attached}) if kind == "volume" else []:
+                    problems.append(Reason(f"volumes {', '.join(loose)} have the run's mark, but were not attached to "
+                        "its instance: without its journal they may be copies of its volumes",
+                        "openstack volume delete, if nobody wants them"))
+                told |= {id: {} for id in marked - {*loose}}
         if told and not now.destination.is_gone:
-            kept = f"{kind}s {', '.join(sorted(told))} are kept with instance {now.destination.id}"
-            problems.append(Reason(kept, ""))
+            problems.append(Reason(f"{kind}s {', '.join(sorted(told))} are kept with instance {now.destination.id}"))
             continue
         for id, facts in sorted(told.items()):
             with collecting(problems), journal.act(f"delete {kind}", id=id):
@@ -10167,6 +10161,9 @@ class BothEnds(ExitStack):
         self._ends = self._ends or self._open()
         return self._ends
 
+    def count(self, chunk: Chunk, done: int) -> None:
+        self.arrived.add(chunk.extents[0][0])
+
     def renew(self) -> None:
         self.close()
         self._ends = None
@@ -10222,14 +10219,7 @@ def prepare(run: Run, both: Mapping[str, BothEnds], new: Server) -> list[DiskJob
         screen.note("Done. Current status: SHUTOFF")
     with screen.step("Compare bases, space and the way between the hypervisors."):
         jobs = [plan_job(run, ends, key, fresh[key]) for key in both]
-        needs = [0 if isinstance(job.landing, InPlace) else space_needed(
-            job.source, run.plan.disks[job.key], job.whole_file, 0) for job in jobs]
-        host = f"{run.destination.url} {ends.destination.name}"
-        run.journal.write("space", host=host, need=sum(needs))
-        others = still_to_write(run.journal.path.parent, run.plan.run, host)
-        for job, need in zip(jobs, needs, strict=True):
-            refuse_job(ends, job, need, others)
-            others += need
+        refuse_jobs(run, ends, jobs)
         rate = rehearse(ends, jobs[0])
         if len(jobs) > 1:  # side by side, each at its own port
             for_each(run, [DiskCopy(both[job.key], job) for job in jobs],
@@ -10269,6 +10259,7 @@ def plan_job(run: Run, ends: Ends, key: str, fresh: Disk) -> DiskJob:
     if in_place:
         lock = files_beside(f"{host.disk_of(run.made)}.{key}", run.plan.run)[0]
         landing = InPlace(run.plan.run, fresh.top, lock, is_blank=False)
+        require_identity(host, fresh.top)
     job = DiskJob(key, settings, disk.top, landing, transport, whole_file, disk.direct_io)
     if not whole_file and fresh.top.size > disk.top.size and "start destination" in {
             act.name for act in run.record.acts}:
@@ -10283,7 +10274,6 @@ def is_blank(ends: Ends, job: DiskJob) -> bool:
     host, fresh = ends.destination, job.fresh
     if fresh.size < job.source.size:
         return False  # refused later
-    require_identity(host, fresh)
     with seen_by_guest(ends, host, fresh, job) as place:
         found = digests(host, place, 0, fresh.size, job.settings.stall_timeout)
     if behind := [block for block in found if block * MiB >= job.source.size]:
@@ -10292,8 +10282,27 @@ def is_blank(ends: Ends, job: DiskJob) -> bool:
     return not found
 
 
-def refuse_job(ends: Ends, job: DiskJob, need: int, others: int = 0) -> None:
-    """Raises HostError if the copy does not fit the destination's disk, or its host besides the bytes of `others`."""
+def refuse_jobs(run: Run, ends: Ends, jobs: Sequence[DiskJob]) -> None:
+    """Raises HostError for the first disk that does not fit.
+
+    Files of volumes lie in the folders of their shares, and are sparse: what only a device holds is not foreseen.
+    """
+    needs = {job.key: 0 if isinstance(job.landing, InPlace) and not job.source.is_file else space_needed(
+        job.source, run.plan.disks[job.key], job.whole_file, 0) for job in jobs}
+    places = {job.key: job.fresh.path.rpartition("/")[0] if isinstance(job.landing, InPlace) else "" for job in jobs}
+    host, own = f"{run.destination.url} {ends.destination.name}", [key for key, place in places.items() if not place]
+    run.journal.write("space", host=host, need=sum(needs[key] for key in own), disks=own)
+    others = {"": still_to_write(run.journal.path.parent, run.plan.run, host)}
+    for job in jobs:
+        place = places[job.key]
+        others[place] = (taken := others.get(place, 0)) + refuse_job(ends, job, needs[job.key], taken)
+
+
+def refuse_job(ends: Ends, job: DiskJob, need: int, others: int = 0) -> int:
+    """Bytes that the copy has still to write; raises HostError if it does not fit the destination's disk, or its host.
+
+    `others`: bytes that other copies have still to write there.
+    """
     host, fresh = ends.destination, job.fresh
     if fresh.format not in ("qcow2", "raw"):
         raise HostError(f"{host.name}: {fresh.path} is {fresh.format}; only qcow2 and raw can be written")
@@ -10302,15 +10311,16 @@ def refuse_job(ends: Ends, job: DiskJob, need: int, others: int = 0) -> None:
             f"{human(job.source.size)}", "name a larger flavor with -f")
     for flaw in fresh.flaws:
         raise HostError(f"{host.name}: {fresh.path} has {flaw}", FLAW_WAYS[flaw])
-    if isinstance(job.landing, InPlace):
-        return
-    need += job.settings.space_reserve
+    if not fresh.is_file:
+        return 0
     there = host.script('[ ! -f "$1" ] || stat -c %b -- "$1"', job.new)  # a resumed run has some already
-    free = free_space(host, fresh.path) + there.read(lambda said: int(said or 0)) * 512
-    if free - others < need:
+    rest = max(0, need - there.read(lambda said: int(said or 0)) * 512)
+    free, wanted = free_space(host, fresh.path), rest + job.settings.space_reserve
+    if free - others < wanted:
         taken = f", of which other disks and runs still need {human(others)}" if others else ""
-        raise HostError(f"{host.name}: {human(free)} are free beside {fresh.path}{taken}, {human(need)} are needed",
+        raise HostError(f"{host.name}: {human(free)} are free beside {fresh.path}{taken}, {human(wanted)} are needed",
             "free space there, or choose another host with availability_zone in -e")
+    return rest
 
 
 def space_needed(top: DiskImage, disk: Disk, whole_file: bool, reserve: int) -> int:
@@ -10429,6 +10439,7 @@ def require_safe_stop(run: Run) -> None:
     for key, disk in plan.disks.items():
         if key not in domain.drives:
             raise HostError(f"{host.name}: by libvirt {disk.top.path} is no disk of the source any more")
+        require_identity(host, disk.top)
         require_chain(host, domain.drives[key], disk.chain)
         chain_now(run, domain.drives[key], disk.chain, shared=True)
 
@@ -10501,12 +10512,12 @@ def transfer_disk(run: Run, copy: DiskCopy) -> Moved:
 
     def check() -> None:
         gate(run, Act.WRITE, is_held=True)
-        if not in_place and (free := free_space(host, job.fresh.path)) < run.settings.space_reserve:
+        if job.fresh.is_file and (free := free_space(host, job.fresh.path)) < run.settings.space_reserve:
             raise FinalError(f"{host.name}: only {human(free)} are left beside {job.fresh.path}: a full disk "
                 "pauses its guests", "free space there, and run it again; the limit is SPACE_RESERVE")
 
     def count(chunk: Chunk, done: int) -> None:
-        copy.both.arrived.add(chunk.extents[0][0])
+        copy.both.count(chunk, done)
         run.journal.write("chunk", disk=job.key, offset=chunk.offset, length=chunk.length, done=done)
 
     callbacks = Callbacks(partial(journaled_progress, run, job.key), count, at_intervals(10.0, check))
@@ -10528,7 +10539,6 @@ def transfer_disk(run: Run, copy: DiskCopy) -> Moved:
 
 
 def report_moved(run: Run, jobs: Sequence[DiskJob], moved: Sequence[Moved], sent: int, seconds: float) -> None:
-    """Reports what was copied, and how it was verified."""
     count = sum(one.held for one in moved)
     rate = count / max(seconds, 0.001)
     for job, one in zip(jobs, moved, strict=True):
@@ -10561,7 +10571,8 @@ def with_retries(both: BothEnds, act: Callable[[Ends], T], meanwhile: str) -> T:
 
     Raises a HostError that a retry cannot help with, or that of the last attempt; a further chunk renews them.
     """
-    run, failed, arrived = both.run, 0, len(both.arrived)
+    run, failed, arrived = both.run, 0, 0
+    both.arrived.clear()
     while True:
         try:
             if failed:
@@ -10601,7 +10612,7 @@ def start_named(run: Run, side: str, id: str) -> Server | None:
     """Starts the instance of `src` or `dst` if -a says so, else returns None."""
     if run.settings.start_after not in ("all", side):
         return None
-    name, cloud = ("destination", run.destination) if side == "dst" else ("source", run.source)
+    name, cloud = SIDES[side], run.destination if side == "dst" else run.source
     with run.screen.step(f"Start {name} instance."):
         if side == "dst":
             gate(run, Act.START_DESTINATION)
@@ -10761,7 +10772,7 @@ def in_same_project(settings: Settings, cloud: Cloud, server: Server) -> Setting
 def survey_both(call: Call, settings: Settings, screen: Screen,
         stack: ExitStack) -> tuple[Settings, SourceFacts, DestinationFacts]:
     """Surveys both clouds, at once if the settings say all; else name and project are the source's."""
-    creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
+    creds = {side: credentials(side, settings, call.environment) for side in SIDES}
     if settings.dst_name and settings.dst_project != "same":
         return settings, *in_parallel(lambda: survey_source(settings, creds["src"], screen, stack),
             lambda: survey_destination(settings, creds["dst"]))
@@ -10866,7 +10877,7 @@ def begin_journal(folder: Path, settings: Settings, plan: Plan, clouds: Sequence
                 ports=[asdict(port) for port in plan.ports], has_nics="nics" in settings.extra_args,
                 disks={key: disk.top.size for key, disk in plan.disks.items()},
                 settings={**{name: getattr(settings, name) for name in FOR_RESUME},
-                **{f"{side}_disk_path": settings.of(side).disk_path for side in ("src", "dst")}})
+                **{f"{side}_disk_path": settings.of(side).disk_path for side in SIDES}})
     return journal
 
 
@@ -11007,7 +11018,7 @@ def what_to_do(record: RunRecord) -> Iterator[str]:
         for kind in KINDS:
             if there := [*record.made(kind).values(), *(f"one for {of}" for of in record.unanswered(kind))]:
                 yield f"made, and perhaps still there: {kind} {', '.join(there)}"
-        can_go_on = not (record.is_undoing or has_seed) and any(act.name == "create destination" for act in record.acts)
+        can_go_on = not (record.is_undoing or has_seed) and record.has_begun
         yield (f"{f'continue: {record.go_on}    ' if can_go_on else ''}"
                f"undo: ./migrena.py rollback {record.run}")
 
@@ -11099,15 +11110,16 @@ def is_seed_again(record: RunRecord, now: Situation) -> bool:
     return record.is_seed and (not record.stopped_at or (has_run and not has_own_data))
 
 
-def refuse_changed(settings: Settings, source: SourceFacts, record: RunRecord) -> list[Reason]:
-    """Reasons to refuse in a source that is not stopped yet, and in what it got or lost since its survey or seed."""
+def refuse_changed(
+        settings: Settings, source: SourceFacts, record: RunRecord, *, is_stopped: bool = False) -> list[Reason]:
+    """Reasons to refuse in what the source got or lost since its survey or seed, and in one not stopped yet."""
     server, reasons, when = source.server, list[Reason](), "seed" if record.seed else "survey"
     known = record.seed.get("disks") or record.facts.get("disks", {})
     there = {key: disk.top.size for key, disk in source.disks.items()}
     changes = come_and_gone("", known, there, when) if known and there else []
     changes += [f"{key} had {human(known[key])} at the {when}, and has {human(size)} now: the source was resized"
         for key, size in there.items() if known.get(key, size) != size]
-    if source.cloud and server and source.host:
+    if source.cloud and server and source.host and not is_stopped:
         reasons += refuse_server(replace(server, metadata={}, locked=server.locked and lock_of(server) != record.run),
             settings) + refuse_volumes(settings, source, server, DestinationFacts(None))
         reasons += [reason for disk in source.disks.values() for reason in refuse_disk(disk)]
@@ -11115,7 +11127,8 @@ def refuse_changed(settings: Settings, source: SourceFacts, record: RunRecord) -
         with collecting(reasons):
             changes += changed_since(record, source.cloud, server)
     way = f"undo that, or ./migrena.py rollback {record.run} and a new {when if record.seed else 'run'}"
-    return [*(Reason(change, way) for change in changes), *reasons]
+    return [*(Reason(change, way) for change in changes), *reasons, *(
+        [] if is_stopped else refuse_times(settings, server))]
 
 
 def as_seed(settings: Settings, earlier: Earlier, now: Situation) -> tuple[Settings, Earlier, Situation]:
@@ -11128,13 +11141,13 @@ def as_seed(settings: Settings, earlier: Earlier, now: Situation) -> tuple[Setti
 
 def tell_judged(screen: Screen, report: Report, now: Situation, judged: Mapping[Act, Sequence[Reason]]) -> int:
     """Shows the Situation, and why acts must not be done; returns the exit code."""
-    lines = [f"seen  {now}"]
+    say = partial(screen.say, always=True)
+    say(f"seen  {now}")
     for act, reasons in judged.items():
-        lines.append(f"{act.value}: {'must not be done' if reasons else 'may be done'}")
+        say(f"{act.value}: {'must not be done' if reasons else 'may be done'}")
         for reason in reasons:
-            lines += f"  {reason.problem}", f"    try: {reason.way_out}"
-    for line in lines:
-        screen.say(line, always=True)
+            say(f"  {reason.problem}")
+            say(f"    try: {reason.way_out}")
     is_refused = any(judged.values())
     report.run, report.result = now.run, "refused" if is_refused else "planned"
     report.error = [asdict(reason) for reasons in judged.values() for reason in reasons]
@@ -11153,7 +11166,7 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         settings = call.settings(record.facts.get("settings"))
         check_times(call, settings)
         settings = replace(settings, cutover_at="" if settings.seed else settings.cutover_at)
-        creds = {side: credentials(side, settings, call.environment) for side in ("src", "dst")}
+        creds = {side: credentials(side, settings, call.environment) for side in SIDES}
         with screen.timed("Survey"):
             source, earlier = in_parallel(lambda: survey_source(settings, creds["src"], screen, stack),
                 lambda: survey_made(settings, creds["dst"], record, screen))
@@ -11162,11 +11175,11 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         now, reasons = situation_of(source, earlier), [*source.problems, *earlier.problems]
         if is_again := is_seed_again(record, now):
             settings, earlier, now = as_seed(settings, earlier, now)
-        if is_again or not record.stopped_at:
-            reasons += refuse_changed(settings, source, record) + refuse_times(settings, source.server)
-        elif settings.seed:
-            reasons.append(Reason(f"run {run} has stopped the source for the cut-over", f"./migrena.py resume {run} "
-                f"completes it, ./migrena.py rollback {run} undoes it"))
+        is_stopped = not is_again and bool(record.stopped_at)
+        reasons += [] if now.is_in_place else refuse_changed(settings, source, record, is_stopped=is_stopped)
+        if is_stopped and settings.seed:
+            reasons.append(Reason(f"run {run} has stopped the source for the cut-over",
+                f"./migrena.py resume {run} completes it, ./migrena.py rollback {run} undoes it"))
         if source.server and not earlier.problems:
             reasons += judge(Act.GO_ON, now, Asked(settings.yes))
         if settings.dry_run:
@@ -11175,7 +11188,7 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         if reasons or not (earlier.cloud and made):
             raise Refused.of(list(dict.fromkeys(reasons)))
         (cloud, server, host, _), report.run = source.whole, run
-        plan, report.source = plan_again(source, record, made, is_again=is_again), reported(cloud, server)
+        plan, report.source = plan_again(source, record, made, is_stopped=is_stopped), reported(cloud, server)
         stack.enter_context(host.private_folder(run))  # shows others that it is active again
         journal = Journal(folder, run)
         with journal.beginning():
@@ -11188,11 +11201,11 @@ def resume(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
         return execute_or_undo(again)
 
 
-def plan_again(source: SourceFacts, record: RunRecord, made: Server, *, is_again: bool) -> Plan:
+def plan_again(source: SourceFacts, record: RunRecord, made: Server, *, is_stopped: bool) -> Plan:
     """The plan of a run that is resumed; with a seed the source's state counts as it is now."""
     _, server, _, disks = source.whole
     return Plan(record.run, server, disks, made.flavor, Image(made.image, "", "active", "", ""), (),
-            server.status == "ACTIVE" if is_again or not record.stopped_at else record.was_running,
+            record.was_running if is_stopped else server.status == "ACTIVE",
             volumes=source.volumes, ports=[PortPlan(**row) for row in record.facts.get("ports", ())])
 
 
@@ -11252,7 +11265,7 @@ def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
     one, other = clouds
     require_same_clouds(record, clouds)
     source = see(one, record.source, record.source_request)
-    if source.server and not record.run:  # a run locks its source before the stop
+    if source.server and record.is_lost:  # a run locks its source before the stop
         source = see(one, source.id, next((
             action.request for action in one.actions(source.id) if action.name == "lock"), None))
     if source.unseen:
@@ -11260,7 +11273,7 @@ def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
     marks, lock = (source.server.metadata, source.server.lock_reason) if source.server else ({}, "")
     while patience_of(record, "create destination") and not other.made_by(record.run, source.id):
         time.sleep(CLAIM_PAUSE)  # Nova was asked a moment ago, and may still make it
-    made = {server.id: server for server in other.made_by("", source.id, all_tenants=not record.run)}
+    made = {server.id: server for server in other.made_by("", source.id, all_tenants=record.is_lost)}
     runs = {server.metadata.get(MADE) or server.metadata[DONE] for server in made.values()}
     run = record.run or marks.get(MARK) or (lock_of(source.server) if source.server else "")
     if not run and len(runs) != 1:
@@ -11270,24 +11283,24 @@ def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
     if not re.fullmatch(r"[0-9A-Za-z-]+", run):
         raise Refused(f"the mark {run!r} is not one of migrena's", "find out who wrote it")
     project = other.identity["project"]
-    if away := [server for server in made.values() if server.facts.get("tenant_id", project) != project
-            and run in (server.metadata.get(MADE), server.metadata.get(DONE))]:
+    ours = [id for id, server in made.items() if run in (server.metadata.get(MADE), server.metadata.get(DONE))]
+    if away := [made[id] for id in ours if made[id].facts.get("tenant_id", project) != project]:
         raise Refused(f"{away[0].name} {away[0].id} was made by run {run} in another project of the destination",
             f"--dst-project {away[0].facts['tenant_id']}")
     # No source: the journal was emptied.
     if not record.run and run in known_runs(folder) and (found := read_run(folder, run, is_ours=True)).source:
         return plan_undo(settings, screen, clouds, found, folder)
-    ours = [id for id, server in made.items() if run in (server.metadata.get(MADE), server.metadata.get(DONE))]
     id = record.destination or next(iter(ours), "")
     told = re.search(r"([0-9a-f-]{36}) takes its place", lock)
     if told and told[1] not in made and (server := other.find_server(told[1])):  # somebody removed its marks
         made[server.id] = server
     now = situation(record, source, see(other, id, record.destination_request))
     was = marks.get(WAS) or (made[id].metadata.get(WAS) if id in made else "")
-    was_running = now.was_running if record.run else was == "ACTIVE"
+    was_running = was == "ACTIVE" if record.is_lost else now.was_running
     if now.destination.is_gone and source.server and MARK not in marks and not source.is_locked_by(run):
         was_running = False  # nothing is left to undo: do not change the source's state
-    stage = Stage.DONE if any(DONE in made[id].metadata for id in ours) else now.stage if record.run else Stage.SWAPPED
+    stage = Stage.DONE if any(DONE in made[id].metadata for id in ours) else (
+        Stage.SWAPPED if record.is_lost else now.stage)
     others = tuple(server for server in made.values() if server.id not in (id, *ours))
     return with_hosts(UndoPlan(settings, screen, clouds,
         replace(now, run=run, stage=stage, was_running=was_running, others=others), record))
@@ -11300,7 +11313,7 @@ def with_hosts(plan: UndoPlan) -> UndoPlan:
     if source and source.host and now.stage >= Stage.PROVEN:
         try:
             with host_of(source, plan.settings.of("src"), plan.screen) as host:
-                alive = "" if record.run else at_work(host, now.run)
+                alive = at_work(host, now.run) if record.is_lost else ""
                 jobs = {key: disk.job for key, disk in record.disks.items() if "path" in disk.job}
                 nodes = {ROOT: Node.of_file(host.disk_of(source.id))} | {
                     key: Node(job["storage"]) if "storage" in job else Node.of_file(job["path"])
@@ -11313,7 +11326,7 @@ def with_hosts(plan: UndoPlan) -> UndoPlan:
         except HostError as error:
             disk = f"cannot be read: {shorten(str(error))}"
         now = replace(now, source=replace(now.source, disk=disk))
-    if made and made.host and not record.run and not alive:
+    if made and made.host and record.is_lost and not alive:
         with host_of(made, plan.settings.of("dst"), plan.screen) as host:
             alive = at_work(host, now.run)
     return replace(plan, now=replace(now, alive=alive))
@@ -11394,7 +11407,7 @@ def undo_run(plan: UndoPlan, folder: Path, undo: Undo, report: Report) -> int:
     with journal.beginning():
         if not plan.record.run:  # the journal was lost
             journal.write("run", source=now.source.id, was_running=now.was_running, name=made.name if made else "",
-                where=[cloud.identity for cloud in plan.clouds])
+                where=[cloud.identity for cloud in plan.clouds], attached=list(made.volumes) if made else [])
         journal.write("asked to roll back", pid=os.getpid())
     if source and not made and MARK not in source.metadata and (source.is_running or not now.was_running):
         undo.screen.say(f"Neither cloud has anything of run {now.run} to undo; the source is {source.status}.")
@@ -11451,10 +11464,11 @@ def undo_steps(plan: UndoPlan, journal: Journal) -> Iterator[tuple[str, Callable
     if made:
         yield f"{'stop' if settings.keep_destination else 'delete'} destination {made.id}", partial(
             remove_destination, plan)
-    if (has_things(plan.record) or not plan.record.run) and not settings.keep_destination:
+    if (has_things(plan.record) or plan.record.is_lost) and not settings.keep_destination:
         yield "delete what was made for it", lambda: delete_things(
             clouds[1], plan.record, plan.allow(Act.DELETE_VOLUMES) if plan.record.made("volume")
-            or not plan.record.run else plan.now_seen(), journal, patience_of(plan.record))
+            or plan.record.is_lost else plan.now_seen(), journal, patience_of(plan.record),
+            plan.record.facts.get("attached") or (made.volumes if made else ()))
     for server in (made, source):
         if server and server.host:
             yield f"see that nothing is left on {host_name(server, plan.settings_of(server))}", partial(
@@ -11477,7 +11491,7 @@ def remove_destination(plan: UndoPlan) -> None:
     """Deletes the destination, or only stops it; raises Kept."""
     made, cloud = plan.allow(plan.removal).destination, plan.clouds[1]
     if plan.removal is Act.DELETE:
-        attached = [] if plan.record.run else cloud.networks.all("ports", ("device_id", made.id))
+        attached = [] if not plan.record.is_lost else cloud.networks.all("ports", ("device_id", made.id))
         cloud.delete(made.id)
         ids = [("id", port["id"]) for port in attached if not str(port.get("description")).startswith(f"{MADE}=")]
         if left := [port["id"] for port in (cloud.networks.all("ports", *ids) if ids else ())]:

@@ -12,7 +12,7 @@ from hosts.operators import Operator
 from hosts.rig import Instance, MiB, base, same_guest
 from hosts.test_commands import AWKWARD
 from lab.hosts import Lab
-from migrena import Host, HostError, disk_chain, free_space, numbers_in
+from migrena import Host, HostError, disk_chain, free_space, pairs_of
 
 BANNER = "echo '{\"Authorized\": \"use only\"}'; echo 'be warned' >&2; printf 'no line end'\n"
 
@@ -134,7 +134,7 @@ def test_a_warm_copy_from_a_host_with_a_wrapper_arrives(operator: Operator) -> N
     ("qemu-img", '[{"filename": "x"}]', lambda host, disk: disk_chain(host, disk.path, "qcow2", shared=False)),
     ("stat", "a lot", lambda host, disk: free_space(host, disk.path)),
     ("stat", "17", lambda host, disk: free_space(host, disk.path)),
-    ("python3", "hello", lambda host, disk: host.work("python3", stall=30).read(lambda said: numbers_in(said, 2))),
+    ("python3", "hello", lambda host, disk: host.work("python3", stall=30).read(pairs_of)),
 ])
 def test_an_answer_of_another_form_is_shown_with_host_and_command(lab: Lab, src: Host, overlays: tuple[Instance, Instance], tool: str, says: str,
                                                                  act: Callable[[Host, Instance], object]) -> None:

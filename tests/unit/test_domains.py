@@ -146,6 +146,22 @@ def test_disks_on_ceph_are_found_by_nova_s_names_and_volumes_by_their_ids() -> N
     assert reasons(domain) == []
 
 
+@pytest.mark.parametrize("device", ["lun", "cdrom"])
+def test_a_volume_that_is_no_plain_disk_is_seen_and_refused_and_no_other_disk_is_taken_for_the_root(device: str) -> None:
+    root = stored(f"volumes/volume-{V1}", "sda", V1, more="<boot order='1'/>").replace("device='disk'", f"device='{device}'")
+    domain = told(root, stored(f"volumes/volume-{V2}", "vdb", V2))
+    assert (domain.drives[ROOT].volume, domain.drives[f"volume-{V2}"].volume) == (V1, V2)
+    (reason,) = reasons(domain)
+    assert f"volume {V1} is attached as a {device}" in reason.problem and reason.way_out == "attach it as a disk"
+    domain = told(stored("vms/x_disk", "vda"), stored(f"volumes/volume-{V1}", "sda", V1).replace("device='disk'", f"device='{device}'"))
+    assert "--root-only" in reasons(domain)[0].way_out and refuse_domain(Silent(), domain, [ROOT]) == []  # type: ignore[arg-type]
+
+
+def test_a_drive_whose_volume_was_ejected_is_none() -> None:
+    empty = f"<disk type='network' device='cdrom'><target dev='sda'/><serial>{V1}</serial></disk>"
+    assert list(told(stored("vms/x_disk", "vda"), empty).drives) == [ROOT]
+
+
 def test_the_root_may_be_a_volume_whatever_its_place_in_the_list() -> None:
     first, second = (stored(f"volumes/volume-{id}", target, id, more=boot) for id, target, boot in (
         (V1, "vdb", ""), (V2, "vda", "<boot order='1'/>")))

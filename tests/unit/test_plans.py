@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +14,17 @@ from hypothesis import strategies as st
 
 from migrena import (
     Action,
+    Answer,
+    BesideFile,
     Chunk,
     Disk,
     DiskImage,
+    DiskJob,
     FinalError,
+    HostError,
+    InPlace,
     Pass,
+    QemuTransport,
     as_extents,
     chunks,
     duration,
@@ -25,6 +34,7 @@ from migrena import (
     over_quota,
     pick_transport,
     pick_view,
+    refuse_jobs,
     seconds_between,
     space_needed,
     wants_another_pass,
@@ -241,6 +251,28 @@ def test_the_space_is_that_of_what_is_copied_with_room_to_grow() -> None:
     disk = a_disk(guest_bytes=5 * MiB)
     assert 5 * MiB < space_needed(disk.top, disk, False, 64 * MiB) < 80 * MiB
     assert disk.top.allocated < space_needed(disk.top, disk, True, 64 * MiB) < disk.top.allocated * 11 // 10
+
+
+@pytest.mark.parametrize(("free", "there", "shares", "first"), [
+    (130, 0, 1, ""), (120, 0, 1, "vol1"), (120, 0, 2, ""), (60, 0, 1, "root"), (60, 51, 1, ""), (10, 51, 1, "root")])
+def test_files_of_volumes_need_their_space_beside_each_other_and_not_beside_nova_s(
+        free: int, there: int, shares: int, first: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("migrena.free_space", lambda host, path: free * MiB)
+    monkeypatch.setattr("migrena.still_to_write", lambda folder, run, host: 0)
+    disks = {name: a_disk(an_overlay(size=64 * MiB), guest_bytes=50 * MiB) for name in ("root", "vol0", "vol1")}
+    ends: Any = SimpleNamespace(destination=SimpleNamespace(name="cmp-b1", script=lambda *_: Answer(f"{there * 2048}", "cmp-b1", ())))
+    written: dict[str, Any] = {}
+    journal = SimpleNamespace(write=lambda event, **facts: written.update(facts), path=tmp_path / "run.jsonl")
+    run: Any = SimpleNamespace(plan=SimpleNamespace(disks=disks, run="run"), journal=journal, destination=SimpleNamespace(url="http://b"))
+
+    def job(name: str) -> DiskJob:
+        fresh = DiskImage(f"/mnt/{name[3:] if shares > 1 else ''}/{name}", "raw", 64 * MiB, 64 * MiB, 0)
+        landing = BesideFile("run", fresh, "qcow2") if name == "root" else InPlace("run", fresh, "lock", is_blank=True)
+        return DiskJob(name, some_settings(space_reserve=20 * MiB), disks[name].top, landing, QemuTransport(), False, True)
+
+    with pytest.raises(HostError, match=f"are free beside /mnt/.*{first}") if first else nullcontext():
+        refuse_jobs(run, ends, [job(name) for name in disks])
+    assert written["need"] == 51 * MiB
 
 
 @pytest.mark.parametrize(("count", "shown"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536 * MiB, "1.5 GiB"), (3 * 1024**4, "3.0 TiB"),

@@ -116,14 +116,14 @@ def test_a_source_that_another_run_has_marked_is_refused() -> None:
 @pytest.mark.parametrize("different", [{"metadata": {MARK: "r"}}, {"locked": True, "lock_reason": "migrena run r"},
                                        {"metadata": {MARK: "r"}, "locked": True, "lock_reason": "migrena run r"}])
 def test_a_run_whose_journal_is_here_is_reported_once_with_resume_and_rollback(different: dict[str, Any]) -> None:
-    reason = only(list(refuse_server(a_server(**different), some_settings(), "./migrena.py resume {}".format)))
+    reason = only(list(refuse_server(a_server(**different), some_settings(), "./migrena.py resume {0}, or ./migrena.py rollback {0}".format)))
     assert reason.way_out == "if it has ended: ./migrena.py resume r, or ./migrena.py rollback r"
 
 
 def test_a_half_made_destination_is_refused_with_resume_and_rollback() -> None:
     half = a_server(id="x", metadata={MADE: "r", ORIGIN: UUID})
-    reason = only(refuse_destination(some_settings(), a_source(), a_destination(same_name=(half,)), "./migrena.py resume {} --seed".format))
-    assert "taken by x, made by run r" in reason.problem and "resume r --seed, or ./migrena.py rollback r" in reason.way_out
+    reason = only(refuse_destination(some_settings(), a_source(), a_destination(same_name=(half,)), "./migrena.py rollback {}".format))
+    assert "taken by x, made by run r" in reason.problem and reason.way_out == "if it has ended: ./migrena.py rollback r"
     assert "--run-of" in only(refuse_destination(some_settings(), a_source(), a_destination(same_name=(half,)))).way_out
 
 
@@ -179,7 +179,8 @@ def test_the_quota_of_volumes_counts() -> None:
 
 
 def test_a_volume_is_asked_for_with_all_that_it_has_but_marks_and_zones_of_another_cloud() -> None:
-    volume = a_volume(description="of db", availability_zone="east", metadata={"tier": "1", MARK: "r", DONE: "r0"})
+    metadata = {"tier": "1", MARK: "r", DONE: "r0", "readonly": "False", "attached_mode": "rw"}
+    volume = a_volume(description="of db", availability_zone="east", metadata=metadata)
     asked = request_for(some_settings(), volume, "run-1", a_destination(volume_zones=("nova",)))
     assert asked == {"size": 2, "name": "data", "description": "of db", "volume_type": "fast",
                      "metadata": {MADE: "run-1", ORIGIN: "v1", "tier": "1"}}

@@ -34,6 +34,7 @@ from migrena import (
     slots,
     still_to_write,
     table_lines,
+    way_on,
 )
 from unit.makers import UUID
 
@@ -64,6 +65,16 @@ COPYING = ({"event": "job", "new": "/x", "stand": "1 2 3", "inode": "7", "host":
 def test_the_state_is_that_of_the_last_process_of_the_run(tmp_path: Path, entries: tuple[dict[str, Any], ...], state: str) -> None:
     told(tmp_path, *entries)
     assert read_run(tmp_path, RUN).state == state
+
+
+@pytest.mark.parametrize(("entries", "way"), [
+    (CREATED, f"./migrena.py resume {RUN}, or ./migrena.py rollback {RUN}"), (({"event": "rollback"},), f"./migrena.py rollback {RUN}"),
+    ((), f"./migrena.py rollback {RUN}"), (({"event": "ended", "result": "done"},), f"./migrena.py rollback {RUN}"),
+    (({"event": "ended", "result": "failed"},), f"./migrena.py rollback --run-of {UUID}"),
+    (({"event": "rollback"}, {"event": "ended", "result": "rolled back"}), f"./migrena.py rollback --run-of {UUID}")])
+def test_what_goes_on_with_a_run_is_named_and_nothing_that_would_refuse(tmp_path: Path, entries: tuple[dict[str, Any], ...], way: str) -> None:
+    told(tmp_path, *entries)
+    assert way_on(tmp_path, RUN) == way and way_on(tmp_path, "another") == ""
 
 
 @pytest.mark.parametrize("end", [(), ({"event": "ended", "result": "left", "left": ["x"]},)], ids=["killed", "left"])
@@ -306,7 +317,9 @@ def test_what_earlier_runs_have_yet_to_write_on_a_host_counts_as_taken_and_later
         lines = [{"event": "run", "source": source, "at": "2026-11-20T21:00:00"}, *entries]
         (tmp_path / f"{run}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
-    journal("1", "one", space(100, 1), {"event": "progress", "at": "2026-11-20T21:00:05", "done": 30 * MiB, "total": 90 * MiB})
+    elsewhere = {"event": "progress", "disk": "volume-1", "at": "2026-11-20T21:00:05", "done": 60 * MiB, "total": 90 * MiB}
+    journal("1", "one", {**space(100, 1), "disks": [ROOT]}, elsewhere,
+            {"event": "progress", "at": "2026-11-20T21:00:05", "done": 30 * MiB, "total": 90 * MiB})
     journal("2", "two", space(50, 2))
     journal("3", "three", space(200, 3, host="c"))
     journal("4", "four", space(500, 4))  # it has ended, or was killed: nobody holds its lock

@@ -222,6 +222,16 @@ def test_a_source_that_is_another_one_since_its_seed_is_refused_by_name(
     assert [reason.problem for reason in refuse_changed(Settings(), source, read_run(tmp_path, RUN))] == ([said] if said else [])
 
 
+def test_a_volume_that_a_stopped_source_lost_before_its_copy_began_is_refused_by_name_and_nothing_else_of_it_is(tmp_path: Path) -> None:
+    told(tmp_path, *CREATED, *CUT_OVER[:3])
+    record = read_run(tmp_path, RUN)
+    record = replace(record, facts={**record.facts, "disks": {ROOT: a_disk().top.size, "volume-1": GiB}})
+    source = SourceFacts(cast(Any, SimpleNamespace()), a_server(status="SHUTOFF", metadata={MARK: RUN}), cast(Any, SimpleNamespace(name="src-cmp1")),
+                         {ROOT: a_disk()})
+    (reason,) = refuse_changed(Settings(), source, record, is_stopped=True)
+    assert reason.problem == "volume-1 was detached from the source after the survey" and f"rollback {RUN}" in reason.way_out
+
+
 @pytest.mark.parametrize(("facts", "server", "volume", "said"), [
     ({}, {}, {}, ""), ({"source_flavor": [1, 512]}, {}, {}, ""),
     ({"source_flavor": [1, 512]}, {"flavor": a_flavor(vcpus=2, ram=2048)}, {},

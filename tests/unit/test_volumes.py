@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,24 +16,29 @@ from migrena import (
     DONE,
     MADE,
     ORIGIN,
+    ROOT,
     CloudError,
     DiskImage,
     FinalError,
+    HostError,
     Kept,
     RunRecord,
     Seen,
     Service,
     Situation,
+    SourceFacts,
     Stage,
     Step,
     Volume,
     VolumeStore,
     ask_for,
     delete_things,
+    identified,
     logical_volume,
     require_identity,
+    survey_volumes,
 )
-from unit.makers import UUID, a_volume
+from unit.makers import UUID, GiB, a_disk, a_server, a_volume, an_overlay
 
 Answer = dict[str, Any] | Exception
 
@@ -174,8 +180,43 @@ def test_all_volumes_of_a_run_are_deleted_also_those_that_only_their_mark_tells_
     delete_things(cloud, record("d", "gone", of="volume-x"), now(), journal, 0.0)  # an answer was lost
     assert set(cinder.volumes) == {"c", "e"}
     volumes()
-    delete_things(cloud, RunRecord("", "", "", {}), now(), journal, 0.0)  # the journal is lost
+    delete_things(cloud, RunRecord("", "", "", {}), now(), journal, 0.0, ("a", "b", "c"))  # the journal is lost
     assert set(cinder.volumes) == {"c", "d", "e"}
+
+
+def test_without_a_journal_a_volume_with_the_mark_that_was_not_attached_is_kept_and_told(cloud: Any, cinder: Cinder, journal: Any) -> None:
+    cinder.volumes = {id: {"id": id, "status": "available", "size": 1, "metadata": {DONE: "run-1"}} for id in ("a", "restored")}
+    again = RunRecord("run-1", "left", "", {"attached": ["a"]})  # what the first rollback has written
+    for record_known in (RunRecord("", "", "", {}), again):
+        cinder.volumes["a"] = {"id": "a", "status": "available", "size": 1, "metadata": {DONE: "run-1"}}
+        with pytest.raises(Kept, match="volumes restored have the run's mark, but were not attached to its instance"):
+            delete_things(cloud, record_known, now(), journal, 0.0, ("a",))
+        assert set(cinder.volumes) == {"restored"}
+
+
+def test_a_volume_whose_backend_rounds_up_is_taken_and_one_that_is_too_small_is_not(cloud: Any, cinder: Cinder) -> None:
+    disk = a_disk(an_overlay(path="rbd:volumes/v1", format="raw", storage={"driver": "rbd"}, size=2 * GiB + 1024**2), volume="v1")
+    assert identified(cloud, UUID, disk, a_volume()) == disk
+    cinder.volumes["v1"] = dict(a_volume().facts)
+    cloud.volumes.with_snapshots = lambda ids: set()
+    found = SourceFacts(disks={"volume-v1": disk, ROOT: a_disk()})
+    survey_volumes(found, cloud, a_server(volumes=("v1",)))
+    assert found.volumes["volume-v1"].size == 3  # what is asked for, and counted against the quota
+    small = replace(disk, chain=(replace(disk.top, size=2 * GiB - 512),))
+    with pytest.raises(HostError, match="volume data v1 has 2 GiB, but rbd:volumes/v1"):  # also after the run has begun: no refusal
+        identified(cloud, UUID, small, a_volume())
+
+
+def test_snapshots_of_all_projects_are_looked_for_volume_by_volume(cloud: Any) -> None:
+    asked: list[str] = []
+
+    def get(path: str) -> SimpleNamespace:
+        asked.append(path)
+        return SimpleNamespace(json=lambda: {"snapshots": [{"volume_id": "b"}, {"volume_id": "x"}] if path.endswith("=b") else []})
+
+    adapter: Any = SimpleNamespace(get=get)
+    assert VolumeStore(cloud, adapter).with_snapshots(["a", "b"]) == {"b"}
+    assert all("all_tenants=1" in path for path in asked)
 
 
 @pytest.mark.parametrize("last", [{}, {"of": "volume-x", "refused": True}])
@@ -224,7 +265,12 @@ def test_one_that_nova_lets_go_of_late_is_deleted_then(cloud: Any, cinder: Cinde
     ({"driver_volume_type": "iscsi", "target_iqn": "iqn.x:volume-v1", "target_lun": 0}, ("iqn.x:volume-v1-lun-0",)),
     ({"driver_volume_type": "iscsi", "target_iqns": ["iqn.x:a", "iqn.x:b"], "target_luns": [1, 2]}, ("iqn.x:a-lun-1", "iqn.x:b-lun-2")),
     ({"driver_volume_type": "fibre_channel", "target_wwn": ["5001", "5002"], "target_lun": 3}, ("fc-0x5001-lun-3", "fc-0x5002-lun-3")),
-    ({"driver_volume_type": "fibre_channel", "target_wwn": "5001", "target_lun": 3}, ("fc-0x5001-lun-3",)),
+    ({"driver_volume_type": "fibre_channel", "target_wwn": "50AB", "target_lun": 3}, ("fc-0x50ab-lun-3",)),
+    ({"driver_volume_type": "fibre_channel", "target_wwn": "50ab", "target_lun": "256"}, ("fc-0x50ab-lun-0x0100000000000000",)),
+    ({"driver_volume_type": "iscsi", "target_iqn": "iqn.x:a", "target_lun": 1, "addressing_mode": "SAM2"}, ("iqn.x:a-lun-1",)),
+    ({"driver_volume_type": "iscsi", "target_iqn": "iqn.x:a", "target_lun": 256, "addressing_mode": "SAM2"}, ("iqn.x:a-lun-0x4100000000000000",)),
+    ({"driver_volume_type": "iscsi", "target_iqn": "iqn.x:a", "target_lun": 1, "addressing_mode": "SAM3-flat"}, ("iqn.x:a-lun-0x4001000000000000",)),
+    ({"driver_volume_type": "iscsi", "target_iqn": "iqn.x:a"}, ("iqn.x:a-lun--1",)),
     ({"driver_volume_type": "nvmeof"}, None), ({}, None)])
 def test_how_a_volume_is_connected_is_what_proves_its_device(cloud: Any, info: dict[str, Any], ends: tuple[str, ...] | None) -> None:
     volume = a_volume(attachments=[{"server_id": UUID, "attachment_id": "att"}, {"server_id": "another", "attachment_id": "x"}])
@@ -248,11 +294,13 @@ def a_device(*identity: str) -> DiskImage:
     return DiskImage("/dev/sda", "raw", 1, 1, 1, storage={"driver": "host_device", "filename": "/dev/sda"}, identity=identity)
 
 
-ISCSI = "path:ip-10.0.0.1:3260-iscsi-iqn.x:volume-v1-lun-1"
+ISCSI = "path: ip-10.0.0.1:3260-iscsi-iqn.x:volume-v1-lun-1"
+FC = "path: fc-0x10aa-0x50ab-lun-3 pci-0000:05:00.2-fc-0x50ab-lun-3"  # with the second name that some distributions add
 
 
 @pytest.mark.parametrize(("names", "identity"), [
     ([ISCSI], ["iqn.x:volume-v1-lun-1"]), (["dm:mpatha", ISCSI, ISCSI.replace("10.0.0.1", "10.0.0.2")], ["iqn.x:volume-v1-lun-1"]),
+    ([FC], ["fc-0x50ab-lun-3"]), (["dm:mpatha", FC, FC.replace("50ab", "50ac")], ["fc-0x50ab-lun-3", "fc-0x50ac-lun-3"]),
     (["dm:vg-x_disk", "path:unknown loop0"], ["dm:vg-x_disk"])])
 def test_a_device_that_is_what_it_should_be_is_used(names: list[str], identity: list[str]) -> None:
     require_identity(host(*names), a_device(*identity))
@@ -261,7 +309,8 @@ def test_a_device_that_is_what_it_should_be_is_used(names: list[str], identity: 
 @pytest.mark.parametrize(("names", "identity"), [
     ([ISCSI], ["iqn.x:volume-v2-lun-1"]), ([ISCSI], ["iqn.x:volume-v1-lun-0"]), ([ISCSI], ["iqn.x:volume-v1-lun-11"]), ([ISCSI], []), ([], ["x"]),
     (["path:unknown sda"], ["iqn.x:volume-v1-lun-1"]), (["dm:mpatha", ISCSI, "path:ip-x-iscsi-iqn.x:other-lun-1"], ["iqn.x:volume-v1-lun-1"]),
-    (["dm:vg-other", ISCSI], ["dm:vg-x_disk"])])
+    ([f"{ISCSI} ip-x-iscsi-iqn.x:other-lun-1"], ["iqn.x:volume-v1-lun-1"]), (["path: fc-0x10aa-0x50ab-lun-3"], ["fc-0x50ab-lun-3"]),
+    ([FC], ["fc-0x50ac-lun-3"]), (["dm:vg-other", ISCSI], ["dm:vg-x_disk"])])
 def test_any_other_device_is_refused(names: list[str], identity: list[str]) -> None:
     with pytest.raises(FinalError, match="is not proven to be the instance's disk"):
         require_identity(host(*names), a_device(*identity))
