@@ -1028,7 +1028,6 @@ class Volume:
 
     @property
     def servers(self) -> list[str]:
-        """The ids of the instances that it is attached to."""
         return [one["server_id"] for one in self.facts.get("attachments") or ()]
 
     @property
@@ -1231,8 +1230,7 @@ def image_opts(options: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class DiskImage:
-    """One file of a disk's chain, or a disk that is no file: sizes in bytes, `size` as the guest sees it, `length` as
-    the file has it."""
+    """A file of a disk's chain, or a disk that is no file, in bytes: `size` to the guest, `length` of the file."""
 
     path: str  # of what is no file a name to be shown
     format: str
@@ -1347,7 +1345,6 @@ def chunks(length: int, extents: Iterable[Extent], limit: int, least: int = LEAS
 
 
 def bitmap_of(run: str) -> str:
-    """The name of a run's dirty bitmap in the source's file."""
     return f"migrena-{run}"
 
 
@@ -1580,7 +1577,7 @@ class Screen:
 
     @contextmanager
     def counting(self, total: int, what: str) -> Iterator[Show]:
-        """A progress bar on a terminal; yields a function to call with the number of what is done so far."""
+        """A progress bar on a terminal."""
         from tqdm import tqdm
 
         with tqdm(total=total, desc=f"  {what}", file=self.stream, dynamic_ncols=True, leave=False,
@@ -1592,10 +1589,7 @@ class Screen:
 
     @contextmanager
     def progress(self, total: int, label: str = "") -> Iterator[Show]:
-        """A progress bar, or a line now and then; yields a function to call with the bytes done so far.
-
-        What is done in parallel has one bar, of the sums.
-        """
+        """A progress bar in bytes, or a line now and then. What is done in parallel has one bar, of the sums."""
         from tqdm import tqdm
 
         has_bar, mine = self.is_terminal and not self.quiet, Share(label.removesuffix(": "), total)
@@ -1900,6 +1894,7 @@ class RunRecord:
     error: str = ""
     left: tuple[str, ...] = ()
     is_undoing: bool = False  # a rollback was begun and must be completed
+    keeps_destination: bool = False  # whether that one was to keep the destination
     before_seed: int = 0  # the number of acts before the last seed
     seed: Facts = empty(dict)  # the last one: when, the disks' sizes there, downtime
     last_pass: Facts = empty(dict)  # of a warm copy, and when it ended
@@ -2048,6 +2043,7 @@ def record_of(run: str, entries: Sequence[dict[str, Any]]) -> RunRecord:
         seed=last.get("seeded", {}), last_pass=last.get("pass", {}), rate=_rate(entries),
         retries=sum(entry["event"] == "retry" for entry in entries),
         error=str(end.get("error", "")), left=tuple(end.get("left", ())), is_undoing="rollback" in last,
+        keeps_destination=bool(last.get("rollback", {}).get("keep_destination")),
         seeds=bool(last.get("asked to resume", facts).get("seed")))
 
 
@@ -2132,7 +2128,8 @@ def still_to_write(folder: Path, run: str, host: str) -> int:
         with suppress(UsageError, OSError):
             entries = parse_journal(folder / f"{other}.jsonl")[0]
             need = next((one for one in reversed(entries) if one["event"] == "space" and one["host"] == host), None)
-            if need and not record_of(other, entries).has_done("copy"):
+            since = _lines_since(entries, "space")
+            if need and not any(one["event"] == "done" and one["act"] == "copy" for one in since):
                 done = Counter[str]()
                 for one in entries:
                     done[key_of(one)] = max(done[key_of(one)], one.get("done", 0))
@@ -2574,7 +2571,6 @@ class Pace:
 
     @property
     def least(self) -> int:
-        """The lowest rate; 0: there is never a limit."""
         return min([rate for _, rate in self.plan if rate] or [0])
 
     def hold_back(self, count: int) -> None:
@@ -3617,7 +3613,6 @@ class Lease:
 
     @defer_signals()
     def drop(self) -> None:
-        """Closes the channel: readers get the end of its output."""
         with ignoring_lost_host():
             self._channel.close()
 
@@ -3810,7 +3805,7 @@ class VolumeStore:
         if kind == "iscsi":
             targets = info.get("target_iqns") or [info.get("target_iqn")]
         elif kind == "fibre_channel":
-            wwns = info.get("target_wwn") or []
+            wwns = info.get("target_wwns") or info.get("target_wwn") or []
             targets = [f"fc-0x{wwn.lower()}" for wwn in ([wwns] if isinstance(wwns, str) else wwns)]
         else:
             raise self._cloud.error(f"{volume.label} is connected by {kind or 'unknown means'}: its device cannot be "
@@ -4168,12 +4163,10 @@ class Compute(Service):
             self.retrying(f"delete key pair {name}", lambda: self._nova.keypairs.delete(name))
 
     def server_groups(self) -> dict[str, dict[str, Any]]:
-        """The server groups by id: name, policy and members."""
         found = self.retrying("list server groups", self._nova.server_groups.list)
         return {one.id: self._server_group(one) for one in found}
 
     def server_group(self, id: str) -> dict[str, Any] | None:
-        """A server group of any project, or None."""
         with ignoring(404):
             return self._server_group(self.retrying(
                 f"show server group {id}", lambda: self._nova.server_groups.get(id)))
@@ -4203,7 +4196,6 @@ class Compute(Service):
         return [one.zoneName for one in found if one.zoneState["available"]]
 
     def takes(self, argument: str) -> bool:
-        """Whether this Nova's create takes an argument."""
         return self._version >= {"description": (2, 19), "nics": (2, 37), "tags": (2, 52), "hostname": (2, 90)}.get(
             argument, (2, 1))
 
@@ -4652,7 +4644,6 @@ SLOW_WIRE: Final = 16 * MiB  # bytes per second; below this zlib, at 30 to 50 Mi
 
 
 def tools_lacking(host: Host, tools: Collection[str] = tuple(PACKAGES)) -> list[str]:
-    """Which of these tools a host lacks or has in too old a version."""
     if tools not in host.lacking:
         host.lacking[tools] = host.script(LACKING, *tools).splitlines()
     return host.lacking[tools]
@@ -4791,7 +4782,6 @@ def device_of(disk: ElementTree.Element) -> str:
 
 
 def job_of(disk: ElementTree.Element, lines: Mapping[str, str]) -> str:
-    """A disk's active block job, or nothing."""
     job, mirror = re.search(r"([A-Z][A-Za-z ]*): *\[", lines.get(target_of(disk), "")), disk.find("mirror")
     return job[1] if job else "" if mirror is None else f"block {mirror.get('job')}"
 
@@ -5043,7 +5033,6 @@ def free_space(host: Host, path: str) -> int:
 
 
 def same_content(one: tuple[Host, DiskImage], other: tuple[Host, DiskImage], stall: float) -> bool:
-    """Whether two files have the same content, by the digests of all blocks."""
     (here, image), (there, known) = one, other
     return (image.length, image.format) == (known.length, known.format) and same_digests(
         (here, image.path), (there, known.path), image.length, stall)
@@ -5340,7 +5329,7 @@ class DiskJob:
     settings: Settings
     source: DiskImage
     landing: Landing
-    transport: Transport
+    transport: AnyTransport
     whole_file: bool  # True: copy the file itself, the bases are equal; False: copy what the guest sees
     source_direct: bool
     is_live: bool = False  # whether a guest may be writing to the source
@@ -5357,6 +5346,12 @@ class DiskJob:
     @property
     def new(self) -> str:
         return self.landing.new
+
+    @property
+    def takes_space(self) -> bool:
+        """Whether the copy needs free space: not on a device, nor in a file that has all of its own."""
+        fresh = self.fresh
+        return fresh.is_file and not (isinstance(self.landing, InPlace) and fresh.allocated >= fresh.size)
 
     @property
     def length(self) -> int:
@@ -5406,14 +5401,6 @@ class Transport:
         """Bytes that the destination sees of an export of `length` bytes: qemu adds zeros up to a sector."""
         return _whole_sectors(length)
 
-    def serve(self, ends: Ends, job: DiskJob, place: Export, image: Node, stack: ExitStack) -> tuple[str, ...]:
-        """The command that serves an image at the source."""
-        raise NotImplementedError
-
-    def reach(self, ends: Ends, job: DiskJob, export: Export, length: int) -> AbstractContextManager[Node]:
-        """A scope with the export of `length` bytes as a node at the destination."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
 class QemuTransport(Transport):
@@ -5423,6 +5410,7 @@ class QemuTransport(Transport):
     compress: bool = False
 
     def serve(self, ends: Ends, job: DiskJob, place: Export, image: Node, stack: ExitStack) -> tuple[str, ...]:
+        """The command that serves an image at the source."""
         folder, tls = ends.source_folder, job.settings.tls
         pidfile = f"{folder}/{place.port}.pid"
         listening = (*PYTHON, program(listen), place.address, str(place.port), "" if tls else ends.client_address)
@@ -5437,6 +5425,7 @@ class QemuTransport(Transport):
 
     @contextmanager
     def reach(self, ends: Ends, job: DiskJob, export: Export, length: int) -> Iterator[Node]:
+        """A scope with the export of `length` bytes as a node at the destination."""
         host, folder, tls = ends.destination, ends.destination_folder, job.settings.tls
         if self.compress:
             pidfile, socket_file = f"{folder}/wire.pid", f"{folder}/wire.sock"
@@ -5494,6 +5483,9 @@ class NbdTransport(Transport):
                 raise HostError(f"{host.name}: {device} shows {size:,} bytes of the export's {length:,}")
             yield Node({"driver": "host_device", "filename": device, "cache.direct": "on"})
         # detached at the scope's end
+
+
+AnyTransport = QemuTransport | NbdTransport
 
 
 @contextmanager
@@ -6756,22 +6748,18 @@ class ResourceType:
 
     @property
     def columns(self) -> dict[str, str]:
-        """The API's names by those of the files' params."""
         return pairs_in(self.params)
 
     def api(self, name: str) -> str:
-        """The API's field for a name in params."""
         return self.references.get(name, (self.columns.get(name, name), ""))[0]
 
     @property
     def references(self) -> dict[str, tuple[str, str]]:
-        """The API's field and the type referred to, by the names in params."""
         return {name: (api.partition(":")[0], api.partition(":")[2].replace("-", " "))
                 for name, api in pairs_in(self.refs).items()}
 
 
 def pairs_in(text: str) -> dict[str, str]:
-    """A dictionary from words such as `name` or `is_shared=shared`."""
     return {word.partition("=")[0]: word.partition("=")[2] or word for word in text.split()}
 
 
@@ -6893,7 +6881,6 @@ class Catalog:
                     self._lists[label] = found
 
     def all(self, label: str) -> Rows:
-        """All of a type, as the API has them."""
         self.read([label])
         return self._lists[label]
 
@@ -7086,8 +7073,6 @@ def in_project_of(catalog: Catalog, label: str, raw: Facts) -> bool:
         "project": lambda: raw["id"] == catalog.project,
         "user": lambda: raw["id"] in users and raw["id"] != own,
         "key pair": lambda: raw["user_id"] in {own, *users},
-        "role assignment": lambda: raw["project_id"] == catalog.project,
-        "quota": lambda: raw["project_id"] == catalog.project,
         "flavor": lambda: raw.get("os-flavor-access:is_public", True) or catalog.project in raw["access"],
         "volume type": lambda: raw.get("is_public", True) or catalog.project in raw["access"]}
     return whose.get(label, lambda: catalog.owner(raw, label) == catalog.project)()
@@ -8654,7 +8639,7 @@ def refuse(settings: Settings, source: SourceFacts, destination: DestinationFact
     """All reasons to refuse; `go_on`: the commands that continue a run or undo it, "" without a journal here."""
     reasons = [*source.problems, *destination.problems]
     if source.server:
-        reasons += refuse_server(source.server, settings, go_on)
+        reasons += refuse_server(source.server, go_on)
     if source.host:
         reasons += refuse_tools(source.host.name, source.lacking, settings, "nbd-server")
     for disk in source.disks.values():
@@ -8680,7 +8665,7 @@ def next_commands_for(source: str, way: str) -> str:
         f"its journal is not on this machine; if it has ended: ./migrena.py rollback --run-of {source}")
 
 
-def refuse_server(server: Server, settings: Settings, go_on: Callable[[str], str] = "".format) -> list[Reason]:
+def refuse_server(server: Server, go_on: Callable[[str], str] = "".format) -> list[Reason]:
     id, status, reason = server.id, server.status, server.lock_reason
     run = server.metadata.get(MARK) or lock_of(server)
     ways = next_commands_for(id, go_on(run))
@@ -8722,7 +8707,6 @@ def refuse_volumes(settings: Settings, source: SourceFacts, server: Server,
 
 
 def type_of(settings: Settings, volume: Volume) -> str:
-    """The destination's type for a volume of the source."""
     return settings.volume_type.get(volume.type, volume.type)
 
 
@@ -8782,7 +8766,6 @@ def refuse_addresses(settings: Settings, port: Port, network: Facts, there: Netw
 
 
 def described(port: Facts) -> str:
-    """A port that somebody uses, or that is idle."""
     user = f"{port.get('device_owner') or 'somebody'} {port['device_id']}" if port.get("device_id") else ""
     return f"port {port['id']}" + (f" of {user}" if user else f", which is idle (openstack port delete {port['id']})")
 
@@ -9053,6 +9036,11 @@ class Plan:
     def root(self) -> Disk:
         return self.disks[ROOT]
 
+    @property
+    def may_copy_file(self) -> bool:
+        """Whether the root disk's file itself may be copied, not what the guest sees of it."""
+        return self.root.top.is_file and ROOT not in self.requests
+
     def marks(self, key: str) -> dict[str, str]:
         """An instance's metadata during the run; `key`: MARK or MADE."""
         return {key: self.run, WAS: "ACTIVE" if self.was_running else "SHUTOFF"}
@@ -9264,10 +9252,7 @@ def execute_or_undo(run: Run) -> int:
 
 
 def execute(run: Run, stack: ExitStack) -> str:
-    """Executes the plan; returns the new instance's id. Raises MigrenaError; `run.undo` has the undo steps.
-
-    Steps that an earlier process of the same run has done are not repeated.
-    """
+    """Executes the plan, but for steps that an earlier process of the run has done; returns the new instance's id."""
     began, plan, cloud = time.monotonic(), run.plan, run.destination
     claim_source(run)
     new = ensure_destination(run)
@@ -9422,10 +9407,7 @@ class DiskCopy:
 
 
 def copy_and_swap(run: Run, host: Host, new: Server, locks: DiskLocks) -> float:
-    """Copies the disks and swaps them in; returns when the source was asked to stop, by the monotonic clock.
-
-    With --seed the source is not stopped, and nothing is swapped in.
-    """
+    """Copies the disks and swaps them in; returns when the source was asked to stop, by the monotonic clock."""
     with ExitStack() as slot:
         take_slot(run, host, slot)
         with ExitStack() as stack:
@@ -9552,8 +9534,10 @@ def warm_copy(run: Run, copies: Sequence[DiskCopy], slot: ExitStack) -> None:
             screen.note(f"{run.source_host.name}:{copy.job.source.path} -> {copy.both.destination.name}:{copy.job.new}")
         has_bitmap = {copy.job.key: settings.bitmap and not settings.seed and begin_bitmap(run, copy.job)
             for copy in copies}
+        lengths = {copy.job.key: copy.job.length for copy in copies}
+        reread = sum(length for key, length in lengths.items() if not has_bitmap[key]) / sum(lengths.values())
         warm = WarmCopy(run, copies, nova_takes(
-            run.source.actions(run.plan.server.id), screen.seconds.get(STOP_DESTINATION, 5.0)))
+            run.source.actions(run.plan.server.id), screen.seconds.get(STOP_DESTINATION, 5.0)), reread)
         try:
             warm.until_little_is_left(replace(settings, max_downtime=0) if is_seed else settings)
             if is_seed:
@@ -9571,10 +9555,14 @@ def warm_copy(run: Run, copies: Sequence[DiskCopy], slot: ExitStack) -> None:
 
 
 class WarmCopy:
-    """The passes of a warm copy; `nova`: seconds that Nova takes to stop the source and start the destination."""
+    """The passes of a warm copy; `nova`: seconds that Nova takes to stop the source and start the destination.
 
-    def __init__(self, run: Run, copies: Sequence[DiskCopy], nova: float) -> None:
+    `reread`: the share of the disks that must be looked at after the stop, as no dirty bitmap tells what has changed.
+    """
+
+    def __init__(self, run: Run, copies: Sequence[DiskCopy], nova: float, reread: float = 1.0) -> None:
         self._run, self._copies, self._nova, self.passes = run, copies, nova, list[Pass]()
+        self._reread = reread
         self._least, self._gap, self._pause = math.inf, 0.0, 0.0
 
     def until_little_is_left(self, settings: Settings, since: float = 0.0) -> None:
@@ -9589,7 +9577,8 @@ class WarmCopy:
 
     def make_pass(self) -> None:
         run, passes, since = self._run, self.passes, time.monotonic()
-        passes.append(one := sum_of(for_each(run, self._copies, partial(one_pass, run)), time.monotonic() - since))
+        one = sum_of(for_each(run, self._copies, partial(one_pass, run)), time.monotonic() - since)
+        passes.append(replace(one, looking=one.looking * self._reread))
         expected = downtime(passes, self._nova) if len(passes) > 1 else math.inf  # if the source were stopped now
         was_paused, self._pause = self._pause > 0, 0.0
         if len(passes) > 2 and not was_paused:  # a pass after a pause brings more, and tells nothing
@@ -9715,7 +9704,9 @@ def one_pass(run: Run, copy: DiskCopy) -> Pass:
             f'[ $# = 1 ] && echo 0 || stat -c %s -- "$2"; {DOMAIN_STATE}', run.plan.server.id, *words).split("\n", 1)
         require_running(run, state.strip())
         now = copy.begun(is_live=True, source=replace(job.source, length=int(length) or job.source.length))
-        return move_disk(ends, now, Callbacks(partial(journaled_progress, run, job.key), copy.both.count), copy.known)
+        check = at_intervals(10.0, partial(require_room, copy))
+        return move_disk(
+            ends, now, Callbacks(partial(journaled_progress, run, job.key), copy.both.count, check), copy.known)
 
     moved, copy.known = with_retries(copy.both, attempt, "runs on")
     return Pass(moved.held, moved.looking, moved.sending, moved.seconds)
@@ -9752,7 +9743,7 @@ def nova_takes(actions: Sequence[Action], stop: float) -> float:
     """Seconds that Nova will need to stop the source and to start the destination: as long as it took the last time.
 
     Where it never stopped the source, what the destination's `stop` took tells: that one was booting, and may have
-    missed the power button until it was pressed again. One that missed it all the time (a minute) may ignore it.
+    missed the power button.
     """
     took = {action.name: action.seconds for action in reversed(actions)
         if 0 < action.seconds <= PATIENCE and not action.has_failed}
@@ -9771,7 +9762,6 @@ def downtime(passes: Sequence[Pass], nova: float) -> float:
 
 
 def left_after(passes: Sequence[Pass]) -> float:
-    """Bytes that will have changed in the meantime, at the rate before."""
     return passes[-1].changed / passes[-2].seconds * passes[-1].seconds
 
 
@@ -9988,9 +9978,8 @@ def delete_things(cloud: Cloud, record: RunRecord, now: Situation, journal: Jour
         attached: Collection[str] = ()) -> None:
     """Deletes what a run made besides the instance; raises Kept for what is in use, or may still be made.
 
-    They are known by the journal; where it is lost, or an answer was (which is waited for), by the run's marks: but
-    volumes only if they were `attached`, since one restored from a backup has the mark too. While the instance that
-    the run made is there, all are kept: volumes may be its only copy.
+    They are known by the journal; where that or an answer is lost, by the run's marks, volumes then only if they were
+    `attached`: one restored from a backup has the mark too. While the run's instance is there, all are kept.
     """
     problems, limit = list[Reason](), time.monotonic() + patience
     for kind, acts in KINDS.items():
@@ -10011,7 +10000,7 @@ def delete_things(cloud: Cloud, record: RunRecord, now: Situation, journal: Jour
                 if loose := sorted(marked - {*attached}) if kind == "volume" else []:
                     problems.append(Reason(f"volumes {', '.join(loose)} have the run's mark, but were not attached to "
                         "its instance: without its journal they may be copies of its volumes",
-                        "openstack volume delete, if nobody wants them"))
+                        f"openstack volume delete, or openstack volume unset --property {MADE} --property {DONE}"))
                 told |= {id: {} for id in marked - {*loose}}
         if told and not now.destination.is_gone:
             problems.append(Reason(f"{kind}s {', '.join(sorted(told))} are kept with instance {now.destination.id}"))
@@ -10243,7 +10232,7 @@ def plan_job(run: Run, ends: Ends, key: str, fresh: Disk) -> DiskJob:
     in_place = bool(fresh.volume or fresh.top.storage)
     whole_file, why_view = pick_view(disk, fresh, equal, in_place=in_place)
     name, why_transport = pick_transport(settings, lacking, disk.top, whole_file)
-    transport = NbdTransport() if name == NbdTransport.name else QemuTransport(settings.compress == "on")
+    transport: AnyTransport = NbdTransport() if name == NbdTransport.name else QemuTransport(settings.compress == "on")
     if name == NbdTransport.name and lacking:
         raise HostError(f"--transport nbd is impossible, missing: {', '.join(lacking)}",
             "use --transport qemu, or install what is missing")
@@ -10288,7 +10277,7 @@ def refuse_jobs(run: Run, ends: Ends, jobs: Sequence[DiskJob]) -> None:
     Files of volumes lie in the folders of their shares, and are sparse: what only a device holds is not foreseen.
     """
     needs = {job.key: 0 if isinstance(job.landing, InPlace) and not job.source.is_file else space_needed(
-        job.source, run.plan.disks[job.key], job.whole_file, 0) for job in jobs}
+        job.source, run.plan.disks[job.key], job.whole_file or job.source.format == "raw", 0) for job in jobs}
     places = {job.key: job.fresh.path.rpartition("/")[0] if isinstance(job.landing, InPlace) else "" for job in jobs}
     host, own = f"{run.destination.url} {ends.destination.name}", [key for key, place in places.items() if not place]
     run.journal.write("space", host=host, need=sum(needs[key] for key in own), disks=own)
@@ -10299,10 +10288,7 @@ def refuse_jobs(run: Run, ends: Ends, jobs: Sequence[DiskJob]) -> None:
 
 
 def refuse_job(ends: Ends, job: DiskJob, need: int, others: int = 0) -> int:
-    """Bytes that the copy has still to write; raises HostError if it does not fit the destination's disk, or its host.
-
-    `others`: bytes that other copies have still to write there.
-    """
+    """Bytes still to write; raises HostError if the copy does not fit its disk, or its host besides `others`."""
     host, fresh = ends.destination, job.fresh
     if fresh.format not in ("qcow2", "raw"):
         raise HostError(f"{host.name}: {fresh.path} is {fresh.format}; only qcow2 and raw can be written")
@@ -10311,7 +10297,7 @@ def refuse_job(ends: Ends, job: DiskJob, need: int, others: int = 0) -> int:
             f"{human(job.source.size)}", "name a larger flavor with -f")
     for flaw in fresh.flaws:
         raise HostError(f"{host.name}: {fresh.path} has {flaw}", FLAW_WAYS[flaw])
-    if not fresh.is_file:
+    if not job.takes_space:
         return 0
     there = host.script('[ ! -f "$1" ] || stat -c %b -- "$1"', job.new)  # a resumed run has some already
     rest = max(0, need - there.read(lambda said: int(said or 0)) * 512)
@@ -10319,7 +10305,8 @@ def refuse_job(ends: Ends, job: DiskJob, need: int, others: int = 0) -> int:
     if free - others < wanted:
         taken = f", of which other disks and runs still need {human(others)}" if others else ""
         raise HostError(f"{host.name}: {human(free)} are free beside {fresh.path}{taken}, {human(wanted)} are needed",
-            "free space there, or choose another host with availability_zone in -e")
+            "free space there, or choose another " + ("volume type with --volume-type" if isinstance(
+            job.landing, InPlace) else "host with availability_zone in -e"))
     return rest
 
 
@@ -10512,9 +10499,7 @@ def transfer_disk(run: Run, copy: DiskCopy) -> Moved:
 
     def check() -> None:
         gate(run, Act.WRITE, is_held=True)
-        if job.fresh.is_file and (free := free_space(host, job.fresh.path)) < run.settings.space_reserve:
-            raise FinalError(f"{host.name}: only {human(free)} are left beside {job.fresh.path}: a full disk "
-                "pauses its guests", "free space there, and run it again; the limit is SPACE_RESERVE")
+        require_room(copy)
 
     def count(chunk: Chunk, done: int) -> None:
         copy.both.count(chunk, done)
@@ -10536,6 +10521,14 @@ def transfer_disk(run: Run, copy: DiskCopy) -> Moved:
     what = f"{human(moved.held)} that had changed, in" if moved.is_rest else f"{human(moved.held)} in"
     run.screen.note(f"Done. {what} {duration(moved.seconds)}{'' if moved.is_rest else f', {human(rate)}/s'}; {note}")
     return moved
+
+
+def require_room(copy: DiskCopy) -> None:
+    """Raises FinalError if the copy leaves less than SPACE_RESERVE on the destination's file system."""
+    job, host = copy.job, copy.both.destination
+    if job.takes_space and (free := free_space(host, job.fresh.path)) < job.settings.space_reserve:
+        raise FinalError(f"{host.name}: only {human(free)} are left beside {job.fresh.path}: a full disk pauses its "
+            "guests", "free space there, and run it again; the limit is SPACE_RESERVE")
 
 
 def report_moved(run: Run, jobs: Sequence[DiskJob], moved: Sequence[Moved], sent: int, seconds: float) -> None:
@@ -10626,11 +10619,13 @@ def start_named(run: Run, side: str, id: str) -> Server | None:
 def disk_lines(plan: Plan) -> Iterator[str]:
     """A line for each disk and base: what and where it is, and how it is copied."""
     for key, disk in plan.disks.items():
-        top, how = disk.top, "the file is copied, or what the guest sees" if key == ROOT else "what the guest sees"
+        top, how = disk.top, "what the guest sees"
+        if key == ROOT and plan.may_copy_file:
+            how = f"the file is copied, or {how}"
         there = "in the file" if top.is_file else "allocated"
         if key in plan.requests:
             volume, asked = plan.volumes[key], plan.requests[key]
-            how = (f"what the guest sees, into a new volume of {asked['size']} GiB"
+            how += (f", into a new volume of {asked['size']} GiB"
                    f"{', type ' + asked['volume_type'] if 'volume_type' in asked else ''}; {volume.label}")
         yield (f"  {key:10} {top.path}: {top.format}, {human(top.size)} to the guest, "
                f"{human(top.allocated)} {there}; {how}")
@@ -10641,8 +10636,9 @@ def estimate_lines(settings: Settings, plan: Plan, known: float, report: Report)
     """How much is moved and how long that takes; puts the same into the report."""
     disk, top = plan.root, plan.root.top
     rest = sum(one.guest_bytes for key, one in plan.disks.items() if key != ROOT)
-    views = {"file": top.allocated + rest} | (
-        {} if top.format == "raw" or not disk.base else {"guest": disk.guest_bytes + rest})
+    is_file = plan.may_copy_file
+    views = ({"file": top.allocated + rest} if is_file else {}) | (
+        {} if is_file and (top.format == "raw" or not disk.base) else {"guest": disk.guest_bytes + rest})
     rates = {f"{human(settings.rate)}/s, the limit": float(settings.rate)} if settings.rate else {
         f"{human(known)}/s, as in the last run": known} if known else {"1 Gbit/s": 1.25e8, "10 Gbit/s": 1.25e9}
     is_down = plan.was_running and not settings.warm
@@ -10650,7 +10646,7 @@ def estimate_lines(settings: Settings, plan: Plan, known: float, report: Report)
     for which, amount in views.items():
         space = space_needed(top, disk, which == "file", settings.space_reserve + rest * 102 // 100)
         yield (f"to move      {human(amount)}: "
-               f"{'the file' if which == 'file' else 'what the guest sees, if the bases differ'}")
+               f"{'the file' if which == 'file' else 'what the guest sees' + ', if the bases differ' * is_file}")
         yield f"  space      {human(space)} at the destination"
         for name, rate in rates.items():
             report.copy["estimates"].append({"view": which, "bytes": amount, "space": space, "rate": rate,
@@ -10706,7 +10702,8 @@ def plan_lines(settings: Settings, plan: Plan, source: SourceFacts, known: float
     yield from ["  image      was not compared: the source's is gone, or could not be read"] if differs is None else (
         f"  image      has {what} of the source's" for what in differs)
     yield from (f"  flavor     has {what} of the source's" for what, _ in plan.flavor.differs(server.flavor))
-    transport, why = pick_transport(settings, ["nbd-server"] if "nbd-server" in source.lacking else [], top, True)
+    transport, why = pick_transport(
+        settings, ["nbd-server"] if "nbd-server" in source.lacking else [], top, plan.may_copy_file)
     yield (f"transport    {transport}{' with TLS' if settings.tls else ' in clear'}: {why} "
            "(if the destination's host has the tools)")
     if plan.carried:
@@ -11120,8 +11117,8 @@ def refuse_changed(
     changes += [f"{key} had {human(known[key])} at the {when}, and has {human(size)} now: the source was resized"
         for key, size in there.items() if known.get(key, size) != size]
     if source.cloud and server and source.host and not is_stopped:
-        reasons += refuse_server(replace(server, metadata={}, locked=server.locked and lock_of(server) != record.run),
-            settings) + refuse_volumes(settings, source, server, DestinationFacts(None))
+        known_lock = replace(server, metadata={}, locked=server.locked and lock_of(server) != record.run)
+        reasons += refuse_server(known_lock) + refuse_volumes(settings, source, server, DestinationFacts(None))
         reasons += [reason for disk in source.disks.values() for reason in refuse_disk(disk)]
         reasons += refuse_tools(source.host.name, source.lacking, settings, "nbd-server")
         with collecting(reasons):
@@ -11259,6 +11256,11 @@ def patience_of(record: RunRecord, act: str = "create ") -> float:
     return max([LATE_ANSWER - age for age in ages if 0 <= age < LATE_ANSWER], default=0.0)
 
 
+def as_begun(settings: Settings, record: RunRecord) -> Settings:
+    """These for a rollback that goes on with one that was to keep the destination."""
+    return replace(settings, keep_destination=settings.keep_destination or record.keeps_destination)
+
+
 def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
         record: RunRecord, folder: Path) -> UndoPlan:
     """What a run has made, by its journal or by marks and locks; raises Refused if no run is found."""
@@ -11289,14 +11291,14 @@ def plan_undo(settings: Settings, screen: Screen, clouds: tuple[Cloud, Cloud],
             f"--dst-project {away[0].facts['tenant_id']}")
     # No source: the journal was emptied.
     if not record.run and run in known_runs(folder) and (found := read_run(folder, run, is_ours=True)).source:
-        return plan_undo(settings, screen, clouds, found, folder)
+        return plan_undo(as_begun(settings, found), screen, clouds, found, folder)
     id = record.destination or next(iter(ours), "")
     told = re.search(r"([0-9a-f-]{36}) takes its place", lock)
     if told and told[1] not in made and (server := other.find_server(told[1])):  # somebody removed its marks
         made[server.id] = server
     now = situation(record, source, see(other, id, record.destination_request))
     was = marks.get(WAS) or (made[id].metadata.get(WAS) if id in made else "")
-    was_running = was == "ACTIVE" if record.is_lost else now.was_running
+    was_running = was == "ACTIVE" or record.was_running if record.is_lost else now.was_running
     if now.destination.is_gone and source.server and MARK not in marks and not source.is_locked_by(run):
         was_running = False  # nothing is left to undo: do not change the source's state
     stage = Stage.DONE if any(DONE in made[id].metadata for id in ours) else (
@@ -11353,7 +11355,7 @@ def rollback(call: Call, settings: Settings, undo: Undo, report: Report) -> int:
     with only_run_of(folder, record.source, record.run or "rollback"):
         if record.run:
             record = read_run(folder, record.run, is_ours=True)
-            settings = call.settings(record.facts.get("settings"))
+            settings = as_begun(call.settings(record.facts.get("settings")), record)
         if record.state in ("failed", "rolled back"):
             screen.say(f"Run {record.run} was rolled back already, says its journal.")
             report.run, report.result = record.run, "rolled back"

@@ -255,6 +255,16 @@ def test_a_destination_that_fills_up_in_a_warm_pass_leaves_the_source_running(op
         is_untouched(operator)
 
 
+def test_a_warm_pass_that_would_fill_the_destination_for_its_other_guests_ends_the_run(operator: Operator, guest: Guest) -> None:
+    with own_file_system(operator.lab["dst"], "400m"):
+        guest()
+        process = in_a_pass(operator, "--limit-rate", "1M", MIGRENA_SPACE_RESERVE="100M")
+        operator.lab["dst"].run("sh", "-c", f"fallocate -l $(($(stat -f -c %a*%S {INSTANCES}) - 90 * 1048576)) {INSTANCES}/filler")
+        said = ended(process, 1)
+        assert "are left beside" in said and "Stop source instance" not in said
+        is_untouched(operator)
+
+
 def test_a_disk_that_is_resized_in_a_warm_pass_ends_the_run_before_the_stop(operator: Operator, guest: Guest) -> None:
     resize = 'import os, sys; os.pwrite(os.open(sys.argv[1], os.O_WRONLY), int(sys.argv[2]).to_bytes(8, "big"), 24)'  # in the header of a qcow2
     size = operator.source.node()["virtual-size"]

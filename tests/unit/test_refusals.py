@@ -83,32 +83,32 @@ def test_control_nothing_speaks_against_a_source_in_order(different: dict[str, A
 
 @pytest.mark.parametrize("status", STATES)
 def test_a_source_in_any_other_state_is_refused_by_name(status: str) -> None:
-    reason = only(list(refuse_server(a_server(status=status), some_settings())))
+    reason = only(list(refuse_server(a_server(status=status))))
     assert f"is {status};" in reason.problem
     assert WITH_A_WAY.get(status, "") in reason.way_out
 
 
 @pytest.mark.parametrize("status", WITH_A_WAY)
 def test_the_way_out_of_a_state_is_a_whole_command(status: str) -> None:
-    reason = only(list(refuse_server(a_server(status=status), some_settings())))
+    reason = only(list(refuse_server(a_server(status=status))))
     assert "openstack server " in reason.way_out
     assert reason.way_out.endswith(f" {UUID}")
 
 
 @pytest.mark.parametrize("task", ["powering-off", "image_snapshot", "resize_prep", "migrating", "deleting"])
 def test_a_source_with_a_task_under_way_is_refused(task: str) -> None:
-    assert task in only(list(refuse_server(a_server(task=task), some_settings()))).problem
+    assert task in only(list(refuse_server(a_server(task=task)))).problem
 
 
 def test_a_locked_source_is_refused_with_the_lock_s_reason_and_the_command_that_unlocks() -> None:
-    reason = only(list(refuse_server(a_server(locked=True, lock_reason="audit"), some_settings())))
+    reason = only(list(refuse_server(a_server(locked=True, lock_reason="audit"))))
     assert "locked: audit" in reason.problem
     assert reason.way_out == f"openstack server unlock {UUID}"
-    assert "locked" in only(list(refuse_server(a_server(locked=True), some_settings()))).problem
+    assert "locked" in only(list(refuse_server(a_server(locked=True)))).problem
 
 
 def test_a_source_that_another_run_has_marked_is_refused() -> None:
-    reason = only(list(refuse_server(a_server(metadata={MARK: "20260101T000000-abc"}), some_settings())))
+    reason = only(list(refuse_server(a_server(metadata={MARK: "20260101T000000-abc"}))))
     assert "20260101T000000-abc" in reason.problem
     assert reason.way_out.endswith(f"./migrena.py rollback --run-of {UUID}")
 
@@ -116,7 +116,7 @@ def test_a_source_that_another_run_has_marked_is_refused() -> None:
 @pytest.mark.parametrize("different", [{"metadata": {MARK: "r"}}, {"locked": True, "lock_reason": "migrena run r"},
                                        {"metadata": {MARK: "r"}, "locked": True, "lock_reason": "migrena run r"}])
 def test_a_run_whose_journal_is_here_is_reported_once_with_resume_and_rollback(different: dict[str, Any]) -> None:
-    reason = only(list(refuse_server(a_server(**different), some_settings(), "./migrena.py resume {0}, or ./migrena.py rollback {0}".format)))
+    reason = only(list(refuse_server(a_server(**different), "./migrena.py resume {0}, or ./migrena.py rollback {0}".format)))
     assert reason.way_out == "if it has ended: ./migrena.py resume r, or ./migrena.py rollback r"
 
 
@@ -134,7 +134,7 @@ def test_an_instance_is_already_migrated_only_by_a_run_of_this_source_that_was_c
 
 
 def test_credentials_that_do_not_show_the_host_are_refused() -> None:
-    assert "admin" in only(list(refuse_server(a_server(host="", hypervisor=""), some_settings()))).way_out
+    assert "admin" in only(list(refuse_server(a_server(host="", hypervisor="")))).way_out
 
 
 def with_volumes(*volumes: Volume, **different: Any) -> SourceFacts:

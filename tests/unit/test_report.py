@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from conftest import REPOSITORY, Migrena
-from migrena import Report, as_json, duration, human, make_plan, plan_lines, read_run
+from migrena import ROOT, Report, as_json, duration, human, make_plan, plan_lines, read_run
 from unit import test_runs
-from unit.makers import GiB, an_image, some_settings
+from unit.makers import GiB, a_disk, a_volume, an_image, an_overlay, some_settings
 from unit.model import World
 from unit.people import Events, People, Schedule, Step, play
 from unit.test_refusals import a_destination, a_source
 
 FIELDS = {row.name for row in dataclasses.fields(Report)}
-JOURNALS_OWN = {"began", "was_running", "step", "facts", "acts", "seed", "disks", "is_undoing"}
+JOURNALS_OWN = {"began", "was_running", "step", "facts", "acts", "seed", "disks", "is_undoing", "keeps_destination"}
 
 
 @pytest.fixture
@@ -107,6 +107,20 @@ def test_an_image_that_is_carried_first_is_in_the_report_with_its_bytes_and_both
     assert "to move      5 B: the image, before anything is stopped" in lines
     assert [(row["view"], row["bytes"], row["rate"], row["seconds"]) for row in report.copy["estimates"]] == [
         ("file", GiB, GiB, 1.0), ("guest", 3 * GiB, GiB, 3.0)]
+
+
+@pytest.mark.parametrize("kind", ["ceph", "volume"])
+def test_a_root_disk_that_is_no_file_or_becomes_none_is_told_and_planned_as_what_the_guest_sees(kind: str) -> None:
+    disk = a_disk(an_overlay(path="rbd:vms/x_disk", format="raw", storage={"driver": "rbd"}), guest_bytes=3 * GiB) if kind == "ceph" else a_disk()
+    source = a_source()
+    source.disks = {ROOT: disk}
+    if kind == "volume":
+        source.volumes = {ROOT: a_volume()}
+    plan, report = make_plan(some_settings(limit_rate=str(GiB)), source, a_destination(), "run-1"), Report()
+    lines = [*plan_lines(some_settings(limit_rate=str(GiB)), plan, source, 0.0, report)]
+    text = "\n".join(lines)
+    assert "the file is copied" not in text and "transport    qemu" in text and ": the file" not in text and "if the bases differ" not in text
+    assert [(one["view"], one["bytes"]) for one in report.copy["estimates"]] == [("guest", 3 * GiB)] and report.copy["transport"] == "qemu"
 
 
 @pytest.mark.usefixtures("with_json")

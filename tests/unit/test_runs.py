@@ -23,10 +23,12 @@ from migrena import (
     Refused,
     RunRecord,
     Screen,
+    Settings,
     StateError,
     Step,
     Undo,
     UsageError,
+    as_begun,
     find_run,
     only_run_of,
     read_run,
@@ -65,6 +67,12 @@ COPYING = ({"event": "job", "new": "/x", "stand": "1 2 3", "inode": "7", "host":
 def test_the_state_is_that_of_the_last_process_of_the_run(tmp_path: Path, entries: tuple[dict[str, Any], ...], state: str) -> None:
     told(tmp_path, *entries)
     assert read_run(tmp_path, RUN).state == state
+
+
+def test_a_rollback_that_goes_on_keeps_the_destination_if_it_was_begun_so(tmp_path: Path) -> None:
+    for asked, before, keeps in ((False, True, True), (True, False, True), (False, False, False)):
+        told(tmp_path, *COPYING, {"event": "rollback", "keep_destination": before})
+        assert as_begun(Settings(keep_destination=asked), read_run(tmp_path, RUN)).keep_destination is keeps
 
 
 @pytest.mark.parametrize(("entries", "way"), [
@@ -325,3 +333,8 @@ def test_what_earlier_runs_have_yet_to_write_on_a_host_counts_as_taken_and_later
     journal("4", "four", space(500, 4))  # it has ended, or was killed: nobody holds its lock
     with only_run_of(tmp_path, "one", "1"), only_run_of(tmp_path, "two", "2"), only_run_of(tmp_path, "three", "3"):
         assert [still_to_write(tmp_path, run, "b") for run in ("1", "2", "4")] == [0, 70 * MiB, 120 * MiB]
+        copied = {"event": "done", "act": "copy", "at": "2026-11-20T21:00:06"}
+        journal("2", "two", space(50, 2), copied)
+        assert still_to_write(tmp_path, "4", "b") == 70 * MiB
+        journal("2", "two", space(50, 2), copied, space(50, 2))  # it was killed then, and copies again
+        assert [still_to_write(tmp_path, run, "b") for run in ("2", "4")] == [70 * MiB, 120 * MiB]

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import pytest
 
+import migrena
 from conftest import SCRIPT, Migrena
 from migrena import (
     MARK,
@@ -354,6 +355,21 @@ def test_a_window_that_ends_while_passes_are_made_is_missed(tmp_path: Path, monk
     with pytest.raises(FinalError, match=r"ago: this machine slept, or a pass"):
         warm.in_window()
     assert takes == []  # it was in time when the passes began
+
+
+@pytest.mark.parametrize(("reread", "expected"), [(1.0, 17.0), (0.5, 15.0), (0.0, 13.0)])
+def test_what_a_bitmap_tells_is_not_looked_for_after_the_stop(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reread: float, expected: float) -> None:
+    monkeypatch.setattr(migrena, "for_each", lambda *_: [Pass(0, 4.0, 1.0, 5.0)])
+    monkeypatch.setattr(migrena, "sum_of", lambda passes, seconds: passes[0])
+    said: list[str] = []
+    run = a_run(tmp_path, said=said)
+    run.journal = SimpleNamespace(write=lambda *_, **__: None)
+    warm = WarmCopy(run, (), 12.0, reread)
+    for _ in range(2):
+        warm.make_pass()
+    assert migrena.downtime(warm.passes, 12.0) - migrena.SETTING_UP == pytest.approx(expected - 1.0)
+    assert "found in 4.0 s" in said[-1]
 
 
 def test_a_pass_that_fails_before_its_time_is_made_up_for_with_all_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
