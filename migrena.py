@@ -2069,7 +2069,7 @@ def _acts(entries: Iterable[Facts]) -> tuple[Step, ...]:
     """The acts in the order in which they began, each with its end if any."""
     acts: list[Step] = []
     latest: dict[str, int] = {}
-    for entry in entries:
+    for entry in (one for one in entries if "act" in one):
         event, name = entry["event"], entry.get("act", "")
         facts = {key: value for key, value in entry.items() if key not in ("at", "event", "act")}
         if event == "intent":

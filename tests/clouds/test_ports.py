@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from clouds.conftest import Operator, as_before, has_been_put_back, has_moved, left_on, wait_for_console
+from clouds.conftest import Operator, as_before, left_on, wait_for_console
 from lab.api import Api
 from lab.clouds import Clouds, credentials
 from lab.networks import GROUPS, create_floating_ip, create_port, ensure_group, ensure_key, reached
 from lab.packages import install
-from lab.processes import CLEAN_ENV, command
+from lab.processes import CLEAN_ENV, command, wait_until
 
 pytestmark = pytest.mark.timeout(900)
 KILL = signal.SIGKILL.value
@@ -226,6 +226,31 @@ def test_a_run_that_was_killed_is_resumed_with_its_ports(operator: Operator, net
 
 
 @pytest.mark.long
+def test_a_seed_has_its_ports_and_one_that_its_source_got_since_is_refused_by_name(operator: Operator, networks: Clouds, whole: str) -> None:
+    src, dst = networks.api("src"), networks.api("dst")
+    src.act(whole, "os-start", until="ACTIVE")
+    wait_for_console(src, whole, "GUEST wrote=")
+    run = str(operator.report("-s", whole, "--dst-project", "same", "--floating-ip", "keep", "--yes", "-a", "dst", "--seed")["run"])
+    assert operator.report("resume", run, "--seed")["result"] == "seeded"
+    (floating,) = dst.call("GET", "neutron", "/floatingips")["floatingips"]
+    assert counted(dst)["port"] == 3 and not floating["fixed_ip_address"]  # it leads nowhere until the source is down
+    more = create_port(networks.api("src", "admin", "demo"), "dual")["id"]
+    interfaces = f"/servers/{whole}/os-interface"
+    src.call("POST", "nova", interfaces, {"interfaceAttachment": {"port_id": more}})
+    done = operator.run("resume", run)
+    assert done.returncode == 3 and f"port {more} was attached to the source after the seed" in done.stderr, done.stderr
+    assert src.server(whole)["status"] == "ACTIVE"
+    src.call("DELETE", "nova", f"{interfaces}/{more}")
+    wait_until("the port to be detached", lambda: len(src.call("GET", "nova", interfaces)["interfaceAttachments"]) == 3, 120)
+    networks.api("src", "admin", "demo").call("DELETE", "neutron", f"/ports/{more}")
+    id = operator.report("resume", run)["destination"]["id"]
+    assert port_facts(networks, "src", whole) == port_facts(networks, "dst", id)
+    (floating,) = dst.call("GET", "neutron", "/floatingips")["floatingips"]
+    port = dst.call("GET", "neutron", f"/ports/{floating['port_id']}")["port"]
+    assert (port["device_id"], port["mac_address"]) == (id, "fa:16:3e:22:bb:23")
+
+
+@pytest.mark.long
 def test_a_run_that_fails_leaves_none_of_them(operator: Operator, networks: Clouds, whole: str) -> None:
     done = operator.run("-s", whole, "--dst-project", "same", "--floating-ip", "new", "--retries", "0", extra="NBD_SERVER_PORT = 22")
     assert done.returncode == 1, done.stderr
@@ -271,7 +296,8 @@ def test_on_one_wire_never_do_two_machines_have_one_address(operator: Operator, 
         networks.networks()
     hosts = [api.server(one)["OS-EXT-SRV-ATTR:host"] for api, one in ((src, whole), (dst, id))]
     assert seen == [f"{networks.spec.link(host)}-app" for host in hosts]  # first the one, then the other, and never back
-    assert has_moved(src, whole, id) or not has_been_put_back(src, whole, "SHUTOFF")
+    source = src.server(whole)
+    assert (source["status"], source["locked"]) == ("SHUTOFF", True) and "takes its place" in source["locked_reason"]
 
 
 @pytest.mark.long

@@ -311,6 +311,30 @@ def test_volumes_of_a_running_instance_arrive_warm(operator: Operator, storage: 
 
 
 @pytest.mark.long
+def test_a_seed_with_volumes_is_cut_over_to_unless_one_came_or_went(operator: Operator, storage: Clouds, laden: str, empty: Api) -> None:
+    src = storage.api("src")
+    src.act(laden, "os-start", until="ACTIVE")
+    wait_for_console(src, laden, "GUEST wrote=")
+    report = operator.report(*words(operator, laden), "--seed")
+    run = str(report["run"])
+    assert report["result"] == "seeded" and len(empty.volumes()) == 3
+    last = disks(storage, "src-cmp1", laden)["vdd"].findtext("serial", "")
+    src.detach(laden, last)
+    done = operator.run("resume", run)
+    assert done.returncode == 3 and f"volume-{last} was detached from the source after the seed" in done.stderr, done.stderr
+    src.attach(laden, last)
+    more = src.create_volume("more", volume_type="rbd")
+    src.attach(laden, more)
+    done = operator.run("resume", run)
+    assert done.returncode == 3 and f"volume-{more} was attached to the source after the seed" in done.stderr, done.stderr
+    src.detach(laden, more)
+    src.delete_volume(more)
+    assert operator.report("resume", run, "--seed")["result"] == "seeded" and src.server(laden)["status"] == "ACTIVE"
+    id = operator.report("resume", run)["destination"]["id"]
+    assert same(storage, "src-cmp1", laden, "dst-cmp1", id) == dict.fromkeys(("vda", "vdb", "vdc", "vdd"), True)
+
+
+@pytest.mark.long
 def test_one_that_boots_from_a_volume_arrives_with_what_its_image_says(operator: Operator, storage: Clouds, empty: Api) -> None:
     src, dst = storage.api("src"), empty
     image = src.need("glance", "images", "guest")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import time
@@ -216,7 +217,8 @@ def at(seconds: float) -> str:
 
 def test_a_cut_over_waits_for_its_time_and_others_have_the_slot_meanwhile(operator: Operator, guest: Guest) -> None:
     guest()
-    process = operator.begin("-s", operator.id, "-d", "new", "--cutover-at", at(25), "--every", "4s")
+    due = at(40)
+    process = operator.begin("-s", operator.id, "-d", "new", "--cutover-at", due, "--every", "4s")
     wait_for("the seed", lambda: "seeded" in "".join(path.read_text() for path in (operator.folder / "state").glob("*.jsonl")), 60)
     wait_for("a free slot", lambda: not list((operator.folder / "state").glob("slot-*")), 30)
     said = ended(process, 0)
@@ -226,7 +228,7 @@ def test_a_cut_over_waits_for_its_time_and_others_have_the_slot_meanwhile(operat
     assert happened.count("pass") > 3 and happened.index("seeded") < happened.index("intent stop source"), said
     (path,) = (operator.folder / "state").glob("*.jsonl")
     (stop,) = [line["at"] for line in map(json.loads, path.read_text().splitlines()) if (line["event"], line.get("act")) == ("intent", "stop source")]
-    assert datetime.fromisoformat(stop).timestamp() >= path.stat().st_ctime - 60 and "Cut-over at" in said
+    assert datetime.fromisoformat(stop) >= datetime.fromisoformat(due).astimezone() and "Cut-over at" in said
 
 
 @pytest.mark.long
@@ -289,10 +291,12 @@ def test_a_seed_of_another_base_goes_over_too(operator: Operator, guest: Guest) 
 def test_a_rate_by_the_hour_is_that_of_the_hour(operator: Operator, guest: Guest) -> None:
     guest()
     change = (datetime.now() + timedelta(seconds=75)).replace(second=0, microsecond=0)  # in 15 to 75 seconds
-    ended(operator.begin("-s", operator.id, "-d", "new", "--limit-rate", f"{change:%H:%M}-23:59=0,{MiB // 2}"), 0)
+    ended(operator.begin("-s", operator.id, "-d", "new", "--limit-rate", f"{change:%H:%M}-23:59=0,{MiB // 4}"), 0)
     (path,) = (operator.folder / "state").glob("*.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     told = [(datetime.fromisoformat(line["at"]).timestamp(), line["done"]) for line in lines if line["event"] == "progress"]
     slow = [(at - told[0][0], done) for at, done in told if at < change.timestamp()]
-    assert slow and all(done <= (seconds + 10) * MiB / 2 for seconds, done in slow)
+    assert slow and all(done <= (seconds + 10) * MiB / 4 for seconds, done in slow)
+    first = next((at for at, done in told if done > 26 * MiB), math.inf)  # at the slow rate it would take another half a minute
+    assert first < change.timestamp() + 15
     assert told[-1][1] > 26 * MiB
