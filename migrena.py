@@ -1967,7 +1967,7 @@ class RunRecord:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the destination was asked for: else there is nothing to continue."""
+        """Whether there is something to continue."""
         return any(act.name == "create destination" for act in self.acts)
 
     @property
@@ -2113,7 +2113,7 @@ def way_on(folder: Path, run: str) -> str:
     with suppress(UsageError, OSError):
         if run in known_runs(folder) and (record := read_run(folder, run)).source:
             undo = f"./migrena.py rollback {run}"
-            if record.state in ("failed", "rolled back"):  # by its journal, but its marks are still there
+            if record.state in ("failed", "rolled back"):  # but its marks are there
                 undo = f"./migrena.py rollback --run-of {record.source}"
             is_over = record.is_undoing or record.state in ("done", "failed", "rolled back")
             return undo if is_over or not record.has_begun else f"{record.go_on}, or {undo}"
@@ -2139,7 +2139,6 @@ def still_to_write(folder: Path, run: str, host: str) -> int:
 
 
 def lines_of_runs(folder: Path, event: str) -> Iterator[dict[str, Any]]:
-    """All journals' lines of this event, the last first."""
     for run in known_runs(folder):
         with suppress(UsageError):
             yield from (one for one in reversed(parse_journal(folder / f"{run}.jsonl")[0]) if one["event"] == event)
@@ -5541,7 +5540,7 @@ def tls_options(job: DiskJob, folder: str, endpoint: str) -> tuple[str, ...]:
 def rehearse(ends: Ends, job: DiskJob) -> float:
     """Sends random bytes as it will the disk, while the source runs, to test ports, certificates, tools and device.
 
-    Returns bytes per second, for a slow network that decides on compression without the command's start.
+    Returns bytes per second, without the command's start.
     """
     sample, arrived = f"{ends.source_folder}/sample", f"{ends.destination_folder}/sample"
     ends.source.script('umask 077; head -c "$2" /dev/urandom > "$1"', sample, str(SAMPLE))
@@ -5790,7 +5789,6 @@ def put_list(host: Host, folder: str, extents: Sequence[Extent]) -> str:
 
 
 def put_files(host: Host, folder: str, files: Mapping[str, bytes]) -> None:
-    """Writes files into a host's private folder, in this order."""
     sizes = (word for name, content in files.items() for word in (name, str(len(content))))
     host.script(PRIVATE_FILES, folder, *sizes, stdin=b"".join(files.values()))
 
@@ -6951,7 +6949,6 @@ class Catalog:
         return found
 
     def users_in(self, project: str) -> set[str]:
-        """The ids of the users with a role in a project."""
         return {one["user_id"] for one in self.all("role assignment") if one["project_id"] == project}
 
     def _complete(self, label: str, raw: dict[str, Any]) -> None:
@@ -7045,7 +7042,6 @@ class Catalog:
 
 
 def in_stable_order(value: Any) -> Any:
-    """The same value, lists in a stable order."""
     if isinstance(value, list):
         return sorted(value, key=lambda one: [str(one.get(key)) for key in ("start", "destination", "end")]
                 if isinstance(one, dict) else [str(one)])
@@ -7402,6 +7398,8 @@ class Resolver:
             self.pending.setdefault((one.label, one.name), []).append(one)
         self._indexes: dict[str, dict[Any, Rows]] = {}
         self._target: str | Resource = catalog.project
+        projects = [one.name for one in wanted if one.label == "project"]
+        self.moved = projects[0] if settings.project and len(projects) == 1 and settings.project != projects[0] else ""
         if settings.project:
             named = self.pending.get(("project", settings.project), [])
             self._target = named[0] if len(named) == 1 else project_called(catalog, settings.project)
@@ -7432,8 +7430,10 @@ class Resolver:
         if not ref:
             return ""
         name, domain = str(ref.get("name")), ref.get("domain_name")
-        if name == AUTH and label in ("user", "project"):
-            return self.catalog.cloud.user if label == "user" else self.target
+        if name == AUTH and label == "user":
+            return self.catalog.cloud.user
+        if label == "project" and name in (AUTH, self.moved):
+            return self.target
         name = self._networks.get(name, name) if label == "network" else name
         there = [raw for raw in self.catalog.all(label) if name in (raw.get("name"), raw["id"])]
         pending = self.pending.get((label, name), [])
@@ -7450,7 +7450,8 @@ class Resolver:
         found: dict[str, str | Resource] = {str(raw["id"]): str(raw["id"]) for raw in there}
         found |= {other.id or other.place: other.id or other for other in pending}
         if len(found) != 1:
-            way = "--network SRC=DST names another one" if label == "network" else "export it too, or create it"
+            way = "--network SRC=DST names another one" if label == "network" else (
+                "export it too, or create it" if label in IN_FILES else "create it, or leave it out of the file")
             near = did_you_mean(name, {str(raw.get("name")) for raw in self.catalog.all(label)} - {name})
             raise Refused(f"{one} ({one.place}): {len(found) or 'no'} {label}s are called {name!r}{near}",
                     "give it a name of its own" if found else way)
@@ -7531,6 +7532,9 @@ def plan_import(resolver: Resolver, settings: Settings, wanted: Sequence[Resourc
                     raise Refused(f"{one} ({one.place}) has no name", "give it one, in the source or in the file")
                 if "block-storage" in (one.kind.service, one.params.get("service")) and not cloud.has_volumes:
                     one.result = "omitted, since this cloud has no Cinder"
+                    continue
+                if label == "project" and one.name == resolver.moved:
+                    one.result = f"omitted, since all goes to {settings.project}"
                     continue
                 hidden = resolver.catalog.hidden
                 if why := hidden.get(label) or hidden.get(f"{one.params.get('service')} {label}"):
@@ -8134,7 +8138,6 @@ def import_resources(call: Call, settings: Settings, undo: Undo, report: Report,
 
 
 def read_lists(settings: Settings, catalog: Catalog, wanted: Sequence[Resource]) -> None:
-    """Reads the lists that these resources are looked for in, at the same time."""
     labels = {of for one in wanted for of in (one.label, *(of for _, of in one.kind.references.values()))}
     catalog.names = {settings.project, *(str((one.params.get(name) or {}).get("name")) for one in wanted
             for name in ("project_ref", "user_ref"))}
@@ -9080,7 +9083,7 @@ def request_for(settings: Settings, volume: Volume, run: str, destination: Desti
         "volume_type": type_of(settings, volume),
         "availability_zone": zone if zone in destination.volume_zones else ""}
     return {"size": volume.size, **{key: value for key, value in facts.items() if value}, "metadata": marks | {
-        key: value for key, value in volume.metadata.items()  # `readonly` and the like are Cinder's own
+        key: value for key, value in volume.metadata.items()  # two are Cinder's own
         if not key.startswith("migrena:") and key not in ("readonly", "attached_mode")}}
 
 
@@ -9557,7 +9560,7 @@ def warm_copy(run: Run, copies: Sequence[DiskCopy], slot: ExitStack) -> None:
 class WarmCopy:
     """The passes of a warm copy; `nova`: seconds that Nova takes to stop the source and start the destination.
 
-    `reread`: the share of the disks that must be looked at after the stop, as no dirty bitmap tells what has changed.
+    `reread`: the share of the disks of which no dirty bitmap tells what has changed.
     """
 
     def __init__(self, run: Run, copies: Sequence[DiskCopy], nova: float, reread: float = 1.0) -> None:
@@ -9742,8 +9745,7 @@ def require_it_runs(run: Run, server: Server | None) -> None:
 def nova_takes(actions: Sequence[Action], stop: float) -> float:
     """Seconds that Nova will need to stop the source and to start the destination: as long as it took the last time.
 
-    Where it never stopped the source, what the destination's `stop` took tells: that one was booting, and may have
-    missed the power button.
+    Where it never stopped the source, what the destination's `stop` took tells, which may have missed the button.
     """
     took = {action.name: action.seconds for action in reversed(actions)
         if 0 < action.seconds <= PATIENCE and not action.has_failed}
@@ -10274,7 +10276,7 @@ def is_blank(ends: Ends, job: DiskJob) -> bool:
 def refuse_jobs(run: Run, ends: Ends, jobs: Sequence[DiskJob]) -> None:
     """Raises HostError for the first disk that does not fit.
 
-    Files of volumes lie in the folders of their shares, and are sparse: what only a device holds is not foreseen.
+    Files of volumes lie in the folders of their shares; they are sparse, so what a device holds is not foreseen.
     """
     needs = {job.key: 0 if isinstance(job.landing, InPlace) and not job.source.is_file else space_needed(
         job.source, run.plan.disks[job.key], job.whole_file or job.source.format == "raw", 0) for job in jobs}

@@ -93,6 +93,17 @@ def to(name: str, **whose: Any) -> dict[str, Any]:
     return {"name": name, **(whose or MINE)}
 
 
+def test_what_is_of_a_project_goes_to_another_one_with_its_roles_and_the_project_itself_is_not_made() -> None:
+    catalog = Known(role=[{"id": "r", "name": "member"}], user=[{"id": "u", "name": "clerk", "domain_id": "default"}])
+    domain = {"name": "Default", "domain_name": None}
+    role = {"project_ref": to("bazaar", domain_name="Default"), "user_ref": to("clerk", domain_name="Default"), "role_ref": to("member")}
+    project, one = wanted("project", {"name": "bazaar", "domain_ref": domain}), wanted("role assignment", role)
+    assert planned(catalog, project, one, settings=Settings(project="shop")) == []
+    assert (one.refs["project_ref"], one.result, project.result) == (OWN, "to be created", "omitted, since all goes to shop")
+    project, one = wanted("project", {"name": "bazaar", "domain_ref": domain}), wanted("role assignment", role)
+    assert planned(catalog, project, one, settings=Settings(project="bazaar")) == [] and one.refs["project_ref"] is project
+
+
 @pytest.mark.parametrize(("one", "other", "same"), [
     (None, "", True), ("", [], True), ({}, None, True), (0, None, False), (False, None, False), ("key\n", "key", True),
     (["a", "b"], ["b", "a"], True),
