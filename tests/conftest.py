@@ -17,7 +17,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "migrena.py"
 LONG = frozenset(line for line in Path(__file__).with_name("long.txt").read_text().splitlines() if not line.startswith("#"))
-SECOND = ("test_adversary.py", "test_faults.py", "test_gate.py")  # with several pairs of clouds, these are on another one
+SECOND = ("test_adversary.py", "test_faults.py", "test_gate.py", "test_refusals.py", "test_resources.py", "test_seed.py", "test_spread.py",
+          "test_warm.py")  # with several pairs of clouds, these are on another one
 Migrena = Callable[..., "subprocess.CompletedProcess[str]"]
 T = TypeVar("T")
 

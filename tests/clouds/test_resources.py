@@ -349,6 +349,27 @@ def test_an_instance_arrives_in_an_empty_cloud_by_one_command_and_what_surrounds
     assert done.returncode == 3, done.stderr  # nothing was made this time
 
 
+@pytest.mark.long
+def test_networks_and_groups_alone_are_made_by_one_command_and_stay(operator: Operator, emptied: Api, sold: str) -> None:
+    files = export(operator, "needed", "--for", sold)
+    done = operator.run("import", *(str(files / f"{name}.yml") for name in ("projects", "flavors", "keypairs")))
+    assert done.returncode == 0 and emptied.find("neutron", "networks", "front") is None, done.stderr
+    words = ("-s", sold, "--dst-project", "same", "-a", "dst")
+    refused = operator.run(*words)
+    assert refused.returncode == 3 and "there is no network 'front'" in refused.stderr
+    report = operator.report(*words, "--with-network")
+    has_moved_whole(emptied, report)
+    assert operator.run("rollback", report["run"], "--yes").returncode == 0 and emptied.find("neutron", "networks", "front")
+
+
+@pytest.mark.long
+def test_all_projects_are_exported_at_once_and_are_there_already(operator: Operator, shop: Api) -> None:
+    files = export(operator, "all", "--all-projects")
+    assert {one["params"]["name"] for one in read(files)["projects.yml"]} >= {PROJECT, "demo"}
+    report = operator.report("import", str(files), "-n", "--cloud", "src")
+    assert {*counts(report)} <= {"equal", "omitted, since this cloud has no Cinder"}, counts(report)
+
+
 def test_who_is_no_admin_exports_what_is_theirs(operator: Operator, shop: Api) -> None:
     creds = {"auth_url": shop.cloud.url("keystone") + "/v3", "username": "clerk", "password": PASSWORD, "project_name": PROJECT}
     files = operator.folder / "own"

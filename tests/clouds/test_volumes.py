@@ -9,7 +9,7 @@ import subprocess
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import pytest
 
 from clouds.conftest import MACHINE, STORAGE, WITH_MACHINE, MiB, Operator, as_before, ended, has_been_put_back, left_on, wait_for_console
+from clouds.middle import LATE, LOST, middle
 from lab.api import Api
 from lab.ceph import Cluster
 from lab.clouds import Clouds
@@ -295,6 +296,41 @@ def test_only_chosen_disks_are_moved(operator: Operator, storage: Clouds, laden:
 
 
 @pytest.mark.long
+def test_types_and_quotas_of_volumes_are_imported_and_removed(operator: Operator, storage: Clouds) -> None:
+    src, dst = storage.api("src"), storage.api("dst")
+    demo = {api: api.need("keystone", "projects", "demo") for api in (src, dst)}
+    gold = {"name": "gold", "description": "fast", "os-volume-type-access:is_public": False, "extra_specs": {"tier": "1"}}
+    made = src.call("POST", "cinder", "/types", {"volume_type": gold})["volume_type"]["id"]
+    src.call("POST", "cinder", f"/types/{made}/action", {"addProjectAccess": {"project": demo[src]}})
+    src.call("PUT", "cinder", f"/os-quota-sets/{demo[src]}", {"quota_set": {"volumes": 7, "gigabytes": 70}})
+
+    def there() -> list[Any]:
+        types = [one for one in dst.call("GET", "cinder", "/types?is_public=None")["volume_types"] if one["name"] == "gold"]
+        access = [one["project_id"] for entry in types for one in dst.call(
+            "GET", "cinder", f"/types/{entry['id']}/os-volume-type-access")["volume_type_access"]]
+        quota = dst.call("GET", "cinder", f"/os-quota-sets/{demo[dst]}")["quota_set"]
+        return [[(one["description"], one["is_public"], one["extra_specs"]) for one in types], access, quota["volumes"], quota["gigabytes"]]
+
+    try:
+        before, files = there(), [operator.folder / "types", operator.folder / "quotas"]
+        for folder, words in zip(files, (("volume-types", "--name", "gold"), ("quotas", "--project", "demo")), strict=True):
+            done = operator.run("export", *words, "--folder", str(folder))
+            assert done.returncode == 0, done.stderr
+        command_words = ("import", *map(str, files), "--project", "demo", "--update")
+        report = operator.report(*command_words)
+        assert there() == [[("fast", False, {"tier": "1"})], [demo[dst]], 7, 70]
+        assert {row["result"] for row in operator.report(*command_words)["resources"]} == {"equal"}
+        done = operator.run("rollback", report["run"])
+        assert done.returncode == 0 and there() == before, done.stderr
+    finally:
+        for api in (src, dst):
+            api.call("DELETE", "cinder", f"/os-quota-sets/{demo[api]}")
+            for one in api.call("GET", "cinder", "/types?is_public=None")["volume_types"]:
+                if one["name"] == "gold":
+                    api.call("DELETE", "cinder", f"/types/{one['id']}")
+
+
+@pytest.mark.long
 def test_a_missing_type_is_refused_with_those_that_there_are(operator: Operator, laden: str, empty: Api) -> None:
     done = operator.run("-s", laden, *operator.to("dst-cmp1"), "-n")
     assert done.returncode == 3 and "there is no volume type 'nfs'" in done.stderr and "--volume-type nfs=TYPE; there are:" in done.stderr
@@ -335,13 +371,45 @@ def test_a_seed_with_volumes_is_cut_over_to_unless_one_came_or_went(operator: Op
 
 
 @pytest.mark.long
-def test_one_that_boots_from_a_volume_arrives_with_what_its_image_says(operator: Operator, storage: Clouds, empty: Api) -> None:
+def test_five_volumes_of_one_size_arrive_each_as_its_own(
+        operator: Operator, storage: Clouds, source_of: Callable[..., str], empty: Api) -> None:
+    id = source_of("rbd", "nfs", "rbd", "nfs", "rbd", again=2)  # one of them was attached again
+    arrived = operator.report(*words(operator, id))["destination"]["id"]
+    assert same(storage, "src-cmp1", id, "dst-cmp1", arrived) == dict.fromkeys(("vda", "vdb", "vdc", "vdd", "vde", "vdf"), True)
+    assert len(empty.volumes()) == 5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("answer", "code", "count"), [(LOST, 0, 3), (LATE, 1, 0), ("500", 1, 0)])
+def test_a_cinder_that_lies_about_a_volume_makes_no_second_one_and_none_is_forgotten(
+        operator: Operator, storage: Clouds, laden: str, empty: Api, answer: str, code: int, count: int) -> None:
+    with middle() as between:
+        between.spoil = lambda name, before: answer if name == "dst POST volumes" and before == 1 else ""
+        done = operator.run(*words(operator, laden), env=between.environment)
+    assert between.spoiled == ["dst POST volumes"] and done.returncode == code, done.stderr
+    assert len(empty.volumes()) == count and (code == 0 or has_been_put_back(storage.api("src"), laden, "SHUTOFF"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("firmware", ["bios", "uefi"])
+def test_one_that_boots_from_a_volume_arrives_with_what_its_image_says(
+        operator: Operator, storage: Clouds, empty: Api, firmware: str) -> None:
     src, dst = storage.api("src"), empty
-    image = src.need("glance", "images", "guest")
+    with ExitStack() as stack:
+        if firmware == "uefi":  # under which the guest does not boot
+            stack.enter_context(own_image(src, dst, "guest-uefi", guest_image(), hw_firmware_type="uefi"))
+        boots_from_a_volume(operator, storage, dst, "guest-uefi" if firmware == "uefi" else "guest")
+
+
+def boots_from_a_volume(operator: Operator, storage: Clouds, dst: Api, name: str) -> None:
+    """An instance whose root disk is a volume made of this image arrives."""
+    src, does_boot = storage.api("src"), name == "guest"
+    image = src.need("glance", "images", name)
     root = {"boot_index": 0, "uuid": image, "source_type": "image", "destination_type": "volume", "volume_size": 1, "delete_on_termination": True}
     id = src.create("from-volume", "", block_device_mapping_v2=[root], availability_zone="nova:src-cmp1")
     try:
-        wait_for_console(src, id, "GUEST wrote=")
+        if does_boot:
+            wait_for_console(src, id, "GUEST wrote=")
         src.act(id, "os-stop", until="SHUTOFF")
         report = operator.report(*words(operator, id, image=""))
         arrived = report["destination"]["id"]
@@ -349,10 +417,10 @@ def test_one_that_boots_from_a_volume_arrives_with_what_its_image_says(operator:
         (volume,) = dst.volumes()
         (before,) = (src.volume(one["id"]) for one in src.server(id)["os-extended-volumes:volumes_attached"])
         facts = [{key: value for key, value in one["volume_image_metadata"].items() if key != "image_id"} for one in (before, volume)]
-        assert facts[0] == facts[1] and volume["bootable"] == "true"
+        assert facts[0] == facts[1] and volume["bootable"] == "true" and ("hw_firmware_type" in facts[1]) is not does_boot
         assert dst.server(arrived)["os-extended-volumes:volumes_attached"][0]["delete_on_termination"] is True
         dst.act(arrived, "os-start", until="ACTIVE")
-        assert "GUEST boots=2 " in wait_for_console(dst, arrived, "GUEST wrote=")
+        assert not does_boot or "GUEST boots=2 " in wait_for_console(dst, arrived, "GUEST wrote=")
     finally:
         src.delete(id)
 

@@ -17,7 +17,7 @@ CHUNKS = [Chunk(offset, 10, 10, ((offset, 10),)) for offset in (0, 10, 20, 30)]
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Both ends of a copy that has one more attempt after a failure, in no time."""
-    monkeypatch.setattr(migrena, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(migrena, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=lambda: 0.0))
     journal, screen = SimpleNamespace(write=lambda *_, **__: None), SimpleNamespace(warn=lambda text: None)
     run = SimpleNamespace(settings=SimpleNamespace(retries=1), journal=journal, screen=screen)
     made = object.__new__(BothEnds)
