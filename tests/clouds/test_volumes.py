@@ -298,33 +298,33 @@ def test_only_chosen_disks_are_moved(operator: Operator, storage: Clouds, laden:
 @pytest.mark.long
 def test_types_and_quotas_of_volumes_are_imported_and_removed(operator: Operator, storage: Clouds) -> None:
     src, dst = storage.api("src"), storage.api("dst")
-    demo = {api: api.need("keystone", "projects", "demo") for api in (src, dst)}
+    demo = {api.cloud.name: api.need("keystone", "projects", "demo") for api in (src, dst)}
     gold = {"name": "gold", "description": "fast", "os-volume-type-access:is_public": False, "extra_specs": {"tier": "1"}}
     made = src.call("POST", "cinder", "/types", {"volume_type": gold})["volume_type"]["id"]
-    src.call("POST", "cinder", f"/types/{made}/action", {"addProjectAccess": {"project": demo[src]}})
-    src.call("PUT", "cinder", f"/os-quota-sets/{demo[src]}", {"quota_set": {"volumes": 7, "gigabytes": 70}})
+    src.call("POST", "cinder", f"/types/{made}/action", {"addProjectAccess": {"project": demo["src"]}})
+    src.call("PUT", "cinder", f"/os-quota-sets/{demo['src']}", {"quota_set": {"volumes": 7, "gigabytes": 70}})
 
     def there() -> list[Any]:
         types = [one for one in dst.call("GET", "cinder", "/types?is_public=None")["volume_types"] if one["name"] == "gold"]
         access = [one["project_id"] for entry in types for one in dst.call(
             "GET", "cinder", f"/types/{entry['id']}/os-volume-type-access")["volume_type_access"]]
-        quota = dst.call("GET", "cinder", f"/os-quota-sets/{demo[dst]}")["quota_set"]
+        quota = dst.call("GET", "cinder", f"/os-quota-sets/{demo['dst']}")["quota_set"]
         return [[(one["description"], one["is_public"], one["extra_specs"]) for one in types], access, quota["volumes"], quota["gigabytes"]]
 
     try:
         before, files = there(), [operator.folder / "types", operator.folder / "quotas"]
-        for folder, words in zip(files, (("volume-types", "--name", "gold"), ("quotas", "--project", "demo")), strict=True):
+        for folder, words in zip(files, (("volume-types", "--name", "gold", "--project", "demo"), ("quotas", "--project", "demo")), strict=True):
             done = operator.run("export", *words, "--folder", str(folder))
             assert done.returncode == 0, done.stderr
         command_words = ("import", *map(str, files), "--project", "demo", "--update")
         report = operator.report(*command_words)
-        assert there() == [[("fast", False, {"tier": "1"})], [demo[dst]], 7, 70]
+        assert there() == [[("fast", False, {"tier": "1"})], [demo["dst"]], 7, 70]
         assert {row["result"] for row in operator.report(*command_words)["resources"]} == {"equal"}
         done = operator.run("rollback", report["run"])
         assert done.returncode == 0 and there() == before, done.stderr
     finally:
         for api in (src, dst):
-            api.call("DELETE", "cinder", f"/os-quota-sets/{demo[api]}")
+            api.call("DELETE", "cinder", f"/os-quota-sets/{demo[api.cloud.name]}")
             for one in api.call("GET", "cinder", "/types?is_public=None")["volume_types"]:
                 if one["name"] == "gold":
                     api.call("DELETE", "cinder", f"/types/{one['id']}")
