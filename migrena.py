@@ -2070,7 +2070,7 @@ def _acts(entries: Iterable[Facts]) -> tuple[Step, ...]:
     acts: list[Step] = []
     latest: dict[str, int] = {}
     for entry in (one for one in entries if "act" in one):
-        event, name = entry["event"], entry.get("act", "")
+        event, name = entry["event"], entry["act"]
         facts = {key: value for key, value in entry.items() if key not in ("at", "event", "act")}
         if event == "intent":
             latest[name] = len(acts)
@@ -2570,6 +2570,7 @@ class Pace:
 
     @property
     def least(self) -> int:
+        """The lowest; 0: never a limit."""
         return min([rate for _, rate in self.plan if rate] or [0])
 
     def hold_back(self, count: int) -> None:
@@ -10278,9 +10279,9 @@ def refuse_jobs(run: Run, ends: Ends, jobs: Sequence[DiskJob]) -> None:
 
     Files of volumes lie in the folders of their shares; they are sparse, so what a device holds is not foreseen.
     """
-    needs = {job.key: 0 if isinstance(job.landing, InPlace) and not job.source.is_file else space_needed(
-        job.source, run.plan.disks[job.key], job.whole_file or job.source.format == "raw", 0) for job in jobs}
     places = {job.key: job.fresh.path.rpartition("/")[0] if isinstance(job.landing, InPlace) else "" for job in jobs}
+    needs = {job.key: 0 if places[job.key] and not job.source.is_file else space_needed(
+        job.source, run.plan.disks[job.key], job.whole_file or job.source.format == "raw", 0) for job in jobs}
     host, own = f"{run.destination.url} {ends.destination.name}", [key for key, place in places.items() if not place]
     run.journal.write("space", host=host, need=sum(needs[key] for key in own), disks=own)
     others = {"": still_to_write(run.journal.path.parent, run.plan.run, host)}
@@ -11495,7 +11496,7 @@ def remove_destination(plan: UndoPlan) -> None:
     """Deletes the destination, or only stops it; raises Kept."""
     made, cloud = plan.allow(plan.removal).destination, plan.clouds[1]
     if plan.removal is Act.DELETE:
-        attached = [] if not plan.record.is_lost else cloud.networks.all("ports", ("device_id", made.id))
+        attached = cloud.networks.all("ports", ("device_id", made.id)) if plan.record.is_lost else []
         cloud.delete(made.id)
         ids = [("id", port["id"]) for port in attached if not str(port.get("description")).startswith(f"{MADE}=")]
         if left := [port["id"] for port in (cloud.networks.all("ports", *ids) if ids else ())]:
